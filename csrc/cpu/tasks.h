@@ -1,0 +1,92 @@
+// How the plan becomes tasks: one per group of items and row band of the group's coarsest pathway.
+#pragma once
+
+#include "bands.h"
+
+namespace sfllava::cpu {
+
+// The running sums of kMaxBins lines of this many channels; grows with the largest call of the thread.
+float* thread_sums(int64_t channels);
+
+inline int32_t coarsest(const Plan& plan, int32_t group) {
+  int32_t best = plan.group_begin(group);
+  for (int32_t i = best + 1; i < plan.group_begin(group + 1); ++i) {
+    if (plan.pathway(plan.item(i).pathway).rows < plan.pathway(plan.item(best).pathway).rows) best = i;
+  }
+  return best;
+}
+
+inline int32_t most_bands(const Plan& plan) {
+  int32_t most = 0;
+  for (int32_t i = 0; i < plan.pathways(); ++i) most = plan.pathway(i).rows > most ? plan.pathway(i).rows : most;
+  return most;
+}
+
+// Whether `coarse` is a mean over boxes that tile the grid in whole pairs, and `fine` pools just those pairs.
+inline bool pairs_nest(const Pathway& coarse, const Item& item, const Pathway& fine, int32_t patches) {
+  const int32_t height = patches / coarse.width;
+  if (coarse.reduce != kMean || item.frame_end - item.frame_begin != 1 || fine.width != coarse.width) return false;
+  if (fine.rows != height || fine.cols * 2 != fine.width) return false;
+  for (int32_t r = 0; r < fine.rows; ++r) {
+    if (fine.row[r].start != r || fine.row[r].size() != 1) return false;
+  }
+  for (int32_t c = 0; c < fine.cols; ++c) {
+    if (fine.col[c].start != 2 * c || fine.col[c].size() != 2) return false;
+  }
+  int32_t row = 0, col = 0;
+  for (int32_t r = 0; r < coarse.rows; row = coarse.row[r++].stop) {
+    if (coarse.row[r].start != row) return false;
+  }
+  for (int32_t c = 0; c < coarse.cols; col = coarse.col[c++].stop) {
+    if (coarse.col[c].start != col || coarse.col[c].size() != coarse.col[0].size()) return false;
+  }
+  return coarse.col[0].size() % 2 == 0 && row == height && col == coarse.width;
+}
+
+template <class Line>
+void run_band(const Pooling& p, int32_t group, int32_t band, const Bands<Line>& bands) {
+  const Plan& plan = p.plan;
+  const int32_t lead = coarsest(plan, group);
+  const Item lead_item = plan.item(lead);
+  const Pathway coarse = plan.pathway(lead_item.pathway);
+  if (band >= coarse.rows) return;
+  const Band whole{coarse, lead_item, band};
+  const int32_t begin = plan.group_begin(group), end = plan.group_begin(group + 1);
+  const int32_t other = lead == begin ? begin + 1 : begin;
+  if (end - begin == 2) {
+    const Item item = plan.item(other);
+    const Pathway fine = plan.pathway(item.pathway);
+    if (pairs_nest(coarse, lead_item, fine, plan.patches())) return bands.pool_with_pairs(whole, fine, item);
+  }
+  bands.pool(whole);
+  // The other pathways' row bins go with the band that their first patch lies in, while it is in the cache.
+  const int64_t from = band == 0 ? 0 : int64_t{coarse.row[band].start} * coarse.width;
+  const int64_t to = band + 1 < coarse.rows ? int64_t{coarse.row[band + 1].start} * coarse.width : plan.patches();
+  for (int32_t i = begin; i < end; ++i) {
+    if (i == lead) continue;
+    const Item item = plan.item(i);
+    const Pathway path = plan.pathway(item.pathway);
+    for (int32_t r = 0; r < path.rows; ++r) {
+      const int64_t first = int64_t{path.row[r].start} * path.width;
+      if (first >= from && first < to) bands.pool({path, item, r});
+    }
+  }
+}
+
+template <class V, class T>
+void run_tasks_of(const Pooling& p, int64_t begin, int64_t end) {
+  const Bands<Line<V, T>> bands(p, thread_sums(p.channels));
+  const int32_t per_group = most_bands(p.plan);
+  for (int64_t task = begin; task < end; ++task) {
+    run_band(p, static_cast<int32_t>(task / per_group), static_cast<int32_t>(task % per_group), bands);
+  }
+}
+
+template <class V>
+void run_tasks_with(const Pooling& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::kFloat32) return run_tasks_of<V, float>(p, begin, end);
+  if (p.dtype == Dtype::kBFloat16) return run_tasks_of<V, BFloat16>(p, begin, end);
+  run_tasks_of<V, Float16>(p, begin, end);
+}
+
+}  // namespace sfllava::cpu

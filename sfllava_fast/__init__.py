@@ -1,0 +1,32 @@
+"""SlowFast-LLaVA, exact and fast: the aggregator as an op, and a video question answered with it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SlowFastConfig": "config",
+    "SlowFastAggregator": "modules",
+    "SlowFastLlava": "engine",
+    "SfllavaError": "errors",
+    "sample_frames": "config",
+    "slowfast_aggregate": "ops",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .config import SlowFastConfig, sample_frames
+    from .engine import SlowFastLlava
+    from .errors import SfllavaError
+    from .modules import SlowFastAggregator
+    from .ops import slowfast_aggregate
+
+
+def __getattr__(name: str):
+    """Public names are imported when first used: `import sfllava_fast` loads nothing heavy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

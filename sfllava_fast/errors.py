@@ -1,0 +1,29 @@
+"""Errors a user can act on: each message is one line that says what is wrong and what to do."""
+
+
+class SfllavaError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class LayoutError(SfllavaError, ValueError):
+    """A layout that cannot be parsed, or that does not fit the frames or the grid."""
+
+
+class InputError(SfllavaError, ValueError):
+    """A tensor, question or option of the wrong shape, dtype, device or range."""
+
+
+class BackendError(SfllavaError, RuntimeError):
+    """A backend, decoder or attention kernel that was asked for by name and cannot serve."""
+
+
+class VideoError(SfllavaError, ValueError):
+    """A video that is missing, empty, truncated, without pictures, or undecodable."""
+
+
+class CheckpointError(SfllavaError, ValueError):
+    """A checkpoint that is missing, incomplete, or of an architecture that is not LLaVA."""
+
+
+class ContextError(SfllavaError, ValueError):
+    """Prompt and video tokens that do not fit the language model's context."""

@@ -1,0 +1,208 @@
+"""Prompts: the published templates, tokens around the video's place, and the published option rule.
+
+Which prompt a checkpoint gets (`prompt_family`), first match:
+1. a checkpoint made for this package (its config.json has a "sfllava_fast" entry): what the entry's "prompt"
+   names, else its own chat template;
+2. a Mistral language model: "mistral", the instruction form that the published code uses for it;
+3. a Llama language model: by the markers of its chat template, "chatml" (Yi-34B), "llama2" or "vicuna"; without a
+   chat template, "chatml" where the tokenizer knows <|im_start|>, else "vicuna";
+4. anything else: its own chat template.
+
+"vicuna" and "chatml" are the prompts of SlowFast-LLaVA's published evaluation (open-ended and multiple choice).
+It has no multiple-choice prompt for "mistral" and "llama2": they get the same words in their own frame.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARKER = "<image>"
+
+_FRAMES = "The input consists of a sequence of key frames from a video."
+_CONCISE = (
+    "Answer concisely with overall content and context of the video, highlighting any significant events, "
+    "characters, or objects that appear throughout the video."
+)
+_EXPERT = "You are a helpful expert in video analysis. Select the best option to answer the question."
+_LLAMA2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_OPTIONS = "Question: {question}\nOptions:\n{options}Only give the best option."
+_BEGIN_ANSWER = "Answer: In the video,"
+_BEGIN_OPTION = "Answer: Best option:("
+_CHATML = "<|im_start|>system\n {system} <|im_end|>\n<|im_start|>user\n {user} <|im_end|>\n<|im_start|>assistant\n"
+_SYS = f"<<SYS>>\n{_LLAMA2_SYSTEM}\n<</SYS>>\n\n"
+
+
+@dataclass(frozen=True)
+class Template:
+    """Prompt texts of a model family, and the text that ends its answers besides the end-of-sequence token."""
+
+    open_ended: str
+    multiple_choice: str
+    stop: str | None = None
+
+
+def _chatml(system: str, user: str, begin: str) -> str:
+    return _CHATML.replace("{system}", system).replace("{user}", user) + begin
+
+
+TEMPLATES = {
+    "vicuna": Template(
+        f"USER: {MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}} \nASSISTANT:\n{_BEGIN_ANSWER}",
+        f"{_EXPERT} USER: {MARKER}\n{_FRAMES}\n{_OPTIONS} \nASSISTANT:\n{_BEGIN_OPTION}",
+    ),
+    "chatml": Template(
+        _chatml("Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER),
+        _chatml(_EXPERT, f"{MARKER}\n{_FRAMES} {_OPTIONS}", _BEGIN_OPTION),
+        stop="<|im_end|>",
+    ),
+    "mistral": Template(
+        f"[INST] {MARKER}\n{{question}} [/INST]",
+        f"[INST] {_EXPERT} {MARKER}\n{_FRAMES}\n{_OPTIONS} [/INST] {_BEGIN_OPTION}",
+    ),
+    "llama2": Template(
+        f"[INST] {_SYS}{MARKER}\n{{question}} [/INST]",
+        f"[INST] {_SYS}{_EXPERT} {MARKER}\n{_FRAMES}\n{_OPTIONS} [/INST] {_BEGIN_OPTION}",
+    ),
+}
+FAMILIES = (*TEMPLATES, "chat_template")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids before and after the place of the video, and the text they came from (one MARKER in it)."""
+
+    text: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+
+def prompt_family(
+    text_model: str, chat_template: str | None, vocabulary: Collection[str] = (),
+    package_config: dict[str, Any] | None = None,
+) -> str:
+    """One of FAMILIES, by the rule at the top of this module. Raises CheckpointError where none fits."""
+    if package_config is not None:
+        return check_family(package_config.get("prompt", "chat_template"))
+    if text_model == "mistral":
+        return "mistral"
+    if text_model == "llama":
+        if not chat_template:
+            return "chatml" if "<|im_start|>" in vocabulary else "vicuna"
+        for family, markers in (
+            ("chatml", ("<|im_start|>",)), ("llama2", ("[INST]",)), ("vicuna", ("USER:", "ASSISTANT:")),
+        ):
+            if all(marker in chat_template for marker in markers):
+                return family
+    if not chat_template:
+        raise CheckpointError(f"a {text_model} language model needs a chat template and this checkpoint has none")
+    return "chat_template"
+
+
+def check_family(family: str) -> str:
+    """The family itself; InputError where there is none of that name."""
+    if family not in FAMILIES:
+        raise InputError(f"unknown prompt {family!r}: choose one of {', '.join(FAMILIES)}")
+    return family
+
+
+def build_prompt(
+    question: str, tokenizer: PreTrainedTokenizerBase, family: str, choices: Sequence[str] | None = None,
+    chat_template: str | None = None,
+) -> Prompt:
+    """The prompt of a question in a family's form, tokenised around the video's place.
+
+    chat_template: used by the family "chat_template"; None takes the tokenizer's own.
+    Raises InputError for an empty question, one that holds MARKER, or choices that are not 2 to 26 texts.
+    """
+    question = question.strip() if isinstance(question, str) else ""
+    if not question:
+        raise InputError("the question is empty: ask something about the video")
+    options = format_options(choices) if choices is not None else ""
+    if MARKER in question + options:
+        raise InputError(f"the question holds {MARKER}, which marks the place of the video: leave it out")
+    if family == "chat_template":
+        words = _OPTIONS if options else "{question}"
+        text = _render(tokenizer, chat_template, words.format(question=question, options=options))
+    else:
+        template = TEMPLATES[family]
+        words = template.multiple_choice if options else template.open_ended
+        text = words.format(question=question, options=options)
+    return encode_prompt(text, tokenizer)
+
+
+def format_options(choices: Sequence[str]) -> str:
+    """The choices as published, a line each: "(A) first"."""
+    texts = [] if isinstance(choices, str) else [str(choice).strip() for choice in choices]
+    if not 2 <= len(texts) <= len(string.ascii_uppercase) or not all(texts):
+        raise InputError("choices must be 2 to 26 texts, none of them empty")
+    return "".join(f"({letter}) {text}\n" for letter, text in zip(string.ascii_uppercase, texts))
+
+
+def pick_option(text: str, choices: Sequence[str]) -> int | None:
+    """Index of the choice that a model's text names, by the published rule; None where it names none.
+
+    A first character that is an option's letter, overruled by the first option (in the order of the options) whose
+    letter stands before ":" or ")", searched from "answer is" on where the text says so. A text that repeats one
+    choice whole is that choice.
+    """
+    text = text.strip()
+    same = [i for i, choice in enumerate(choices) if str(choice).strip().lower() == text.lower().rstrip(".")]
+    if len(same) == 1 and len(text) > 1:
+        return same[0]
+    letters = string.ascii_uppercase[: len(choices)]
+    first = letters.find(text[:1].upper()) if text else -1
+    rest = text[text.index("answer is"):] if "answer is " in text else text
+    marked = (i for i, letter in enumerate(letters) if re.search(f"{letter}[:)]", rest))
+    return next(marked, first if first >= 0 else None)
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
+    if text.count(MARKER) != 1:
+        raise CheckpointError(f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}")
+    before, after = text.split(MARKER)
+    ids = [tokenizer(side, add_special_tokens=False).input_ids if side else [] for side in (before, after)]
+    bos = tokenizer.bos_token_id
+    # A chat template may have written BOS itself.
+    if bos is not None and tokenizer("a").input_ids[:1] == [bos] and ids[0][:1] != [bos]:
+        ids[0] = [bos, *ids[0]]
+    return Prompt(text, tuple(ids[0]), tuple(ids[1]))
+
+
+def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words of the text that the tokenizer cannot spell, in order; empty for tokenizers without an unknown token."""
+    unk = tokenizer.unk_token_id
+    if unk is None or unk not in tokenizer(text, add_special_tokens=False).input_ids:
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W_]+|[^\w\s]", text))
+    return [word for word in words if unk in tokenizer(word, add_special_tokens=False).input_ids]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words: str) -> str:
+    content: Any
+    # Templates of image models take a list of parts; plain text ones take a string.
+    for content in ([{"type": "image"}, {"type": "text", "text": words}], f"{MARKER}\n{words}"):
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=chat_template, tokenize=False,
+                add_generation_prompt=True)
+        except Exception:  # whatever a template raises on content it does not know
+            continue
+        if text.count(MARKER) == 1 and words in text:
+            return text
+    raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")

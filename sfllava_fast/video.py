@@ -1,0 +1,461 @@
+"""Frames of a video by their number: PyAV (exact on every container), decord, or a folder of images.
+
+Frames are numbered in the order they are shown, from 0. Which ones to take is `config.sample_frames`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import BackendError, InputError, VideoError
+
+log = logging.getLogger("sfllava_fast")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_OUTPUT_CORRUPT = 1 << 3  # AV_CODEC_FLAG_OUTPUT_CORRUPT: show what ffmpeg shows when a stream starts mid-GOP.
+
+
+class Video:
+    """A readable video.
+
+    total: number of frames. fps: frames per second, None without a clock. size: (height, width) as shown.
+    decoder: the registry name of what reads it ("images" for a folder).
+    """
+
+    decoder: str
+    total: int
+    fps: float | None
+    size: tuple[int, int]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def frames(self, indices: Iterable[int]) -> torch.Tensor:
+        """uint8 RGB [n, H, W, 3], in the order asked; numbers may repeat.
+
+        Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails.
+        """
+        wanted = [self._check(i) for i in indices]
+        unique = sorted(set(wanted))
+        if not unique:
+            return torch.empty(0, *self.size, 3, dtype=torch.uint8)
+        rows = self._read(unique)
+        if wanted == unique:
+            return rows
+        row_of = {frame: row for row, frame in enumerate(unique)}
+        return rows[[row_of[i] for i in wanted]]
+
+    def times(self, indices: Iterable[int]) -> list[float] | None:
+        """Seconds from the first frame at which these frames are shown; None without a clock."""
+        return [self._time(self._check(i)) for i in indices] if self.fps else None
+
+    def _check(self, index: int) -> int:
+        if not 0 <= index < self.total:
+            raise InputError(f"frame {index} does not exist: {self.path} has frames 0 to {self.total - 1}")
+        return int(index)
+
+    def _read(self, unique: list[int]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _time(self, index: int) -> float:
+        return index / self.fps
+
+
+class FolderVideo(Video):
+    """A folder of image frames in natural order (frame2 before frame10), read with Pillow."""
+
+    decoder = "images"
+    fps = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        names = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+        self._files = sorted(names, key=_natural)
+        if not self._files:
+            raise VideoError(f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames")
+        self.total = len(self._files)
+        self.size = tuple(self._load(0).shape[:2])
+
+    def _load(self, index: int) -> torch.Tensor:
+        from PIL import Image, ImageOps
+
+        file = self._files[index]
+        try:
+            with Image.open(file) as image:
+                return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise VideoError(f"cannot read the frame {file}: {_one_line(error)}") from error
+
+    def _read(self, unique: list[int]) -> torch.Tensor:
+        rows = torch.empty(len(unique), *self.size, 3, dtype=torch.uint8)
+        for row, index in enumerate(unique):
+            image = self._load(index)
+            if image.shape[:2] != self.size:
+                raise VideoError(f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
+                                 "the frames of a folder must be of one size")
+            rows[row] = image
+        return rows
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Frames as the packets tell them, in the order shown."""
+
+    pts: list[int]
+    packet: list[int]  # the packet, in file order, that completes the frame
+    start: list[int]  # the key packet from which it can be decoded
+
+
+class PyavVideo(Video):
+    """Frame-exact reading with PyAV.
+
+    One pass over the packets gives every frame's time stamp, with nothing decoded; a read then decodes from
+    the key frame before a wanted frame up to it. Where packets cannot tell (no time stamps, damage), frames
+    are counted by decoding from the start.
+    """
+
+    decoder = "pyav"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._av = _import("av", "pyav", "av")
+        self._av.logging.set_level(self._av.logging.PANIC)  # Errors come as exceptions; silence libav's stderr.
+        with self._open() as container:
+            stream = self._stream(container)
+            self._time_base = stream.time_base
+            rate = stream.average_rate or stream.guessed_rate
+            self.fps = float(rate) if rate else None
+            first, self._index = self._scan_packets(container, stream)
+        if self._index is None:
+            first = self._scan_frames()
+        else:
+            self._pts = self._index.pts
+        if first is None:
+            raise VideoError(f"{path} has a video stream but none of its frames can be decoded: re-encode it")
+        self._rotation = _quarter_turns(first)
+        height, width = first.height, first.width
+        self.size = (width, height) if self._rotation % 2 else (height, width)
+        self._coded_size = (height, width)
+
+    @property
+    def total(self) -> int:
+        return len(self._pts)
+
+    def _open(self) -> Any:
+        try:
+            return self._av.open(str(self.path), metadata_errors="ignore")
+        except (self._av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"{self.path} is not a readable video: {_reason(error)}") from error
+
+    def _stream(self, container: Any) -> Any:
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams:
+            kind = "only sound" if container.streams.audio else "no video stream"
+            raise VideoError(f"{self.path} has {kind}: name a file with pictures")
+        stream = max(streams, key=lambda s: (s.codec_context.width or 0) * (s.codec_context.height or 0))
+        if stream.codec_context is None:
+            raise VideoError(f"{self.path} uses a codec that this build of PyAV cannot decode: re-encode it as H.264")
+        stream.thread_type = "AUTO"
+        stream.codec_context.flags |= _OUTPUT_CORRUPT
+        return stream
+
+    def _scan_packets(self, container: Any, stream: Any) -> tuple[Any, _Index | None]:
+        """The first frame shown, and the index (None where packets cannot tell which frames there are)."""
+        first, packets = None, []
+        try:
+            for packet in container.demux(stream):
+                if first is None:
+                    first = next(iter(packet.decode()), None)
+                if packet.size:
+                    packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+        except self._av.FFmpegError:
+            return None, None
+        return first, _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
+
+    def _scan_frames(self) -> Any:
+        """Number the frames by decoding them all; the first one, or None."""
+        first, self._index, self._pts = None, None, []
+        for frame in self._decode_all(warn=True):
+            first = first or frame
+            self._pts.append(frame.pts)
+        return first
+
+    def _decode_all(self, warn: bool = False) -> Iterator[Any]:
+        """Every frame in the order shown, stepping over packets that do not decode."""
+        bad = 0
+        with self._open() as container:
+            stream = self._stream(container)
+            try:
+                for packet in container.demux(stream):
+                    try:
+                        yield from packet.decode()
+                    except self._av.FFmpegError:
+                        bad += 1
+            except self._av.FFmpegError:
+                bad += 1
+        if bad and warn:
+            log.warning("%s is damaged: %d of its packets cannot be decoded", self.path, bad)
+
+    def _read(self, unique: list[int]) -> torch.Tensor:
+        rows = torch.empty(len(unique), *self.size, 3, dtype=torch.uint8)
+        if self._index is not None and self._read_segments(unique, rows):
+            return rows
+        if self._index is not None:
+            log.info("%s: time stamps do not match its frames, decoding from the start", self.path)
+            self._scan_frames()
+            self._check(unique[-1])
+        self._read_from_start(unique, rows)
+        return rows
+
+    def _read_segments(self, unique: list[int], rows: torch.Tensor) -> bool:
+        """Decode only what the wanted frames need; False where a frame did not come out as indexed."""
+        index = self._index
+        segments = _merge((index.start[i], index.packet[i]) for i in unique)
+        missing = {index.pts[i]: row for row, i in enumerate(unique)}
+        convert = self._converter()
+        try:
+            for start, frames in self._decode_segments(segments):
+                for frame in frames:
+                    row = missing.pop(frame.pts, None)
+                    if row is not None:
+                        if frame.is_corrupt and start:
+                            return False
+                        rows[row] = convert(frame)
+        except self._av.FFmpegError:
+            return False
+        return not missing
+
+    def _decode_segments(self, segments: list[tuple[int, int]]) -> Iterator[tuple[int, Iterable[Any]]]:
+        """(first packet of the segment, frames) for runs of packets [first, last] in file order."""
+        todo = iter(segments)
+        start, stop = next(todo)
+        with self._open() as container:
+            stream = self._stream(container)
+            packets = (p for p in container.demux(stream) if p.size)
+            for position, packet in enumerate(packets):
+                if position >= start:
+                    yield start, packet.decode()
+                if position < stop:
+                    continue
+                # Draining gives the last wanted frame without decoding what follows it.
+                yield start, stream.decode(None)
+                stream.codec_context.flush_buffers()
+                start, stop = next(todo, (None, None))
+                if start is None:
+                    return
+
+    def _read_from_start(self, unique: list[int], rows: torch.Tensor) -> None:
+        row_of = {index: row for row, index in enumerate(unique)}
+        convert = self._converter()
+        for index, frame in enumerate(self._decode_all()):
+            if index in row_of:
+                rows[row_of[index]] = convert(frame)
+            if index == unique[-1]:
+                return
+        raise VideoError(f"{self.path}: frame {unique[-1]} of {self.total} can no longer be decoded")
+
+    def _converter(self) -> Callable[[Any], torch.Tensor]:
+        """A function from a decoded frame to RGB [H, W, 3], turned upright."""
+        from av.video.reformatter import VideoReformatter
+
+        reformat = VideoReformatter().reformat
+        height, width = self._coded_size
+
+        def convert(frame: Any) -> torch.Tensor:
+            rgb = reformat(frame, width, height, "rgb24").to_ndarray()
+            return torch.from_numpy(np.rot90(rgb, self._rotation).copy() if self._rotation else rgb)
+
+        return convert
+
+    def _time(self, index: int) -> float:
+        pts, first = self._pts[index], self._pts[0]
+        return index / self.fps if pts is None or first is None else float((pts - first) * self._time_base)
+
+
+class DecordVideo(Video):
+    """Reading with decord, the published pipeline's decoder: exact on plain H.264, not on edit lists or open GOPs."""
+
+    decoder = "decord"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        decord = _import("decord", "decord", "decord")
+        decord.logging.set_level(decord.logging.QUIET)
+        try:
+            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
+            self.total = len(self._reader)
+            self.fps = float(self._reader.get_avg_fps())
+            height, width, _ = self._reader[0].shape
+        except (decord.DECORDError, RuntimeError, IndexError) as error:
+            raise VideoError(f"decord cannot read {path}: {_reason(error)}; try --decoder pyav") from error
+        self.size = (height, width)
+        self._error = decord.DECORDError
+
+    def _read(self, unique: list[int]) -> torch.Tensor:
+        try:
+            return torch.from_numpy(self._reader.get_batch(unique).asnumpy())
+        except (self._error, RuntimeError) as error:
+            raise VideoError(f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav") from error
+
+    def _time(self, index: int) -> float:
+        start = self._reader.get_frame_timestamp([0, index])
+        return float(start[1][0] - start[0][0])
+
+
+DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
+
+
+def open_video(path: str | os.PathLike[str], decoder: str = "pyav") -> Video:
+    """Open a video file, or a folder of image frames (read with Pillow under every decoder).
+
+    Raises VideoError for anything without readable frames, BackendError for a decoder that is unknown or not
+    installed; each in one line.
+    """
+    if decoder not in DECODERS:
+        raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
+    path = Path(path)
+    if path.is_dir():
+        return FolderVideo(path)
+    if not path.exists():
+        raise VideoError(f"{path} does not exist: check the path of the video")
+    try:
+        declared, size = _declared_bytes(path), path.stat().st_size
+    except OSError as error:
+        raise VideoError(f"{path} cannot be opened: {error.strerror}") from error
+    if not size:
+        raise VideoError(f"{path} is empty (0 bytes): copy or download it again")
+    if declared > size:
+        raise VideoError(_truncated(path, size, declared))
+    return DECODERS[decoder](path)
+
+
+def _index_frames(packets: Sequence[tuple[int | None, int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
+    """The index of (pts, dts, key, discard, corrupt) packets, or None where they cannot be trusted."""
+    stamps = [pts for pts, *_ in packets]
+    if not packets or None in stamps or len(set(stamps)) < len(stamps) or not packets[0][2]:
+        return None
+    if any(corrupt for *_, corrupt in packets):
+        return None
+    # A container without presentation times (AVI) repeats the decode times: useless once frames are reordered.
+    if reorders and all(pts == dts for pts, dts, *_ in packets):
+        return None
+    shown, keys = [], []
+    for position, (pts, _, key, discard, _) in enumerate(packets):
+        if key:
+            keys.append((pts, position))
+        if not discard:
+            # Frames shown before their key frame (open GOP) refer to the group before: start at its key.
+            start = next((at for key_pts, at in reversed(keys) if key_pts <= pts), 0)
+            shown.append((pts, position, start))
+    if not shown:
+        return None
+    return _Index(*(list(column) for column in zip(*sorted(shown))))
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted runs [first, last] with those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _declared_bytes(path: Path) -> int:
+    """Bytes that an MP4, AVI or Matroska file says it has; 0 where its header does not tell."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[:4] == b"RIFF":
+            return 8 + int.from_bytes(head[4:8], "little")
+        if head[:4] == b"\x1aE\xdf\xa3":
+            return _matroska_bytes(head)
+        return _mp4_bytes(file) if head[4:8] == b"ftyp" else 0
+
+
+def _mp4_bytes(file: Any) -> int:
+    """End of the last top-level box."""
+    at = 0
+    while True:
+        file.seek(at)
+        head = file.read(16)
+        size = int.from_bytes(head[:4], "big")
+        if size == 1:
+            size = int.from_bytes(head[8:16], "big")
+        if len(head) < 8 or size < 8:
+            return at
+        at += size
+
+
+def _matroska_bytes(head: bytes) -> int:
+    """End of the Segment element; 0 where it is of unknown length, as in a live recording."""
+    size, at = _ebml_size(head, 4)
+    at += size
+    if head[at : at + 4] != b"\x18S\x80g":
+        return 0
+    size, at = _ebml_size(head, at + 4)
+    return at + size if size else 0
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """(value, position behind it) of an EBML variable-length size; all ones mean unknown and read as 0."""
+    length = 9 - data[at].bit_length()
+    bits = 7 * length
+    value = int.from_bytes(data[at : at + length], "big") & ((1 << bits) - 1)
+    return (0 if value == (1 << bits) - 1 else value), at + length
+
+
+def _truncated(path: Path, size: int, declared: int) -> str:
+    """What is wrong with a file that ends before its own header says, with the frames that are left."""
+    try:
+        video = PyavVideo(path)
+        with video._open() as container:
+            stream = container.streams.video[0]
+            announced = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
+        left = sum(1 for _ in video._decode_all())
+        frames = f"{left} of {announced} frames" if announced else f"{left} frames"
+    except (VideoError, BackendError):
+        frames = "no frame"
+    return f"{path} is cut short ({size} of {declared} bytes): {frames} can be decoded; copy or download it again"
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Counter-clockwise quarter turns that put a frame upright."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4
+
+
+def _import(module: str, decoder: str, package: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise BackendError(f"decoder {decoder} needs the package {package}, which cannot be imported "
+                           f"({_one_line(error)}): pip install 'sfllava_fast[video]'") from error
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
+
+
+def _wide(size: Sequence[int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _reason(error: Exception) -> str:
+    """The readable half of a decoder's message."""
+    return getattr(error, "strerror", None) or _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,433 @@
+"""The model that ships: its drawn world against pixels, its training, its weights and its answers."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from itertools import product
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from sfllava_fast import embedded
+from sfllava_fast.embedded import batches, evaluate, packing, questions, scenes, train
+from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export
+
+SEEDS = range(60)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def alone(scene: scenes.Scene, thing: scenes.Thing) -> scenes.Scene:
+    return scenes.Scene((thing,), None, scene.background)
+
+
+def ink(scene: scenes.Scene, thing: scenes.Thing, times: list[float]) -> np.ndarray:
+    """Pixels [T, 192, 192] where a thing drawn alone differs from the bare background."""
+    bare = scenes.render(scenes.Scene((), None, scene.background), [0.0])
+    return (scenes.render(alone(scene, thing), times) != bare).any(-1)
+
+
+def centroid(mask: np.ndarray) -> np.ndarray:
+    return np.argwhere(mask).mean(0)[::-1]  # x, y
+
+
+# --- scenes: the ground truth against the pixels
+
+
+def test_still_shapes_have_their_colour_where_they_are():
+    for seed in SEEDS:
+        scene = scenes.draw_scene(seed)
+        frame = scenes.render(scene, [0.0])[0]  # before anything comes
+        for thing in scene.of_kind("still"):
+            x, y = thing.begin
+            if thing.shape == "ring":
+                assert abs(frame[y, x].astype(int) - scene.background).max() < 12
+                x += round(0.38 * thing.size)
+            assert tuple(frame[y, x]) == scenes.COLOURS[thing.colour], (seed, thing)
+
+
+def test_shapes_are_all_different_and_fill_their_size():
+    scene = scenes.draw_scene(0)
+    masks = {}
+    for shape in scenes.SHAPES:
+        thing = scenes.Thing("red", shape, 36, "still", (96, 96), (96, 96))
+        masks[shape] = ink(scene, thing, [0.0])[0]
+        rows, columns = np.nonzero(masks[shape])
+        assert 30 <= np.ptp(rows) + 1 <= 36 and 26 <= np.ptp(columns) + 1 <= 36
+        assert rows.min() >= 78 and rows.max() < 114 and columns.min() >= 78 and columns.max() < 114
+    for a, b in product(scenes.SHAPES, repeat=2):
+        if a < b:
+            union, both = (masks[a] | masks[b]).sum(), (masks[a] & masks[b]).sum()
+            assert both / union < 0.85, (a, b)
+
+
+def test_places_directions_and_moments_are_those_of_the_pixels():
+    times = scenes.frame_times(list(range(64)), 64)
+    for seed in SEEDS:
+        scene = scenes.draw_scene(seed)
+        began = {}
+        for thing in scene.things:
+            seen = ink(scene, thing, times)
+            shown = np.flatnonzero(seen.any((1, 2)))
+            began[thing.name] = shown[0]
+            start, stop = centroid(seen[shown[0]]), centroid(seen[shown[-1]])
+            if thing.kind == "still":
+                assert len(shown) == 64
+                column, row = np.clip(start // 64, 0, 2).astype(int)
+                assert questions.place_name(thing.begin) == scenes.PLACES[row][column]
+                continue
+            assert (np.diff(shown) == 1).all() and 8 <= len(shown) <= 24 and shown[0] > 0 and shown[-1] < 63
+            if thing.kind == "cross":
+                dx, dy = stop - start
+                truth = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+                assert thing.direction == truth and max(abs(dx), abs(dy)) > 100
+            moment = questions.when(thing)
+            if moment:
+                assert questions.WHEN[int((shown[0] + shown[-1] + 1) / 2 / 64 * 3)] == moment
+        passing = scene.of_kind("visit", "cross")
+        rng = random.Random(seed)
+        first, last = (questions.ask(scene, kind, rng).answer for kind in ("first", "last"))
+        order = sorted(passing, key=lambda thing: began[thing.name])
+        assert (first, last) == (order[0].name, order[-1].name)
+
+
+def test_still_shapes_and_sign_never_overlap():
+    for seed in SEEDS:
+        scene = scenes.draw_scene(seed)
+        cover = sum(ink(scene, thing, [0.0])[0].astype(int) for thing in scene.of_kind("still"))
+        if scene.sign:
+            x, y = scene.sign.centre
+            cover[y - 20 : y + 20, x - 32 : x + 32] += 1
+        assert cover.max() == 1
+
+
+def test_the_sign_shows_its_two_digits():
+    scene = scenes.draw_scene(0)
+
+    def board(number: int) -> np.ndarray:
+        frame = scenes.render(scenes.Scene((), scenes.Sign((96, 96), number), scene.background), [0.0])[0]
+        return frame[76:116, 64:128].astype(int).sum(-1) < 200  # dark on light
+
+    boards = {number: board(number)[3:-3, 3:-3] for number in range(10, 100)}
+    left, right = slice(0, 29), slice(29, None)
+    for a, b in product(boards, repeat=2):
+        assert (boards[a][:, left] == boards[b][:, left]).all() == (a // 10 == b // 10)
+        assert (boards[a][:, right] == boards[b][:, right]).all() == (a % 10 == b % 10)
+
+
+def test_counts_and_existence_match_the_things_in_the_pixels():
+    for seed in range(20):
+        scene = scenes.draw_scene(seed)
+        frames = scenes.render(scene, scenes.frame_times(list(range(96)), 96))
+        for colour, value in scenes.COLOURS.items():
+            shown = (frames == np.array(value)).all(-1).any()
+            assert shown == any(thing.colour == colour for thing in scene.things)
+        rng = random.Random(seed)
+        for _ in range(20):
+            asked = questions.ask(scene, "count", rng)
+            counted = [t for t in scene.things if t.colour in asked.text or f" {questions.plural(t.shape)}" in asked.text]
+            assert asked.answer == str(len(counted)), asked
+
+
+def test_patch_labels_lie_on_drawn_pixels():
+    for seed in SEEDS:
+        scene = scenes.draw_scene(seed)
+        labels = scenes.patch_labels(scene, 0.5)
+        bare = scenes.render(scenes.Scene((), None, scene.background), [0.5])
+        drawn = (scenes.render(scene, [0.5]) != bare).any(-1)[0]
+        share = drawn.reshape(8, 24, 8, 24).mean((1, 3))
+        assert (share[labels["shape"] > 0] > 0.15).all() and (share[labels["tens"] > 0] > 0.15).all()
+        assert ((labels["shape"] > 0) == (labels["colour"] > 0)).all()
+        centres = {t.centre(0.5) for t in scene.things if t.visible(0.5)}
+        for row, column in np.argwhere(labels["shape"] > 0):
+            away = labels["offset"][row, column]
+            x, y = (away + (column + 0.5, row + 0.5)) * 24
+            assert (round(x), round(y)) in centres
+
+
+def test_training_frames_are_what_preprocessing_makes_of_video_frames():
+    from sfllava_fast.preprocess import PreprocessSpec, preprocess
+
+    scene = scenes.draw_scene(3)
+    times = scenes.frame_times(list(range(0, 64, 4)), 64)
+    spec = PreprocessSpec.from_processor(batches.image_processor())
+    full = preprocess(torch.from_numpy(scenes.render(scene, times)), spec, torch.float32, torch.device("cpu"))
+    half = batches.normalise(scenes.render(scene, times, half=True))
+    assert (full - half).abs().mean() < 0.01
+    assert ((full - half).abs() > 0.15).float().mean() < 0.003  # where shapes touch in passing
+
+
+def test_video_file_decodes_to_the_drawn_frames(tmp_path):
+    scene = scenes.draw_scene(5)
+    scenes.write_video(scene, tmp_path / "clip.mp4", 32)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    drawn = scenes.render(scene, scenes.frame_times(list(range(32)), 32))
+    assert decoded.shape == drawn.shape == (32, 192, 192, 3)
+    assert abs(decoded.astype(int) - drawn).mean() < 4
+    assert (tmp_path / "clip.mp4").stat().st_size < 60_000
+
+
+# --- splits, questions, tokenizer
+
+
+def test_splits_share_no_combination_and_cover_every_colour_and_shape():
+    trained, held = map(set, (scenes.SPLITS["train"], scenes.SPLITS["heldout"]))
+    assert not trained & held and len(trained | held) == 64 and len(held) == 16
+    for part in (trained, held):
+        assert {c for c, _ in part} == set(scenes.COLOURS) and {s for _, s in part} == set(scenes.SHAPES)
+    for split, part in (("train", trained), ("heldout", held)):
+        drawn = {(t.colour, t.shape) for seed in SEEDS for t in scenes.draw_scene(seed, split).things}
+        assert drawn <= part and len(drawn) > 12
+
+
+def test_training_questions_never_name_a_held_out_combination_or_phrasing():
+    kept = {p for kind in questions.PHRASINGS for p in questions.phrasings(kind, True)}
+    held = [" ".join(pair) for pair in scenes.HELD_OUT]
+    for seed in SEEDS:
+        for asked in questions.ask_many(scenes.draw_scene(seed), 40, random.Random(seed)):
+            assert asked.phrasing not in kept
+            assert not any(name in asked.text or name in asked.answer for name in held)
+
+
+def test_same_seed_same_clip_and_questions():
+    def draw(seed):
+        scene = scenes.draw_scene(seed)
+        return scene, tuple(questions.ask_many(scene, 8, random.Random(seed)))
+
+    assert draw(7) == draw(7) and draw(7) != draw(8)
+
+
+def test_every_type_has_eight_phrasings_or_more_in_training_and_some_kept():
+    for kind in questions.PHRASINGS:
+        trained, kept = questions.phrasings(kind, False), questions.phrasings(kind, True)
+        assert len(set(trained)) >= 8 and len(set(kept)) == 2 and not set(trained) & set(kept)
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", re.sub(r"\{.\}", " ", text)))
+
+
+def test_kept_phrasings_use_only_words_met_in_training():
+    met = set().union(*(words(p) for kind in questions.PHRASINGS for p in questions.phrasings(kind, False)))
+    for kind in questions.PHRASINGS:
+        for phrasing in questions.phrasings(kind, True):
+            assert words(phrasing) <= met, phrasing
+
+
+def test_tokenizer_spells_every_question_and_answer(tokenizer):
+    for seed in SEEDS:
+        for split, kept in product(scenes.SPLITS, (False, True)):
+            scene = scenes.draw_scene(seed, split)
+            for asked in questions.ask_many(scene, 20, random.Random(seed), split, kept):
+                ids = tokenizer(asked.text).input_ids
+                strange = any(word in asked.text for word in questions.UNKNOWN_WORDS)
+                assert (tokenizer.unk_token_id in ids) == strange, asked
+                if not strange:
+                    assert tokenizer.decode(ids) == asked.text
+                answer = answer_ids(tokenizer, asked.answer)
+                assert tokenizer.unk_token_id not in answer and tokenizer.decode(answer) == asked.answer
+
+
+def test_tokenizer_ignores_case_and_marks_unknown_words(tokenizer):
+    assert tokenizer("WHAT Colour?").input_ids == tokenizer("what colour ?").input_ids
+    ids = tokenizer("where is the dog?").input_ids
+    assert ids.count(tokenizer.unk_token_id) == 1
+    assert tokenizer.decode(tokenizer("7 42 905").input_ids) == "7 42 905"
+
+
+# --- training
+
+
+def test_batches_depend_on_stage_and_step_alone(tokenizer):
+    a, b, c = (batches.clip_batch(tokenizer, "language", step, 0, 2, 8) for step in (3, 3, 4))
+    assert torch.equal(a.pixels, b.pixels) and torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
+    assert not torch.equal(a.pixels, c.pixels)
+    assert a.pixels.shape == (16, 3, 96, 96) and a.ids.shape[:2] == a.types.shape == (2, 16)
+    layouts = [batches.draw_layout("language", step) for step in range(400)]
+    assert {8, 16, 32, 64} <= {x.frames for x in layouts} and {2, 4, 8} <= {x.slow for x in layouts}
+    assert 0.06 < sum(x.mode == "slow" for x in layouts) / 400 < 0.17
+
+
+def test_targets_are_the_answer_and_nothing_else(tokenizer):
+    scene = scenes.draw_scene(1)
+    asked = questions.ask_many(scene, 6, random.Random(1))
+    ids, targets = batches.encode_questions(tokenizer, [asked])
+    for question, row, target in zip(asked, ids[0], targets[0]):
+        said = target[target != batches.IGNORE].tolist()
+        assert said == [*answer_ids(tokenizer, question.answer), tokenizer.eos_token_id]
+        text = tokenizer.decode([i for i in row.tolist() if i != tokenizer.pad_token_id])
+        assert text == f"<user> {question.text}<assistant> {question.answer}"
+
+
+def chat_ids(tokenizer, text: str) -> list[int]:
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_training_sees_the_prompt_that_the_chat_template_writes(tokenizer):
+    asked = questions.ask_many(scenes.draw_scene(1), 1, random.Random(2))[0]
+    ids, targets = batches.encode_questions(tokenizer, [[asked]])
+    prompt = chat_ids(tokenizer, asked.text)
+    assert prompt[:2] == tokenizer.convert_tokens_to_ids(["<s>", "<image>"])
+    assert ids[0, 0, : len(prompt) - 2].tolist() == prompt[2:]
+
+
+@pytest.mark.parametrize("mode", ["both", "slow", "fast"])
+def test_packed_questions_get_the_logits_they_would_get_alone(tokenizer, mode):
+    from sfllava_fast.config import SlowFastConfig
+    from sfllava_fast.ops import slowfast_aggregate
+
+    batch = batches.clip_batch(tokenizer, "test", 0, 0, 2, 9)
+    plain, packed = build_model(1).eval(), build_model(1).eval()
+    packing.use_packed_attention(packed)
+    where = batch.targets != batches.IGNORE
+    layout = SlowFastConfig.parse("slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2")
+    layout = layout if mode == "both" else layout.only(mode)
+    with torch.inference_mode():
+        features = packing.encode_frames(packed, batch.pixels).unflatten(0, (2, -1))
+        logits = packing.packed_logits(packed, features, batch.ids, where, 4, mode)
+        hidden = plain.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        lone, embed = [], plain.get_input_embeddings()
+        for clip, patches in enumerate(hidden.unflatten(0, (2, -1))):
+            visual = slowfast_aggregate(plain.model.multi_modal_projector(patches), layout, backend="torch")
+            for ids, here in zip(batch.ids[clip], where[clip]):
+                ids = ids[: int(here.nonzero().max()) + 1]
+                start = embed(torch.tensor([plain.config.text_config.bos_token_id]))
+                rows = plain(inputs_embeds=torch.cat([start, visual, embed(ids)])[None]).logits[0, -len(ids) :]
+                lone.append(rows[here[: len(ids)]])
+    torch.testing.assert_close(logits, torch.cat(lone), atol=2e-5, rtol=1e-4)
+
+
+def trainer(folder, **changes) -> train.Trainer:
+    args = train.parse(["--out", str(folder / "model"), "--work", str(folder), "--ranks", "1", "--smoke"])
+    for key, value in changes.items():
+        setattr(args, key, value)
+    return train.Trainer(args, 0, 1)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(train, "IMAGES_PER_RANK", 8)
+    monkeypatch.setattr(batches, "QUESTIONS_PER_CLIP", 4)
+    monkeypatch.setattr(train, "draw_layout", lambda stage, step: batches.Layout(8, 4, "both"))
+
+
+def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
+    run = trainer(tmp_path, steps_scale=0.01)
+    losses = [run.train_step() for _ in range(run.stages[0].steps)]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:2])
+    assert run.finished_stage() and run.next_stage()
+    run.train_step()
+    run.save(tmp_path / "checkpoint.pt")
+    after = [run.train_step() for _ in range(5)]
+    assert after[-1] < after[0]
+    again = trainer(tmp_path, steps_scale=0.01)
+    again.load(tmp_path / "checkpoint.pt")
+    assert [again.train_step() for _ in range(5)] == after
+    for (name, a), b in zip(run.model.named_parameters(), again.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_each_stage_trains_its_own_part(tmp_path, small_batches):
+    run = trainer(tmp_path)
+    for frozen in ("language_model", "vision_tower", None):
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.train_step()
+        for name, p in run.model.named_parameters():
+            still = "post_layernorm" in name or (frozen is not None and frozen in name)
+            assert torch.equal(before[name], p) == (still or (frozen == "language_model" and "vision" not in name)), name
+        run.next_stage()
+
+
+def test_two_ranks_export_what_one_rank_exports(tmp_path):
+    from safetensors.torch import load_file
+
+    steps = str(2.01 / sum(stage.steps for stage in train.STAGES))
+    weights = []
+    for ranks in ("1", "2"):
+        out = tmp_path / ranks
+        assert train.main(["--out", str(out), "--work", str(out), "--ranks", ranks, "--steps-scale", steps]) == 0
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert [line["stage"] for line in log] == ["tower", "language", "joint"]
+        weights.append(load_file(out / "model.safetensors"))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=2e-3, rtol=0.02)
+
+
+# --- what ships
+
+
+def test_stock_transformers_loads_the_model_whole():
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model, report = LlavaForConditionalGeneration.from_pretrained(embedded.model_dir(), output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.sfllava_fast == {"layout": "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2", "frames": 16}
+    processor = AutoProcessor.from_pretrained(embedded.model_dir())
+    assert processor.image_processor.size["shortest_edge"] == model.config.vision_config.image_size == 96
+    assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size
+    assert chat_ids(processor.tokenizer, "read the sign.") == chat_ids(build_tokenizer(), "read the sign.")
+    assert sum(file.stat().st_size for file in embedded.model_dir().parent.rglob("*") if file.is_file()) < 12e6
+
+
+def test_export_keeps_the_weights(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = build_model(4)
+    export(model, tmp_path, torch.float32)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def model():
+    return evaluate.load_models(None, ablation=False)
+
+
+def test_sample_clip_is_held_out_and_answered_rightly(model):
+    from sfllava_fast.engine import SlowFastLlava
+
+    asked = embedded.sample_questions()
+    assert len(asked) >= 8 and embedded.sample_video().stat().st_size < 60_000
+    system: SlowFastLlava = model["both"]
+    answers = [system.answer(embedded.sample_video(), question).text for question in asked]
+    assert answers == embedded.sample_answers()
+
+
+def test_answers_on_encoded_clips_the_model_never_saw(model):
+    scores = evaluate.examine(model, clips=30, seed=11)["both"]
+    right, asked = evaluate.total_of(scores)
+    assert asked > 300 and right / asked > 0.90
+    for kind, (right, asked) in scores.items():
+        assert right / asked >= 0.7, (kind, right, asked)
+
+
+def test_evaluation_prints_the_table_it_counted(capsys, tmp_path):
+    file = tmp_path / "scores.json"
+    assert evaluate.main(["--clips", "2", "--seed", "3", "--ablation", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())["scores"]
+    assert set(told) == {"both", "slow only", "fast only"}
+    right, asked = evaluate.total_of(told["both"])
+    assert f"| **all** | {asked} | {100 * right / asked:.1f} |" in capsys.readouterr().out
