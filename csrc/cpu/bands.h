@@ -6,6 +6,8 @@
 // which makes every result equal to the reference bit for bit.
 #pragma once
 
+#include <type_traits>
+
 #include "line.h"
 #include "pool.h"
 
@@ -15,6 +17,10 @@ namespace sfllava::cpu {
 constexpr int kStreams = 6;
 constexpr int64_t kSumBytes = 16 * 1024;
 constexpr int kMaxBins = 4;
+
+// Floats from one bin's running sums to the next: whole lines, and two more, or rows of a power of two of channels
+// would all meet in one set of the cache.
+inline int64_t sum_stride(int64_t channels) { return (channels + 31) / 32 * 32 + 32; }
 
 struct Band {
   const Pathway& path;
@@ -29,42 +35,42 @@ class Bands {
 
  public:
   Bands(const Pooling& p, float* sums)
-      : p_(p), in_(static_cast<const T*>(p.features)), out_(static_cast<T*>(p.out)), sums_(sums) {}
+      : p_(p),
+        in_(static_cast<const T*>(p.features)),
+        out_(static_cast<T*>(p.out)),
+        sums_(sums),
+        sum_stride_(sum_stride(p.channels)) {}
 
   // All tokens of one row bin of one item.
   void pool(const Band& band) const {
-    const int32_t side_by_side = bins_at_once();
-    for (int32_t c = 0; c < band.path.cols; c += side_by_side) {
-      const int32_t bins = smaller(side_by_side, band.path.cols - c);
-      if (band.path.reduce == kMax) {
-        pool_bins<kMax>(band, c, bins);
-      } else {
-        pool_bins<kMean>(band, c, bins);
-      }
+    if (band.path.reduce == kMax) {
+      side_by_side<4>(band, [&](auto bins, int32_t c) { pool_bins<kMax, bins()>(band, c); });
+    } else {
+      side_by_side<4>(band, [&](auto bins, int32_t c) { pool_bins<kMean, bins()>(band, c); });
     }
   }
 
   // The same for a mean whose boxes hold whole pairs of `fine`, and the tokens of those pairs from the same read.
+  // Two bins at most: with more streams of stores than that, they cost more than they save.
   void pool_with_pairs(const Band& band, const Pathway& fine, const Item& fine_item) const {
-    const int32_t side_by_side = smaller(2, bins_at_once());  // more streams of stores than two cost more than they save
-    for (int32_t c = 0; c < band.path.cols; c += side_by_side) {
-      const int32_t bins = smaller(side_by_side, band.path.cols - c);
-      if (fine.reduce == kMax) {
-        pool_pairs<kMax>(band, c, bins, fine, fine_item);
-      } else {
-        pool_pairs<kMean>(band, c, bins, fine, fine_item);
-      }
+    if (fine.reduce == kMax) {
+      side_by_side<2>(band, [&](auto bins, int32_t c) { pool_pairs<kMax, bins()>(band, c, fine, fine_item); });
+    } else {
+      side_by_side<2>(band, [&](auto bins, int32_t c) { pool_pairs<kMean, bins()>(band, c, fine, fine_item); });
     }
   }
 
  private:
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 
-  int64_t sum_stride() const { return (p_.channels + Line::kSize - 1) / Line::kSize * Line::kSize; }
-
-  int32_t bins_at_once() const {
-    const int64_t fit = kSumBytes / (sum_stride() * static_cast<int64_t>(sizeof(float)));
-    return fit < 1 ? 1 : fit > kMaxBins ? kMaxBins : static_cast<int32_t>(fit);
+  // Calls body(number of bins, first bin) over the columns of a band, as many bins at once as their sums allow.
+  template <int kMost, class Body>
+  void side_by_side(const Band& band, const Body& body) const {
+    const int64_t fit = kSumBytes / (p_.channels * static_cast<int64_t>(sizeof(float)));
+    int32_t c = 0;
+    for (; kMost >= 4 && fit >= 4 && c + 4 <= band.path.cols; c += 4) body(std::integral_constant<int, 4>(), c);
+    for (; fit >= 2 && c + 2 <= band.path.cols; c += 2) body(std::integral_constant<int, 2>(), c);
+    for (; c < band.path.cols; ++c) body(std::integral_constant<int, 1>(), c);
   }
 
   const T* patch(int64_t frame, const Pathway& path, int32_t row, int32_t col) const {
@@ -83,77 +89,93 @@ class Bands {
     if (d < p_.channels) body(d, Line::part(static_cast<int>(p_.channels - d)));
   }
 
-  template <Reduce R>
-  void pool_bins(const Band& band, int32_t first, int32_t bins) const {
+  template <Reduce R, int kBins>
+  void pool_bins(const Band& band, int32_t first) const {
+    constexpr int32_t kStep = kStreams / kBins;
     const Bin rows = band.path.row[band.row_bin];
     const Bin* cols = band.path.col + first;
-    const int32_t step = smaller(kStreams, kStreams / bins);
+    const int32_t width = widest(cols, kBins);
     bool fresh = true;
     for (int64_t t = band.item.frame_begin; t < band.item.frame_end; ++t) {
       for (int32_t r = rows.start; r < rows.stop; ++r) {
-        for (int32_t at = 0; at < widest(cols, bins); at += step) {
-          add_patches<R>(band, t, r, cols, bins, at, step, fresh);
+        for (int32_t at = 0; at < width; at += kStep) {
+          const T* from[kBins];
+          int32_t count[kBins];
+          for (int b = 0; b < kBins; ++b) {
+            from[b] = patch(t, band.path, r, cols[b].start + at);
+            count[b] = smaller(kStep, cols[b].size() - at);
+          }
+          bool full = true;
+          for (int b = 0; b < kBins; ++b) full = full && count[b] == kStep;
+          if (full) {
+            add_patches<R, kBins, kStep>(from, count, fresh);
+          } else {
+            add_patches<R, kBins, 0>(from, count, fresh);
+          }
           fresh = false;
         }
       }
     }
-    for (int32_t b = 0; b < bins; ++b) finish<R>(band, first + b, sums_ + b * sum_stride());
+    for (int b = 0; b < kBins; ++b) finish<R>(band, first + b, sums_ + b * sum_stride_);
   }
 
-  // Patches [at, at + step) of each bin, as far as the bin goes.
-  template <Reduce R>
-  void add_patches(const Band& band, int64_t t, int32_t r, const Bin* cols, int32_t bins, int32_t at, int32_t step,
-                   bool fresh) const {
-    const T* from[kMaxBins];
-    int32_t count[kMaxBins];
-    for (int32_t b = 0; b < bins; ++b) {
-      from[b] = patch(t, band.path, r, cols[b].start + at);
-      count[b] = smaller(step, cols[b].size() - at);
-    }
-    for_lines([&](int64_t d, auto width) {
-      for (int32_t b = 0; b < bins; ++b) {
-        float* sum = sums_ + b * sum_stride() + d;
+  // The first patches from from[b] join the sums of bin b: kCount of them, or count[b] where kCount is 0.
+  template <Reduce R, int kBins, int kCount>
+  void add_patches(const T* const (&from)[kBins], const int32_t (&count)[kBins], bool fresh) const {
+    const int64_t stride = p_.patch_stride;
+    for_lines([=, sums = sums_, sum_stride = sum_stride_](int64_t d, auto width) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kBins; ++b) {
+        float* sum = sums + b * sum_stride + d;
         Line acc = fresh ? Line::template start<R>() : Line::load_sums(sum);
         const T* x = from[b] + d;
-        for (int32_t i = 0; i < count[b]; ++i, x += p_.patch_stride) acc.template take<R>(Line::load(x, width));
+        const int32_t patches = kCount ? kCount : count[b];
+#pragma GCC unroll 6
+        for (int32_t i = 0; i < patches; ++i) acc.template take<R>(Line::load(x + i * stride, width));
         acc.store_sums(sum);
       }
     });
   }
 
-  template <Reduce R>
-  void pool_pairs(const Band& band, int32_t first, int32_t bins, const Pathway& fine, const Item& fine_item) const {
+  template <Reduce R, int kBins>
+  void pool_pairs(const Band& band, int32_t first, const Pathway& fine, const Item& fine_item) const {
     const Bin rows = band.path.row[band.row_bin];
     const Bin* cols = band.path.col + first;
-    const int64_t t = band.item.frame_begin;
     for (int32_t r = rows.start; r < rows.stop; ++r) {
       for (int32_t at = 0; at < cols[0].size(); at += 2) {
-        const T* from[kMaxBins];
-        T* to[kMaxBins];
-        for (int32_t b = 0; b < bins; ++b) {
-          from[b] = patch(t, band.path, r, cols[b].start + at);
+        const T* from[kBins];
+        T* to[kBins];
+        for (int b = 0; b < kBins; ++b) {
+          from[b] = patch(band.item.frame_begin, band.path, r, cols[b].start + at);
           to[b] = token(fine_item, fine, r, (cols[b].start + at) / 2);
         }
-        const bool fresh = r == rows.start && at == 0;
-        for_lines([&](int64_t d, auto width) {
-          for (int32_t b = 0; b < bins; ++b) {
-            const Line left = Line::load(from[b] + d, width);
-            const Line right = Line::load(from[b] + p_.patch_stride + d, width);
-            float* sum = sums_ + b * sum_stride() + d;
-            Line acc = fresh ? Line::template start<kMean>() : Line::load_sums(sum);
-            acc.template take<kMean>(left);
-            acc.template take<kMean>(right);
-            acc.store_sums(sum);
-            Line pair = Line::template start<R>();
-            pair.template take<R>(left);
-            pair.template take<R>(right);
-            if (R == kMean) pair.divide(2.0f);
-            pair.store(to[b] + d, width, p_.stream);
-          }
-        });
+        add_pairs<R, kBins>(from, to, r == rows.start && at == 0);
       }
     }
-    for (int32_t b = 0; b < bins; ++b) finish<kMean>(band, first + b, sums_ + b * sum_stride());
+    for (int b = 0; b < kBins; ++b) finish<kMean>(band, first + b, sums_ + b * sum_stride_);
+  }
+
+  // The two patches from from[b] join the sums of bin b, and their own pooling goes to to[b].
+  template <Reduce R, int kBins>
+  void add_pairs(const T* const (&from)[kBins], T* const (&to)[kBins], bool fresh) const {
+    const int64_t stride = p_.patch_stride;
+    for_lines([=, sums = sums_, sum_stride = sum_stride_, stream = p_.stream](int64_t d, auto width) {
+#pragma GCC unroll 2
+      for (int b = 0; b < kBins; ++b) {
+        const Line left = Line::load(from[b] + d, width);
+        const Line right = Line::load(from[b] + stride + d, width);
+        float* sum = sums + b * sum_stride + d;
+        Line acc = fresh ? Line::template start<kMean>() : Line::load_sums(sum);
+        acc.template take<kMean>(left);
+        acc.template take<kMean>(right);
+        acc.store_sums(sum);
+        Line pair = Line::template start<R>();
+        pair.template take<R>(left);
+        pair.template take<R>(right);
+        if (R == kMean) pair.divide(2.0f);
+        pair.template store<R>(to[b] + d, width, stream);
+      }
+    });
   }
 
   static int32_t widest(const Bin* cols, int32_t bins) {
@@ -175,7 +197,7 @@ class Bands {
         acc.divide(rows);
         acc.divide(cols);
       }
-      acc.store(to + d, width, p_.stream);
+      acc.template store<R>(to + d, width, p_.stream);
     });
   }
 
@@ -183,6 +205,7 @@ class Bands {
   const T* in_;
   T* out_;
   float* sums_;
+  int64_t sum_stride_;
 };
 
 }  // namespace sfllava::cpu

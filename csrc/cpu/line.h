@@ -51,16 +51,19 @@ class Line {
     return load(buffer, whole());
   }
 
+  // Results of reduction R: a maximum is one of its elements, so it needs no rounding.
+  template <Reduce R>
   void store(T* to, WholeLine, bool stream) const {
     if (stream) {
-      V::template store<true>(to, reg_);
+      V::template store<true, R == kMean>(to, reg_);
     } else {
-      V::template store<false>(to, reg_);
+      V::template store<false, R == kMean>(to, reg_);
     }
   }
+  template <Reduce R>
   void store(T* to, PartLine part, bool) const {
     alignas(kLineBytes) T buffer[kSize];
-    V::template store<false>(buffer, reg_);
+    V::template store<false, R == kMean>(buffer, reg_);
     std::memcpy(to, buffer, part.count * sizeof(T));
   }
 

@@ -53,8 +53,7 @@ float* thread_sums(int64_t channels) {
   };
   thread_local std::unique_ptr<float, Free> sums;
   thread_local int64_t size = 0;
-  const int64_t lines = (channels * static_cast<int64_t>(sizeof(float)) + 2 * kLineBytes - 1) / (2 * kLineBytes);
-  const int64_t needed = lines * 2 * kLineBytes * kMaxBins;
+  const int64_t needed = sum_stride(channels) * kMaxBins * static_cast<int64_t>(sizeof(float));
   if (needed > size) {
     sums.reset(static_cast<float*>(std::aligned_alloc(kLineBytes, needed)));
     size = needed;

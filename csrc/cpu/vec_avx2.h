@@ -36,19 +36,19 @@ struct Avx2 {
     for (int i = 0; i < 4; ++i) r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(float* p, const Register* r) {
     put<kStream>(p, _mm256_castps_si256(r[0]));
     put<kStream>(p + 8, _mm256_castps_si256(r[1]));
   }
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(BFloat16* p, const Register* r) {
     for (int i = 0; i < 2; ++i) {
-      const __m256i even = _mm256_srli_epi32(round_to_bf16(r[2 * i]), 16);
-      put<kStream>(p + 16 * i, _mm256_or_si256(even, _mm256_and_si256(round_to_bf16(r[2 * i + 1]), high_half())));
+      const __m256i even = _mm256_srli_epi32(bf16_bits<kRound>(r[2 * i]), 16);
+      put<kStream>(p + 16 * i, _mm256_or_si256(even, _mm256_and_si256(bf16_bits<kRound>(r[2 * i + 1]), high_half())));
     }
   }
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(Float16* p, const Register* r) {
     for (int i = 0; i < 2; ++i) {
       const __m128i low = _mm256_cvtps_ph(r[2 * i], _MM_FROUND_TO_NEAREST_INT);
@@ -60,9 +60,11 @@ struct Avx2 {
  private:
   static __m256i high_half() { return _mm256_set1_epi32(static_cast<int>(0xffff0000)); }
 
-  // Nearest even in the upper half of each float; NaN becomes the quiet NaN that torch writes.
-  static __m256i round_to_bf16(Register r) {
+  // The upper half of each float, rounded to nearest even; NaN becomes the quiet NaN that torch writes.
+  template <bool kRound>
+  static __m256i bf16_bits(Register r) {
     const __m256i bits = _mm256_castps_si256(r);
+    if (!kRound) return bits;
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(r, r, _CMP_UNORD_Q));

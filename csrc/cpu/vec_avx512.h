@@ -31,16 +31,16 @@ struct Avx512 {
     for (int i = 0; i < 2; ++i) r[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i));
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(float* p, const Register* r) {
     put<kStream>(p, _mm512_castps_si512(r[0]));
   }
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(BFloat16* p, const Register* r) {
-    const __m512i even = _mm512_srli_epi32(round_to_bf16(r[0]), 16);
-    put<kStream>(p, _mm512_or_si512(even, _mm512_and_si512(round_to_bf16(r[1]), high_half())));
+    const __m512i even = _mm512_srli_epi32(bf16_bits<kRound>(r[0]), 16);
+    put<kStream>(p, _mm512_or_si512(even, _mm512_and_si512(bf16_bits<kRound>(r[1]), high_half())));
   }
-  template <bool kStream>
+  template <bool kStream, bool kRound>
   static void store(Float16* p, const Register* r) {
     const __m256i low = _mm512_cvtps_ph(r[0], _MM_FROUND_TO_NEAREST_INT);
     const __m256i high = _mm512_cvtps_ph(r[1], _MM_FROUND_TO_NEAREST_INT);
@@ -50,9 +50,11 @@ struct Avx512 {
  private:
   static __m512i high_half() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
 
-  // Nearest even in the upper half of each float; NaN becomes the quiet NaN that torch writes.
-  static __m512i round_to_bf16(Register r) {
+  // The upper half of each float, rounded to nearest even; NaN becomes the quiet NaN that torch writes.
+  template <bool kRound>
+  static __m512i bf16_bits(Register r) {
     const __m512i bits = _mm512_castps_si512(r);
+    if (!kRound) return bits;
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));

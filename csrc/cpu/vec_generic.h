@@ -20,7 +20,7 @@ struct Generic {
   static void load(const T* p, float* r) {
     for (int i = 0; i < static_cast<int>(kLineBytes / sizeof(T)); ++i) r[i] = widen(p[i]);
   }
-  template <bool kStream, class T>
+  template <bool kStream, bool kRound, class T>
   static void store(T* p, const float* r) {
     for (int i = 0; i < static_cast<int>(kLineBytes / sizeof(T)); ++i) narrow(r[i], p[i]);
   }
