@@ -1,9 +1,10 @@
 // The pooling algorithm, once for every instruction set and dtype.
 //
-// Memory is the limit, so everything here is about how patches stream in. Bins of a pathway are taken side by
-// side and patches several at a time, which keeps a handful of long sequential streams in flight; the running
-// sums stay in a buffer that fits the first-level cache. Elements enter a box in (frame, row, column) order,
-// which makes every result equal to the reference bit for bit.
+// Memory is the limit, so everything here is about how patches stream in: a few long sequential streams at once
+// keep more reads in flight than one, or than many short ones (bench/README.md has the measurements). So bins
+// that lie below each other are pooled side by side, each walking its rows from left to right, several patches
+// at a time; their running sums stay in the cache. Elements enter a box in (frame, row, column) order, which
+// makes every result equal to the reference bit for bit.
 #pragma once
 
 #include <type_traits>
@@ -13,22 +14,29 @@
 
 namespace sfllava::cpu {
 
-// Streams of 64-byte lines read at once, and bytes of running sums held at once: measured, bench/README.md.
-constexpr int kStreams = 6;
-constexpr int64_t kSumBytes = 16 * 1024;
-constexpr int kMaxBins = 4;
+constexpr int kStreams = 6;                 // patches read at once
+constexpr int kBandRows = 4;                // row bins side by side, at most
+constexpr int64_t kHotBytes = 16 * 1024;    // sums written at once: half of a first-level cache
+constexpr int64_t kWarmBytes = 256 * 1024;  // all sums in progress: half of a second-level cache
 
 // Floats from one bin's running sums to the next: whole lines, and two more, or rows of a power of two of channels
 // would all meet in one set of the cache.
 inline int64_t sum_stride(int64_t channels) { return (channels + 31) / 32 * 32 + 32; }
 
+// Floats that a thread needs for the sums in progress.
+inline int64_t count_sums(int64_t channels) {
+  const int64_t warm = kWarmBytes / static_cast<int64_t>(sizeof(float)), least = kBandRows * sum_stride(channels);
+  return warm > least ? warm : least;
+}
+
+// Row bins [begin, end) of one item.
 struct Band {
   const Pathway& path;
   const Item& item;
-  int32_t row_bin;
+  int32_t begin, end;
 };
 
-// `Line` holds 64 bytes of T as floats: load, store, add, and so on (line_*.h).
+// `Line` holds 64 bytes of T as floats: load, store, take, and so on (line.h).
 template <class Line>
 class Bands {
   using T = typename Line::T;
@@ -41,36 +49,42 @@ class Bands {
         sums_(sums),
         sum_stride_(sum_stride(p.channels)) {}
 
-  // All tokens of one row bin of one item.
+  // All tokens of a band.
   void pool(const Band& band) const {
     if (band.path.reduce == kMax) {
-      side_by_side<4>(band, [&](auto bins, int32_t c) { pool_bins<kMax, bins()>(band, c); });
+      side_by_side<4>(band, [&](auto bins, int32_t r) { pool_bins<kMax, bins()>(band, r); });
     } else {
-      side_by_side<4>(band, [&](auto bins, int32_t c) { pool_bins<kMean, bins()>(band, c); });
+      side_by_side<4>(band, [&](auto bins, int32_t r) { pool_bins<kMean, bins()>(band, r); });
     }
   }
 
   // The same for a mean whose boxes hold whole pairs of `fine`, and the tokens of those pairs from the same read.
-  // Two bins at most: with more streams of stores than that, they cost more than they save.
+  // Two bins at once: with more streams of stores than that, they cost more than they save.
   void pool_with_pairs(const Band& band, const Pathway& fine, const Item& fine_item) const {
     if (fine.reduce == kMax) {
-      side_by_side<2>(band, [&](auto bins, int32_t c) { pool_pairs<kMax, bins()>(band, c, fine, fine_item); });
+      side_by_side<2>(band, [&](auto bins, int32_t r) { pool_pairs<kMax, bins()>(band, r, fine, fine_item); });
     } else {
-      side_by_side<2>(band, [&](auto bins, int32_t c) { pool_pairs<kMean, bins()>(band, c, fine, fine_item); });
+      side_by_side<2>(band, [&](auto bins, int32_t r) { pool_pairs<kMean, bins()>(band, r, fine, fine_item); });
     }
   }
 
  private:
   static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 
-  // Calls body(number of bins, first bin) over the columns of a band, as many bins at once as their sums allow.
+  // Calls body(number of bins, first row bin) over a band, as many bins at once as their sums allow.
   template <int kMost, class Body>
   void side_by_side(const Band& band, const Body& body) const {
-    const int64_t fit = kSumBytes / (p_.channels * static_cast<int64_t>(sizeof(float)));
-    int32_t c = 0;
-    for (; kMost >= 4 && fit >= 4 && c + 4 <= band.path.cols; c += 4) body(std::integral_constant<int, 4>(), c);
-    for (; fit >= 2 && c + 2 <= band.path.cols; c += 2) body(std::integral_constant<int, 2>(), c);
-    for (; c < band.path.cols; ++c) body(std::integral_constant<int, 1>(), c);
+    const int64_t fit = kHotBytes / (p_.channels * static_cast<int64_t>(sizeof(float)));
+    int32_t r = band.begin;
+    for (; kMost >= 4 && fit >= 4 && r + 4 <= band.end; r += 4) body(std::integral_constant<int, 4>(), r);
+    for (; (fit >= 2 || kMost == 2) && r + 2 <= band.end; r += 2) body(std::integral_constant<int, 2>(), r);
+    for (; r < band.end; ++r) body(std::integral_constant<int, 1>(), r);
+  }
+
+  // Columns of bins whose sums are in progress at once.
+  int32_t columns_at_once(int bins) const {
+    const int64_t fit = kWarmBytes / (bins * sum_stride_ * static_cast<int64_t>(sizeof(float)));
+    return fit > 1 ? static_cast<int32_t>(fit < (1 << 20) ? fit : (1 << 20)) : 1;
   }
 
   const T* patch(int64_t frame, const Pathway& path, int32_t row, int32_t col) const {
@@ -80,6 +94,8 @@ class Bands {
   T* token(const Item& item, const Pathway& path, int32_t row_bin, int32_t col_bin) const {
     return out_ + token_row(item, path, row_bin, col_bin) * p_.token_stride;
   }
+
+  float* sums(int32_t bin) const { return sums_ + bin * sum_stride_; }
 
   // Calls body(first channel, channels in this line): whole lines, then what is left.
   template <class Body>
@@ -91,39 +107,46 @@ class Bands {
 
   template <Reduce R, int kBins>
   void pool_bins(const Band& band, int32_t first) const {
-    constexpr int32_t kStep = kStreams / kBins;
-    const Bin rows = band.path.row[band.row_bin];
-    const Bin* cols = band.path.col + first;
-    const int32_t width = widest(cols, kBins);
-    bool fresh = true;
-    for (int64_t t = band.item.frame_begin; t < band.item.frame_end; ++t) {
-      for (int32_t r = rows.start; r < rows.stop; ++r) {
-        for (int32_t at = 0; at < width; at += kStep) {
-          const T* from[kBins];
-          int32_t count[kBins];
-          for (int b = 0; b < kBins; ++b) {
-            from[b] = patch(t, band.path, r, cols[b].start + at);
-            count[b] = smaller(kStep, cols[b].size() - at);
-          }
-          bool full = true;
-          for (int b = 0; b < kBins; ++b) full = full && count[b] == kStep;
-          if (full) {
-            add_patches<R, kBins, kStep>(from, count, fresh);
-          } else {
-            add_patches<R, kBins, 0>(from, count, fresh);
-          }
-          fresh = false;
+    const int32_t columns = columns_at_once(kBins);
+    for (int32_t begin = 0; begin < band.path.cols; begin += columns) {
+      const int32_t end = smaller(begin + columns, band.path.cols);
+      for (int32_t t = band.item.frame_begin; t < band.item.frame_end; ++t) {
+        for (int32_t r = 0; r < tallest(band.path.row + first, kBins); ++r) {
+          for (int32_t c = begin; c < end; ++c) pool_row<R, kBins>(band, first, t, r, c, sums((c - begin) * kBins));
         }
       }
+      finish<R, kBins>(band, first, begin, end);
     }
-    for (int b = 0; b < kBins; ++b) finish<R>(band, first + b, sums_ + b * sum_stride_);
+  }
+
+  // Row r of each bin in column c.
+  template <Reduce R, int kBins>
+  void pool_row(const Band& band, int32_t first, int32_t t, int32_t r, int32_t c, float* sums) const {
+    constexpr int32_t kStep = kStreams / kBins;
+    const Bin* rows = band.path.row + first;
+    const Bin col = band.path.col[c];
+    for (int32_t at = 0; at < col.size(); at += kStep) {
+      const T* from[kBins];
+      int32_t count[kBins];
+      bool full = true;
+      for (int b = 0; b < kBins; ++b) {
+        from[b] = patch(t, band.path, rows[b].start + r, col.start + at);
+        count[b] = r < rows[b].size() ? smaller(kStep, col.size() - at) : 0;
+        full = full && count[b] == kStep;
+      }
+      const bool fresh = t == band.item.frame_begin && r == 0 && at == 0;
+      if (full) {
+        add_patches<R, kBins, kStep>(from, count, sums, fresh);
+      } else {
+        add_patches<R, kBins, 0>(from, count, sums, fresh);
+      }
+    }
   }
 
   // The first patches from from[b] join the sums of bin b: kCount of them, or count[b] where kCount is 0.
   template <Reduce R, int kBins, int kCount>
-  void add_patches(const T* const (&from)[kBins], const int32_t (&count)[kBins], bool fresh) const {
-    const int64_t stride = p_.patch_stride;
-    for_lines([=, sums = sums_, sum_stride = sum_stride_](int64_t d, auto width) {
+  void add_patches(const T* const (&from)[kBins], const int32_t (&count)[kBins], float* sums, bool fresh) const {
+    for_lines([=, stride = p_.patch_stride, sum_stride = sum_stride_](int64_t d, auto width) {
 #pragma GCC unroll 4
       for (int b = 0; b < kBins; ++b) {
         float* sum = sums + b * sum_stride + d;
@@ -139,27 +162,32 @@ class Bands {
 
   template <Reduce R, int kBins>
   void pool_pairs(const Band& band, int32_t first, const Pathway& fine, const Item& fine_item) const {
-    const Bin rows = band.path.row[band.row_bin];
-    const Bin* cols = band.path.col + first;
-    for (int32_t r = rows.start; r < rows.stop; ++r) {
-      for (int32_t at = 0; at < cols[0].size(); at += 2) {
-        const T* from[kBins];
-        T* to[kBins];
-        for (int b = 0; b < kBins; ++b) {
-          from[b] = patch(band.item.frame_begin, band.path, r, cols[b].start + at);
-          to[b] = token(fine_item, fine, r, (cols[b].start + at) / 2);
+    const int32_t columns = columns_at_once(kBins);
+    const Bin* rows = band.path.row + first;
+    for (int32_t begin = 0; begin < band.path.cols; begin += columns) {
+      const int32_t end = smaller(begin + columns, band.path.cols);
+      for (int32_t r = 0; r < rows[0].size(); ++r) {
+        for (int32_t c = begin; c < end; ++c) {
+          const Bin col = band.path.col[c];
+          for (int32_t at = col.start; at < col.stop; at += 2) {
+            const T* from[kBins];
+            T* to[kBins];
+            for (int b = 0; b < kBins; ++b) {
+              from[b] = patch(band.item.frame_begin, band.path, rows[b].start + r, at);
+              to[b] = token(fine_item, fine, rows[b].start + r, at / 2);
+            }
+            add_pairs<R, kBins>(from, to, sums((c - begin) * kBins), r == 0 && at == col.start);
+          }
         }
-        add_pairs<R, kBins>(from, to, r == rows.start && at == 0);
       }
+      finish<kMean, kBins>(band, first, begin, end);
     }
-    for (int b = 0; b < kBins; ++b) finish<kMean>(band, first + b, sums_ + b * sum_stride_);
   }
 
   // The two patches from from[b] join the sums of bin b, and their own pooling goes to to[b].
   template <Reduce R, int kBins>
-  void add_pairs(const T* const (&from)[kBins], T* const (&to)[kBins], bool fresh) const {
-    const int64_t stride = p_.patch_stride;
-    for_lines([=, sums = sums_, sum_stride = sum_stride_, stream = p_.stream](int64_t d, auto width) {
+  void add_pairs(const T* const (&from)[kBins], T* const (&to)[kBins], float* sums, bool fresh) const {
+    for_lines([=, stride = p_.patch_stride, sum_stride = sum_stride_, stream = p_.stream](int64_t d, auto width) {
 #pragma GCC unroll 2
       for (int b = 0; b < kBins; ++b) {
         const Line left = Line::load(from[b] + d, width);
@@ -178,27 +206,33 @@ class Bands {
     });
   }
 
-  static int32_t widest(const Bin* cols, int32_t bins) {
-    int32_t width = 0;
-    for (int32_t b = 0; b < bins; ++b) width = cols[b].size() > width ? cols[b].size() : width;
-    return width;
+  static int32_t tallest(const Bin* rows, int32_t bins) {
+    int32_t height = 0;
+    for (int32_t b = 0; b < bins; ++b) height = rows[b].size() > height ? rows[b].size() : height;
+    return height;
   }
 
-  template <Reduce R>
-  void finish(const Band& band, int32_t col_bin, const float* sums) const {
-    T* to = token(band.item, band.path, band.row_bin, col_bin);
+  // Sums become tokens: kBins row bins from `first`, column bins [begin, end).
+  template <Reduce R, int kBins>
+  void finish(const Band& band, int32_t first, int32_t begin, int32_t end) const {
     const float frames = static_cast<float>(band.item.frame_end - band.item.frame_begin);
-    const float rows = static_cast<float>(band.path.row[band.row_bin].size());
-    const float cols = static_cast<float>(band.path.col[col_bin].size());
-    for_lines([&](int64_t d, auto width) {
-      Line acc = Line::load_sums(sums + d);
-      if (R == kMean) {
-        if (frames != 1.0f) acc.divide(frames);
-        acc.divide(rows);
-        acc.divide(cols);
+    for (int b = 0; b < kBins; ++b) {
+      const float rows = static_cast<float>(band.path.row[first + b].size());
+      for (int32_t c = begin; c < end; ++c) {
+        const float cols = static_cast<float>(band.path.col[c].size());
+        const float* from = sums((c - begin) * kBins + b);
+        T* to = token(band.item, band.path, first + b, c);
+        for_lines([&](int64_t d, auto width) {
+          Line acc = Line::load_sums(from + d);
+          if (R == kMean) {
+            if (frames != 1.0f) acc.divide(frames);
+            acc.divide(rows);
+            acc.divide(cols);
+          }
+          acc.template store<R>(to + d, width, p_.stream);
+        });
       }
-      acc.template store<R>(to + d, width, p_.stream);
-    });
+    }
   }
 
   const Pooling& p_;

@@ -53,7 +53,7 @@ float* thread_sums(int64_t channels) {
   };
   thread_local std::unique_ptr<float, Free> sums;
   thread_local int64_t size = 0;
-  const int64_t needed = sum_stride(channels) * kMaxBins * static_cast<int64_t>(sizeof(float));
+  const int64_t needed = count_sums(channels) * static_cast<int64_t>(sizeof(float));
   if (needed > size) {
     sums.reset(static_cast<float*>(std::aligned_alloc(kLineBytes, needed)));
     size = needed;

@@ -1,11 +1,11 @@
-// How the plan becomes tasks: one per group of items and row band of the group's coarsest pathway.
+// How the plan becomes tasks: one per group of items and band of the group's coarsest pathway.
 #pragma once
 
 #include "bands.h"
 
 namespace sfllava::cpu {
 
-// The running sums of kMaxBins lines of this many channels; grows with the largest call of the thread.
+// Room for count_sums(channels) floats; grows with the largest call of the thread.
 float* thread_sums(int64_t channels);
 
 inline int32_t coarsest(const Plan& plan, int32_t group) {
@@ -19,7 +19,7 @@ inline int32_t coarsest(const Plan& plan, int32_t group) {
 inline int32_t most_bands(const Plan& plan) {
   int32_t most = 0;
   for (int32_t i = 0; i < plan.pathways(); ++i) most = plan.pathway(i).rows > most ? plan.pathway(i).rows : most;
-  return most;
+  return (most + kBandRows - 1) / kBandRows;
 }
 
 // Whether `coarse` is a mean over boxes that tile the grid in whole pairs, and `fine` pools just those pairs.
@@ -35,12 +35,19 @@ inline bool pairs_nest(const Pathway& coarse, const Item& item, const Pathway& f
   }
   int32_t row = 0, col = 0;
   for (int32_t r = 0; r < coarse.rows; row = coarse.row[r++].stop) {
-    if (coarse.row[r].start != row) return false;
+    if (coarse.row[r].start != row || coarse.row[r].size() != coarse.row[0].size()) return false;
   }
   for (int32_t c = 0; c < coarse.cols; col = coarse.col[c++].stop) {
-    if (coarse.col[c].start != col || coarse.col[c].size() != coarse.col[0].size()) return false;
+    if (coarse.col[c].start != col || coarse.col[c].size() % 2 != 0) return false;
   }
-  return coarse.col[0].size() % 2 == 0 && row == height && col == coarse.width;
+  return row == height && col == coarse.width;
+}
+
+// The first row bin that begins at or after a patch.
+inline int32_t first_row_bin(const Pathway& path, int64_t patch) {
+  int32_t r = 0;
+  while (r < path.rows && int64_t{path.row[r].start} * path.width < patch) ++r;
+  return r;
 }
 
 template <class Line>
@@ -49,27 +56,25 @@ void run_band(const Pooling& p, int32_t group, int32_t band, const Bands<Line>& 
   const int32_t lead = coarsest(plan, group);
   const Item lead_item = plan.item(lead);
   const Pathway coarse = plan.pathway(lead_item.pathway);
-  if (band >= coarse.rows) return;
-  const Band whole{coarse, lead_item, band};
+  if (band * kBandRows >= coarse.rows) return;
+  const int32_t last = (band + 1) * kBandRows;
+  const Band whole{coarse, lead_item, band * kBandRows, last < coarse.rows ? last : coarse.rows};
   const int32_t begin = plan.group_begin(group), end = plan.group_begin(group + 1);
-  const int32_t other = lead == begin ? begin + 1 : begin;
   if (end - begin == 2) {
-    const Item item = plan.item(other);
+    const Item item = plan.item(lead == begin ? begin + 1 : begin);
     const Pathway fine = plan.pathway(item.pathway);
     if (pairs_nest(coarse, lead_item, fine, plan.patches())) return bands.pool_with_pairs(whole, fine, item);
   }
   bands.pool(whole);
   // The other pathways' row bins go with the band that their first patch lies in, while it is in the cache.
-  const int64_t from = band == 0 ? 0 : int64_t{coarse.row[band].start} * coarse.width;
-  const int64_t to = band + 1 < coarse.rows ? int64_t{coarse.row[band + 1].start} * coarse.width : plan.patches();
+  const int64_t from = band == 0 ? 0 : int64_t{coarse.row[whole.begin].start} * coarse.width;
+  const int64_t to = last < coarse.rows ? int64_t{coarse.row[last].start} * coarse.width : plan.patches();
   for (int32_t i = begin; i < end; ++i) {
     if (i == lead) continue;
     const Item item = plan.item(i);
     const Pathway path = plan.pathway(item.pathway);
-    for (int32_t r = 0; r < path.rows; ++r) {
-      const int64_t first = int64_t{path.row[r].start} * path.width;
-      if (first >= from && first < to) bands.pool({path, item, r});
-    }
+    const int32_t first = first_row_bin(path, from);
+    bands.pool({path, item, first, first_row_bin(path, to)});
   }
 }
 
