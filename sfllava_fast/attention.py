@@ -26,7 +26,9 @@ class Attention:
 
 
 def resolve_attention(
-    requested: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    requested: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     head_dim: int = 128,
 ) -> Attention:
     """The attention to load a model with.

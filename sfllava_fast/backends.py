@@ -22,7 +22,7 @@ from .table import plan_table
 
 log = logging.getLogger("sfllava_fast")
 
-_LIBRARY = Path(__file__).parent / "_C.so"
+LIBRARY = Path(__file__).parent / "_C.so"
 _OLDEST_TORCH = (2, 10)  # the first whose stable ABI has everything csrc/torch calls
 
 
@@ -41,12 +41,12 @@ def load_library() -> str | None:
     """Loads the compiled kernels into torch, once; the reason where that cannot be."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
         return f"torch {torch.__version__} lacks the stable ABI of torch 2.10"
-    if not _LIBRARY.exists():
+    if not LIBRARY.exists():
         return "the package was installed without compiled kernels (no C++ compiler at install time)"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        return f"{_LIBRARY.name} could not be loaded: {str(error).splitlines()[0]}"
+        return f"{LIBRARY.name} could not be loaded: {str(error).splitlines()[0]}"
     return None
 
 
@@ -54,7 +54,7 @@ def cpu_library() -> ctypes.CDLL:
     """The loaded kernels' C functions: `sfllava_isa`, `sfllava_force_isa`."""
     if reason := load_library():
         raise BackendError(f"backend cpu: {reason}")
-    library = ctypes.CDLL(str(_LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
     library.sfllava_isa.restype = ctypes.c_char_p
     library.sfllava_force_isa.argtypes = [ctypes.c_char_p]
     library.sfllava_force_isa.restype = ctypes.c_bool

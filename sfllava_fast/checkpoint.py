@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
 }
 # Files that any Hugging Face tokenizer needs one of.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -34,8 +38,8 @@ _COMPUTED = re.compile(r"\.embeddings\.position_ids$|\.rotary_emb\.inv_freq$")
 _VISION_LAYER = re.compile(r"vision_tower\..*encoder\.layers\.(\d+)\.")
 _VISION_POST_NORM = re.compile(r"vision_tower\.(vision_model\.)?post_layernorm\.")
 
-# SlowFast-LLaVA's published runs stretch the Llama models' 4096 positions by dynamic NTK scaling with factor 2, which
-# changes nothing up to 4096 tokens.
+# SlowFast-LLaVA's published runs stretch the Llama models' 4096 positions by dynamic NTK scaling with
+# factor 2, which changes nothing up to 4096 tokens.
 _STRETCHED_POSITIONS = 4096
 _STRETCH = {"rope_type": "dynamic", "factor": 2.0}
 
@@ -45,8 +49,8 @@ class Checkpoint:
     """A loaded checkpoint: the stock model, cut after the vision layers it reads, and what belongs to it.
 
     name: what the caller asked for. depths: encoder layers to run for each feature that is read, as in
-    `hidden_states[depth]`. drops_first: whether the first vision token (CLS) is left out. context: tokens the language
-    model may see. options: the "sfllava_fast" entry of config.json, or None.
+    `hidden_states[depth]`. drops_first: whether the first vision token (CLS) is left out. context: tokens
+    the language model may see. options: the "sfllava_fast" entry of config.json, or None.
     """
 
     name: str
@@ -63,14 +67,17 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path_or_hub_id: str | Path, dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None, attention: str = "auto",
+    path_or_hub_id: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "auto",
 ) -> Checkpoint:
     """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format (key layouts of transformers 4 and 5).
 
-    Raises CheckpointError for anything missing, corrupt, incomplete or of another architecture, BackendError for a
-    device, dtype or attention that cannot serve, InputError for an unknown dtype.
+    Raises CheckpointError for anything missing, corrupt, incomplete or of another architecture,
+    BackendError for a device, dtype or attention that cannot serve, InputError for an unknown dtype.
     """
+    require_transformers()
     path = locate(path_or_hub_id)
     raw = read_config(path)
     device = choose_device(device)
@@ -90,9 +97,28 @@ def load_checkpoint(
     tower = cut_tower(model.model.vision_tower, max(depths))
     drops_first = config.vision_feature_select_strategy == "default"
     return Checkpoint(
-        str(path_or_hub_id), model.to(device).eval(), tokenizer, read_chat_template(path, tokenizer), preprocessor, chosen,
-        depths, drops_first, patch_grid(tower, config.vision_config, drops_first), context, raw.get("sfllava_fast"),
+        str(path_or_hub_id),
+        model.to(device).requires_grad_(False).eval(),
+        tokenizer,
+        read_chat_template(path, tokenizer),
+        preprocessor,
+        chosen,
+        depths,
+        drops_first,
+        patch_grid(tower, config.vision_config, drops_first),
+        context,
+        raw.get("sfllava_fast"),
     )
+
+
+def require_transformers() -> None:
+    """Raise BackendError unless transformers 5 or newer can be imported."""
+    try:
+        from transformers import __version__
+    except ImportError as error:
+        raise BackendError(f"no usable transformers ({error}): pip install 'sfllava-fast[llava]'") from error
+    if int(__version__.split(".")[0]) < 5:
+        raise BackendError(f"transformers {__version__} is too old: pip install 'transformers>=5'")
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
@@ -104,7 +130,9 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{name} is a file: give the directory of a checkpoint")
     if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(f"no checkpoint directory {name}: give a directory or a hub id such as owner/name")
+        raise CheckpointError(
+            f"no checkpoint directory {name}: give a directory or a hub id such as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     with _one_line(f"{name} is neither a directory here nor a checkpoint that the hub gives out"):
@@ -124,7 +152,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: CUDA where there is one, else the CPU. Raises BackendError for one that is not there."""
+    """The device to run on: CUDA where there is one, else the CPU. BackendError for one that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,8 +167,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
-    """The dtype to load: float32 on a CPU, the checkpoint's own 16 bits on a GPU (bfloat16 where it has none)."""
+def choose_dtype(
+    dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]
+) -> torch.dtype:
+    """The dtype to load: float32 on a CPU, the checkpoint's 16 bits on a GPU (bfloat16 where it has none)."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -170,7 +200,12 @@ def feature_depths(layers: int | list[int], count: int) -> tuple[int, ...]:
 
 
 def load_model(
-    path: Path, raw: dict[str, Any], config: Any, dtype: torch.dtype, attention: str, depth: int,
+    path: Path,
+    raw: dict[str, Any],
+    config: Any,
+    dtype: torch.dtype,
+    attention: str,
+    depth: int,
 ) -> PreTrainedModel:
     """The stock model with every weight that is read loaded from the checkpoint; CheckpointError otherwise.
 
@@ -184,16 +219,38 @@ def load_model(
     stock = getattr(transformers, CLASSES[raw["model_type"]])
     with _one_line(f"{path}: the weights cannot be loaded"), _quiet_loading():
         model, info = stock.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+            path,
+            config=config,
+            key_mapping=_key_mapping(stock, config),
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     missing = [key for key in info["missing_keys"] if not _never_read(key, depth)]
     left_over = [key for key in info["unexpected_keys"] if not _COMPUTED.search(key)]
     resized = [key for key, *_ in info["mismatched_keys"]]
     for what, keys in (("lacks", missing), ("holds unknown", left_over), ("holds misshapen", resized)):
         if keys:
             shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise CheckpointError(f"{path} {what} weights ({len(keys)}: {shown}): not a complete LLaVA checkpoint")
+            raise CheckpointError(
+                f"{path} {what} weights ({len(keys)}: {shown}): it is damaged, or written by a "
+                "newer transformers than the one installed"
+            )
     return model
+
+
+def _key_mapping(stock: type, config: Any) -> dict[str, str] | None:
+    """Renaming for releases whose vision tower has the level .vision_model; later ones store keys without."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config)
+    if not hasattr(tower, "vision_model"):
+        return None
+    # A mapping of the caller's replaces the class's own, where there is one.
+    own = getattr(stock, "_checkpoint_conversion_mapping", None) or {}
+    return {r"^((?:model\.)?vision_tower)\.(?!vision_model\.)": r"\1.vision_model.", **own}
 
 
 def check_weight_files(path: Path) -> None:
@@ -215,28 +272,33 @@ def cut_tower(tower: torch.nn.Module, depth: int) -> torch.nn.Module:
     core = getattr(tower, "vision_model", tower)
     layers = getattr(getattr(core, "encoder", None), "layers", None)
     if layers is None or not hasattr(core, "post_layernorm"):
-        raise CheckpointError(f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA")
+        raise CheckpointError(
+            f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA"
+        )
     core.encoder.layers = layers[:depth]
     core.post_layernorm = torch.nn.Identity()
     return core
 
 
 def patch_grid(core: torch.nn.Module, config: Any, drops_first: bool) -> tuple[int, int]:
-    """(rows, columns) of patches that remain of a frame. Raises CheckpointError where they are not the whole grid."""
+    """(rows, columns) of a frame's patches. CheckpointError where the features are not exactly those."""
     side = config.image_size // config.patch_size
     extra = int(hasattr(core.embeddings, "class_embedding")) - int(drops_first)
     if extra:
-        chosen = "default" if drops_first else "full"
+        chosen, other = ("default", "full") if drops_first else ("full", "default")
         raise CheckpointError(
-            f"vision_feature_select_strategy {chosen!r} leaves {side * side + extra} vision tokens, not the {side}x{side} "
-            f"grid that is pooled: set it to {'full' if drops_first else 'default'!r} in config.json")
+            f"vision_feature_select_strategy {chosen!r} leaves {side * side + extra} vision tokens, "
+            f"not the {side}x{side} grid that is pooled: set it to {other!r} in config.json"
+        )
     return side, side
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory."""
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again")
+        raise CheckpointError(
+            f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again"
+        )
     from transformers import AutoTokenizer
 
     with _one_line(f"{path}: the tokenizer cannot be loaded"):
@@ -258,14 +320,18 @@ def read_preprocessor(path: Path) -> dict[str, Any]:
     return settings
 
 
+def rope_type(text: Any) -> str:
+    """The kind of rotary embedding that a language model's config names."""
+    return (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
 def _stretch_context(text: Any) -> int:
-    """Tokens that the language model may see, after scaling its rotary embedding in place where that is published."""
-    rope = text.rope_parameters
+    """Tokens that the language model may see; stretches its rotary embedding, in place, as published."""
     fits = text.model_type == "llama" and text.max_position_embeddings == _STRETCHED_POSITIONS
-    if fits and rope["rope_type"] == "default":
-        text.rope_parameters = rope = {**rope, **_STRETCH}
+    if fits and rope_type(text) == "default":
+        text.rope_parameters = {**text.rope_parameters, **_STRETCH}
     # Other kinds of scaling are configured with the positions that they reach.
-    factor = rope.get("factor", 1.0) if rope["rope_type"] in ("linear", "dynamic") else 1.0
+    factor = text.rope_parameters.get("factor", 1.0) if rope_type(text) in ("linear", "dynamic") else 1.0
     return int(text.max_position_embeddings * factor)
 
 

@@ -17,11 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import Checkpoint, load_checkpoint
+from .backends import choose
+from .checkpoint import Checkpoint, load_checkpoint, rope_type
 from .config import SlowFastConfig, sample_frames
-from .errors import ContextError, InputError
+from .errors import CheckpointError, ContextError, InputError
 from .ops import slowfast_aggregate
-from .prompts import TEMPLATES, Prompt, build_prompt, check_family, pick_option, prompt_family, unknown_words
+from .prompts import (
+    TEMPLATES,
+    Prompt,
+    build_prompt,
+    check_family,
+    pick_option,
+    prompt_family,
+    unknown_words,
+)
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -40,8 +49,9 @@ FRAMES_PER_PASS = 16
 class Answer:
     """An answer and how it came about; times in seconds, frames as indices into the video.
 
-    option is the index of the choice that the text names (None: none, or no choices were given). tokens counts the
-    video's tokens by pathway. tokens_per_second is the rate of the generate stage, None where one token was enough.
+    option is the index of the choice that the text names (None: none, or no choices were given). tokens
+    counts the video's tokens by pathway. tokens_per_second is the rate of the generate stage, None where
+    one token was enough.
     """
 
     text: str
@@ -97,7 +107,10 @@ class SlowFastLlava:
     """A LLaVA checkpoint that answers questions about videos; load one with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: str | SlowFastConfig | None = None, backend: str = "auto",
+        self,
+        checkpoint: Checkpoint,
+        layout: str | SlowFastConfig | None = None,
+        backend: str = "auto",
         prompt: str = "auto",
     ) -> None:
         from .preprocess import PreprocessSpec
@@ -110,24 +123,47 @@ class SlowFastLlava:
         self.device, self.dtype = self.model.device, self.model.dtype
         self.layout = SlowFastConfig.parse(layout or options.get("layout") or SlowFastConfig())
         self.frames = options.get("frames", DEFAULT_FRAMES)
-        self.backend = backend
+        self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.backend = choose(
+            backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
+        ).name
         self.preprocess_spec = PreprocessSpec.from_processor(checkpoint.preprocessor)
-        self.prompt_family = prompt_family(
-            text.model_type, checkpoint.chat_template, self.tokenizer.get_vocab(), checkpoint.options,
-        ) if prompt == "auto" else check_family(prompt)
+        side = self.model.config.vision_config.image_size
+        made = self.preprocess_spec.crop or self.preprocess_spec.resized(side, side)
+        if made != (side, side):
+            raise CheckpointError(
+                f"the image processor makes {made[1]}x{made[0]} pictures and the vision tower takes "
+                f"{side}x{side}: set size and crop_size in preprocessor_config.json"
+            )
+        self.prompt_family = (
+            prompt_family(
+                text.model_type,
+                checkpoint.chat_template,
+                self.tokenizer.get_vocab(),
+                checkpoint.options,
+            )
+            if prompt == "auto"
+            else check_family(prompt)
+        )
         self.stop_ids, self.stop_text = self._find_stops()
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path | None = None, layout: str | SlowFastConfig | None = None,
-        dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, backend: str = "auto",
-        attention: str = "auto", prompt: str = "auto",
+        cls,
+        path_or_hub_id: str | Path | None = None,
+        layout: str | SlowFastConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        prompt: str = "auto",
     ) -> SlowFastLlava:
-        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format; None is the model that ships inside.
+        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format; None is the embedded model.
 
-        layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on a CPU and the
-        checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the aggregator. attention: "auto",
-        "eager", "sdpa" or "flash_attention_2". prompt: "auto" or one of `prompts.FAMILIES`.
+        layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
+        a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
+        aggregator, by name or "auto". attention: "auto", "eager", "sdpa" or "flash_attention_2". prompt:
+        "auto" or one of `prompts.FAMILIES`.
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
@@ -139,18 +175,26 @@ class SlowFastLlava:
 
     @torch.inference_mode()
     def answer(
-        self, video: str | Path | Video, question: str, frames: int | None = None, decoder: str = "pyav",
-        max_new_tokens: int = DEFAULT_NEW_TOKENS, choices: Sequence[str] | None = None,
+        self,
+        video: str | Path | Video,
+        question: str,
+        frames: int | None = None,
+        decoder: str = "pyav",
+        max_new_tokens: int | None = None,
+        choices: Sequence[str] | None = None,
         on_token: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer a question about a video, greedily.
 
-        video: a file, a folder of frames, or an opened Video. frames: how many to sample (fewer where the video is
-        shorter). choices: makes it multiple choice. on_token: called with each piece of text as it is generated.
+        video: a file, a folder of frames, or an opened Video. frames: how many to sample (fewer where the
+        video is shorter). max_new_tokens: None takes the checkpoint's, else 128. choices: makes it multiple
+        choice. on_token: called with each piece of text as it is generated.
 
-        Raises VideoError, InputError, LayoutError, ContextError or BackendError, before any computation where possible.
+        Raises VideoError, InputError, LayoutError, ContextError or BackendError, before any computation
+        where possible.
         """
         frames = self.frames if frames is None else frames
+        max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         for name, count in (("frames", frames), ("max_new_tokens", max_new_tokens)):
             if not isinstance(count, int) or count < 1:
                 raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
@@ -174,18 +218,37 @@ class SlowFastLlava:
         option = pick_option(text, choices) if choices is not None else None
         steps, seconds = len(ids) - 1, clock.seconds["generate"]
         return Answer(
-            text=text, video=str(video if isinstance(video, (str, os.PathLike)) else clip.path), question=question,
-            model=self.checkpoint.name, layout=str(self.layout), frames=indices,
-            slow_frames=[indices[i] for i in plan.slow_frames], tokens=dict(plan.tokens), backend=self.backend,
-            attention=self.checkpoint.attention.describe(), dtype=str(self.dtype).removeprefix("torch."),
-            device=str(self.device), prompt_tokens=len(prompt), token_ids=ids, seconds=clock.seconds,
+            text=text,
+            video=str(video if isinstance(video, (str, os.PathLike)) else clip.path),
+            question=question,
+            model=self.checkpoint.name,
+            layout=str(self.layout),
+            frames=indices,
+            slow_frames=[indices[i] for i in plan.slow_frames],
+            tokens=dict(plan.tokens),
+            backend=self.backend,
+            attention=self.checkpoint.attention.describe(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            prompt_tokens=len(prompt),
+            token_ids=ids,
+            seconds=clock.seconds,
             tokens_per_second=steps / seconds if steps else None,
-            choices=list(choices) if choices is not None else None, option=option)
+            choices=[str(choice) for choice in choices] if choices is not None else None,
+            option=option,
+        )
 
     def prompt(self, question: str, choices: Sequence[str] | None = None) -> Prompt:
-        """The prompt of a question, in this checkpoint's family; warns about words the tokenizer does not know."""
-        prompt = build_prompt(question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template)
-        unknown = unknown_words(" ".join([question, *(choices or ())]), self.tokenizer)
+        """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
+        prompt = build_prompt(
+            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template
+        )
+        rows = self.model.get_input_embeddings().num_embeddings
+        if max(prompt.before + prompt.after, default=0) >= rows:
+            raise CheckpointError(
+                f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
+            )
+        unknown = unknown_words(" ".join([question, *map(str, choices or ())]), self.tokenizer)
         if unknown:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
@@ -203,12 +266,13 @@ class SlowFastLlava:
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
         if total > context:
             raise ContextError(
-                f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} exceed the "
-                f"context of {context}: lower frames (now {frames}), max_new_tokens, or take a smaller layout than "
-                f"{self.layout}")
+                f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
+                f"exceed the context of {context}: lower frames (now {frames}), max_new_tokens, or take a "
+                f"smaller layout than {self.layout}"
+            )
 
     def allocate(self, prompt: Prompt, video_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An empty inputs_embeds [1, S, D] for prompt and video, and its rows [video_tokens, D] that the video gets."""
+        """An empty inputs_embeds [1, S, D] for prompt and video, and the video's rows in it [S', D]."""
         width = self.model.config.text_config.hidden_size
         embeds = torch.empty(1, len(prompt) + video_tokens, width, dtype=self.dtype, device=self.device)
         start = len(prompt.before)
@@ -225,11 +289,14 @@ class SlowFastLlava:
         with clock("projector"):
             features = self.project(patches)
         with clock("aggregate"):
-            slowfast_aggregate(features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid)
+            slowfast_aggregate(
+                features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
+            )
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Patch features [T, N, C] of pixel values [T, 3, h, w]: what `hidden_states[vision_feature_layer]` holds."""
-        hidden = torch.cat([self._run_tower(part) for part in pixels.split(FRAMES_PER_PASS)])
+        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`."""
+        parts = [self._run_tower(part) for part in pixels.split(FRAMES_PER_PASS)]
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         return hidden[:, 1:] if self.checkpoint.drops_first else hidden
 
     def project(self, patches: torch.Tensor) -> torch.Tensor:
@@ -237,7 +304,7 @@ class SlowFastLlava:
         return self.model.model.multi_modal_projector(patches)
 
     def write_text(self, prompt: Prompt, embeds: torch.Tensor) -> None:
-        """Fill the rows of inputs_embeds [1, S, D] before and after the video with the prompt's embeddings."""
+        """Fill inputs_embeds [1, S, D] before and after the video with the prompt's embeddings."""
         ids = torch.tensor([*prompt.before, *prompt.after], device=self.device)
         text = self.model.get_input_embeddings()(ids)
         before, after = len(prompt.before), len(prompt.after)
@@ -249,18 +316,24 @@ class SlowFastLlava:
         from transformers import DynamicCache
 
         language_model = self.model.model.language_model
-        if language_model.config.rope_parameters["rope_type"] == "dynamic":
+        if rope_type(language_model.config) == "dynamic":
             # It remembers the scale of the longest input it saw; a short input makes it forget.
             first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             language_model.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
         return DynamicCache(config=language_model.config)
 
     def prefill(self, embeds: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Logits [V] after embeddings [1, S, D], which are appended to the cache; only the last row is computed."""
-        return self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        """Logits [V] after the last of embeddings [1, S, D], which are appended to the cache."""
+        return self.model(
+            inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[0, -1]
 
     def generate(
-        self, logits: torch.Tensor, cache: Cache, max_new_tokens: int, on_token: Callable[[str], None] | None = None,
+        self,
+        logits: torch.Tensor,
+        cache: Cache,
+        max_new_tokens: int,
+        on_token: Callable[[str], None] | None = None,
     ) -> list[int]:
         """Greedy token ids from the logits [V] of a prefill on, up to a stop (included) or max_new_tokens."""
         ids: list[int] = []
@@ -291,7 +364,9 @@ class SlowFastLlava:
             if ids[-1] in self.stop_ids or len(ids) == max_new_tokens or self._says_stop(ids):
                 return
             step = torch.tensor([ids[-1:]], device=self.device)
-            logits = self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = self.model(
+                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[0, -1]
 
     def _run_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         tower, depths = self.model.model.vision_tower, self.checkpoint.depths
@@ -311,4 +386,6 @@ class SlowFastLlava:
         return frozenset(ids), stop
 
     def _says_stop(self, ids: list[int]) -> bool:
-        return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(ids[-16:], skip_special_tokens=True)
+        return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(
+            ids[-16:], skip_special_tokens=True
+        )

@@ -4,12 +4,13 @@ Which prompt a checkpoint gets (`prompt_family`), first match:
 1. a checkpoint made for this package (its config.json has a "sfllava_fast" entry): what the entry's "prompt"
    names, else its own chat template;
 2. a Mistral language model: "mistral", the instruction form that the published code uses for it;
-3. a Llama language model: by the markers of its chat template, "chatml" (Yi-34B), "llama2" or "vicuna"; without a
-   chat template, "chatml" where the tokenizer knows <|im_start|>, else "vicuna";
+3. a Llama language model: by the markers of its chat template, "chatml" (Yi-34B), "llama2" or "vicuna";
+   without a chat template, "chatml" where the tokenizer knows <|im_start|>, else "vicuna";
 4. anything else: its own chat template.
 
-"vicuna" and "chatml" are the prompts of SlowFast-LLaVA's published evaluation (open-ended and multiple choice).
-It has no multiple-choice prompt for "mistral" and "llama2": they get the same words in their own frame.
+"vicuna" and "chatml" are the prompts of SlowFast-LLaVA's published evaluation (open-ended and multiple
+choice). It has no multiple-choice prompt for "mistral" and "llama2": they get the same words in their own
+frame.
 """
 
 from __future__ import annotations
@@ -34,19 +35,21 @@ _CONCISE = (
 )
 _EXPERT = "You are a helpful expert in video analysis. Select the best option to answer the question."
 _LLAMA2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual content that "
+    "the user provides, and assist the user with a variety of tasks using natural language."
 )
 _OPTIONS = "Question: {question}\nOptions:\n{options}Only give the best option."
 _BEGIN_ANSWER = "Answer: In the video,"
 _BEGIN_OPTION = "Answer: Best option:("
-_CHATML = "<|im_start|>system\n {system} <|im_end|>\n<|im_start|>user\n {user} <|im_end|>\n<|im_start|>assistant\n"
+_CHATML = (
+    "<|im_start|>system\n {system} <|im_end|>\n<|im_start|>user\n {user} <|im_end|>\n<|im_start|>assistant\n"
+)
 _SYS = f"<<SYS>>\n{_LLAMA2_SYSTEM}\n<</SYS>>\n\n"
 
 
 @dataclass(frozen=True)
 class Template:
-    """Prompt texts of a model family, and the text that ends its answers besides the end-of-sequence token."""
+    """Prompt texts of a model family, and the text that ends its answers besides the EOS token."""
 
     open_ended: str
     multiple_choice: str
@@ -63,7 +66,9 @@ TEMPLATES = {
         f"{_EXPERT} USER: {MARKER}\n{_FRAMES}\n{_OPTIONS} \nASSISTANT:\n{_BEGIN_OPTION}",
     ),
     "chatml": Template(
-        _chatml("Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER),
+        _chatml(
+            "Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER
+        ),
         _chatml(_EXPERT, f"{MARKER}\n{_FRAMES} {_OPTIONS}", _BEGIN_OPTION),
         stop="<|im_end|>",
     ),
@@ -92,7 +97,9 @@ class Prompt:
 
 
 def prompt_family(
-    text_model: str, chat_template: str | None, vocabulary: Collection[str] = (),
+    text_model: str,
+    chat_template: str | None,
+    vocabulary: Collection[str] = (),
     package_config: dict[str, Any] | None = None,
 ) -> str:
     """One of FAMILIES, by the rule at the top of this module. Raises CheckpointError where none fits."""
@@ -104,12 +111,16 @@ def prompt_family(
         if not chat_template:
             return "chatml" if "<|im_start|>" in vocabulary else "vicuna"
         for family, markers in (
-            ("chatml", ("<|im_start|>",)), ("llama2", ("[INST]",)), ("vicuna", ("USER:", "ASSISTANT:")),
+            ("chatml", ("<|im_start|>",)),
+            ("llama2", ("[INST]",)),
+            ("vicuna", ("USER:", "ASSISTANT:")),
         ):
             if all(marker in chat_template for marker in markers):
                 return family
     if not chat_template:
-        raise CheckpointError(f"a {text_model} language model needs a chat template and this checkpoint has none")
+        raise CheckpointError(
+            f"a {text_model} language model needs a chat template and this checkpoint has none"
+        )
     return "chat_template"
 
 
@@ -121,7 +132,10 @@ def check_family(family: str) -> str:
 
 
 def build_prompt(
-    question: str, tokenizer: PreTrainedTokenizerBase, family: str, choices: Sequence[str] | None = None,
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
+    family: str,
+    choices: Sequence[str] | None = None,
     chat_template: str | None = None,
 ) -> Prompt:
     """The prompt of a question in a family's form, tokenised around the video's place.
@@ -156,9 +170,9 @@ def format_options(choices: Sequence[str]) -> str:
 def pick_option(text: str, choices: Sequence[str]) -> int | None:
     """Index of the choice that a model's text names, by the published rule; None where it names none.
 
-    A first character that is an option's letter, overruled by the first option (in the order of the options) whose
-    letter stands before ":" or ")", searched from "answer is" on where the text says so. A text that repeats one
-    choice whole is that choice.
+    A first character that is an option's letter, overruled by the first option (in the order of the
+    options) whose letter stands before ":" or ")", searched from "answer is" on where the text says so. A
+    text that repeats one choice whole is that choice.
     """
     text = text.strip()
     same = [i for i, choice in enumerate(choices) if str(choice).strip().lower() == text.lower().rstrip(".")]
@@ -166,7 +180,7 @@ def pick_option(text: str, choices: Sequence[str]) -> int | None:
         return same[0]
     letters = string.ascii_uppercase[: len(choices)]
     first = letters.find(text[:1].upper()) if text else -1
-    rest = text[text.index("answer is"):] if "answer is " in text else text
+    rest = text[text.index("answer is") :] if "answer is " in text else text
     marked = (i for i, letter in enumerate(letters) if re.search(f"{letter}[:)]", rest))
     return next(marked, first if first >= 0 else None)
 
@@ -174,7 +188,9 @@ def pick_option(text: str, choices: Sequence[str]) -> int | None:
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
     if text.count(MARKER) != 1:
-        raise CheckpointError(f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}")
+        raise CheckpointError(
+            f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}"
+        )
     before, after = text.split(MARKER)
     ids = [tokenizer(side, add_special_tokens=False).input_ids if side else [] for side in (before, after)]
     bos = tokenizer.bos_token_id
@@ -185,7 +201,7 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words of the text that the tokenizer cannot spell, in order; empty for tokenizers without an unknown token."""
+    """Words of the text that the tokenizer cannot spell, in order; none where it has no unknown token."""
     unk = tokenizer.unk_token_id
     if unk is None or unk not in tokenizer(text, add_special_tokens=False).input_ids:
         return []
@@ -199,10 +215,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words
     for content in ([{"type": "image"}, {"type": "text", "text": words}], f"{MARKER}\n{words}"):
         try:
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=chat_template, tokenize=False,
-                add_generation_prompt=True)
+                [{"role": "user", "content": content}],
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         except Exception:  # whatever a template raises on content it does not know
             continue
         if text.count(MARKER) == 1 and words in text:
             return text
-    raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")
+    raise CheckpointError(
+        f"the chat template does not write {MARKER} once and the question: choose another prompt"
+    )

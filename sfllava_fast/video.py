@@ -5,6 +5,8 @@ Frames are numbered in the order they are shown, from 0. Which ones to take is `
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import re
@@ -127,10 +129,8 @@ class PyavVideo(Video):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._av = _import("av", "pyav", "av")
-        self._av.logging.set_level(self._av.logging.PANIC)  # Errors come as exceptions; silence libav's stderr.
-        with self._open() as container:
-            stream = self._stream(container)
+        self._av = _import("av", "pyav")
+        with _open(self._av, path) as (container, stream):
             self._time_base = stream.time_base
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate else None
@@ -150,25 +150,6 @@ class PyavVideo(Video):
     def total(self) -> int:
         return len(self._pts)
 
-    def _open(self) -> Any:
-        try:
-            return self._av.open(str(self.path), metadata_errors="ignore")
-        except (self._av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{self.path} is not a readable video: {_reason(error)}") from error
-
-    def _stream(self, container: Any) -> Any:
-        cover = self._av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams:
-            kind = "only sound" if container.streams.audio else "no video stream"
-            raise VideoError(f"{self.path} has {kind}: name a file with pictures")
-        stream = max(streams, key=lambda s: (s.codec_context.width or 0) * (s.codec_context.height or 0))
-        if stream.codec_context is None:
-            raise VideoError(f"{self.path} uses a codec that this build of PyAV cannot decode: re-encode it as H.264")
-        stream.thread_type = "AUTO"
-        stream.codec_context.flags |= _OUTPUT_CORRUPT
-        return stream
-
     def _scan_packets(self, container: Any, stream: Any) -> tuple[Any, _Index | None]:
         """The first frame shown, and the index (None where packets cannot tell which frames there are)."""
         first, packets = None, []
@@ -177,7 +158,7 @@ class PyavVideo(Video):
                 if first is None:
                     first = next(iter(packet.decode()), None)
                 if packet.size:
-                    packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+                    packets.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
         except self._av.FFmpegError:
             return None, None
         return first, _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
@@ -193,8 +174,7 @@ class PyavVideo(Video):
     def _decode_all(self, warn: bool = False) -> Iterator[Any]:
         """Every frame in the order shown, stepping over packets that do not decode."""
         bad = 0
-        with self._open() as container:
-            stream = self._stream(container)
+        with _open(self._av, self.path) as (container, stream):
             try:
                 for packet in container.demux(stream):
                     try:
@@ -212,8 +192,11 @@ class PyavVideo(Video):
             return rows
         if self._index is not None:
             log.info("%s: time stamps do not match its frames, decoding from the start", self.path)
+            indexed = self.total
             self._scan_frames()
-            self._check(unique[-1])
+            if unique[-1] >= self.total:
+                raise VideoError(f"{self.path} is damaged: only {self.total} of {indexed} frames can be decoded; "
+                                 "copy or download it again")
         self._read_from_start(unique, rows)
         return rows
 
@@ -239,8 +222,7 @@ class PyavVideo(Video):
         """(first packet of the segment, frames) for runs of packets [first, last] in file order."""
         todo = iter(segments)
         start, stop = next(todo)
-        with self._open() as container:
-            stream = self._stream(container)
+        with _open(self._av, self.path) as (container, stream):
             packets = (p for p in container.demux(stream) if p.size)
             for position, packet in enumerate(packets):
                 if position >= start:
@@ -289,8 +271,11 @@ class DecordVideo(Video):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        decord = _import("decord", "decord", "decord")
+        decord = _import("decord", "decord")
         decord.logging.set_level(decord.logging.QUIET)
+        # PyAV says in one line what is wrong with a file; decord prints several, on stderr, whatever its level.
+        with contextlib.suppress(BackendError), _open(_import("av", "decord"), path):
+            pass
         try:
             self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
             self.total = len(self._reader)
@@ -306,10 +291,6 @@ class DecordVideo(Video):
             return torch.from_numpy(self._reader.get_batch(unique).asnumpy())
         except (self._error, RuntimeError) as error:
             raise VideoError(f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav") from error
-
-    def _time(self, index: int) -> float:
-        start = self._reader.get_frame_timestamp([0, index])
-        return float(start[1][0] - start[0][0])
 
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
@@ -339,18 +320,40 @@ def open_video(path: str | os.PathLike[str], decoder: str = "pyav") -> Video:
     return DECODERS[decoder](path)
 
 
-def _index_frames(packets: Sequence[tuple[int | None, int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
-    """The index of (pts, dts, key, discard, corrupt) packets, or None where they cannot be trusted."""
+@contextlib.contextmanager
+def _open(av: Any, path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, threads on."""
+    try:
+        container = av.open(str(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path} is not a readable video: {_reason(error)}") from error
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams:
+            kind = "only sound" if container.streams.audio else "no video stream"
+            raise VideoError(f"{path} has {kind}: name a file with pictures")
+        streams = [s for s in streams if s.codec_context]
+        if not streams:
+            raise VideoError(f"{path} uses a codec that PyAV cannot decode: re-encode it as H.264")
+        stream = max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
+        stream.thread_type = "AUTO"
+        stream.codec_context.flags |= _OUTPUT_CORRUPT
+        yield container, stream
+
+
+def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
+    """The index of (pts, key, discard, corrupt) packets, or None where they cannot be trusted."""
     stamps = [pts for pts, *_ in packets]
-    if not packets or None in stamps or len(set(stamps)) < len(stamps) or not packets[0][2]:
+    if not packets or None in stamps or len(set(stamps)) < len(stamps) or not packets[0][1]:
         return None
     if any(corrupt for *_, corrupt in packets):
         return None
-    # A container without presentation times (AVI) repeats the decode times: useless once frames are reordered.
-    if reorders and all(pts == dts for pts, dts, *_ in packets):
+    # A container without presentation times (AVI) passes decode times off as such: useless for reordered frames.
+    if reorders and stamps == sorted(stamps):
         return None
     shown, keys = [], []
-    for position, (pts, _, key, discard, _) in enumerate(packets):
+    for position, (pts, key, discard, _) in enumerate(packets):
         if key:
             keys.append((pts, position))
         if not discard:
@@ -420,8 +423,7 @@ def _truncated(path: Path, size: int, declared: int) -> str:
     """What is wrong with a file that ends before its own header says, with the frames that are left."""
     try:
         video = PyavVideo(path)
-        with video._open() as container:
-            stream = container.streams.video[0]
+        with _open(video._av, path) as (container, stream):
             announced = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
         left = sum(1 for _ in video._decode_all())
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
@@ -435,11 +437,11 @@ def _quarter_turns(frame: Any) -> int:
     return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
-def _import(module: str, decoder: str, package: str) -> Any:
+def _import(module: str, decoder: str) -> Any:
     try:
-        return __import__(module)
+        return importlib.import_module(module)
     except ImportError as error:
-        raise BackendError(f"decoder {decoder} needs the package {package}, which cannot be imported "
+        raise BackendError(f"decoder {decoder} needs the package {module}, which cannot be imported "
                            f"({_one_line(error)}): pip install 'sfllava_fast[video]'") from error
 
 

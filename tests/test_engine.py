@@ -1,23 +1,42 @@
-"""The engine against the stock transformers model fed by hand, and every way in which a question can be wrong."""
+"""The engine against the stock transformers model fed by hand, and every wrong question and setting."""
 
 import json
 import logging
+import math
 import subprocess
 import sys
 
+import av
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_llava import GRID, IMAGE_SIZE, SPECIALS, word_tokenizer, write_checkpoint
+from PIL import Image
+from tiny_llava import (
+    GRID,
+    IMAGE_SIZE,
+    LAYOUTS,
+    SPECIALS,
+    word_tokenizer,
+    write_checkpoint,
+)
 
 import sfllava_fast.engine as engine
 from sfllava_fast.attention import resolve_attention
 from sfllava_fast.config import sample_frames
+from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
-from sfllava_fast.errors import BackendError, CheckpointError, ContextError, InputError, LayoutError, VideoError
+from sfllava_fast.errors import (
+    BackendError,
+    CheckpointError,
+    ContextError,
+    InputError,
+    LayoutError,
+    VideoError,
+)
 from sfllava_fast.preprocess import PreprocessSpec, preprocess
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
+LONG = {"text": {"max_position_embeddings": 4096}}
 QUESTION = "What is it?"
 STAGES = ["decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate"]
 
@@ -31,7 +50,9 @@ class Clip:
         self.total = total
         generator = torch.Generator().manual_seed(total)
         light = torch.linspace(1, 200, total).view(-1, 1, 1, 1)
-        self.pictures = (light + torch.randint(0, 55, (total, *self.size, 3), generator=generator)).to(torch.uint8)
+        self.pictures = (light + torch.randint(0, 55, (total, *self.size, 3), generator=generator)).to(
+            torch.uint8
+        )
 
     def frames(self, indices):
         return self.pictures[list(indices)]
@@ -47,10 +68,12 @@ def checkpoints(tmp_path_factory):
     """Checkpoints by (family, next_, layout of keys), written once."""
     made = {}
 
-    def make(family="vicuna", next_=False, layout="v5", **settings):
+    def make(family="vicuna", next_=False, layout="v4", **settings):
         key = family, next_, layout, json.dumps(settings, sort_keys=True)
         if key not in made:
-            made[key] = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings)
+            made[key] = write_checkpoint(
+                tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings
+            )
         return made[key]
 
     return make
@@ -62,6 +85,11 @@ def load(checkpoints):
         return SlowFastLlava.from_pretrained(checkpoints(*args, **settings), LAYOUT, **(options or {}))
 
     return load
+
+
+def core(model):
+    tower = model.model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
 
 
 def stock_model(path, **options):
@@ -79,7 +107,7 @@ def stock_features(model, pixels):
 
 
 def stock_answer(path, prompt, pictures, slow, new_tokens, fast=2, pool=True, **options):
-    """Token ids of stock `generate` on embeddings put together by hand: published order, published operators."""
+    """Token ids of stock `generate` on embeddings put together by hand, with the published operators."""
     model = stock_model(path, **options)
     processor = json.loads((path / "preprocessor_config.json").read_text())
     pixels = preprocess(pictures, PreprocessSpec.from_processor(processor), model.dtype, model.device)
@@ -88,36 +116,61 @@ def stock_answer(path, prompt, pictures, slow, new_tokens, fast=2, pool=True, **
         channels = features.transpose(1, 2)
         picked = channels[slow]
         picked = F.max_pool1d(picked, 2) if pool else picked
-        grid = F.adaptive_avg_pool2d(channels.unflatten(2, (GRID, GRID)), fast)
+        grid = F.adaptive_avg_pool2d(channels.unflatten(2, 2 * (math.isqrt(channels.shape[2]),)), fast)
         tokens = [picked.transpose(1, 2).flatten(0, 1), grid.permute(0, 2, 3, 1).flatten(0, 2)]
         sides = [model.get_input_embeddings()(torch.tensor(ids)) for ids in (prompt.before, prompt.after)]
         embeds = torch.cat([sides[0], *tokens, sides[1]])[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         return model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False
+        )[0].tolist()
 
 
 @pytest.mark.parametrize("family", ["vicuna", "mistral", "chatml"])
 @pytest.mark.parametrize("next_", [False, True], ids=["1.5", "next"])
-@pytest.mark.parametrize("layout", ["v4", "v5"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_are_those_of_the_stock_model(load, checkpoints, family, next_, layout):
     model, clip = load(family, next_, layout), Clip()
     answer = model.answer(clip, QUESTION, frames=9, max_new_tokens=24)
     # linspace(0, 9, 4): every third of nine frames.
-    expected = stock_answer(checkpoints(family, next_, layout), model.prompt(QUESTION),
-                            clip.frames(sample_frames(20, 9)), [0, 3, 6], 24)
+    expected = stock_answer(
+        checkpoints(family, next_, layout),
+        model.prompt(QUESTION),
+        clip.frames(sample_frames(20, 9)),
+        [0, 3, 6],
+        24,
+    )
     assert answer.token_ids == expected
     assert len(set(expected)) > 3, "a model that repeats itself shows nothing"
     assert answer.text == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"attention": "eager"}, {"backend": "torch"}], ids=str)
+def test_the_papers_layout_on_the_grid_of_real_checkpoints(tmp_path):
+    path = write_checkpoint(tmp_path / "real", vision={"image_size": 336, "patch_size": 14}, **LONG)
+    settings = json.loads((path / "preprocessor_config.json").read_text()) | {"size": 336, "crop_size": 336}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    model, clip = SlowFastLlava.from_pretrained(path), Clip(50)
+    answer = model.answer(clip, QUESTION, max_new_tokens=12)
+    assert answer.tokens == {"slow": 2880, "fast": 800, "total": 3680}
+    slow = list(range(0, 50, 5))
+    assert answer.slow_frames == [answer.frames[i] for i in slow]
+    pictures = clip.frames(answer.frames)
+    assert answer.token_ids == stock_answer(path, model.prompt(QUESTION), pictures, slow, 12, fast=4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bf16"}, {"attention": "eager"}, {"backend": "torch"}], ids=str
+)
 def test_answers_by_dtype_attention_and_backend(load, checkpoints, options):
     model, clip = load(options=options), Clip()
     answer = model.answer(clip, QUESTION, frames=9, max_new_tokens=12)
-    stock = {"dtype": torch.bfloat16 if "dtype" in options else torch.float32,
-             "attn_implementation": options.get("attention", "sdpa")}
-    expected = stock_answer(checkpoints(), model.prompt(QUESTION), clip.frames(sample_frames(20, 9)), [0, 3, 6], 12, **stock)
+    stock = {
+        "dtype": torch.bfloat16 if "dtype" in options else torch.float32,
+        "attn_implementation": options.get("attention", "sdpa"),
+    }
+    expected = stock_answer(
+        checkpoints(), model.prompt(QUESTION), clip.frames(sample_frames(20, 9)), [0, 3, 6], 12, **stock
+    )
     assert answer.token_ids == expected
     assert answer.dtype == ("bfloat16" if "dtype" in options else "float32")
     assert answer.attention == ("eager (cpu)" if "attention" in options else "sdpa (cpu)")
@@ -134,13 +187,12 @@ def test_vision_cut_is_bit_equal_to_the_hidden_states(checkpoints, layer, dtype)
         patches = model.encode(pixels)
     assert torch.equal(patches, expected)
     depth = max(model.checkpoint.depths)
-    assert len(model.model.model.vision_tower.encoder.layers) == depth
+    assert len(core(model).encoder.layers) == depth
 
 
 def test_unread_layers_and_norm_never_run(load):
     """What the tower keeps is what it runs: the layers up to the one that is read, and no post-norm."""
-    model = load()
-    tower = model.model.model.vision_tower
+    tower = core(load())
     assert len(tower.encoder.layers) == 2
     assert not [name for name, _ in tower.named_parameters() if "post_layernorm" in name]
 
@@ -148,6 +200,7 @@ def test_unread_layers_and_norm_never_run(load):
 def test_patches_are_a_view_behind_the_cls_token(load):
     model = load()
     patches = model.encode(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert not patches.requires_grad
     assert patches.shape == (2, GRID * GRID, 16)
     assert patches.stride() == ((GRID * GRID + 1) * 16, 16, 1)
 
@@ -157,7 +210,9 @@ def test_frames_go_through_the_tower_in_passes(load, frames, monkeypatch):
     model = load()
     pixels = torch.randn(frames, 3, IMAGE_SIZE, IMAGE_SIZE)
     seen = []
-    handle = model.model.model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    handle = model.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0]))
+    )
     patches = model.encode(pixels)
     handle.remove()
     assert sum(seen) == frames and max(seen) <= engine.FRAMES_PER_PASS
@@ -173,7 +228,10 @@ def test_video_tokens_go_straight_into_the_embeddings(load):
     with torch.inference_mode():
         model.write_video(clip.frames(range(9)), rows, engine.Stopwatch(model.device))
         assert rows.isfinite().all()
-        assert embeds[0, : len(prompt.before)].isnan().all() and embeds[0, len(prompt.before) + len(rows) :].isnan().all()
+        assert (
+            embeds[0, : len(prompt.before)].isnan().all()
+            and embeds[0, len(prompt.before) + len(rows) :].isnan().all()
+        )
         model.write_text(prompt, embeds)
     assert embeds.isfinite().all()
 
@@ -189,7 +247,9 @@ def test_the_answer_tells_how_it_came_about(load, checkpoints):
     assert record["attention"] == "sdpa (cpu)" and record["device"] == "cpu" and record["dtype"] == "float32"
     assert record["backend"] not in ("", "auto")
     assert list(record["seconds"]) == STAGES and all(seconds > 0 for seconds in record["seconds"].values())
-    assert record["tokens_per_second"] == pytest.approx((len(record["token_ids"]) - 1) / record["seconds"]["generate"])
+    assert record["tokens_per_second"] == pytest.approx(
+        (len(record["token_ids"]) - 1) / record["seconds"]["generate"]
+    )
     assert record["option"] is None and record["choices"] is None
 
 
@@ -261,8 +321,11 @@ def test_short_clips_use_the_frames_they_have(load, total, frames):
 
 def test_context_error_comes_first_and_says_what_to_do(load):
     model = load()
-    with pytest.raises(ContextError, match=r"\A90 video tokens \+ \d+ of prompt \+ 1990 new = \d+ exceed the context of 2048:"
-                       r" lower frames \(now 9\), max_new_tokens, or take a smaller layout than slowfast-[^\n]*\Z"):
+    with pytest.raises(
+        ContextError,
+        match=r"\A90 video tokens \+ \d+ of prompt \+ 1990 new = \d+ exceed the context of 2048:"
+        r" lower frames \(now 9\), max_new_tokens, or take a smaller layout than slowfast-[^\n]*\Z",
+    ):
         model.answer(Unreadable(), QUESTION, frames=9, max_new_tokens=1990)
     room = 2048 - 90 - len(model.prompt(QUESTION))
     model.check_context(model.prompt(QUESTION), 90, 9, room)
@@ -270,7 +333,6 @@ def test_context_error_comes_first_and_says_what_to_do(load):
         model.check_context(model.prompt(QUESTION), 90, 9, room + 1)
 
 
-LONG = {"text": {"max_position_embeddings": 4096}}
 ALL_PATCHES = f"slowfast-slow_64frms_concat-fast_{GRID}x{GRID}"
 
 
@@ -282,8 +344,16 @@ def test_rope_is_stretched_as_published_beyond_4096(checkpoints):
     assert answer.tokens["total"] == 2 * 64 * GRID**2 > 4096
     config = stock_model(path).config
     config.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    expected = stock_answer(path, model.prompt(QUESTION), clip.frames(range(64)), list(range(64)), 6, fast=GRID,
-                            pool=False, config=config)
+    expected = stock_answer(
+        path,
+        model.prompt(QUESTION),
+        clip.frames(range(64)),
+        list(range(64)),
+        6,
+        fast=GRID,
+        pool=False,
+        config=config,
+    )
     assert answer.token_ids == expected
     # A longer question leaves no trace in the scale of the next one.
     model.answer(clip, QUESTION * 90, frames=64, max_new_tokens=2)
@@ -298,30 +368,78 @@ def test_rope_scaling_changes_nothing_within_4096(checkpoints):
     assert answer.token_ids == expected
 
 
-@pytest.mark.parametrize("family, text, context", [
-    ("vicuna", {"max_position_embeddings": 4096}, 8192),
-    ("chatml", {"max_position_embeddings": 4096}, 8192),
-    ("mistral", {"max_position_embeddings": 4096}, 4096),
-    ("vicuna", {"max_position_embeddings": 1024}, 1024),
-    ("vicuna", {"max_position_embeddings": 4096,
-                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 16384),
-])
+@pytest.mark.parametrize(
+    "family, text, context",
+    [
+        ("vicuna", {"max_position_embeddings": 4096}, 8192),
+        ("chatml", {"max_position_embeddings": 4096}, 8192),
+        ("mistral", {"max_position_embeddings": 4096}, 4096),
+        ("vicuna", {"max_position_embeddings": 1024}, 1024),
+        (
+            "vicuna",
+            {
+                "max_position_embeddings": 4096,
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            },
+            16384,
+        ),
+    ],
+)
 def test_context_by_family(checkpoints, family, text, context):
     assert SlowFastLlava.from_pretrained(checkpoints(family, text=text)).checkpoint.context == context
 
 
-@pytest.mark.parametrize("arguments, error, match", [
-    ({"question": ""}, InputError, "question is empty"),
-    ({"question": "   "}, InputError, "question is empty"),
-    ({"question": "is <image> it?"}, InputError, "marks the place of the video"),
-    ({"frames": 0}, InputError, "frames must be an integer of at least 1, not 0"),
-    ({"frames": 2.5}, InputError, "frames must be an integer"),
-    ({"max_new_tokens": 0}, InputError, "max_new_tokens must be"),
-    ({"choices": ["one"]}, InputError, "choices must be"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"question": ""}, InputError, "question is empty"),
+        ({"question": "   "}, InputError, "question is empty"),
+        ({"question": "is <image> it?"}, InputError, "marks the place of the video"),
+        ({"frames": 0}, InputError, "frames must be an integer of at least 1, not 0"),
+        ({"frames": 2.5}, InputError, "frames must be an integer"),
+        ({"max_new_tokens": 0}, InputError, "max_new_tokens must be"),
+        ({"choices": ["one"]}, InputError, "choices must be"),
+    ],
+)
 def test_bad_questions_are_refused_before_any_frame_is_decoded(load, arguments, error, match):
     with pytest.raises(error, match=match):
         load().answer(**{"video": Unreadable(), "question": QUESTION, **arguments})
+
+
+def test_a_folder_of_frames(load, tmp_path):
+    clip = Clip(12)
+    for i, picture in enumerate(clip.pictures):
+        Image.fromarray(picture.numpy()).save(tmp_path / f"frame{i}.png")
+    model = load()
+    answer = model.answer(tmp_path, QUESTION, frames=9, max_new_tokens=12)
+    assert answer.token_ids == model.answer(clip, QUESTION, frames=9, max_new_tokens=12).token_ids
+    assert answer.video == str(tmp_path) and answer.frames == sample_frames(12, 9)
+
+
+def test_an_encoded_video(load, checkpoints, tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, width=40, height=30, pix_fmt="yuv420p")
+        for picture in Clip(30).pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy())))
+        container.mux(stream.encode())
+    model = load()
+    answer = model.answer(str(path), QUESTION, frames=9, max_new_tokens=12)
+    with av.open(str(path)) as container:
+        decoded = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    pictures = torch.stack([decoded[i] for i in sample_frames(len(decoded), 9)])
+    assert answer.token_ids == stock_answer(checkpoints(), model.prompt(QUESTION), pictures, [0, 3, 6], 12)
+    assert answer.video == str(path)
+
+
+def test_the_embedded_model_answers_as_the_stock_model_does():
+    model, clip, question = SlowFastLlava.from_pretrained(), Clip(16), "How many red circles are there?"
+    answer = model.answer(clip, question)
+    expected = stock_answer(
+        model_dir(), model.prompt(question), clip.pictures, [0, 4, 8, 12], 12, dtype=torch.float32
+    )
+    assert answer.token_ids == expected
+    assert answer.tokens["slow"] == 4 * 32 and answer.tokens["fast"] == 16 * 4
 
 
 def test_bad_videos(load, tmp_path):
@@ -349,11 +467,29 @@ def test_bad_choices_of_layout_backend_and_device(checkpoints, monkeypatch):
         SlowFastLlava.from_pretrained(path / "nowhere")
 
 
+def test_an_image_processor_of_another_size(tmp_path):
+    path = write_checkpoint(tmp_path / "odd")
+    settings = json.loads((path / "preprocessor_config.json").read_text()) | {"size": 32, "crop_size": 28}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="makes 28x28 pictures and the vision tower takes 24x24"):
+        SlowFastLlava.from_pretrained(path)
+
+
 def test_a_layout_that_does_not_fit_the_grid(tmp_path):
     path = write_checkpoint(tmp_path / "one", vision={"image_size": 4})
+    settings = json.loads((path / "preprocessor_config.json").read_text()) | {"size": 4, "crop_size": 4}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     model = SlowFastLlava.from_pretrained(path, "slowfast-slow_3frms_spatial_2d_max_pool-fast_2x2")
     with pytest.raises(LayoutError, match="1x1 grid"):
         model.answer(Unreadable(), QUESTION)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    words = word_tokenizer([f"w{i}" for i in range(300)])
+    path = write_checkpoint(tmp_path / "words", tokenizer=words, extra={"sfllava_fast": {"layout": LAYOUT}})
+    model = SlowFastLlava.from_pretrained(path)
+    with pytest.raises(CheckpointError, match="tokens beyond the model's 262"):
+        model.answer(Unreadable(), "w3 w290")
 
 
 def test_unknown_words_are_named(tmp_path, caplog):
@@ -365,32 +501,41 @@ def test_unknown_words_are_named(tmp_path, caplog):
         assert not caplog.records
         model.answer(Clip(), "What is zebra ?", frames=3, max_new_tokens=2)
     assert [record.getMessage() for record in caplog.records] == [
-        "the model does not know these words and cannot use them: zebra"]
+        "the model does not know these words and cannot use them: zebra"
+    ]
 
 
-@pytest.mark.parametrize("requested, device, dtype, expected", [
-    ("auto", "cpu", torch.float32, "sdpa (cpu)"),
-    ("sdpa", "cpu", torch.bfloat16, "sdpa (cpu)"),
-    ("eager", "cpu", torch.float32, "eager (cpu)"),
-])
+@pytest.mark.parametrize(
+    "requested, device, dtype, expected",
+    [
+        ("auto", "cpu", torch.float32, "sdpa (cpu)"),
+        ("sdpa", "cpu", torch.bfloat16, "sdpa (cpu)"),
+        ("eager", "cpu", torch.float32, "eager (cpu)"),
+    ],
+)
 def test_attention_on_a_cpu(requested, device, dtype, expected):
     assert resolve_attention(requested, device, dtype).describe() == expected
 
 
 def test_attention_says_why():
     assert "needs a CUDA GPU" in resolve_attention("auto").reason
-    with pytest.raises(BackendError, match="flash_attention_2 cannot serve: it needs a CUDA GPU.*use attention='sdpa'"):
+    with pytest.raises(
+        BackendError, match="flash_attention_2 cannot serve: it needs a CUDA GPU.*use attention='sdpa'"
+    ):
         resolve_attention("flash_attention_2", "cpu", torch.bfloat16)
     with pytest.raises(BackendError, match="unknown attention 'linear': choose one of auto, eager, sdpa"):
         resolve_attention("linear")
 
 
-@pytest.mark.parametrize("installed, capability, dtype, outcome", [
-    (True, (8, 0), torch.bfloat16, None),
-    (True, (8, 0), torch.float32, "needs float16 or bfloat16"),
-    (True, (7, 5), torch.float16, "compute capability 8.0"),
-    (False, (9, 0), torch.float16, "not installed"),
-])
+@pytest.mark.parametrize(
+    "installed, capability, dtype, outcome",
+    [
+        (True, (8, 0), torch.bfloat16, None),
+        (True, (8, 0), torch.float32, "needs float16 or bfloat16"),
+        (True, (7, 5), torch.float16, "compute capability 8.0"),
+        (False, (9, 0), torch.float16, "not installed"),
+    ],
+)
 def test_flash_attention_on_a_gpu(monkeypatch, installed, capability, dtype, outcome):
     import transformers.utils
 
@@ -406,5 +551,6 @@ def test_flash_attention_on_a_gpu(monkeypatch, installed, capability, dtype, out
 
 def test_importing_the_engine_is_light():
     """transformers is only imported when a checkpoint is loaded."""
-    code = "import sys, sfllava_fast.engine; sys.exit(any(m in sys.modules for m in ('transformers', 'av', 'decord')))"
+    heavy = "('transformers', 'av', 'decord', 'matplotlib')"
+    code = f"import sys, sfllava_fast.engine; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

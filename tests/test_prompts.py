@@ -19,26 +19,25 @@ QUESTION = "Which {colour} comes first?"
 CHOICES = ["a red one", "a blue one", "neither"]
 
 # As the published evaluation writes them, question and options filled in.
+KEY_FRAMES = "The input consists of a sequence of key frames from a video."
+CONCISELY = (
+    "Answer concisely with overall content and context of the video, highlighting any significant events, "
+    "characters, or objects that appear throughout the video."
+)
+SELECT = "You are a helpful expert in video analysis. Select the best option to answer the question."
+LISTED = "Options:\n(A) a red one\n(B) a blue one\n(C) neither\nOnly give the best option."
 PUBLISHED = {
-    ("vicuna", False):
-        "USER: <image>\nThe input consists of a sequence of key frames from a video. Answer concisely with overall "
-        "content and context of the video, highlighting any significant events, characters, or objects that appear "
-        "throughout the video. Question: Which {colour} comes first? \nASSISTANT:\nAnswer: In the video,",
-    ("chatml", False):
-        "<|im_start|>system\n Answer the question. <|im_end|>\n<|im_start|>user\n <image>\nThe input consists of a "
-        "sequence of key frames from a video. Answer concisely with overall content and context of the video, "
-        "highlighting any significant events, characters, or objects that appear throughout the video. Question: "
-        "Which {colour} comes first? <|im_end|>\n<|im_start|>assistant\nAnswer: In the video,",
-    ("vicuna", True):
-        "You are a helpful expert in video analysis. Select the best option to answer the question. USER: <image>\nThe "
-        "input consists of a sequence of key frames from a video.\nQuestion: Which {colour} comes first?\nOptions:\n"
-        "(A) a red one\n(B) a blue one\n(C) neither\nOnly give the best option. \nASSISTANT:\nAnswer: Best option:(",
-    ("chatml", True):
-        "<|im_start|>system\n You are a helpful expert in video analysis. Select the best option to answer the "
-        "question. <|im_end|>\n<|im_start|>user\n <image>\nThe input consists of a sequence of key frames from a video. "
-        "Question: Which {colour} comes first?\nOptions:\n(A) a red one\n(B) a blue one\n(C) neither\nOnly give the best "
-        "option. <|im_end|>\n<|im_start|>assistant\nAnswer: Best option:(",
-    ("mistral", False): "[INST] <image>\nWhich {colour} comes first? [/INST]",
+    ("vicuna", False): f"USER: <image>\n{KEY_FRAMES} {CONCISELY} Question: {QUESTION} \n"
+    "ASSISTANT:\nAnswer: In the video,",
+    ("chatml", False): "<|im_start|>system\n Answer the question. <|im_end|>\n"
+    f"<|im_start|>user\n <image>\n{KEY_FRAMES} {CONCISELY} Question: {QUESTION} <|im_end|>\n"
+    "<|im_start|>assistant\nAnswer: In the video,",
+    ("vicuna", True): f"{SELECT} USER: <image>\n{KEY_FRAMES}\nQuestion: {QUESTION}\n{LISTED} \n"
+    "ASSISTANT:\nAnswer: Best option:(",
+    ("chatml", True): f"<|im_start|>system\n {SELECT} <|im_end|>\n"
+    f"<|im_start|>user\n <image>\n{KEY_FRAMES} Question: {QUESTION}\n{LISTED} <|im_end|>\n"
+    "<|im_start|>assistant\nAnswer: Best option:(",
+    ("mistral", False): f"[INST] <image>\n{QUESTION} [/INST]",
 }
 
 
@@ -110,17 +109,20 @@ def test_bad_choices(choices):
         format_options(choices)
 
 
-@pytest.mark.parametrize("text_model, template, vocabulary, expected", [
-    ("llama", CHAT_TEMPLATES["vicuna"], (), "vicuna"),
-    ("llama", CHAT_TEMPLATES["chatml"], (), "chatml"),
-    ("llama", "[INST] <<SYS>> {{ x }}", (), "llama2"),
-    ("llama", "<|start_header_id|>{{ x }}", (), "chat_template"),
-    ("llama", None, ("<|im_start|>",), "chatml"),
-    ("llama", None, (), "vicuna"),
-    ("mistral", CHAT_TEMPLATES["mistral"], (), "mistral"),
-    ("mistral", None, (), "mistral"),
-    ("qwen2", CHAT_TEMPLATES["chatml"], (), "chat_template"),
-])
+@pytest.mark.parametrize(
+    "text_model, template, vocabulary, expected",
+    [
+        ("llama", CHAT_TEMPLATES["vicuna"], (), "vicuna"),
+        ("llama", CHAT_TEMPLATES["chatml"], (), "chatml"),
+        ("llama", "[INST] <<SYS>> {{ x }}", (), "llama2"),
+        ("llama", "<|start_header_id|>{{ x }}", (), "chat_template"),
+        ("llama", None, ("<|im_start|>",), "chatml"),
+        ("llama", None, (), "vicuna"),
+        ("mistral", CHAT_TEMPLATES["mistral"], (), "mistral"),
+        ("mistral", None, (), "mistral"),
+        ("qwen2", CHAT_TEMPLATES["chatml"], (), "chat_template"),
+    ],
+)
 def test_family_rule(text_model, template, vocabulary, expected):
     assert prompt_family(text_model, template, vocabulary) == expected
 
@@ -135,27 +137,52 @@ def test_family_of_checkpoints_made_for_this_package():
     assert set(FAMILIES) == {"vicuna", "chatml", "mistral", "llama2", "chat_template"}
 
 
-@pytest.mark.parametrize("text, option", [
-    ("A) a red one", 0), ("b", 1), ("C", 2), ("(B) a blue one", 1), ("The answer is C: neither", 2),
-    ("A mistake; the answer is B) a blue one", 1), ("B, although A: too", 0), ("neither", 2), ("A blue one.", 1),
-    ("", None), ("none of them", None), ("D) no such option", None), ("(a)", None),
-])
+@pytest.mark.parametrize(
+    "text, option",
+    [
+        ("A) a red one", 0),
+        ("b", 1),
+        ("C", 2),
+        ("(B) a blue one", 1),
+        ("The answer is C: neither", 2),
+        ("A mistake; the answer is B) a blue one", 1),
+        ("B, although A: too", 0),
+        ("neither", 2),
+        ("A blue one.", 1),
+        ("", None),
+        ("none of them", None),
+        ("D) no such option", None),
+        ("(a)", None),
+    ],
+)
 def test_option_rule(text, option):
     assert pick_option(text, CHOICES) == option
 
 
 def test_option_rule_agrees_with_the_published_branches():
     """Five options: the ladder of the published scorer, written out."""
+
     def published(text):
         option = "abcde".find(text[0].lower()) if text[0] in "abcdeABCDE" else None
         if "answer is " in text:
-            text = text[text.index("answer is"):]
+            text = text[text.index("answer is") :]
         for i, letter in enumerate("ABCDE"):
             if f"{letter}:" in text or f"{letter})" in text:
                 return i
         return option
 
-    texts = ["A", "e) x", "Z", "(D", "it is E)", "answer is C: d", "B and D)", "C: no, the answer is (A)", "d: x", "5"]
+    texts = [
+        "A",
+        "e) x",
+        "Z",
+        "(D",
+        "it is E)",
+        "answer is C: d",
+        "B and D)",
+        "C: no, the answer is (A)",
+        "d: x",
+        "5",
+    ]
     choices = ["v", "w", "x", "y", "z"]
     assert [pick_option(text, choices) for text in texts] == [published(text) for text in texts]
 

@@ -11,25 +11,39 @@ import torch
 GRID = 6
 IMAGE_SIZE, PATCH = 24, 4
 VISION_LAYERS = 3
+LAYOUTS = ("v4", "v5.0", "v5")
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
+_PARTS = (
+    "{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+)
+_FRAMES = {
+    "vicuna": ("USER: ", " ASSISTANT:"),
+    "mistral": ("[INST] ", " [/INST]"),
+    "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+}
 CHAT_TEMPLATES = {
-    "vicuna": "{% for m in messages %}USER: {% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}"
-              "{% endfor %} ASSISTANT:{% endfor %}",
-    "mistral": "{% for m in messages %}[INST] {% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}"
-               "{% endfor %} [/INST]{% endfor %}",
-    "chatml": "{% for m in messages %}<|im_start|>user\n{% for c in m['content'] %}"
-              "{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>\n<|im_start|>assistant\n{% endfor %}",
+    family: f"{{% for message in messages %}}{before}{_PARTS}{after}{{% endfor %}}"
+    for family, (before, after) in _FRAMES.items()
 }
 PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": IMAGE_SIZE},
-    "resample": 3, "do_center_crop": True, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
 
 def byte_tokenizer(family: str = "vicuna") -> Any:
-    """A byte-level tokenizer without merges: every text is spelled, an id a byte; BOS as the family adds it."""
+    """A byte-level tokenizer without merges: every byte is an id; BOS as the family has it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -41,8 +55,13 @@ def byte_tokenizer(family: str = "vicuna") -> Any:
     if family != "chatml":  # Yi's tokenizer adds no BOS.
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"], chat_template=CHAT_TEMPLATES.get(family))
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"],
+        chat_template=CHAT_TEMPLATES.get(family),
+    )
 
 
 def word_tokenizer(words: list[str]) -> Any:
@@ -54,9 +73,14 @@ def word_tokenizer(words: list[str]) -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], chat_template="{% for m in messages %}<s><image> {% for c in m['content'] %}"
-        "{{ c['text'] if c['type'] == 'text' }}{% endfor %} answer{% endfor %}")
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        chat_template="{% for m in messages %}<s><image> {% for c in m['content'] %}"
+        "{{ c['text'] if c['type'] == 'text' }}{% endfor %} answer{% endfor %}",
+    )
 
 
 def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) -> Any:
@@ -64,20 +88,42 @@ def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) ->
 
     `text` and `vision` among the settings are dicts that override keys of the two sub-configs.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaNextConfig,
+        MistralConfig,
+    )
 
     vision = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=VISION_LAYERS, num_attention_heads=2,
-        image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=8) | settings.pop("vision", {})
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=VISION_LAYERS,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=8,
+    ) | settings.pop("vision", {})
     text = dict(
-        vocab_size=len(SPECIALS) + 256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4 if family == "vicuna" else 2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=None) | settings.pop("text", {})
+        vocab_size=len(SPECIALS) + 256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4 if family == "vicuna" else 2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    ) | settings.pop("text", {})
     if family == "mistral":
         text = {"sliding_window": None} | text
     language = (MistralConfig if family == "mistral" else LlamaConfig)(**text)
     kind = LlavaNextConfig if next_ else LlavaConfig
-    return kind(vision_config=CLIPVisionConfig(**vision), text_config=language, image_token_index=3, **settings)
+    return kind(
+        vision_config=CLIPVisionConfig(**vision), text_config=language, image_token_index=3, **settings
+    )
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
@@ -97,14 +143,20 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
 
 
 def stored_keys(model: Any, layout: str) -> dict[str, torch.Tensor]:
-    """The weights under the keys of a release: "v4" (language_model.model.*), "v5.0" (with .vision_model) or "v5"."""
+    """The weights under the keys of a release of transformers.
+
+    "v4": language_model.model.*, as real checkpoints are stored; "v5.0": the modules' names of 5.0; "v5":
+    those of later releases, whose vision tower has lost the level .vision_model (5.0 cannot read them).
+    """
     tensors = {}
     for key, value in model.state_dict().items():
         key = key.replace("vision_tower.vision_model.", "vision_tower.")
         if layout in ("v4", "v5.0"):
             key = key.replace("vision_tower.", "vision_tower.vision_model.")
         if layout == "v4":
-            key = key.replace("model.language_model.", "language_model.model.").replace("lm_head", "language_model.lm_head")
+            key = key.replace("model.language_model.", "language_model.model.").replace(
+                "lm_head", "language_model.lm_head"
+            )
             key = key.removeprefix("model.") if not key.startswith("language_model.") else key
         tensors[key] = value.detach().clone().contiguous()
     if model.config.tie_word_embeddings:
@@ -113,8 +165,14 @@ def stored_keys(model: Any, layout: str) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(
-    path: Path, family: str = "vicuna", next_: bool = False, layout: str = "v5", seed: int = 0, tokenizer: Any = None,
-    extra: dict[str, Any] | None = None, **settings: Any,
+    path: Path,
+    family: str = "vicuna",
+    next_: bool = False,
+    layout: str = "v4",
+    seed: int = 0,
+    tokenizer: Any = None,
+    extra: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Path:
     """Write a whole checkpoint directory; extra keys go into config.json, settings into `tiny_config`."""
     from safetensors.torch import save_file

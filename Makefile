@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make their own .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+SETUP  := $(VENV)/.ready
+
+.PHONY: demo test sanitize bench test-torch clean
+.DELETE_ON_ERROR:
+
+demo: $(SETUP)
+	$(BIN)/sfllava-fast demo --out out
+
+test: $(SETUP) sanitize
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# The C++ tests under the address and undefined-behaviour sanitizers; skipped where there is no compiler.
+sanitize: $(SETUP)
+	@if command -v $${CXX:-c++} >/dev/null; then \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" && cmake -S . -B build/sanitize -DSFLLAVA_SANITIZE=ON -DSFLLAVA_TESTS=ON && \
+	  cmake --build build/sanitize -j $(JOBS) && ctest --test-dir build/sanitize --output-on-failure; \
+	else echo "no C++ compiler: the C++ tests are skipped"; fi
+
+# The op against its peers, and the table of ratios: about 5 minutes.
+bench: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench op
+
+# The built wheel on an older and a newer torch, in environments of their own: gigabytes, so not in CI.
+test-torch: $(SETUP)
+	$(BIN)/python tests/other_torch.py 2.10.0 2.11.0
+
+$(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf build out $(VENV) sfllava_fast/_C.so sfllava_fast.egg-info

@@ -1,0 +1,102 @@
+"""Training data: every batch is a function of its stage and step alone, so that runs resume and repeat exactly."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sfllava_fast.config import sample_frames
+from sfllava_fast.embedded.model import ASSISTANT, EOS, USER, answer_ids, image_processor
+from sfllava_fast.embedded.questions import TYPES, Question, ask_many
+from sfllava_fast.embedded.scenes import draw_scene, frame_times, patch_labels, render
+
+QUESTIONS_PER_CLIP = 16
+LONGEST_VIDEO = 96
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one step shows the language model: frames a clip, slow frames, which pathways."""
+
+    frames: int
+    slow: int
+    mode: str  # "both", "slow" or "fast"
+
+    @property
+    def clips(self) -> int:
+        """Clips per rank, fewer where they are long."""
+        return 4 if self.frames <= 20 else 2 if self.frames <= 40 else 1
+
+
+def draw_layout(stage: str, step: int) -> Layout:
+    """16 frames of which 4 slow most of the time; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
+    rng = random.Random(f"layout/{stage}/{step}")
+    frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (60, 14, 10, 4, 12))[0]
+    slow = rng.choices((4, 2, 3, 6, 8), (62, 10, 6, 10, 12))[0]
+    mode = rng.choices(("both", "slow", "fast"), (78, 11, 11))[0]
+    return Layout(frames, min(slow, frames), mode)
+
+
+def normalise(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [..., H, W, 3] -> pixel values float32 [N, 3, H, W]."""
+    processor = image_processor()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    pixels = torch.from_numpy(frames).flatten(0, -4).permute(0, 3, 1, 2)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def image_batch(stage: str, step: int, first: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`count` single frames and their patch labels [count, 8, 8, ...]."""
+    frames, labels = [], []
+    for index in range(first, first + count):
+        scene = draw_scene(f"{stage}/{step}/{index}")
+        time = random.Random(f"time/{stage}/{step}/{index}").random()
+        frames.append(render(scene, [time], half=True)[0])
+        labels.append(patch_labels(scene, time))
+    stacked = {key: torch.from_numpy(np.stack([label[key] for label in labels])) for key in labels[0]}
+    return normalise(np.stack(frames)), stacked
+
+
+@dataclass
+class ClipBatch:
+    """Pixel values [B * T, 3, 96, 96], questions with answers [B, Q, L], where to predict and what, types [B, Q]."""
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor  # the next token where it belongs to the answer, else IGNORE
+    types: torch.Tensor
+
+
+def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int) -> ClipBatch:
+    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP questions."""
+    clips, asked = [], []
+    for index in range(first, first + count):
+        rng = random.Random(f"clip/{stage}/{step}/{index}")
+        scene = draw_scene(f"{stage}/{step}/{index}")
+        total = rng.randint(max(frames, 24), LONGEST_VIDEO)
+        clips.append(render(scene, frame_times(sample_frames(total, frames), total), half=True))
+        asked.append(ask_many(scene, QUESTIONS_PER_CLIP, rng))
+    ids, targets = encode_questions(tokenizer, asked)
+    types = torch.tensor([[TYPES.index(question.type) for question in questions] for questions in asked])
+    return ClipBatch(normalise(np.stack(clips)), ids, targets, types)
+
+
+def encode_questions(tokenizer, asked: list[list[Question]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and next-token targets int64 [B, Q, L], padded on the right."""
+    flat = [question for questions in asked for question in questions]
+    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, EOS])
+    texts = tokenizer([question.text for question in flat], add_special_tokens=False).input_ids
+    rows = []
+    for question, text in zip(flat, texts):
+        prompt, answer = [user, *text, assistant], answer_ids(tokenizer, question.answer)
+        rows.append((prompt + answer, [IGNORE] * (len(prompt) - 1) + answer + [end]))
+    length = max(len(row) for row, _ in rows)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row, _ in rows])
+    targets = torch.tensor([row + [IGNORE] * (length - len(row)) for _, row in rows])
+    shape = (len(asked), -1, length)
+    return ids.view(shape), targets.view(shape)

@@ -1,0 +1,117 @@
+"""Builds the embedded model from stock transformers parts: CLIP tower, projector, Llama decoder, tokenizer."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfllava_fast.embedded.questions import vocabulary
+from sfllava_fast.embedded.scenes import GRID, PATCH, TOWER_SIZE
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
+FRAMES = 16
+VISION_LAYER = -1
+PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = (
+    "<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>"
+)
+SPECIAL = (PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['content'] is string %}"
+    "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
+    "{% else %}<assistant>{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% if message['role'] == 'user' %}<user>{% else %}<assistant>{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% if message['role'] != 'user' %}{{ eos_token }}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, lower case, marks apart; a number is a first digit and `##` digits, so it decodes without gaps."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    digits = [str(d) for d in range(10)] + [f"##{d}" for d in range(10)]
+    words = {word: i for i, word in enumerate([*SPECIAL, *digits, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token=UNK))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, bos_token=BOS, eos_token=EOS,
+        additional_special_tokens=[IMAGE, USER, ASSISTANT], chat_template=CHAT_TEMPLATE,
+        model_max_length=2048, padding_side="left",
+    )
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
+    """Ids of an answer as the model shall write it, capital I included, without the end mark."""
+    vocab = tokenizer.get_vocab()
+    words = []
+    for word in answer.split():
+        words += [word[0], *(f"##{digit}" for digit in word[1:])] if word.isdigit() else [word]
+    return [vocab[word] for word in words]
+
+
+def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """A fresh random model of 2.9 million parameters."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vocab = build_tokenizer().get_vocab()
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+        image_size=TOWER_SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.04,
+        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocab[IMAGE], vision_feature_layer=VISION_LAYER,
+        vision_feature_select_strategy="default", image_seq_length=GRID * GRID, tie_word_embeddings=True,
+        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+    )
+    config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES}
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config)
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    """Resize to the tower's size and normalise, as any CLIP image processor."""
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": TOWER_SIZE}, crop_size={"height": TOWER_SIZE, "width": TOWER_SIZE}
+    )
+
+
+def export(model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes a Hugging Face directory (weights in `dtype`, tokenizer, image processor, chat template)."""
+    from transformers import LlavaProcessor
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    copy = deepcopy(model).to(dtype)
+    copy.generation_config.max_new_tokens = 12
+    copy.generation_config.do_sample = False
+    copy.save_pretrained(directory)
+    images, tokenizer = image_processor(), build_tokenizer()
+    LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    images.save_pretrained(directory)
+    return directory

@@ -1,0 +1,316 @@
+"""Questions about drawn clips: every type in ten phrasings, with the one right answer.
+
+The last two phrasings of each type are never used in training; they show whether the model reads or recites.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from sfllava_fast.embedded.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, place_name
+
+UNANSWERABLE = "I cannot answer that"
+STILL = "it does not move"
+WHEN = ("at the beginning", "in the middle", "at the end")
+NUMBER_OF_HELD_OUT_PHRASINGS = 2
+
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "colour": (
+        "what colour is the {s}?", "what color is the {s}?", "which colour does the {s} have?",
+        "tell me the colour of the {s}.", "the {s} has what colour?", "what is the colour of the {s}?",
+        "what is the color of the {s}?", "name the colour of the {s}.",
+        "which color is the {s}?", "tell me what colour the {s} is.",
+    ),
+    "shape": (
+        "what shape is the {c} one?", "what shape is the {c} object?", "which shape is {c}?",
+        "what is the shape of the {c} object?", "tell me the shape of the {c} object.", "name the {c} shape.",
+        "the {c} object has what shape?", "what is the {c} object?",
+        "which shape does the {c} one have?", "tell me what shape the {c} object is.",
+    ),
+    "count": (
+        "how many {n} are there?", "how many {n} are in the video?", "how many {n} do you see?", "count the {n}.",
+        "what is the number of {n}?", "tell me how many {n} there are.", "how many {n} can you see?",
+        "how many {n} does the video show?",
+        "how many {n} are in the clip?", "count the {n} in the video.",
+    ),
+    "place": (
+        "where is the {x}?", "where in the picture is the {x}?", "in which place is the {x}?",
+        "what is the position of the {x}?", "tell me where the {x} is.", "at which place is the {x}?",
+        "where can you see the {x}?", "name the place of the {x}.",
+        "what is the place of the {x}?", "where do you see the {x}?",
+    ),
+    "relation": (
+        "is the {x} {r} the {y}?", "does the {x} stand {r} the {y}?", "tell me if the {x} is {r} the {y}.",
+        "{r} the {y}: where is the {x}?", "is the position of the {x} {r} the {y}?",
+        "do you see the {x} {r} the {y}?", "the {x}: is it {r} the {y}?", "the {x} is {r} the {y}?",
+        "can you see the {x} {r} the {y}?", "tell me: is the {x} {r} the {y}?",
+    ),
+    "number": (
+        "what number is on the sign?", "which number is on the sign?", "what does the sign say?",
+        "read the sign.", "what number does the sign show?", "tell me the number on the sign.",
+        "what is written on the sign?", "what is the number on the sign?",
+        "which number does the sign show?", "read the number on the sign.",
+    ),
+    "direction": (
+        "which way does the {x} move?", "in which direction does the {x} move?", "where does the {x} move to?",
+        "what is the direction of the {x}?", "which way does the {x} go?", "tell me which way the {x} moves.",
+        "the {x} moves in which direction?", "which way is the {x} moving?",
+        "in which direction does the {x} go?", "in which direction is the {x} moving?",
+    ),
+    "first": (
+        "what appears first?", "which object appears first?", "what comes first?", "which shape comes first?",
+        "what shows up first?", "tell me what appears first.", "name the first object to appear.",
+        "what is the first object to show up?",
+        "which object comes first?", "tell me what comes first.",
+    ),
+    "last": (
+        "what appears last?", "which object appears last?", "what comes last?", "which shape comes last?",
+        "what shows up last?", "tell me what appears last.", "name the last object to appear.",
+        "what is the last object to show up?",
+        "which object comes last?", "tell me what comes last.",
+    ),
+    "when": (
+        "when does the {x} appear?", "when do you see the {x}?", "when does the {x} come?",
+        "when is the {x} in the video?", "tell me when the {x} appears.", "when does the {x} show up?",
+        "in which part of the video is the {x}?", "at the beginning or at the end: when is the {x}?",
+        "when can you see the {x}?", "tell me when you see the {x}.",
+    ),
+    "exist": (
+        "is there a {x}?", "do you see a {x}?", "does a {x} appear?", "can you see a {x}?",
+        "is a {x} in the video?", "does the video show a {x}?", "is there a {x} in the clip?",
+        "tell me if there is a {x}.",
+        "is a {x} in the clip?", "can you see a {x} in the video?",
+    ),
+    "off topic": (
+        "what is your name?", "who are you?", "what is the weather like?", "what sound is there?",
+        "who made this video?", "why does it move?", "is the {s} happy?", "what does the {s} think?",
+        "how old is the {s}?", "how much does the {x} cost?", "what is the capital of france?",
+        "what is the name of the person?", "what does the person say?", "is there a person in the video?",
+        "how fast is the {x}?", "who is in the video?", "where was the video made?", "can you help me?",
+        "write a poem about the {s}.", "what is two plus two?", "which animal do you see?", "how heavy is the {x}?",
+        "what colour is the animal?", "where is the person?", "how many people are there?", "do you like the {s}?",
+        "what is the person doing?", "who wins?", "tell me a story.", "hello.",
+        "what does the {x} think?", "how old is the person?",
+    ),
+}
+
+# Extra forms of a type, asked in between, and how often each type is asked in training.
+WEIGHTS = {
+    "colour": 8, "shape": 8, "count": 10, "total": 4, "place": 9, "relation": 9, "number": 8, "direction": 10,
+    "first": 7, "last": 7, "when": 9, "exist": 10, "unanswerable": 9,
+}
+TYPES = tuple(WEIGHTS)
+
+# Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.
+UNKNOWN_WORDS = ("dog", "cat", "car", "house", "tree", "hexagon", "banana", "phone", "river", "ball", "teacher", "cup")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer, its type (one of TYPES) and the phrasing used."""
+
+    type: str
+    text: str
+    answer: str
+    phrasing: str
+
+
+def phrasings(kind: str, held_out: bool) -> tuple[str, ...]:
+    """The phrasings of one type: those of training, or those kept from it."""
+    every = PHRASINGS[kind]
+    return every[-NUMBER_OF_HELD_OUT_PHRASINGS:] if held_out else every[:-NUMBER_OF_HELD_OUT_PHRASINGS]
+
+
+def ask(
+    scene: Scene, kind: str, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
+) -> Question | None:
+    """One question of a type about a scene, or None where the scene allows none."""
+    maker = _MAKERS[kind]
+    return maker(scene, rng, _Asker(kind, rng, split, held_out_phrasing))
+
+
+def ask_many(
+    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
+) -> list[Question]:
+    """`count` questions of random types by WEIGHTS."""
+    questions = []
+    while len(questions) < count:
+        kind = rng.choices(TYPES, WEIGHTS.values())[0]
+        question = ask(scene, kind, rng, split, held_out_phrasing)
+        if question is not None:
+            questions.append(question)
+    return questions
+
+
+def ask_each(
+    scene: Scene, rng: random.Random, split: str = "heldout", held_out_phrasing: bool = False
+) -> list[Question]:
+    """One question of every type that the scene allows."""
+    asked = [ask(scene, kind, rng, split, held_out_phrasing) for kind in TYPES]
+    return [question for question in asked if question is not None]
+
+
+class _Asker:
+    """Fills a random phrasing of one type."""
+
+    def __init__(self, kind: str, rng: random.Random, split: str, held_out: bool):
+        self.kind, self.rng, self.held_out = kind, rng, held_out
+        self.combinations = SPLITS[split]
+
+    def __call__(self, answer: str, phrasing_of: str | None = None, **slots: str) -> Question:
+        phrasing = self.rng.choice(phrasings(phrasing_of or self.kind, self.held_out))
+        text = phrasing.format(**slots).replace("a orange", "an orange")
+        return Question(self.kind, text, answer, phrasing)
+
+    def absent(self, scene: Scene) -> str:
+        """A shape of the split that is not in the scene; half the time its colour and its shape both are."""
+        present = {(thing.colour, thing.shape) for thing in scene.things}
+        missing = [pair for pair in self.combinations if pair not in present]
+        colours, shapes = {c for c, _ in present}, {s for _, s in present}
+        near = [pair for pair in missing if pair[0] in colours and pair[1] in shapes]
+        return " ".join(self.rng.choice(near if near and self.rng.random() < 0.5 else missing))
+
+
+def _unique(scene: Scene, attribute: str) -> list[Thing]:
+    counts = Counter(getattr(thing, attribute) for thing in scene.things)
+    return [thing for thing in scene.things if counts[getattr(thing, attribute)] == 1]
+
+
+def _colour(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    things = _unique(scene, "shape")
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return make(thing.colour, s=thing.shape)
+
+
+def _shape(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    things = _unique(scene, "colour")
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return make(thing.shape, c=thing.colour)
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def _count(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    by_colour = rng.random() < 0.5
+    values = list(COLOURS) if by_colour else list(SHAPES)
+    attribute = "colour" if by_colour else "shape"
+    present = [getattr(thing, attribute) for thing in scene.things]
+    value = rng.choice(present if rng.random() < 0.8 else values)
+    noun = f"{value} {rng.choice(('shapes', 'objects'))}" if by_colour else plural(value)
+    return make(str(present.count(value)), n=noun)
+
+
+def _total(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    return make(str(len(scene.things)), "count", n=rng.choice(("shapes", "objects")))
+
+
+def _place(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    thing = rng.choice(scene.of_kind("still"))
+    return make(place_name(thing.begin), x=thing.name)
+
+
+def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    first, second = rng.sample(scene.of_kind("still"), 2)
+    axis = rng.randrange(2)
+    gap = first.begin[axis] - second.begin[axis]
+    if abs(gap) < 20:
+        return None
+    words = (("left", "right"), ("above", "below"))[axis]
+    offered = f"{words[0]} or {words[1]}" if rng.random() < 0.5 else f"{words[1]} or {words[0]}"
+    return make(words[gap > 0], x=first.name, y=second.name, r=offered + (" of" if axis == 0 else ""))
+
+
+def _number(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    return make(str(scene.sign.number)) if scene.sign else None
+
+
+def _direction(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    movers = scene.of_kind("cross")
+    if rng.random() < 0.15:
+        return make(STILL, x=rng.choice(scene.of_kind("still", "visit")).name)
+    if not movers:
+        return None
+    thing = rng.choice(movers)
+    return make(thing.direction, x=thing.name)
+
+
+def _passing(scene: Scene) -> list[Thing]:
+    return sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
+
+
+def _first(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    return make(_passing(scene)[0].name)
+
+
+def _last(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    return make(_passing(scene)[-1].name)
+
+
+def when(thing: Thing) -> str | None:
+    """Which third of the clip holds the middle of the thing's visit; None if too near to a border."""
+    moment = (thing.start + thing.end) / 2
+    if min(abs(moment - 1 / 3), abs(moment - 2 / 3)) < 0.04:
+        return None
+    return WHEN[int(moment * 3)]
+
+
+def _when(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    things = [thing for thing in _passing(scene) if when(thing)]
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return make(when(thing), x=thing.name)
+
+
+def _exist(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+    if rng.random() < 0.5:
+        return make("yes", x=rng.choice(scene.things).name)
+    return make("no", x=make.absent(scene))
+
+
+def _unanswerable(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    """Off topic, about a thing that is not there, or about a word that the model does not know."""
+    if rng.random() < 0.35:
+        thing = rng.choice(scene.things)
+        return make(UNANSWERABLE, "off topic", x=thing.name, s=thing.shape)
+    if scene.sign is None and rng.random() < 0.5:
+        return make(UNANSWERABLE, "number")
+    if not make.held_out and rng.random() < 0.35:
+        word = rng.choice(UNKNOWN_WORDS)
+        kind = rng.choice(("colour", "place", "direction", "when", "exist", "count"))
+        return make(UNANSWERABLE, kind, x=word, s=word, n=word)
+    kind = rng.choice(("colour", "shape", "place", "direction", "when"))
+    colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
+    colour = rng.choice([c for c in COLOURS if c not in colours])
+    shape = rng.choice([s for s in SHAPES if s not in shapes] or [None])
+    if shape is None:
+        return None
+    return make(UNANSWERABLE, kind, x=make.absent(scene), s=shape, c=colour)
+
+
+_MAKERS = {
+    "colour": _colour, "shape": _shape, "count": _count, "total": _total, "place": _place, "relation": _relation,
+    "number": _number, "direction": _direction, "first": _first, "last": _last, "when": _when, "exist": _exist,
+    "unanswerable": _unanswerable,
+}
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark of the phrasings and answers, sorted; digits come apart from these."""
+    texts = [text for group in PHRASINGS.values() for text in group]
+    texts += ["an", "above", "below", "left", "right", "or", "of", "shapes", "objects", "yes", "no", UNANSWERABLE, STILL]
+    texts += [*WHEN, *COLOURS, *SHAPES, *map(plural, SHAPES), "up down top bottom middle left right"]
+    words = set()
+    for text in texts:
+        for mark in "?.,:":
+            text = text.replace(mark, f" {mark} ")
+        words.update(word for word in text.split() if "{" not in word)
+    return sorted(words)

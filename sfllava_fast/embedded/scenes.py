@@ -1,0 +1,425 @@
+"""Draws short clips of coloured shapes together with their exact ground truth.
+
+A scene lives on a 192 x 192 canvas: shapes that stand still, shapes that visit (appear, stay, vanish), shapes
+that cross from one side to the other, and often a sign with a two-digit number. Time runs from 0 to 1.
+Clips are drawn at 192 px (for video files) or at 96 px (for training) from sprites rendered once.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CANVAS = 192
+TOWER_SIZE = 96
+PATCH = 12
+GRID = TOWER_SIZE // PATCH
+FPS = 8
+
+COLOURS = {
+    "red": (225, 40, 40),
+    "orange": (250, 135, 20),
+    "yellow": (240, 225, 50),
+    "green": (40, 175, 60),
+    "cyan": (60, 220, 225),
+    "blue": (45, 85, 235),
+    "purple": (145, 55, 190),
+    "pink": (250, 150, 200),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+SIZES = (28, 36)
+DIRECTIONS = ("left", "right", "up", "down")
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "middle", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+
+# Each colour meets two shapes, and each shape two colours, in held-out clips only.
+HELD_OUT = frozenset(
+    (colour, SHAPES[(i + step) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for step in (2, 5)
+)
+SPLITS = {
+    "train": tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT),
+    "heldout": tuple(sorted(HELD_OUT)),
+}
+
+EDGE = 20  # centres keep this distance from the border
+SPACING = 38  # and this one from each other
+THIRD_MARGIN = 6  # and this one from the lines between the nine places
+DIGIT_WIDTH, DIGIT_HEIGHT, DIGIT_PIXEL, DIGIT_GAP = 20, 28, 4, 6
+SIGN_WIDTH, SIGN_HEIGHT = 64, 40
+SIGN_PAPER, SIGN_INK = (245, 242, 230), (20, 20, 25)
+
+_DIGITS = (
+    ".###. #...# #..## #.#.# ##..# #...# .###.",
+    "..#.. .##.. ..#.. ..#.. ..#.. ..#.. .###.",
+    ".###. #...# ....# ...#. ..#.. .#... #####",
+    "####. ....# ....# .###. ....# ....# ####.",
+    "...#. ..##. .#.#. #..#. ##### ...#. ...#.",
+    "##### #.... ####. ....# ....# #...# .###.",
+    "..##. .#... #.... ####. #...# #...# .###.",
+    "##### ....# ...#. ...#. ..#.. ..#.. ..#..",
+    ".###. #...# #...# .###. #...# #...# .###.",
+    ".###. #...# #...# .#### ....# ...#. .##..",
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: where its centre starts and ends (canvas px) and when it is visible (fractions of the clip)."""
+
+    colour: str
+    shape: str
+    size: int
+    kind: str  # "still", "visit" or "cross"
+    begin: tuple[int, int]  # x, y
+    finish: tuple[int, int]
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    def visible(self, time: float) -> bool:
+        return self.kind == "still" or self.start <= time < self.end
+
+    def centre(self, time: float) -> tuple[int, int]:
+        """Centre (x, y) in canvas px at a moment when the thing is visible."""
+        way = (time - self.start) / (self.end - self.start) if self.kind == "cross" else 0.0
+        return tuple(round(a + (b - a) * way) for a, b in zip(self.begin, self.finish))
+
+    @property
+    def direction(self) -> str | None:
+        """One of DIRECTIONS for a shape that crosses, else None."""
+        if self.kind != "cross":
+            return None
+        dx, dy = self.finish[0] - self.begin[0], self.finish[1] - self.begin[1]
+        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A board with a two-digit number, its centre in canvas px."""
+
+    centre: tuple[int, int]
+    number: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything there is to know of one clip."""
+
+    things: tuple[Thing, ...]
+    sign: Sign | None
+    background: tuple[int, int, int]
+
+    def of_kind(self, *kinds: str) -> list[Thing]:
+        return [thing for thing in self.things if thing.kind in kinds]
+
+
+def frame_times(indices: list[int], total: int) -> list[float]:
+    """Moments in (0, 1) of the frames `indices` of a video of `total` frames."""
+    return [(index + 0.5) / total for index in indices]
+
+
+def place_name(centre: tuple[int, int]) -> str:
+    """Which ninth of the canvas a centre (x, y) lies in."""
+    x, y = centre
+    return PLACES[min(2, 3 * y // CANVAS)][min(2, 3 * x // CANVAS)]
+
+
+def draw_scene(seed: int | str, split: str = "train") -> Scene:
+    """A random scene of 3 to 5 still shapes, 2 or 3 that come and go, and in four of five cases a sign."""
+    rng = random.Random(f"{split}/{seed}")
+    while True:
+        scene = _try_scene(rng, SPLITS[split])
+        if scene is not None:
+            return scene
+
+
+def _try_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) -> Scene | None:
+    stills, passing = rng.randint(3, 5), rng.randint(2, 3)
+    names = _choose_names(rng, combinations, stills + passing)
+    sign = _draw_sign(rng) if rng.random() < 0.8 else None
+    taken: list[tuple[int, int]] = []
+    things = []
+    for colour, shape in names[:stills]:
+        centre = _free_centre(rng, taken, sign)
+        if centre is None:
+            return None
+        things.append(Thing(colour, shape, rng.choice(SIZES), "still", centre, centre))
+    for (colour, shape), start in zip(names[stills:], _start_times(rng, passing)):
+        thing = _draw_passing(rng, colour, shape, start, taken, sign)
+        if thing is None:
+            return None
+        things.append(thing)
+    return Scene(tuple(things), sign, tuple(rng.randint(12, 60) for _ in range(3)))
+
+
+def _choose_names(
+    rng: random.Random, combinations: tuple[tuple[str, str], ...], count: int
+) -> list[tuple[str, str]]:
+    """Distinct (colour, shape) pairs; a small palette in half of the scenes, so that colours and shapes repeat."""
+    pool = list(combinations)
+    if rng.random() < 0.5:
+        colours = set(rng.sample(list(COLOURS), 4))
+        pool = [pair for pair in combinations if pair[0] in colours]
+    return rng.sample(pool, count)
+
+
+def _draw_sign(rng: random.Random) -> Sign:
+    x = 8 * rng.randint(5, (CANVAS - 40) // 8)
+    y = 8 * rng.randint(3, (CANVAS - 24) // 8)
+    return Sign((x, y), rng.randint(10, 99))
+
+
+def _free_centre(
+    rng: random.Random, taken: list[tuple[int, int]], sign: Sign | None
+) -> tuple[int, int] | None:
+    for _ in range(40):
+        x, y = rng.randint(EDGE, CANVAS - EDGE), rng.randint(EDGE, CANVAS - EDGE)
+        if min(abs(v - line) for v in (x, y) for line in (CANVAS // 3, 2 * CANVAS // 3)) < THIRD_MARGIN:
+            continue
+        if any((x - a) ** 2 + (y - b) ** 2 < SPACING**2 for a, b in taken):
+            continue
+        if sign and _near_sign(x, y, sign):
+            continue
+        taken.append((x, y))
+        return x, y
+    return None
+
+
+def _near_sign(x: int, y: int, sign: Sign) -> bool:
+    reach_x, reach_y = SIGN_WIDTH // 2 + 19, SIGN_HEIGHT // 2 + 19
+    return abs(x - sign.centre[0]) < reach_x and abs(y - sign.centre[1]) < reach_y
+
+
+def _start_times(rng: random.Random, count: int) -> list[float]:
+    """Moments of appearance, at least 0.14 apart."""
+    slack = 0.64 - 0.14 * (count - 1)
+    cuts = sorted(rng.random() * slack for _ in range(count))
+    times = [0.06 + cut + 0.14 * i for i, cut in enumerate(cuts)]
+    rng.shuffle(times)
+    return times
+
+
+def _draw_passing(
+    rng: random.Random, colour: str, shape: str, start: float, taken: list[tuple[int, int]], sign: Sign | None
+) -> Thing | None:
+    size = rng.choice(SIZES)
+    if rng.random() < 0.6:
+        begin, finish = _crossing(rng)
+        end = start + min(rng.uniform(0.25, 0.36), 0.98 - start)
+        return Thing(colour, shape, size, "cross", begin, finish, start, end)
+    centre = _free_centre(rng, taken, sign)
+    if centre is None:
+        return None
+    end = start + min(rng.uniform(0.16, 0.30), 0.98 - start)
+    return Thing(colour, shape, size, "visit", centre, centre, start, end)
+
+
+def _crossing(rng: random.Random) -> tuple[tuple[int, int], tuple[int, int]]:
+    lane = rng.randint(EDGE, CANVAS - EDGE)
+    low, high = EDGE, CANVAS - EDGE
+    ends = {
+        "left": ((high, lane), (low, lane)),
+        "right": ((low, lane), (high, lane)),
+        "up": ((lane, high), (lane, low)),
+        "down": ((lane, low), (lane, high)),
+    }
+    return ends[rng.choice(DIRECTIONS)]
+
+
+# --- drawing -----------------------------------------------------------------------------------------------
+
+
+def _polygon(points: list[tuple[float, float]], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Even-odd test of every (x, y) against a polygon."""
+    inside = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+        crosses = (y0 > y) != (y1 > y)
+        inside ^= crosses & (x < (x1 - x0) * (y - y0) / ((y1 - y0) or 1e-9) + x0)
+    return inside
+
+
+def _mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points of the unit disc's box the shape covers; y points down."""
+    radius = np.hypot(x, y)
+    if shape == "circle":
+        return radius <= 0.95
+    if shape == "ring":
+        return (radius <= 1.0) & (radius >= 0.52)
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.85
+    if shape == "diamond":
+        return abs(x) * 1.25 + abs(y) <= 1.0
+    if shape == "cross":
+        return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 0.98)
+    if shape == "triangle":
+        return _polygon([(0.0, -0.95), (0.98, 0.85), (-0.98, 0.85)], x, y)
+    if shape == "star":
+        angles = [np.pi * (i / 5 - 0.5) for i in range(10)]
+        radii = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
+        return _polygon([(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles)], x, y)
+    a, b = 1.2 * x, -1.2 * y + 0.15
+    return (a * a + b * b - 1) ** 3 - a * a * b**3 <= 0
+
+
+@lru_cache(maxsize=None)
+def _shape_alpha(shape: str, size: int) -> np.ndarray:
+    """Antialiased coverage [size, size] float32 at canvas scale, 8 x 8 samples a pixel."""
+    axis = (np.arange(size * 8) + 0.5) / (size * 4) - 1
+    x, y = np.meshgrid(axis, axis)
+    return _mask(shape, x, y).reshape(size, 8, size, 8).mean((1, 3)).astype(np.float32)
+
+
+def _sign_image(number: int) -> np.ndarray:
+    """The board [SIGN_HEIGHT, SIGN_WIDTH, 3] float32."""
+    board = np.empty((SIGN_HEIGHT, SIGN_WIDTH, 3), np.float32)
+    board[:] = SIGN_INK
+    board[2:-2, 2:-2] = SIGN_PAPER
+    for digit, left in zip(f"{number:02d}", digit_lefts()):
+        rows = np.array([[c == "#" for c in row] for row in _DIGITS[int(digit)].split()])
+        ink = np.kron(rows, np.ones((DIGIT_PIXEL, DIGIT_PIXEL), bool))
+        top = (SIGN_HEIGHT - DIGIT_HEIGHT) // 2
+        board[top : top + DIGIT_HEIGHT, left : left + DIGIT_WIDTH][ink] = SIGN_INK
+    return board
+
+
+def digit_lefts() -> tuple[int, int]:
+    """Left edges of the two digits within the board, canvas px."""
+    left = (SIGN_WIDTH - 2 * DIGIT_WIDTH - DIGIT_GAP) // 2
+    return left, left + DIGIT_WIDTH + DIGIT_GAP
+
+
+def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.ndarray:
+    """Half-size copy of [h, w, c] that starts `phase` (x, y) px into its first pixel, resized as preprocessing does."""
+    height, width, channels = image.shape
+    padded = np.zeros((height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32)
+    padded[border + phase[1] :, border + phase[0] :][:height, :width] = image
+    half = torch.nn.functional.interpolate(
+        torch.from_numpy(padded).permute(2, 0, 1)[None],
+        size=(padded.shape[0] // 2, padded.shape[1] // 2), mode="bicubic", antialias=True,
+    )
+    return half[0].permute(1, 2, 0).numpy().copy()
+
+
+@lru_cache(maxsize=None)
+def _sprite(key: tuple, phase: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """(1 - alpha, alpha * colour, border): canvas scale if phase is None, else half scale at that phase."""
+    if key[0] == "sign":
+        colour = _sign_image(key[1])
+        alpha = np.ones(colour.shape[:2] + (1,), np.float32)
+    else:
+        shape, size, name = key
+        alpha = _shape_alpha(shape, size)[:, :, None]
+        colour = alpha * np.array(COLOURS[name], np.float32)
+    if phase is None:
+        return 1 - alpha, colour, 0
+    stacked = _halve(np.concatenate([alpha, colour], 2), phase)
+    return 1 - stacked[:, :, :1], stacked[:, :, 1:], 2
+
+
+def _paste(frame: np.ndarray, key: tuple, corner: tuple[int, int], half: bool) -> None:
+    """Blends a sprite whose top left canvas px is `corner` (x, y) into a float frame, in place."""
+    x, y = corner
+    keep, colour, border = _sprite(key, (x % 2, y % 2) if half else None)
+    if half:
+        x, y = x // 2 - border, y // 2 - border
+    top, left = max(0, -y), max(0, -x)
+    region = frame[y + top : y + keep.shape[0], x + left : x + keep.shape[1]]
+    window = (slice(top, top + region.shape[0]), slice(left, left + region.shape[1]))
+    region *= keep[window]
+    region += colour[window]
+
+
+def _paste_thing(frame: np.ndarray, thing: Thing, time: float, half: bool) -> None:
+    x, y = thing.centre(time)
+    _paste(frame, (thing.shape, thing.size, thing.colour), (x - thing.size // 2, y - thing.size // 2), half)
+
+
+def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
+    """Frames uint8 [T, 192, 192, 3] of a scene at `times`, or [T, 96, 96, 3] as preprocessing would make them."""
+    edge = TOWER_SIZE if half else CANVAS
+    shade = np.linspace(0.85, 1.15, edge, dtype=np.float32)[:, None, None]
+    still = np.broadcast_to(shade * np.array(scene.background, np.float32), (edge, edge, 3)).copy()
+    for thing in scene.of_kind("still"):
+        _paste_thing(still, thing, 0.0, half)
+    if scene.sign:
+        x, y = scene.sign.centre
+        _paste(still, ("sign", scene.sign.number), (x - SIGN_WIDTH // 2, y - SIGN_HEIGHT // 2), half)
+    frames = np.repeat(still[None], len(times), axis=0)
+    for frame, time in zip(frames, times):
+        for thing in scene.of_kind("visit", "cross"):
+            if thing.visible(time):
+                _paste_thing(frame, thing, time, half)
+    return (frames.clip(0, 255) + 0.5).astype(np.uint8)
+
+
+def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
+    """What each 12 px patch of a frame shows, for the tower's first stage.
+
+    Returns arrays over the 8 x 8 grid: `shape`, `colour`, `tens`, `units` (int64, 0 = nothing) and `offset`
+    (float32 [8, 8, 2], from the patch's centre to the shape's, in patches).
+    """
+    shape, colour = np.zeros((GRID, GRID), np.int64), np.zeros((GRID, GRID), np.int64)
+    offset, best = np.zeros((GRID, GRID, 2), np.float32), np.full((GRID, GRID), 0.15, np.float32)
+    middle, side = np.arange(GRID) + 0.5, 2 * PATCH
+    for thing in scene.things:
+        if not thing.visible(time):
+            continue
+        x, y = thing.centre(time)
+        rows, columns, cover = _patch_cover(thing, x, y)
+        mine = cover > best[rows, columns]
+        best[rows, columns][mine] = cover[mine]
+        shape[rows, columns][mine] = 1 + SHAPES.index(thing.shape)
+        colour[rows, columns][mine] = 1 + list(COLOURS).index(thing.colour)
+        across, down = np.meshgrid(x / side - middle[columns], y / side - middle[rows])
+        offset[rows, columns][mine] = np.stack([across, down], 2)[mine]
+    tens, units = _digit_labels(scene.sign)
+    return {"shape": shape, "colour": colour, "tens": tens, "units": units, "offset": offset}
+
+
+def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray]:
+    """The 3 x 3 patches (rows, columns) around a thing and which part of each it covers."""
+    side, left, top = 2 * PATCH, x - thing.size // 2, y - thing.size // 2
+    column, row = min(left // side, GRID - 3), min(top // side, GRID - 3)
+    window = np.zeros((3 * side, 3 * side), np.float32)
+    window[top - row * side :, left - column * side :][: thing.size, : thing.size] = _shape_alpha(thing.shape, thing.size)
+    cover = window.reshape(3, side, 3, side).mean((1, 3))
+    return slice(row, row + 3), slice(column, column + 3), cover
+
+
+def _digit_labels(sign: Sign | None) -> list[np.ndarray]:
+    labels = [np.zeros((GRID, GRID), np.int64) for _ in range(2)]
+    if sign is None:
+        return labels
+    for label, digit, left in zip(labels, divmod(sign.number, 10), digit_lefts()):
+        x, y = sign.centre[0] - SIGN_WIDTH // 2 + left, sign.centre[1] - DIGIT_HEIGHT // 2
+        edges = np.arange(GRID) * 2 * PATCH
+        across = (np.minimum(edges + 2 * PATCH, x + DIGIT_WIDTH) - np.maximum(edges, x)).clip(0)
+        down = (np.minimum(edges + 2 * PATCH, y + DIGIT_HEIGHT) - np.maximum(edges, y)).clip(0)
+        label[np.outer(down, across) > 0.2 * DIGIT_WIDTH * DIGIT_HEIGHT] = 1 + digit
+    return labels
+
+
+def write_video(scene: Scene, path: str | Path, total: int = 64) -> None:
+    """Encodes a scene as an H.264 .mp4 of `total` frames, 192 x 192, yuv420p, 8 frames a second."""
+    import av
+
+    frames = render(scene, frame_times(list(range(total)), total))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18"})
+        stream.width = stream.height = CANVAS
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))

@@ -1,0 +1,72 @@
+"""What is built, loaded and used on this machine, and why not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__, backends
+from .errors import BackendError
+
+_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "av", "decord", "numpy", "safetensors")
+_CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Facts by section, ready to print or to write as JSON."""
+    return {
+        "sfllava_fast": {"version": __version__, "python": platform.python_version(), "platform": platform.platform()},
+        "backends": _backends(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": {"features": _cpu_features(), "threads": str(torch.get_num_threads())},
+        "gpu": _gpus(),
+        "attention": {"auto takes": _attention()},
+    }
+
+
+def _backends() -> dict[str, str]:
+    facts = {}
+    for backend in backends.BACKENDS.values():
+        reason = backend.why_unavailable()
+        facts[backend.name] = f"not available: {reason}" if reason else "ready"
+    try:
+        isa = backends.cpu_library().sfllava_isa().decode()
+        facts["cpu"] += f" ({isa} kernels, {backends.LIBRARY.name})"
+    except BackendError:
+        pass
+    facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_features() -> str:
+    """Of the features that matter here, those that the processor has."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
+    except OSError:
+        return f"unknown ({platform.machine()})"
+    return " ".join(name for name in _CPU_FEATURES if name in flags) or "none of " + " ".join(_CPU_FEATURES)
+
+
+def _gpus() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        return {"cuda": f"none ({built})"}
+    return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+
+
+def _attention() -> str:
+    from .attention import resolve_attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return resolve_attention("auto", device, dtype).describe()

@@ -1,0 +1,181 @@
+"""Frames to pixel values as CLIP's image processor makes them, in one batch and without Pillow.
+
+torch's uint8 antialiased resize is Pillow's, rows first and then columns, but for the last bit of a few values
+in a thousand (two bits of some when it enlarges). Pillow 13 resizes tall frames columns first and so differs
+from its own earlier versions there; torch, and so this module, stays with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import functional as F
+
+from .errors import InputError
+
+Mode = Literal["stretch", "crop", "pad"]
+_RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How a frame becomes the vision tower's input.
+
+    size: pixels of the square (stretch, pad) or of the shorter edge (crop), or (height, width) to stretch to;
+        None leaves frames as they are.
+    crop: (height, width) cut from the middle after the resize; None keeps all.
+    mode: "stretch" to the size whatever the shape, as the published SF-LLaVA does
+        (`image_aspect_ratio: resize`); "crop" keeps the shape and cuts the middle, CLIP's own way; "pad" adds
+        borders of the mean colour to make a square first, as LLaVA-1.5 was trained.
+    mean, std: by channel, of values in [0, 1] after `value * rescale`.
+
+    Raises InputError for values that make no picture.
+    """
+
+    size: int | tuple[int, int] | None = 336
+    crop: tuple[int, int] | None = (336, 336)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    mode: Mode = "stretch"
+    rescale: float = 1 / 255
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
+        if self.resample not in _RESAMPLES.values():
+            raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
+        for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
+            if len(edges) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in edges):
+                raise InputError(f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+                raise InputError(f"preprocess {name} must be three numbers, one by channel, not {values!r}")
+        if min(self.std) <= 0:
+            raise InputError(f"preprocess std must be above 0, not {self.std!r}")
+        if self.size is not None and self.crop and any(c > e for c, e in zip(self.crop, self._edges())):
+            raise InputError(f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size")
+
+    @classmethod
+    def from_processor(cls, processor: Any, mode: Mode = "stretch") -> PreprocessSpec:
+        """The spec of a transformers image processor of the CLIP kind, or of its config as a dict.
+
+        A size of {"height", "width"} is stretched to whatever `mode` is, as transformers does, except "pad".
+        """
+        config = processor if isinstance(processor, Mapping) else _as_dict(processor)
+        size = _read_size(config.get("size")) if config.get("do_resize", True) else None
+        crop = _read_size(config.get("crop_size")) if config.get("do_center_crop", True) else None
+        if isinstance(crop, int):
+            crop = (crop, crop)
+        if isinstance(size, tuple) and mode == "crop":
+            mode = "stretch"
+        resample = config.get("resample", 3)
+        if resample not in _RESAMPLES:
+            raise InputError(f"the image processor resamples by Pillow's filter {resample}: only bilinear (2) and "
+                             "bicubic (3) are supported")
+        normalise = config.get("do_normalize", True)
+        return cls(
+            size=size, crop=crop, mode=mode, resample=_RESAMPLES[resample],
+            mean=tuple(config.get("image_mean") or CLIP_MEAN) if normalise else (0.0, 0.0, 0.0),
+            std=tuple(config.get("image_std") or CLIP_STD) if normalise else (1.0, 1.0, 1.0),
+            rescale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
+        )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a frame of this size after the resize and before the crop."""
+        if self.size is None or self.mode != "crop" or isinstance(self.size, tuple):
+            return self._edges() or (height, width)
+        short, long = sorted((height, width))
+        edge = int(self.size * long / short)
+        return (self.size, edge) if height <= width else (edge, self.size)
+
+    def _edges(self) -> tuple[int, ...]:
+        if self.size is None:
+            return ()
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+
+def preprocess(
+    frames: torch.Tensor,
+    spec: PreprocessSpec = PreprocessSpec(),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """uint8 RGB [n, H, W, 3] to normalised [n, 3, h, w] of `dtype` on `device`, where the work is done.
+
+    Raises InputError for frames of another shape or dtype, or smaller than the crop.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
+        raise InputError(f"frames must be uint8 [n, H, W, 3], not {_name(frames.dtype)} {list(frames.shape)}")
+    # A view in channels-last memory: torch's fast path for three interleaved bytes.
+    pixels = frames.to(device).permute(0, 3, 1, 2)
+    if spec.mode == "pad":
+        pixels = _pad_square(pixels, spec)
+    size = spec.resized(*pixels.shape[-2:])
+    if not len(pixels):
+        pixels = pixels.new_empty(0, 3, *size)
+    elif size != tuple(pixels.shape[-2:]):
+        pixels = _resize(pixels, size, spec.resample)
+    pixels = _crop_middle(pixels, spec.crop) if spec.crop else pixels
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (spec.mean, spec.std))
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return values.mul_(spec.rescale / std).sub_(mean / std).to(dtype)
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    if pixels.device.type == "cpu":
+        return F.interpolate(pixels, size, mode=mode, antialias=True)
+    # Elsewhere there is no uint8 kernel: two passes, halves rounded up in between as Pillow does.
+    for step in ((pixels.shape[-2], size[1]), size):
+        pixels = F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
+    return pixels
+
+
+def _pad_square(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
+    """The frames in the middle of a square of the mean colour."""
+    count, channels, height, width = pixels.shape
+    if height == width:
+        return pixels
+    side = max(height, width)
+    colour = torch.tensor([int(v * 255) for v in spec.mean], dtype=torch.uint8, device=pixels.device)
+    square = colour.expand(count, side, side, channels).contiguous().permute(0, 3, 1, 2)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, :, top : top + height, left : left + width] = pixels
+    return square
+
+
+def _crop_middle(pixels: torch.Tensor, crop: tuple[int, int]) -> torch.Tensor:
+    height, width = pixels.shape[-2:]
+    if crop[0] > height or crop[1] > width:
+        raise InputError(f"cannot crop {crop[1]}x{crop[0]} out of frames of {width}x{height}: resize them first")
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    return pixels[:, :, top : top + crop[0], left : left + crop[1]]
+
+
+def _as_dict(processor: Any) -> Mapping[str, Any]:
+    if not hasattr(processor, "to_dict"):
+        raise InputError(f"expected a transformers image processor or its config, not {type(processor).__name__}")
+    return processor.to_dict()
+
+
+def _read_size(size: Any) -> int | tuple[int, int]:
+    """A transformers size: a number, {"shortest_edge": n} or {"height": h, "width": w}."""
+    if isinstance(size, Mapping):
+        if size.get("height") and size.get("width"):
+            return (size["height"], size["width"])
+        if size.get("shortest_edge"):
+            return size["shortest_edge"]
+    elif isinstance(size, int):
+        return size
+    elif isinstance(size, Sequence) and len(size) == 2:
+        return tuple(size)
+    raise InputError(f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,258 @@
+"""Layouts, bins, counts and the sampling rule, against the contract written out by hand or in oracle.py."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfllava_fast.config import SLOW_POOLS, Bins, SlowFastConfig, sample_frames, square_grid
+from sfllava_fast.errors import InputError, LayoutError
+
+PAPER = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
+counts = st.integers(1, 2**20)
+configs = st.builds(
+    SlowFastConfig,
+    slow_frames=counts,
+    slow_pool=st.sampled_from(SLOW_POOLS),
+    fast_grid=st.none() | st.tuples(counts, counts),
+)
+
+
+def one_line(error: pytest.ExceptionInfo) -> bool:
+    return bool(str(error.value)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "frames", "grid", "slow", "fast"),
+    [
+        (PAPER, 50, (24, 24), 2880, 800),
+        ("slowfast-slow_10frms_concat-fast_4x4", 50, (24, 24), 5760, 800),
+        ("slowfast-slow_10frms_spatial_2d_max_pool-fast_4x4", 50, (24, 24), 1440, 800),
+        ("slowfast-slow_4frms_spatial_1d_avg_pool-fast_2x2", 16, (8, 8), 128, 64),
+        ("slowfast-slow_10frms_spatial_1d_max_pool", 50, (24, 24), 2880, 0),
+        ("slowfast-fast_4x4", 50, (24, 24), 0, 800),
+        (PAPER, 1, (24, 24), 2880, 16),  # fewer frames than slow ones: they repeat
+        ("slowfast-slow_1frms_spatial_1d_max_pool-fast_1x1", 3, (5, 5), 12, 3),  # the 25th token is dropped
+        ("slowfast-slow_1frms_spatial_2d_avg_pool-fast_1x1", 3, (5, 7), 6, 3),
+        ("slowfast-slow_2frms_spatial_1d_max_pool-fast_6x7", 2, (4, 4), 16, 84),  # up-sampling
+    ],
+)
+def test_token_counts(layout, frames, grid, slow, fast):
+    config = SlowFastConfig.parse(layout)
+    plan = config.plan(frames, grid)
+    assert plan.tokens == {"slow": slow, "fast": fast, "total": slow + fast}
+    assert plan.offsets == (0, slow + fast)
+    assert config.count_tokens(frames, grid) == slow + fast
+    assert len(plan.slow_frames) == config.slow_frames
+
+
+@given(st.integers(1, 200), st.integers(1, 80))
+def test_slow_frames_follow_the_contract(frames, count):
+    plan = SlowFastConfig(slow_frames=count).plan(frames, (2, 2))
+    assert plan.slow_frames == oracle.slow_frames(frames, count)
+    # Exact arithmetic, but for float32 falling just short of a whole number.
+    for i, frame in enumerate(plan.slow_frames):
+        assert frame == i * frames // count or (frame == i * frames // count - 1 and i * frames % count == 0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "count", "expected"),
+    [
+        (50, 10, [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]),
+        (4, 10, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]),
+        (1, 3, [0, 0, 0]),
+        (3, 1, [0]),
+    ],
+)
+def test_slow_frames_by_hand(frames, count, expected):
+    assert SlowFastConfig(slow_frames=count).plan(frames, (2, 2)).slow_frames == expected
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+                    reason="torch's linspace rounds otherwise without fused multiply-add")
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (8, [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7]),
+        (64, [0, 4, 9, 13, 18, 22, 27, 31, 36, 41, 45, 50, 54, 59]),
+    ],
+)
+def test_slow_frames_are_not_floored_integers(frames, expected):
+    assert SlowFastConfig(slow_frames=14).plan(frames, (2, 2)).slow_frames == expected
+    assert expected != [i * frames // 14 for i in range(14)]
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_adaptive_bins(length, bins):
+    cut = Bins("adaptive", bins).cut(length)
+    assert [range(*b) for b in cut] == [oracle.adaptive_bin(i, length, bins) for i in range(bins)]
+    assert len(cut) == Bins("adaptive", bins).count(length)
+
+
+def test_adaptive_bins_overlap_and_repeat():
+    assert Bins("adaptive", 4).cut(7) == ((0, 2), (1, 4), (3, 6), (5, 7))
+    assert Bins("adaptive", 4).cut(3) == ((0, 1), (0, 2), (1, 3), (2, 3))
+    assert Bins("adaptive", 3).cut(1) == ((0, 1), (0, 1), (0, 1))
+
+
+@pytest.mark.parametrize("rule", ["each", "stride", "adaptive", "linspace"])
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_bins_count_what_they_cut(rule, length):
+    for size in (1, 2, 3):
+        bins = Bins(rule, size)
+        assert len(bins.cut(length)) == bins.count(length)
+        assert all(0 <= start < stop <= length for start, stop in bins.cut(length))
+
+
+def test_an_odd_width_straddles_rows():
+    table = SlowFastConfig(slow_frames=1, fast_grid=None).plan(1, (3, 3)).pathways[0]
+    assert table.shape == (1, 9) and table.cols == ((0, 2), (2, 4), (4, 6), (6, 8))
+
+
+@given(st.integers(1, 5000), st.integers(1, 200))
+def test_sampling_rule(total, count):
+    frames = sample_frames(total, count)
+    assert frames == oracle.sample_frames(total, count)
+    assert frames == sorted(frames) and 0 <= frames[0] and frames[-1] < total and len(frames) == min(total, count)
+
+
+def test_sampling_by_hand():
+    assert sample_frames(1, 50) == [0]
+    assert sample_frames(4, 8) == [0, 1, 2, 2]  # edges 0, 0.75, 1.5 -> 2, 2.25, 3
+    assert sample_frames(6, 2) == [1, 3]  # the edge 2.5 goes to 2, not 3
+    assert sample_frames(8, 2) == [2, 5]  # the edge 3.5 goes to 4
+
+
+@pytest.mark.parametrize(("total", "count"), [(0, 5), (5, 0), (-1, 5)])
+def test_nothing_to_sample(total, count):
+    with pytest.raises(InputError) as error:
+        sample_frames(total, count)
+    assert one_line(error)
+
+
+@given(configs)
+def test_strings_round_trip(config):
+    again = SlowFastConfig.parse(str(config))
+    assert again == config and hash(again) == hash(config) and str(again) == str(config)
+    assert SlowFastConfig.parse(config) is config
+
+
+def test_string_without_slow_frames_round_trips():
+    config = SlowFastConfig(slow_frames=0, fast_grid=(3, 5))
+    assert str(config) == "slowfast-fast_3x5"
+    assert SlowFastConfig.parse(str(config)) == config
+
+
+def test_the_defaults_are_the_papers():
+    assert SlowFastConfig() == SlowFastConfig.parse(PAPER)
+    assert str(SlowFastConfig()) == PAPER
+    assert SlowFastConfig(fast_grid=[4, 4]) == SlowFastConfig()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "slowfast",
+        "slow_10frms_concat",
+        "slowfast-slow_10frms-fast_4x4",
+        "slowfast-slow_10frms_median_pool-fast_4x4",
+        "slowfast-slow_0frms_concat-fast_4x4",
+        "slowfast-slow_-1frms_concat-fast_4x4",
+        "slowfast-slow_10frms_concat-fast_0x4",
+        "slowfast-slow_10frms_concat-fast_4",
+        "slowfast-slow_10frms_concat-fast_4x4 ",
+        "slowfast-slow_10frms_concat-fast_4x4\n",
+        "SLOWFAST-fast_4x4",
+        "slowfast-slow_99999999frms_concat",
+        f"slowfast-slow_{'9' * 5000}frms_concat",
+        "slowfast-fast_4x4-slow_10frms_concat",
+        "slowfast-slow_१०frms_concat",
+        None,
+        7,
+        ["slowfast-fast_4x4"],
+    ],
+)
+def test_bad_strings(layout):
+    with pytest.raises(LayoutError) as error:
+        SlowFastConfig.parse(layout)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"slow_frames": -1},
+        {"slow_frames": 2.0},
+        {"slow_frames": True},
+        {"slow_frames": "10"},
+        {"slow_frames": 2**20 + 1},
+        {"slow_pool": "median"},
+        {"slow_pool": None},
+        {"fast_grid": (0, 4)},
+        {"fast_grid": (4,)},
+        {"fast_grid": (4, 4, 4)},
+        {"fast_grid": (4.0, 4)},
+        {"fast_grid": "44"},
+        {"fast_grid": 4},
+        {"slow_frames": 0, "fast_grid": None},
+    ],
+)
+def test_bad_values(values):
+    with pytest.raises(LayoutError) as error:
+        SlowFastConfig(**values)
+    assert one_line(error)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(AttributeError):
+        SlowFastConfig().slow_frames = 3
+
+
+def test_one_pathway_alone():
+    config = SlowFastConfig.parse(PAPER)
+    assert str(config.only("slow")) == "slowfast-slow_10frms_spatial_1d_max_pool"
+    assert str(config.only("fast")) == "slowfast-fast_4x4"
+    with pytest.raises(LayoutError):
+        config.only("medium")
+    with pytest.raises(LayoutError):
+        config.only("slow").only("fast")
+
+
+def test_plans_are_cached():
+    config = SlowFastConfig(slow_frames=3)
+    assert config.plan(7, (4, 4)) is SlowFastConfig(slow_frames=3).plan((7,), [4, 4])
+
+
+def test_a_plan_of_several_videos():
+    plan = SlowFastConfig(slow_frames=2, fast_grid=(1, 1)).plan((3, 1, 4), (2, 2))
+    assert plan.slow_frames == [0, 1, 3, 3, 4, 6]
+    assert plan.offsets == (0, 7, 12, 20)  # 2 * 2 slow and one fast token per frame
+    assert plan.tokens == {"slow": 12, "fast": 8, "total": 20}
+    assert plan.offsets[-1] == SlowFastConfig(slow_frames=2, fast_grid=(1, 1)).count_tokens(8, (2, 2), videos=3)
+
+
+@pytest.mark.parametrize("lengths", [(), 0, (3, 0), (-1,)])
+def test_plans_need_frames(lengths):
+    with pytest.raises(InputError) as error:
+        SlowFastConfig().plan(lengths, (4, 4))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(("pool", "grid"), [("spatial_2d_max_pool", (1, 9)), ("spatial_2d_avg_pool", (9, 1)),
+                                            ("spatial_1d_max_pool", (1, 1))])
+def test_a_grid_too_small_for_the_pooling(pool, grid):
+    with pytest.raises(LayoutError) as error:
+        SlowFastConfig(slow_pool=pool).plan(4, grid)
+    assert one_line(error)
+
+
+def test_square_grids():
+    assert square_grid(576) == (24, 24) and square_grid(1) == (1, 1)
+    with pytest.raises(InputError, match=r"features\[:, 1:\]"):
+        square_grid(577)
+    with pytest.raises(InputError, match="grid="):
+        square_grid(575)

@@ -1,0 +1,252 @@
+"""Each decoder against ffmpeg's own frames, and one line for everything that is not a video."""
+
+from __future__ import annotations
+
+
+import clips
+import numpy as np
+import pytest
+import torch
+
+from sfllava_fast import video as video_module
+from sfllava_fast.config import sample_frames
+from sfllava_fast.errors import BackendError, InputError, VideoError
+from sfllava_fast.video import open_video
+
+EVERY_CLIP = [*clips.ENCODED, *clips.COPIED]
+DECORD_CLIPS = ["plain.mp4", "fast_start.mp4", "variable_rate.mp4", "vp9.webm"]
+ASKS = {
+    "all": lambda n: list(range(n)),
+    "one": lambda n: [n - 1],
+    "sampled": lambda n: sample_frames(n, 7),
+    "backwards, twice": lambda n: [n - 1, 0, n // 2, 3, 3, n - 2],
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="session")
+def true_frames(folder):
+    cache = {}
+
+    def frames(name):
+        if name not in cache:
+            size = (clips.WIDTH, clips.HEIGHT) if name == "rotated.mp4" else (clips.HEIGHT, clips.WIDTH)
+            cache[name] = clips.truth(clips.make(folder, name), size)
+        return cache[name]
+
+    return frames
+
+
+def assert_same_frames(got: torch.Tensor, indices: list[int], truth: np.ndarray) -> None:
+    """Every frame is nearest to ffmpeg's frame of its number, and next to equal to it."""
+    assert got.dtype == torch.uint8 and got.shape == (len(indices), *truth.shape[1:])
+    truth = truth.astype(np.int16)
+    for frame, index in zip(got.numpy(), indices):
+        distance = np.abs(truth - frame).mean(axis=(1, 2, 3))
+        assert distance.argmin() == index
+        assert distance[index] < 2, f"frame {index} differs by {distance[index]} on average"
+
+
+@pytest.mark.parametrize("name", EVERY_CLIP)
+def test_pyav_gives_the_frames_of_ffmpeg(name, folder, true_frames):
+    pytest.importorskip("av")
+    truth = true_frames(name)
+    video = open_video(clips.make(folder, name))
+    assert video.total == len(truth)
+    assert (video.decoder, video.size) == ("pyav", truth.shape[1:3])
+    for ask in ASKS.values():
+        indices = ask(video.total)
+        assert_same_frames(video.frames(indices), indices, truth)
+
+
+@pytest.mark.parametrize("name", DECORD_CLIPS)
+def test_decord_gives_the_frames_of_ffmpeg(name, folder, true_frames):
+    pytest.importorskip("decord")
+    truth = true_frames(name)
+    video = open_video(clips.make(folder, name), decoder="decord")
+    assert (video.total, video.decoder, video.size) == (len(truth), "decord", truth.shape[1:3])
+    for ask in ASKS.values():
+        indices = ask(video.total)
+        assert_same_frames(video.frames(indices), indices, truth)
+
+
+def test_pyav_and_decord_agree_bit_for_bit(folder):
+    pytest.importorskip("decord")
+    path = clips.make(folder, "plain.mp4")
+    indices = sample_frames(clips.FRAMES, 9)
+    assert torch.equal(open_video(path).frames(indices), open_video(path, "decord").frames(indices))
+
+
+@pytest.mark.parametrize(("name", "indexed"), [("plain.mp4", True), ("open_gop.mp4", True), ("edit_list.mp4", True),
+                                               ("raw.h264", False), ("h264.avi", False)])
+def test_only_clips_without_presentation_times_are_decoded_whole(name, indexed, folder):
+    assert (open_video(clips.make(folder, name))._index is not None) == indexed
+
+
+def test_decodes_only_the_groups_that_hold_a_wanted_frame(folder, monkeypatch):
+    video = open_video(clips.make(folder, "plain.mp4"))  # key frames at 0, 25 and 50
+    decoded = []
+    whole = video_module.PyavVideo._decode_segments
+
+    def count(self, segments):
+        for start, frames in whole(self, segments):
+            decoded.extend(frames := list(frames))
+            yield start, frames
+
+    monkeypatch.setattr(video_module.PyavVideo, "_decode_segments", count)
+    video.frames([25, 51])
+    assert len(decoded) <= 6
+
+
+def test_times_follow_the_clock_of_the_file(folder):
+    regular = open_video(clips.make(folder, "plain.mp4"))
+    assert regular.fps == 25
+    assert regular.times([0, 1, 50]) == pytest.approx([0, 0.04, 2.0])
+    kept = [n for n in range(clips.FRAMES) if n % 3 == 0 or n % 7 == 0]
+    irregular = open_video(clips.make(folder, "variable_rate.mp4"))
+    assert irregular.times(range(irregular.total)) == pytest.approx([n / 25 for n in kept], abs=1e-3)
+    assert open_video(clips.make(folder, "edit_list.mp4")).times([0, 10]) == pytest.approx([0, 0.4])
+    assert open_video(clips.make(folder, "raw.h264")).times([0, 10]) == pytest.approx([0, 0.4])
+
+
+def test_a_stream_cut_in_the_middle_of_a_group_counts_as_ffmpeg_does(folder, tmp_path):
+    whole = clips.make(folder, "mpeg2.ts").read_bytes()
+    path = tmp_path / "late.ts"
+    path.write_bytes(whole[:188 * 3] + whole[188 * 40:])  # tables kept, the first packets gone
+    truth = clips.truth(path)
+    video = open_video(path)
+    assert 0 < video.total == len(truth) < clips.FRAMES
+    assert_same_frames(video.frames([0, video.total - 1]), [0, video.total - 1], truth)
+
+
+def test_a_damaged_file_says_how_many_frames_are_left(folder, tmp_path, caplog):
+    data = bytearray(clips.make(folder, "fast_start.mp4").read_bytes())
+    at = data.index(b"mdat") + 4
+    data[at + (len(data) - at) * 6 // 10:] = bytes(len(data) - at - (len(data) - at) * 6 // 10)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    video = open_video(path)
+    with pytest.raises(VideoError, match=r"damaged: only \d+ of 60 frames can be decoded"):
+        video.frames([0, clips.FRAMES - 1])
+    assert 0 < video.total < clips.FRAMES
+    assert len(video.frames([video.total - 1])) == 1
+    assert "packets cannot be decoded" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("plain.mp4", "no frame can be decoded"), ("fast_start.mp4", r"\d\d of 60 frames can be decoded"),
+    ("open_gop.mkv", r"\d\d of 60 frames"), ("vp9.webm", r"\d\d of 60 frames"), ("mpeg4.avi", r"\d\d of 60 frames"),
+])
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_truncated(name, message, decoder, folder, tmp_path):
+    data = clips.make(folder, name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(data[:len(data) * 6 // 10])
+    one_line(f"cut short.*{message}", path, decoder)
+
+
+@pytest.fixture
+def bad_file(tmp_path):
+    def make(kind):
+        path = tmp_path / "clip.mp4"
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "sound":
+            clips.ffmpeg("-f", "lavfi", "-i", "sine=duration=0.3", path)
+        elif kind == "sound with a cover":
+            path = tmp_path / "song.m4a"
+            clips.ffmpeg("-f", "lavfi", "-i", "sine=duration=0.3", *clips.SOURCE, "-map", "0", "-map", "1", "-frames:v",
+                         "1", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-disposition:v", "attached_pic", path)
+        elif kind == "unknown codec":
+            data = clips.make(tmp_path, "plain.mp4").read_bytes()
+            path.write_bytes(data.replace(b"avc1", b"zzzz"))
+        elif kind != "missing":
+            path.write_bytes({"empty": b"", "text": b"no video\n" * 50, "noise": bytes(range(256)) * 20}[kind])
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize(("kind", "message"), [
+    ("missing", "does not exist"), ("directory", "no image frames"), ("empty", "is empty"),
+    ("text", "not a readable video"), ("noise", "not a readable video"), ("sound", "only sound"),
+    ("sound with a cover", "only sound"), ("unknown codec", "cannot decode"),
+])
+def test_bad_files(kind, message, decoder, bad_file, capfd):
+    one_line(message, bad_file(kind), decoder)
+    assert capfd.readouterr() == ("", "")
+
+
+def one_line(message, path, decoder):
+    pytest.importorskip({"pyav": "av", "decord": "decord"}[decoder])
+    with pytest.raises(VideoError, match=message) as caught:
+        open_video(path, decoder)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_unknown_decoder(tmp_path):
+    with pytest.raises(BackendError, match="unknown decoder 'vlc': choose one of pyav, decord"):
+        open_video(tmp_path, decoder="vlc")
+
+
+@pytest.mark.parametrize(("decoder", "module"), [("pyav", "av"), ("decord", "decord")])
+def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"anything")
+    real = video_module.importlib.import_module
+
+    def absent(name):
+        if name == module:
+            raise ImportError(f"No module named {name!r}")
+        return real(name)
+
+    monkeypatch.setattr(video_module.importlib, "import_module", absent)
+    with pytest.raises(BackendError, match=r"pip install 'sfllava_fast\[video\]'"):
+        open_video(path, decoder)
+
+
+@pytest.mark.parametrize("index", [-1, clips.FRAMES])
+def test_frame_numbers_outside_the_video(index, folder):
+    with pytest.raises(InputError, match=f"frame {index} does not exist.*0 to 59"):
+        open_video(clips.make(folder, "plain.mp4")).frames([0, index])
+
+
+def test_no_frames_asked(folder):
+    assert open_video(clips.make(folder, "plain.mp4")).frames([]).shape == (0, clips.HEIGHT, clips.WIDTH, 3)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_folder_of_frames_in_natural_order(decoder, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for value in (10, 2, 1):
+        Image.new("RGB", (6, 4), (value, 0, 255)).save(tmp_path / f"frame{value}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    video = open_video(tmp_path, decoder)
+    assert (video.total, video.fps, video.size, video.decoder) == (3, None, (4, 6), "images")
+    assert video.frames([2, 0, 1, 1])[:, 0, 0, 0].tolist() == [10, 1, 2, 2]
+    assert video.times([0]) is None
+
+
+def test_folder_of_frames_of_two_sizes_or_unreadable(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGB", (6, 4)).save(tmp_path / "1.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "2.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    video = open_video(tmp_path)
+    with pytest.raises(VideoError, match=r"2\.png is 8x4, the first frame 6x4"):
+        video.frames([0, 1])
+    with pytest.raises(VideoError, match=r"cannot read the frame .*3\.png"):
+        video.frames([2])
+
+
+def test_one_image_is_a_video_of_one_frame(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGB", (32, 16), (200, 10, 30)).save(tmp_path / "one.png")
+    video = open_video(tmp_path / "one.png")
+    assert video.total == 1
+    assert video.frames([0])[0, 8, 8].tolist() == [200, 10, 30]
