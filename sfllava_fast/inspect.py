@@ -172,7 +172,7 @@ def _describe(tables: PathwayTables, plan: Plan) -> str:
     each, frames = tables.tokens_per_frame, sum(map(len, tables.frames))
     how = "every patch" if each == math.prod(plan.grid) else f"the {tables.pathway.reduce} of each box"
     shape = f"{len(tables.rows)}\u00d7{len(tables.cols)}, " if tables.shape == plan.grid else ""
-    return f"{frames} frames \u00d7 {each} tokens ({shape}{how})"
+    return f"{_count(frames, 'frame')} \u00d7 {_count(each, 'token')} ({shape}{how})"
 
 
 def _shrink(frames: torch.Tensor, longer: int) -> np.ndarray:
@@ -182,6 +182,14 @@ def _shrink(frames: torch.Tensor, longer: int) -> np.ndarray:
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     small = F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
     return small.permute(0, 2, 3, 1).numpy()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _shorten(name: str, most: int = 56) -> str:
+    return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-most // 2 + 1 :]}"
 
 
 def _clock(seconds: float) -> str:
@@ -266,7 +274,7 @@ def _write_png(report: Report, path: Path) -> None:
 
 
 def _draw_head(sheet: _Sheet, report: Report) -> None:
-    sheet.text(_MARGIN, 0.42, report.title, 19, weight="bold")
+    sheet.text(_MARGIN, 0.42, _shorten(report.title), 19, weight="bold")
     sheet.text(_MARGIN, 0.76, report.subtitle, 10.5, MUTED)
     sheet.text(_WIDTH - _MARGIN, 0.42, report.layout, 10.5, MUTED, ha="right", family="monospace")
     x = _MARGIN
@@ -316,7 +324,7 @@ def _draw_example(sheet: _Sheet, report: Report, example: Example, x: float, y: 
         sheet.box(left, top, width, height, edgecolor=colour, linewidth=1.6)
     number, time = report.label(example.row)
     sheet.text(x, top + height + 0.15, f"frame {number}  {time}", 8.5, MUTED)
-    sheet.text(right, top + height + 0.15, "one cell, one token (mean colour)", 8.5, MUTED)
+    sheet.text(right, top + height + 0.15, "each token's mean colour", 8.5, MUTED)
 
 
 def _draw_budget(sheet: _Sheet, report: Report, y: float, width: float) -> None:
@@ -343,7 +351,7 @@ def _shares(report: Report) -> list[tuple[str, str, float]]:
 
 def _saving(report: Report) -> str:
     share = report.plan.tokens["total"] / report.patches
-    return f"{share:.1%} of the {report.patches:,} patches of {len(report.indices)} frames"
+    return f"{share:.1%} of the {report.patches:,} patches of {_count(len(report.indices), 'frame')}"
 
 
 def _write_html(report: Report, path: Path) -> None:
@@ -391,7 +399,7 @@ def _html_example(report: Report, example: Example) -> str:
             f'<figure><div class=frame style="{ratio}"><img alt="" src="{_inline(example.picture)}">'
             f"<svg {view}>{cells}</svg></div><figcaption>frame {number} {time}</figcaption></figure>"
             f'<figure><div class=frame style="{ratio}"><img class=kept alt="" src="{_inline(example.kept)}"></div>'
-            f"<figcaption>one cell, one token (mean colour)</figcaption></figure></div></section>")
+            f"<figcaption>each token's mean colour</figcaption></figure></div></section>")
 
 
 def _inline(pixels: np.ndarray) -> str:

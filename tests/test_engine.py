@@ -95,8 +95,11 @@ def core(model):
 def stock_model(path, **options):
     import transformers
 
-    kind = json.loads((path / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, kind).from_pretrained(path, **options).eval()
+    kind = getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
+    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        pytest.skip("this release of transformers cannot read the keys of a later one by itself")
+    return model.eval()
 
 
 def stock_features(model, pixels):
@@ -134,7 +137,7 @@ def test_answers_are_those_of_the_stock_model(load, checkpoints, family, next_, 
     answer = model.answer(clip, QUESTION, frames=9, max_new_tokens=24)
     # linspace(0, 9, 4): every third of nine frames.
     expected = stock_answer(
-        checkpoints(family, next_, layout),
+        checkpoints(family, next_),
         model.prompt(QUESTION),
         clip.frames(sample_frames(20, 9)),
         [0, 3, 6],

@@ -1,10 +1,10 @@
 // The pooling algorithm, once for every instruction set and dtype.
 //
 // Memory is the limit, so everything here is about how patches stream in: a few long sequential streams at once
-// keep more reads in flight than one, or than many short ones. So bins
-// that lie below each other are pooled side by side, each walking its rows from left to right, several patches
-// at a time; their running sums stay in the cache. Elements enter a box in (frame, row, column) order, which
-// makes every result equal to the reference bit for bit.
+// keep more reads in flight than one, or than many short ones. So bins that lie below each other are pooled side
+// by side, each walking its rows from left to right, several patches at a time; their running sums stay in the
+// cache. Elements enter a box in (frame, row, column) order, which makes every result equal to the reference bit
+// for bit.
 #pragma once
 
 #include <type_traits>

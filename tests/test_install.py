@@ -1,0 +1,97 @@
+"""What `pip` makes of the source tree: sdist, wheel, and an install where there is no compiler.
+
+The editable install is the one that runs these tests.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Tokens of the cpu backend equal the reference's, from whatever sfllava_fast is first on the path.
+CHECK = """
+import sys, torch, sfllava_fast
+from sfllava_fast import slowfast_aggregate
+from sfllava_fast.info import report
+assert sfllava_fast.__file__.startswith(sys.argv[1]), sfllava_fast.__file__
+features = torch.randn(6, 577, 40)[:, 1:]
+tokens = slowfast_aggregate(features, backend=sys.argv[2])
+assert torch.equal(tokens, slowfast_aggregate(features, backend="torch"))
+print(report()["backends"]["cpu"])
+"""
+
+pytestmark = pytest.mark.xdist_group("install")  # they share the build below
+
+
+def pip(*arguments, **env):
+    # The environment's own setuptools and cmake build it: an isolated build would fetch them again.
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path} | env)
+
+
+def check(target, backend):
+    command = [sys.executable, "-c", CHECK, str(target), backend]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=target, env=os.environ | {"PYTHONPATH": str(target)})
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    source = out / "source"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("the source distribution is made from a git checkout")
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.tar.gz"))
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler on this machine")
+
+
+@needs_compiler
+def test_wheel_from_sdist_has_kernels_for_every_python(sdist, tmp_path):
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist), SFLLAVA_FAST_CPU="1")
+    wheel = next(tmp_path.glob("*.whl"))
+    assert re.fullmatch(r"sfllava_fast-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sfllava_fast/_C.so" in names
+    assert "sfllava_fast/embedded/model/model.safetensors" in names
+    assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
+    assert wheel.stat().st_size < 12e6
+    target = tmp_path / "installed"
+    pip("install", "--no-deps", "--target", str(target), str(wheel))
+    assert "ready" in check(target, "cpu")
+
+
+def test_without_compiler_it_installs_on_the_reference_and_says_so(sdist, tmp_path):
+    # A path with Python and nothing else on it.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").symlink_to(sys.executable)
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation"]
+    target = tmp_path / "installed"
+    env = {key: value for key, value in os.environ.items() if key != "CXX"} | {"PATH": str(tools)}
+    run = subprocess.run([*command, "--target", str(target), str(sdist)], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert "installing without compiled kernels: no C++ compiler was found" in run.stdout + run.stderr
+    assert "not available: the package was installed without compiled kernels" in check(target, "auto")
+
+
+def test_required_kernels_fail_loudly(sdist, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist), SFLLAVA_FAST_CPU="yes")
+    assert "SFLLAVA_FAST_CPU must be auto, 0 or 1" in failure.value.stdout + failure.value.stderr
