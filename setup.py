@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,13 +40,13 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.run(["cmake", *generator, "-S", str(ROOT), "-B", str(build)], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / "_C.so", target)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        # A folder of its own: CMake remembers its tools' paths, and an isolated build's are gone the next time.
+        with tempfile.TemporaryDirectory() as build:
+            subprocess.run(["cmake", *generator, "-S", str(ROOT), "-B", build], check=True)
+            subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
+            shutil.copyfile(Path(build) / "_C.so", target)
 
 
 class StableWheel(bdist_wheel):

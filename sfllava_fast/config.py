@@ -7,7 +7,6 @@ them: few frames in fine detail, then every frame pooled hard.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -227,9 +226,9 @@ def sample_frames(total: int, count: int) -> list[int]:
 
 def square_grid(patches: int) -> tuple[int, int]:
     """(side, side) of a square grid of `patches` patches; InputError where it is not square."""
-    side = math.isqrt(patches)
+    side = round(patches**0.5)
     if side * side != patches:
-        hint = " (drop the CLS token with features[:, 1:])" if math.isqrt(patches - 1) ** 2 == patches - 1 else ""
+        hint = " (drop the CLS token with features[:, 1:])" if round((patches - 1) ** 0.5) ** 2 == patches - 1 else ""
         raise InputError(f"{patches} patches are not a square grid: pass grid=(rows, columns){hint}")
     return side, side
 

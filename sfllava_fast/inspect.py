@@ -216,7 +216,7 @@ class _Sheet:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise BackendError("a PNG needs matplotlib: pip install matplotlib, or write .html instead") from error
+            raise BackendError("a PNG needs matplotlib: pip install 'sfllava_fast[video]', or write .html") from error
         self.figure = Figure((width, height), facecolor=PAPER)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.limits = (0, width), (height, 0)

@@ -21,6 +21,7 @@ _ARGUMENTS = "str layout, int height, int width, Tensor? frame_offsets"
 _library.define(f"aggregate(Tensor features, {_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"aggregate_out(Tensor features, {_ARGUMENTS}, str backend, Tensor(a!) out) -> ()")
 _library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}) -> Tensor")
+_library.define("token_offsets(Tensor frame_offsets, str layout, int height, int width) -> Tensor")
 # What a kernel implements: out[:] = the plan table's pooling of features.
 _library.define("pool(Tensor features, Tensor plan, Tensor(a!) out) -> ()")
 
@@ -50,12 +51,11 @@ def slowfast_aggregate(
     3680 of 50 frames. With `frame_offsets`, video after video, and the token offsets [V + 1] (int64) as well.
     Raises InputError, LayoutError or BackendError in one line that says what to change.
     """
-    config = SlowFastConfig.parse(config)
-    if not torch.compiler.is_compiling():
-        _check_features(features)
+    _check_features(features)
+    layout = str(config)  # the op parses it: a trace holds nothing but the string
     height, width = _check_grid(grid, features.shape[1])
     offsets = None if frame_offsets is None else _as_offsets(frame_offsets)
-    call = (features, str(config), height, width, offsets)
+    call = (features, layout, height, width, offsets)
     needs_grad = torch.is_grad_enabled() and features.requires_grad
     if out is not None:
         if needs_grad:
@@ -64,7 +64,9 @@ def slowfast_aggregate(
         tokens = out
     else:
         tokens = _Aggregate.apply(*call, backend) if needs_grad else torch.ops.sfllava_fast.aggregate(*call, backend)
-    return tokens if offsets is None else (tokens, _token_offsets(config, offsets, (height, width)))
+    if offsets is None:
+        return tokens
+    return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
 
 
 class _Aggregate(torch.autograd.Function):
@@ -104,6 +106,15 @@ def _aggregate_backward(grad, features, layout, height, width, frame_offsets):
     return reference.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
 
 
+def _token_offsets(frame_offsets, layout, height, width):
+    """Where each video's tokens begin: affine in the frame offsets, so no value has to be read."""
+    config, grid = SlowFastConfig.parse(layout), (height, width)
+    per_video = config.count_tokens(0, grid)
+    per_frame = config.count_tokens(1, grid) - per_video
+    videos = torch.arange(frame_offsets.shape[0], device=frame_offsets.device)
+    return frame_offsets.long() * per_frame + videos * per_video
+
+
 def _fake_aggregate(features, layout, height, width, frame_offsets, backend):
     videos = 1 if frame_offsets is None else frame_offsets.shape[0] - 1
     tokens = SlowFastConfig.parse(layout).count_tokens(features.shape[0], (height, width), videos)
@@ -117,6 +128,8 @@ def _fake_aggregate_backward(grad, features, layout, height, width, frame_offset
 _library.impl("aggregate", _aggregate, "CompositeExplicitAutograd")
 _library.impl("aggregate_out", _aggregate_out, "CompositeExplicitAutograd")
 _library.impl("aggregate_backward", _aggregate_backward, "CompositeExplicitAutograd")
+_library.impl("token_offsets", _token_offsets, "CompositeExplicitAutograd")
+torch.library.register_fake("sfllava_fast::token_offsets", _token_offsets, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate", _fake_aggregate, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate_out", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
@@ -159,14 +172,6 @@ def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
     if ends[0] != 0 or ends[-1] != frames or min(lengths) < 1:
         raise InputError(f"frame_offsets must rise from 0 to {frames}, a frame or more at a time, not {ends}")
     return lengths
-
-
-def _token_offsets(config: SlowFastConfig, frame_offsets: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where each video's tokens begin: affine in the frame offsets, so no value has to be read."""
-    per_video = config.count_tokens(0, grid)
-    per_frame = config.count_tokens(1, grid) - per_video
-    videos = torch.arange(frame_offsets.shape[0], device=frame_offsets.device)
-    return frame_offsets.long() * per_frame + videos * per_video
 
 
 def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:

@@ -294,6 +294,18 @@ class DecordVideo(Video):
 
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
+_MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
+
+
+def import_decoder(decoder: str) -> None:
+    """Import what a decoder needs, once, so that timings can leave that out.
+
+    Raises BackendError for a decoder that is unknown or not installed.
+    """
+    if decoder not in DECODERS:
+        raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
+    for module in _MODULES[decoder]:
+        _import(module, decoder)
 
 
 def open_video(path: str | os.PathLike[str], decoder: str = "pyav") -> Video:

@@ -140,7 +140,8 @@ def test_counts_and_existence_match_the_things_in_the_pixels():
         rng = random.Random(seed)
         for _ in range(20):
             asked = questions.ask(scene, "count", rng)
-            counted = [t for t in scene.things if t.colour in asked.text or f" {questions.plural(t.shape)}" in asked.text]
+            named = [(t.colour, f" {questions.plural(t.shape)}") for t in scene.things]
+            counted = [pair for pair in named if pair[0] in asked.text or pair[1] in asked.text]
             assert asked.answer == str(len(counted)), asked
 
 
@@ -177,7 +178,8 @@ def test_video_file_decodes_to_the_drawn_frames(tmp_path):
     scenes.write_video(scene, tmp_path / "clip.mp4", 32)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
     drawn = scenes.render(scene, scenes.frame_times(list(range(32)), 32))
     assert decoded.shape == drawn.shape == (32, 192, 192, 3)
@@ -313,8 +315,8 @@ def test_packed_questions_get_the_logits_they_would_get_alone(tokenizer, mode):
             for ids, here in zip(batch.ids[clip], where[clip]):
                 ids = ids[: int(here.nonzero().max()) + 1]
                 start = embed(torch.tensor([plain.config.text_config.bos_token_id]))
-                rows = plain(inputs_embeds=torch.cat([start, visual, embed(ids)])[None]).logits[0, -len(ids) :]
-                lone.append(rows[here[: len(ids)]])
+                rows = torch.cat([start, visual, embed(ids)])[None]
+                lone.append(plain(inputs_embeds=rows).logits[0, -len(ids) :][here[: len(ids)]])
     torch.testing.assert_close(logits, torch.cat(lone), atol=2e-5, rtol=1e-4)
 
 
@@ -355,7 +357,8 @@ def test_each_stage_trains_its_own_part(tmp_path, small_batches):
         run.train_step()
         for name, p in run.model.named_parameters():
             still = "post_layernorm" in name or (frozen is not None and frozen in name)
-            assert torch.equal(before[name], p) == (still or (frozen == "language_model" and "vision" not in name)), name
+            still |= frozen == "language_model" and "vision" not in name
+            assert torch.equal(before[name], p) == still, name
         run.next_stage()
 
 
@@ -366,7 +369,8 @@ def test_two_ranks_export_what_one_rank_exports(tmp_path):
     weights = []
     for ranks in ("1", "2"):
         out = tmp_path / ranks
-        assert train.main(["--out", str(out), "--work", str(out), "--ranks", ranks, "--steps-scale", steps]) == 0
+        folders = ["--out", str(out), "--work", str(out)]
+        assert train.main([*folders, "--ranks", ranks, "--steps-scale", steps]) == 0
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert [line["stage"] for line in log] == ["tower", "language", "joint"]
         weights.append(load_file(out / "model.safetensors"))
@@ -380,15 +384,17 @@ def test_two_ranks_export_what_one_rank_exports(tmp_path):
 def test_stock_transformers_loads_the_model_whole():
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model, report = LlavaForConditionalGeneration.from_pretrained(embedded.model_dir(), output_loading_info=True)
+    where = embedded.model_dir()
+    model, report = LlavaForConditionalGeneration.from_pretrained(where, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.config.sfllava_fast == {"layout": "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2", "frames": 16}
-    processor = AutoProcessor.from_pretrained(embedded.model_dir())
+    layout = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
+    assert model.config.sfllava_fast == {"layout": layout, "frames": 16}
+    processor = AutoProcessor.from_pretrained(where)
     assert processor.image_processor.size["shortest_edge"] == model.config.vision_config.image_size == 96
     assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     assert chat_ids(processor.tokenizer, "read the sign.") == chat_ids(build_tokenizer(), "read the sign.")
-    assert sum(file.stat().st_size for file in embedded.model_dir().parent.rglob("*") if file.is_file()) < 12e6
+    assert sum(file.stat().st_size for file in where.parent.rglob("*") if file.is_file()) < 12e6
 
 
 def test_export_keeps_the_weights(tmp_path):

@@ -1,17 +1,20 @@
-"""Training data: every batch is a function of its stage and step alone, so that runs resume and repeat exactly."""
+"""Training data: every batch is a function of its stage and step alone, so runs resume and repeat exactly."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
-from sfllava_fast.config import sample_frames
-from sfllava_fast.embedded.model import ASSISTANT, EOS, USER, answer_ids, image_processor
-from sfllava_fast.embedded.questions import TYPES, Question, ask_many
-from sfllava_fast.embedded.scenes import draw_scene, frame_times, patch_labels, render
+from ..config import sample_frames
+from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
+from .questions import TYPES, Question, ask_many
+from .scenes import (
+    CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render
+)
 
 QUESTIONS_PER_CLIP = 16
 LONGEST_VIDEO = 96
@@ -33,7 +36,7 @@ class Layout:
 
 
 def draw_layout(stage: str, step: int) -> Layout:
-    """16 frames of which 4 slow most of the time; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
+    """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
     rng = random.Random(f"layout/{stage}/{step}")
     frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (60, 14, 10, 4, 12))[0]
     slow = rng.choices((4, 2, 3, 6, 8), (62, 10, 6, 10, 12))[0]
@@ -49,7 +52,9 @@ def normalise(frames: np.ndarray) -> torch.Tensor:
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-def image_batch(stage: str, step: int, first: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def image_batch(
+    stage: str, step: int, first: int, count: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`count` single frames and their patch labels [count, 8, 8, ...]."""
     frames, labels = [], []
     for index in range(first, first + count):
@@ -61,9 +66,31 @@ def image_batch(stage: str, step: int, first: int, count: int) -> tuple[torch.Te
     return normalise(np.stack(frames)), stacked
 
 
+def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which words say what a patch shows, and where, as shares [N, 64, vocab]; and where it shows anything [N, 64].
+
+    The pad token stands for nothing.
+    """
+    values = {
+        "shape": SHAPES, "colour": tuple(COLOURS), "tens": "0123456789", "units": [f"##{d}" for d in range(10)]
+    }
+    vocab = tokenizer.get_vocab()
+    shown = (labels["shape"] > 0) | (labels["tens"] > 0) | (labels["units"] > 0)
+    words = torch.zeros(*shown.shape, len(vocab), device=shown.device)
+    for key, names in values.items():
+        ids = torch.tensor([0, *(vocab[name] for name in names)], device=shown.device)[labels[key]]
+        words.scatter_add_(-1, ids[..., None], (labels[key] > 0)[..., None].float())
+    for row, column in product(range(GRID), repeat=2):
+        side = CANVAS // GRID
+        for word in place_name((column * side + side // 2, row * side + side // 2)).split():
+            words[:, row, column, vocab[word]] = shown[:, row, column].float()
+    words[..., tokenizer.pad_token_id] = (~shown).float()
+    return (words / words.sum(-1, keepdim=True)).flatten(1, 2), shown.flatten(1)
+
+
 @dataclass
 class ClipBatch:
-    """Pixel values [B * T, 3, 96, 96], questions with answers [B, Q, L], where to predict and what, types [B, Q]."""
+    """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q]."""
 
     pixels: torch.Tensor
     ids: torch.Tensor

@@ -1,7 +1,7 @@
 """Measures the embedded model on clips it never saw: `python -m sfllava_fast.embedded.evaluate`.
 
-Every clip is encoded to a real .mp4 file and goes through the package's own pipeline, decoder first. An answer
-counts only if it equals the right one word for word.
+Every clip is encoded to a real .mp4 file and goes through the package's own pipeline, decoder first.
+An answer counts only if it equals the right one word for word.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfllava_fast.config import SlowFastConfig, sample_frames
-from sfllava_fast.embedded.questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
-from sfllava_fast.embedded.scenes import SPLITS, Scene, draw_scene, write_video
-from sfllava_fast.errors import SfllavaError
+from ..config import SlowFastConfig, sample_frames
+from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
+from .scenes import SPLITS, Scene, draw_scene, write_video
+from ..errors import SfllavaError
 
 if TYPE_CHECKING:
-    from sfllava_fast.engine import SlowFastLlava
+    from ..engine import SlowFastLlava
 
 VIDEO_LENGTHS = (48, 64, 80, 96)
 MAX_NEW_TOKENS = 8
@@ -55,13 +55,16 @@ def kind_of(question: Question) -> str:
     return "unanswerable: not there"
 
 
-KINDS = (*TYPES[:-1], *(f"unanswerable: {why}" for why in ("not there", "no sign", "unknown word", "off topic")))
+_WHY = ("not there", "no sign", "unknown word", "off topic")
+KINDS = (*TYPES[:-1], *(f"unanswerable: {why}" for why in _WHY))
 
 
 @torch.inference_mode()
-def answer_all(model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None) -> list[str]:
+def answer_all(
+    model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None
+) -> list[str]:
     """Answers to questions about one video, which is decoded and encoded once."""
-    from sfllava_fast.engine import Stopwatch
+    from ..engine import Stopwatch
 
     clip = model.open(video)
     pictures = clip.frames(sample_frames(clip.total, frames or model.frames))
@@ -81,8 +84,8 @@ def answer_all(model: SlowFastLlava, video: Path, questions: list[Question], fra
 
 
 def examine(
-    models: dict[str, SlowFastLlava], clips: int, seed: int, split: str = "heldout", new_phrasings: bool = False,
-    frames: int | None = None,
+    models: dict[str, SlowFastLlava], clips: int, seed: int, split: str = "heldout",
+    new_phrasings: bool = False, frames: int | None = None,
 ) -> dict[str, Scores]:
     """Scores by model and question kind; every model gets the same files and questions."""
     from rich.console import Console
@@ -93,7 +96,8 @@ def examine(
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "clip.mp4"
         exam = draw_exam(clips, seed, split, new_phrasings)
-        for scene, total, questions in track(exam, "clips", clips, console=console, disable=not console.is_terminal):
+        quiet = not console.is_terminal
+        for scene, total, questions in track(exam, "clips", clips, console=console, disable=quiet):
             write_video(scene, video, total)
             for name, model in models.items():
                 for question, answer in zip(questions, answer_all(model, video, questions, frames)):
@@ -105,14 +109,15 @@ def examine(
 
 def load_models(directory: str | None, ablation: bool) -> dict[str, SlowFastLlava]:
     """The model as it ships, and with `ablation` also with each pathway alone."""
-    from sfllava_fast.engine import SlowFastLlava
+    from ..engine import SlowFastLlava
 
     both = SlowFastLlava.from_pretrained(directory)
     if not ablation:
         return {"both": both}
     layout = SlowFastConfig.parse(both.layout)
     alone = {
-        f"{name} only": SlowFastLlava.from_pretrained(directory, layout=layout.only(name)) for name in ("slow", "fast")
+        f"{name} only": SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
+        for name in ("slow", "fast")
     }
     return {"both": both, **alone}
 
@@ -143,9 +148,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the clips and their questions")
     parser.add_argument("--split", choices=tuple(SPLITS), default="heldout",
                         help="combinations of colour and shape: never trained on (heldout), or trained on")
-    parser.add_argument("--new-phrasings", action="store_true", help="ask only in phrasings kept from training")
+    parser.add_argument("--new-phrasings", action="store_true",
+                        help="ask only in phrasings kept from training")
     parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")
-    parser.add_argument("--ablation", action="store_true", help="also with the slow and the fast pathway alone")
+    parser.add_argument("--ablation", action="store_true",
+                        help="also with the slow and the fast pathway alone")
     parser.add_argument("--model", help="a directory; default: the model that ships")
     parser.add_argument("--json", metavar="FILE", help="also write the counts there")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Builds the embedded model from stock transformers parts: CLIP tower, projector, Llama decoder, tokenizer."""
+"""Builds the embedded model from stock transformers parts: tower, projector, decoder, tokenizer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfllava_fast.embedded.questions import vocabulary
-from sfllava_fast.embedded.scenes import GRID, PATCH, TOWER_SIZE
+from .questions import vocabulary
+from .scenes import GRID, PATCH, TOWER_SIZE
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, lower case, marks apart; a number is a first digit and `##` digits, so it decodes without gaps."""
+    """Whole words, lower case, marks apart; digits after the first carry `##`, so numbers decode whole."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,17 +75,22 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     )
     text = LlamaConfig(
         vocab_size=len(vocab), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.04,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048,
+        tie_word_embeddings=True, initializer_range=0.04,
         pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=vocab[IMAGE], vision_feature_layer=VISION_LAYER,
-        vision_feature_select_strategy="default", image_seq_length=GRID * GRID, tie_word_embeddings=True,
-        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+        vision_config=vision, text_config=text, image_token_index=vocab[IMAGE],
+        vision_feature_layer=VISION_LAYER, vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID, tie_word_embeddings=True, pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
     )
     config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES}
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    for layer in model.model.language_model.layers:  # so that words keep their meaning through the first steps
+        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            part.weight.data.mul_((2 * text.num_hidden_layers) ** -0.5)
+    return model
 
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -97,7 +102,9 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def export(model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def export(
+    model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     """Writes a Hugging Face directory (weights in `dtype`, tokenizer, image processor, chat template)."""
     from transformers import LlavaProcessor
 
@@ -109,8 +116,8 @@ def export(model: LlavaForConditionalGeneration, directory: str | Path, dtype: t
     copy.save_pretrained(directory)
     images, tokenizer = image_processor(), build_tokenizer()
     LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH,
+        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
     ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     images.save_pretrained(directory)

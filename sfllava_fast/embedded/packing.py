@@ -1,7 +1,7 @@
 """Training's shortcut: all questions of a clip behind one shared visual prefix.
 
-Each question sees the prefix and itself, and its positions restart after the prefix, so every answer is the one
-that the question would get alone; the prefix is paid for once.
+Each question sees the prefix and itself, and its positions restart after the prefix, so every answer is
+the one that the question would get alone; the prefix is paid for once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from sfllava_fast.config import SlowFastConfig
-from sfllava_fast.embedded.model import LAYOUT
-from sfllava_fast.ops import slowfast_aggregate
+from ..config import SlowFastConfig
+from .model import LAYOUT
+from ..ops import slowfast_aggregate
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 ATTENTION = "sfllava_packed"
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, packing=None, **kwargs):
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, packing=None, **kwargs
+):
     """Attention [B, H, P + Q * L, d] of a causal prefix of P tokens and Q questions of L tokens each."""
     prefix, questions = packing
     head = F.scaled_dot_product_attention(
@@ -75,7 +77,7 @@ def packed_logits(
 ) -> torch.Tensor:
     """Logits [A, vocab] at the A positions of `ids` that `where` marks.
 
-    `features` [B, T, 64, 128] from `encode_frames`; `ids` int64 and `where` bool [B, Q, L], padded on the right.
+    `features` [B, T, 64, 128] from `encode_frames`; `ids` int64 and `where` bool [B, Q, L], right-padded.
     """
     language = model.model.language_model
     visual = pool_tokens(model.model.multi_modal_projector(features), slow, mode)

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from sfllava_fast.embedded.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, place_name
+from .scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, place_name
 
 UNANSWERABLE = "I cannot answer that"
 STILL = "it does not move"
@@ -30,9 +30,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "which shape does the {c} one have?", "tell me what shape the {c} object is.",
     ),
     "count": (
-        "how many {n} are there?", "how many {n} are in the video?", "how many {n} do you see?", "count the {n}.",
-        "what is the number of {n}?", "tell me how many {n} there are.", "how many {n} can you see?",
-        "how many {n} does the video show?",
+        "how many {n} are there?", "how many {n} are in the video?", "how many {n} do you see?",
+        "count the {n}.", "what is the number of {n}?", "tell me how many {n} there are.",
+        "how many {n} can you see?", "how many {n} does the video show?",
         "how many {n} are in the clip?", "count the {n} in the video.",
     ),
     "place": (
@@ -54,8 +54,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "which number does the sign show?", "read the number on the sign.",
     ),
     "direction": (
-        "which way does the {x} move?", "in which direction does the {x} move?", "where does the {x} move to?",
-        "what is the direction of the {x}?", "which way does the {x} go?", "tell me which way the {x} moves.",
+        "which way does the {x} move?", "in which direction does the {x} move?",
+        "where does the {x} move to?", "what is the direction of the {x}?", "which way does the {x} go?",
+        "tell me which way the {x} moves.",
         "the {x} moves in which direction?", "which way is the {x} moving?",
         "in which direction does the {x} go?", "in which direction is the {x} moving?",
     ),
@@ -89,14 +90,15 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "how old is the {s}?", "how much does the {x} cost?", "what is the capital of france?",
         "what is the name of the person?", "what does the person say?", "is there a person in the video?",
         "how fast is the {x}?", "who is in the video?", "where was the video made?", "can you help me?",
-        "write a poem about the {s}.", "what is two plus two?", "which animal do you see?", "how heavy is the {x}?",
-        "what colour is the animal?", "where is the person?", "how many people are there?", "do you like the {s}?",
-        "what is the person doing?", "who wins?", "tell me a story.", "hello.",
+        "write a poem about the {s}.", "what is two plus two?", "which animal do you see?",
+        "how heavy is the {x}?", "what colour is the animal?", "where is the person?",
+        "how many people are there?", "do you like the {s}?", "what is the person doing?",
+        "who wins?", "tell me a story.", "hello.",
         "what does the {x} think?", "how old is the person?",
     ),
 }
 
-# Extra forms of a type, asked in between, and how often each type is asked in training.
+# How often each type is asked in training. "total" counts all shapes, in the phrasings of "count".
 WEIGHTS = {
     "colour": 8, "shape": 8, "count": 10, "total": 4, "place": 9, "relation": 9, "number": 8, "direction": 10,
     "first": 7, "last": 7, "when": 9, "exist": 10, "unanswerable": 9,
@@ -104,7 +106,9 @@ WEIGHTS = {
 TYPES = tuple(WEIGHTS)
 
 # Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.
-UNKNOWN_WORDS = ("dog", "cat", "car", "house", "tree", "hexagon", "banana", "phone", "river", "ball", "teacher", "cup")
+UNKNOWN_WORDS = (
+    "dog", "cat", "car", "house", "tree", "hexagon", "banana", "phone", "river", "ball", "teacher", "cup",
+)
 
 
 @dataclass(frozen=True)
@@ -297,16 +301,16 @@ def _unanswerable(scene: Scene, rng: random.Random, make: _Asker) -> Question | 
 
 
 _MAKERS = {
-    "colour": _colour, "shape": _shape, "count": _count, "total": _total, "place": _place, "relation": _relation,
-    "number": _number, "direction": _direction, "first": _first, "last": _last, "when": _when, "exist": _exist,
-    "unanswerable": _unanswerable,
+    "colour": _colour, "shape": _shape, "count": _count, "total": _total, "place": _place,
+    "relation": _relation, "number": _number, "direction": _direction, "first": _first, "last": _last,
+    "when": _when, "exist": _exist, "unanswerable": _unanswerable,
 }
 
 
 def vocabulary() -> list[str]:
     """Every word and mark of the phrasings and answers, sorted; digits come apart from these."""
     texts = [text for group in PHRASINGS.values() for text in group]
-    texts += ["an", "above", "below", "left", "right", "or", "of", "shapes", "objects", "yes", "no", UNANSWERABLE, STILL]
+    texts += ["an above below left right or of shapes objects yes no", UNANSWERABLE, STILL]
     texts += [*WHEN, *COLOURS, *SHAPES, *map(plural, SHAPES), "up down top bottom middle left right"]
     words = set()
     for text in texts:

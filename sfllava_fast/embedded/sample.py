@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from sfllava_fast.embedded.questions import Question, ask_each
-from sfllava_fast.embedded.scenes import Scene, draw_scene, write_video
+from .questions import Question, ask_each
+from .scenes import Scene, draw_scene, write_video
 
 SCENE_SEED, QUESTION_SEED = 388, 6
 FRAMES = 64

@@ -72,7 +72,7 @@ _DIGITS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: where its centre starts and ends (canvas px) and when it is visible (fractions of the clip)."""
+    """One shape: where its centre starts and ends (canvas px), when it is visible (fractions of the clip)."""
 
     colour: str
     shape: str
@@ -166,7 +166,7 @@ def _try_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) ->
 def _choose_names(
     rng: random.Random, combinations: tuple[tuple[str, str], ...], count: int
 ) -> list[tuple[str, str]]:
-    """Distinct (colour, shape) pairs; a small palette in half of the scenes, so that colours and shapes repeat."""
+    """Distinct (colour, shape) pairs; half of the scenes have four colours only, so that colours repeat."""
     pool = list(combinations)
     if rng.random() < 0.5:
         colours = set(rng.sample(list(COLOURS), 4))
@@ -237,9 +237,6 @@ def _crossing(rng: random.Random) -> tuple[tuple[int, int], tuple[int, int]]:
     return ends[rng.choice(DIRECTIONS)]
 
 
-# --- drawing -----------------------------------------------------------------------------------------------
-
-
 def _polygon(points: list[tuple[float, float]], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Even-odd test of every (x, y) against a polygon."""
     inside = np.zeros(x.shape, bool)
@@ -300,9 +297,11 @@ def digit_lefts() -> tuple[int, int]:
 
 
 def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.ndarray:
-    """Half-size copy of [h, w, c] that starts `phase` (x, y) px into its first pixel, resized as preprocessing does."""
+    """Half-size copy of [h, w, c], its origin `phase` (x, y) px into the first pixel, resized bicubically."""
     height, width, channels = image.shape
-    padded = np.zeros((height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32)
+    padded = np.zeros(
+        (height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32
+    )
     padded[border + phase[1] :, border + phase[0] :][:height, :width] = image
     half = torch.nn.functional.interpolate(
         torch.from_numpy(padded).permute(2, 0, 1)[None],
@@ -346,7 +345,7 @@ def _paste_thing(frame: np.ndarray, thing: Thing, time: float, half: bool) -> No
 
 
 def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
-    """Frames uint8 [T, 192, 192, 3] of a scene at `times`, or [T, 96, 96, 3] as preprocessing would make them."""
+    """Frames uint8 [T, 192, 192, 3] of a scene at `times`; `half`: [T, 96, 96, 3], as preprocessed."""
     edge = TOWER_SIZE if half else CANVAS
     shade = np.linspace(0.85, 1.15, edge, dtype=np.float32)[:, None, None]
     still = np.broadcast_to(shade * np.array(scene.background, np.float32), (edge, edge, 3)).copy()
@@ -392,7 +391,8 @@ def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray
     side, left, top = 2 * PATCH, x - thing.size // 2, y - thing.size // 2
     column, row = min(left // side, GRID - 3), min(top // side, GRID - 3)
     window = np.zeros((3 * side, 3 * side), np.float32)
-    window[top - row * side :, left - column * side :][: thing.size, : thing.size] = _shape_alpha(thing.shape, thing.size)
+    corner = window[top - row * side :, left - column * side :]
+    corner[: thing.size, : thing.size] = _shape_alpha(thing.shape, thing.size)
     cover = window.reshape(3, side, 3, side).mean((1, 3))
     return slice(row, row + 3), slice(column, column + 3), cover
 

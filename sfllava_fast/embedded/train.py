@@ -1,7 +1,8 @@
 """Trains the embedded model from scratch: `python -m sfllava_fast.embedded.train --out DIR`.
 
-Three stages of fixed length: the vision tower on single frames with patch labels; projector and language model
-on clips, the tower frozen; everything together. Ranks are one-thread processes that average their gradients.
+Four stages of fixed length: the vision tower on single frames with patch labels; the projector, until each
+patch reads as the words for what it shows; projector and language model on clips, the tower frozen; everything
+together. Ranks are processes that average their gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from sfllava_fast.embedded.batches import IGNORE, clip_batch, draw_layout, image_batch
-from sfllava_fast.embedded.model import build_model, build_tokenizer, export
-from sfllava_fast.embedded.packing import encode_frames, packed_logits, use_packed_attention
-from sfllava_fast.embedded.questions import TYPES
-from sfllava_fast.embedded.scenes import COLOURS, SHAPES
+from .batches import IGNORE, clip_batch, draw_layout, image_batch, patch_words
+from .model import build_model, build_tokenizer, export
+from .packing import encode_frames, packed_logits, use_packed_attention
+from .questions import TYPES
+from .scenes import COLOURS, SHAPES
 
 LOG_EVERY = 50
 
@@ -44,6 +45,7 @@ class Stage:
 
 STAGES = (
     Stage("tower", 1300, 0.0, 1.5e-3),
+    Stage("align", 300, 3e-3, 0.0, warmup=30),
     Stage("language", 1900, 1.2e-3, 0.0, decays=False),
     Stage("joint", 900, 1e-3, 3e-4, warmup=30),
 )
@@ -52,7 +54,7 @@ BATCH_RANKS = 2  # the global batch is always that of two ranks
 
 
 class PatchHeads(torch.nn.Module):
-    """Reads shape, colour, the two digits and the way to the centre from each patch; dropped after training."""
+    """Reads shape, colour, two digits and the way to the centre from each patch; dropped after training."""
 
     SIZES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "offset": 2}
 
@@ -62,7 +64,7 @@ class PatchHeads(torch.nn.Module):
         self.reads = torch.nn.ModuleDict({key: torch.nn.Linear(width, n) for key, n in self.SIZES.items()})
 
     def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Counter]:
-        """Loss, and hits and counts on patches that show something; `features` [N, 64, D], labels [N, 8, 8]."""
+        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8]."""
         hidden, total, score = self.norm(features), torch.zeros(()), Counter()
         total = total.to(features.device)
         for key in ("shape", "colour", "tens", "units"):
@@ -97,7 +99,8 @@ class Trainer:
     def stages(self) -> list[Stage]:
         scale = self.args.steps_scale
         return [
-            replace(s, steps=max(1, round(s.steps * scale)), warmup=math.ceil(s.warmup * scale)) for s in STAGES
+            replace(s, steps=max(1, round(s.steps * scale)), warmup=math.ceil(s.warmup * scale))
+            for s in STAGES
         ]
 
     def _groups(self) -> list[list[torch.nn.Parameter]]:
@@ -109,6 +112,9 @@ class Trainer:
                 (tower if "vision_tower" in key else language).append(parameter)
         if name == "tower":
             return [[], tower + list(self.heads.parameters())]
+        if name == "align":
+            embeddings = self.model.get_input_embeddings().parameters()
+            return [[*self.model.model.multi_modal_projector.parameters(), *embeddings], []]
         return [language, tower if name == "joint" else []]
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -132,7 +138,8 @@ class Trainer:
         shares = range(self.rank, BATCH_RANKS, self.ranks)
         losses = []
         for share in shares:
-            loss = self._tower_loss(share) if name == "tower" else self._language_loss(name, share)
+            on_images = name in ("tower", "align")
+            loss = self._image_loss(name, share) if on_images else self._language_loss(name, share)
             (loss / len(shares)).backward()
             losses.append(loss.item())
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -142,12 +149,24 @@ class Trainer:
         self.step += 1
         return sum(losses) / len(losses)
 
-    def _tower_loss(self, share: int) -> torch.Tensor:
-        pixels, labels = image_batch("tower", self.step, share * IMAGES_PER_RANK, IMAGES_PER_RANK)
+    def _image_loss(self, name: str, share: int) -> torch.Tensor:
+        pixels, labels = image_batch(name, self.step, share * IMAGES_PER_RANK, IMAGES_PER_RANK)
         labels = {key: value.to(self.device) for key, value in labels.items()}
-        loss, score = self.heads.loss(encode_frames(self.model, pixels.to(self.device)), labels)
+        with torch.set_grad_enabled(name == "tower"):
+            features = encode_frames(self.model, pixels.to(self.device))
+        if name == "align":
+            return self._align_loss(features, labels)
+        loss, score = self.heads.loss(features, labels)
         self.score.update(score)
         return loss
+
+    def _align_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross entropy of a projected patch, read as a word, against the words for what it shows."""
+        language = self.model.model.language_model
+        logits = self.model.lm_head(language.norm(self.model.model.multi_modal_projector(features)))
+        words, shown = patch_words(self.tokenizer, labels)
+        loss = -(words * logits.log_softmax(-1)).sum(-1)
+        return loss[shown].mean() + 0.2 * loss[~shown].mean()
 
     def _language_loss(self, name: str, share: int) -> torch.Tensor:
         layout = draw_layout(name, self.step)
@@ -195,7 +214,8 @@ class Trainer:
         """Writes everything that a resumed run needs, never half of it."""
         state = {
             "model": self.model.state_dict(), "heads": self.heads.state_dict(), "seconds": self.seconds,
-            "optimizer": self.optimizer.state_dict(), "stage": self.stage, "step": self.step, "scale": self.args.steps_scale,
+            "optimizer": self.optimizer.state_dict(), "stage": self.stage, "step": self.step,
+            "scale": self.args.steps_scale,
         }
         torch.save(state, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
@@ -276,14 +296,17 @@ class Report:
         if not self.lead or not self.losses:
             return
         score = self.trainer.score
-        rates = {key[:-6]: round(score[f"{key[:-6]} hits"] / n, 3) for key, n in score.items() if key.endswith(" asked") and n}
+        kinds = [key.removesuffix(" asked") for key in score if key.endswith(" asked") and score[key]]
+        rates = {kind: round(score[f"{kind} hits"] / score[f"{kind} asked"], 3) for kind in kinds}
         line = {
-            "stage": self._stage(), "step": self.trainer.step, "loss": round(sum(self.losses) / len(self.losses), 4),
+            "stage": self._stage(), "step": self.trainer.step,
+            "loss": round(sum(self.losses) / len(self.losses), 4),
             "seconds": round(self.trainer.seconds), "right": rates,
         }
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        self.progress.console.print(f"{line['stage']} {line['step']} loss {line['loss']} {line['seconds']} s {rates}")
+        head = f"{line['stage']} {line['step']} loss {line['loss']} {line['seconds']} s"
+        self.progress.console.print(head, rates)
         self.losses, self.trainer.score = [], Counter()
 
 
@@ -310,7 +333,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")
     parser.add_argument("--work", default="runs/embedded", help="where checkpoint.pt and log.jsonl go")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2 if (os.cpu_count() or 1) > 1 else 1)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of all ranks together")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1),
+                        help="of all ranks together")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (one rank)")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights; the data has fixed seeds")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shortens or lengthens every stage")
@@ -331,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         run(args, 0, 1)
         return 0
-    torch.multiprocessing.start_processes(_rank_main, (args, _free_port()), nprocs=args.ranks, start_method="spawn")
+    torch.multiprocessing.spawn(_rank_main, (args, _free_port()), nprocs=args.ranks)
     return 0
 
 

@@ -1,0 +1,395 @@
+"""The command line: ask a question, inspect a layout, show what runs here, or see the demo.
+
+Answers go to stdout; progress, summaries, warnings and errors to stderr. Exit codes: 0 done, 2 bad usage or
+input (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import BackendError, InputError, SfllavaError
+
+if TYPE_CHECKING:
+    from .engine import Answer, SlowFastLlava
+    from .video import Video
+
+log = logging.getLogger("sfllava_fast")
+
+PROGRAM = "sfllava-fast"
+_STAGES = ("decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate")
+
+_TOP_EXAMPLES = """
+examples:
+  sfllava-fast demo                              the small model that ships answers about its sample video
+  sfllava-fast ask clip.mp4 "What happens?"      ask about your own video, file or folder of frames
+  sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
+  sfllava-fast info                              see what is built and used on this machine, and why
+
+`sfllava-fast COMMAND --help` shows the options of a command, with examples.
+"""
+_ASK_EXAMPLES = """
+examples:
+  the model that ships (trained on drawn shapes; meaningless on real footage):
+    sfllava-fast ask shapes.mp4 "which direction does the red circle move?"
+
+  a real checkpoint, from a folder or the Hugging Face hub:
+    sfllava-fast ask clip.mp4 "What is the man doing?" --model llava-hf/llava-v1.6-vicuna-7b-hf --dtype bfloat16
+
+  fewer frames and another layout, the answer as JSON:
+    sfllava-fast ask clip.mp4 "Why?" --frames 32 --layout slowfast-slow_8frms_spatial_2d_avg_pool-fast_4x4 --json
+
+  multiple choice, frames already extracted:
+    sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
+"""
+_INSPECT_EXAMPLES = """
+examples:
+  the paper's layout, 50 frames of 24x24 patches:
+    sfllava-fast inspect clip.mp4 --out clip.png
+
+  what a given model would take (its layout, frames and grid), as one self-contained page:
+    sfllava-fast inspect clip.mp4 --out clip.html --model path/to/checkpoint
+
+  another layout:
+    sfllava-fast inspect clip.mp4 --out clip.png --layout slowfast-slow_4frms_concat-fast_2x2 --frames 16
+"""
+_LAYOUT_HELP = "token layout, such as slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as done:  # argparse has said why
+        return int(done.code or 0)
+    try:
+        with _messages(getattr(args, "verbose", False)):
+            args.run(args)
+            sys.stdout.flush()
+        return 0
+    except SfllavaError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader left (`| head`): nothing to say, and nothing for Python to flush into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+                        help="say more on stderr, the libraries' own messages included")
+    style = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        PROGRAM, description="Ask questions of videos with SlowFast-LLaVA, fast.", epilog=_TOP_EXAMPLES, **style)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_ask(commands, style)
+    _add_inspect(commands, style)
+    _add_info(commands, style)
+    _add_demo(commands, style)
+    return parser
+
+
+def _add_ask(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser("ask", help="answer a question about a video",
+                                 description="Answer a question about a video.", epilog=_ASK_EXAMPLES, **style)
+    _add_video(parser)
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID",
+                        help="LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format (default: the one that ships)")
+    parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
+    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the model's)")
+    parser.add_argument("--backend", default="auto", metavar="NAME",
+                        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)")
+    parser.add_argument("--attention", default="auto", metavar="NAME",
+                        help="auto, eager, sdpa or flash_attention_2 (default: auto)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer alone")
+    parser.set_defaults(run=ask)
+
+
+def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "inspect", help="draw which frames and patches a layout keeps",
+        description="Draw the sampled frames, which are slow, what each pathway keeps, and the token budget.",
+        epilog=_INSPECT_EXAMPLES, **style)
+    _add_video(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint")
+    parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
+    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: 24x24)")
+    parser.set_defaults(run=inspect)
+
+
+def _add_info(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser("info", help="show what is built, loaded and used, and why not",
+                                 description="Show what is built, loaded and used on this machine, and why not.",
+                                 epilog="example:\n  sfllava-fast info --json", **style)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=info)
+
+
+def _add_demo(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "demo", help="the model that ships answers questions about its sample video",
+        description="Ask the model that ships about its sample video, and draw what its layout keeps.",
+        epilog="example:\n  sfllava-fast demo --out pictures", **style)
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)")
+    parser.set_defaults(run=demo)
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of image frames")
+    parser.add_argument("--decoder", default="pyav", metavar="pyav|decord",
+                        help="what reads the video (default: pyav, exact on every container)")
+
+
+def ask(args: argparse.Namespace) -> None:
+    from .config import SlowFastConfig
+
+    if not args.question.strip():
+        raise InputError('the question is empty: ask something, such as "What happens in the video?"')
+    layout = args.layout and SlowFastConfig.parse(args.layout)
+    # Before the model, which may take long to load: a bad video should fail at once.
+    video, opened = _open(args.video, args.decoder)
+    with _progress() as say:
+        say("loading the model")
+        model = _load(args.model, layout=layout, dtype=args.dtype, device=args.device, backend=args.backend,
+                      attention=args.attention)
+        say("watching the video")
+        told = _Told(say)
+        answer = model.answer(video, args.question, frames=args.frames, max_new_tokens=args.max_new_tokens,
+                              choices=args.choices, on_token=told)
+    answer.seconds["decode"] += opened
+    if args.json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        return
+    print(answer.text if answer.choice is None else answer.choice)
+    sys.stdout.flush()
+    print(_summary(answer), file=sys.stderr)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from .config import SlowFastConfig
+    from .inspect import render
+
+    layout, frames, grid = _defaults_of(args.model) if args.model else (SlowFastConfig(), 50, (24, 24))
+    with _progress() as say:
+        say("drawing")
+        out = render(args.video, args.out, args.layout or layout, args.frames or frames, args.grid or grid,
+                     args.decoder)
+    print(out)
+
+
+def info(args: argparse.Namespace) -> None:
+    from .info import report
+
+    facts = report()
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    width = max(len(name) for section in facts.values() for name in section)
+    for section, rows in facts.items():
+        print(section)
+        for name, value in rows.items():
+            print(f"  {name:<{width}}  {value}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    from . import embedded
+    from .inspect import render
+
+    out = args.out / "sfllava_fast_demo.png"
+    if not args.out.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {args.out}")
+    clip = embedded.sample_video()
+    with _progress() as say:
+        say("loading the model")
+        model = _load(None)
+        answers = []
+        for question in embedded.sample_questions():
+            say(question)
+            answers.append(model.answer(clip, question))
+        say("drawing")
+        render(clip, out, model.layout, model.frames, model.checkpoint.grid)
+    _print_demo(answers, embedded.sample_answers())
+    print(f"What each pathway took: {out}")
+
+
+def _print_demo(answers: list[Answer], expected: list[str]) -> None:
+    from rich.console import Console
+
+    first = answers[0]
+    console = Console(highlight=False, markup=False)
+    console.print(f"{Path(first.video).name}: {len(first.frames)} frames, layout {first.layout}")
+    console.print(f"tokens: {_tokens(first)}")
+    console.print(_answer_table(answers, expected))
+    console.print(_stage_table(answers))
+
+
+def _answer_table(answers: list[Answer], expected: list[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    right = [answer.text == truth for answer, truth in zip(answers, expected)]
+    table = Table("Question", "Answer", "Drawn", box=box.SIMPLE_HEAD, caption_justify="left", caption_style="",
+                  caption=f"{sum(right)} of {len(right)} answers are right (the clip is drawn: the truth is known).")
+    for answer, truth, is_right in zip(answers, expected, right):
+        table.add_row(Text(answer.question), Text(answer.text, "green" if is_right else "red"), Text(truth))
+    return table
+
+
+def _stage_table(answers: list[Answer]) -> Any:
+    """Median milliseconds by stage over the answers."""
+    from statistics import median
+
+    from rich import box
+    from rich.table import Table
+
+    medians = {stage: 1e3 * median(a.seconds.get(stage, 0.0) for a in answers) for stage in _STAGES}
+    total = sum(medians.values())
+    table = Table("Stage", box=box.SIMPLE_HEAD)
+    table.add_column("Milliseconds", justify="right")
+    table.add_column("Share", justify="right")
+    for stage, value in medians.items():
+        table.add_row(stage, f"{value:.2f}", f"{value / total:.0%}", end_section=stage == _STAGES[-1])
+    table.add_row("a question (medians)", f"{total:.2f}", "100%")
+    return table
+
+
+def _summary(answer: Answer) -> str:
+    """Three lines about an answer: frames and tokens, seconds by stage, what ran."""
+    seconds = answer.seconds
+    stages = "  ".join(f"{stage} {seconds[stage]:.3f}" for stage in _STAGES if stage in seconds)
+    rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
+    slow = len(set(answer.slow_frames))
+    return "\n".join([
+        f"frames   {len(answer.frames)}, {slow} of them slow; tokens: {_tokens(answer)}",
+        f"seconds  {sum(seconds.values()):.3f}: {stages}",
+        f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
+        f"attention {answer.attention}",
+    ])
+
+
+def _tokens(answer: Answer) -> str:
+    tokens = answer.tokens
+    return f"slow {tokens['slow']:,} + fast {tokens['fast']:,} = {tokens['total']:,}"
+
+
+def _load(path: str | None, **options: Any) -> SlowFastLlava:
+    from .engine import SlowFastLlava
+
+    return SlowFastLlava.from_pretrained(path, **options)
+
+
+def _open(path: str, decoder: str) -> tuple[Video, float]:
+    """The opened video, and the seconds that took."""
+    from .video import import_decoder, open_video
+
+    with contextlib.suppress(BackendError):  # open_video says it, where the decoder is needed at all
+        import_decoder(decoder)
+    start = time.perf_counter()
+    return open_video(path, decoder), time.perf_counter() - start
+
+
+def _defaults_of(model: str) -> tuple[str, int, tuple[int, int]]:
+    """Layout, frames and grid of a checkpoint, from its config alone."""
+    from .checkpoint import locate, read_config
+    from .config import SlowFastConfig
+
+    config = read_config(locate(model))
+    options, vision = config.get("sfllava_fast") or {}, config.get("vision_config") or {}
+    side = vision.get("image_size", 336) // vision.get("patch_size", 14)
+    return options.get("layout", str(SlowFastConfig())), options.get("frames", 50), (side, side)
+
+
+class _Told:
+    """Counts generated tokens for the progress line."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.count = say, 0
+
+    def __call__(self, text: str) -> None:
+        self.count += 1
+        self.say(f"answering, {self.count} tokens")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A function that says what is being done, on stderr where that is a terminal."""
+    console = None
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+
+            console = Console(stderr=True)
+    if console is None:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)
+
+
+@contextlib.contextmanager
+def _messages(verbose: bool) -> Iterator[None]:
+    """Our warnings on stderr, one line each; the libraries' only when asked for."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    handler.addFilter(_lower_level)
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.propagate = False
+    if not verbose:
+        for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+            os.environ.setdefault(name, value)
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def _lower_level(record: logging.LogRecord) -> bool:
+    record.levelname = record.levelname.lower()
+    return True
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def _grid(text: str) -> tuple[int, int]:
+    with contextlib.suppress(ValueError):
+        rows, columns = (int(part) for part in text.lower().split("x"))
+        if rows > 0 and columns > 0:
+            return rows, columns
+    raise argparse.ArgumentTypeError(f"{text!r} is not a grid: write rows x columns, such as 24x24")

@@ -1,0 +1,269 @@
+"""The command line: what it prints where, its exit codes, and one line for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import clips
+import pytest
+
+import sfllava_fast
+from sfllava_fast import cli
+from sfllava_fast.config import SlowFastConfig, sample_frames
+from sfllava_fast.errors import ContextError
+
+Image = pytest.importorskip("PIL.Image")
+
+LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
+SECONDS = dict.fromkeys(("decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate"), 0.5)
+JSON_FIELDS = {"answer", "video", "question", "model", "layout", "frames", "slow_frames", "tokens", "backend",
+               "attention", "seconds", "tokens_per_second"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A video of 12 image frames."""
+    path = tmp_path / "frames"
+    path.mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(path / f"{number}.png")
+    return str(path)
+
+
+class StandIn:
+    """An engine that answers at once, and remembers what it was asked."""
+
+    def __init__(self, path, **options):
+        self.options = options | {"path": path}
+        self.layout = SlowFastConfig.parse(options.get("layout") or LAYOUT)
+        self.error = None
+
+    def answer(self, video, question, frames=None, max_new_tokens=None, choices=None, on_token=None):
+        self.asked = dict(question=question, frames=frames, max_new_tokens=max_new_tokens, choices=choices)
+        if self.error:
+            raise self.error
+        indices = sample_frames(video.total, frames or 8)
+        plan = self.layout.plan(len(indices), (8, 8))
+        on_token("a")
+        fields = dict(
+            video=str(video.path), question=question, model="stand-in", layout=str(self.layout), frames=indices,
+            slow_frames=[indices[i] for i in plan.slow_frames], tokens=dict(plan.tokens), backend="torch",
+            attention="sdpa", dtype="float32", device="cpu", seconds=dict(SECONDS), tokens_per_second=12.5)
+        return SimpleNamespace(text="a red circle", choice=choices and choices[0], **fields,
+                               to_json=lambda: {"answer": "a red circle", **fields})
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The stand-in that the next command loads, as a list that fills with it."""
+    loaded = []
+
+    def load(path, **options):
+        loaded.append(StandIn(path, **options))
+        loaded[-1].error = load.error
+        return loaded[-1]
+
+    load.error = None
+    monkeypatch.setattr(cli, "_load", load)
+    loaded_by = SimpleNamespace(models=loaded, fail=lambda error: setattr(load, "error", error))
+    return loaded_by
+
+
+def run(*argv):
+    return cli.main([str(a) for a in argv])
+
+
+def test_ask_prints_the_answer_alone_on_stdout(folder, engine, capsys):
+    assert run("ask", folder, "what is it?") == 0
+    out, err = capsys.readouterr()
+    assert out == "a red circle\n"
+    assert "slow 128 + fast 32 = 160" in err and "generate 0.500" in err and "12.5 tokens/s" in err
+    assert len(err.splitlines()) == 3
+
+
+def test_ask_hands_its_options_on(folder, engine, capsys):
+    code = run("ask", folder, "what?", "--model", "m", "--layout", "slowfast-fast_3x3", "--frames", "5", "--backend",
+               "torch", "--dtype", "bfloat16", "--device", "cpu", "--attention", "eager", "--max-new-tokens", "7",
+               "--decoder", "decord", "--choices", "a cat", "a dog")
+    assert code == 0
+    model = engine.models[0]
+    assert model.options == dict(path="m", layout=SlowFastConfig(slow_frames=0, fast_grid=(3, 3)), backend="torch",
+                                 dtype="bfloat16", device="cpu", attention="eager")
+    assert model.asked == dict(question="what?", frames=5, max_new_tokens=7, choices=["a cat", "a dog"])
+    assert capsys.readouterr().out == "a cat\n"
+
+
+def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
+    assert run("ask", folder, "what?", "--json") == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert JSON_FIELDS <= set(answer) and set(answer["tokens"]) == {"slow", "fast", "total"}
+    assert answer["seconds"]["decode"] > SECONDS["decode"]  # with the opening of the video
+    assert err == "" and len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["ask", "{folder}", ""], "the question is empty"),
+    (["ask", "{folder}", "  \n"], "the question is empty"),
+    (["ask", "{folder}/none.mp4", "what?"], "does not exist"),
+    (["ask", "{folder}", "what?", "--layout", "slowest"], "unknown layout 'slowest'"),
+    (["ask", "{folder}", "what?", "--decoder", "vlc"], "unknown decoder 'vlc'"),
+    (["inspect", "{folder}", "--out", "{folder}/a.jpg"], "end in .png or .html"),
+    (["inspect", "{folder}", "--out", "{folder}/a.html", "--grid", "1x1"], "leaves no token"),
+    (["inspect", "{folder}", "--out", "{folder}/a.html", "--model", "{folder}"], "no config.json"),
+    (["inspect", "{folder}", "--out", "{folder}/a.html", "--layout", ""], "unknown layout ''"),
+    (["demo", "--out", "{folder}/nowhere"], "there is no folder"),
+])
+def test_wrong_input_is_one_line_and_exit_2(argv, message, folder, engine, capsys):
+    before = sorted(os.listdir(folder))
+    assert run(*(a.format(folder=folder) for a in argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("sfllava-fast: error: ") and message in err
+    assert engine.models == [] and sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["ask"], ["ask", "video"], ["sing"], ["ask", "v", "q", "--frames", "0"], ["ask", "v", "q", "--frames", "many"],
+    ["ask", "v", "q", "--max-new-tokens", "-1"], ["inspect", "v"], ["inspect", "v", "--out", "a.png", "--grid", "24"],
+    ["inspect", "v", "--out", "a.png", "--grid", "0x4"], ["ask", "v", "q", "--colour"],
+])
+def test_wrong_usage_is_exit_2(argv, capsys):
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "usage:" in err and "error:" in err
+
+
+@pytest.mark.parametrize("command", ["ask", "inspect", "info", "demo"])
+def test_help_teaches_by_example(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"sfllava-fast {command}" in capsys.readouterr().out.split("example")[-1]
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"sfllava-fast {sfllava_fast.__version__}\n"
+
+
+def test_errors_of_the_engine_are_one_line(folder, engine, capsys):
+    engine.fail(ContextError("the prompt is too\nlong: ask less"))
+    assert run("ask", folder, "what?") == 2
+    assert capsys.readouterr().err == "sfllava-fast: error: the prompt is too long: ask less\n"
+
+
+def test_interrupted(folder, engine, capsys):
+    engine.fail(KeyboardInterrupt())
+    assert run("ask", folder, "what?") == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback(folder, engine):
+    engine.fail(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        run("ask", folder, "what?")
+
+
+@pytest.mark.parametrize("argv", [["-v", "ask"], ["ask", "-v"]])
+def test_verbose_shows_information(argv, folder, engine, capsys, monkeypatch):
+    answer = StandIn.answer
+    monkeypatch.setattr(StandIn, "answer", lambda *a, **k: (cli.log.info("a detail"), answer(*a, **k))[1])
+    assert run(*argv, folder, "what?") == 0
+    assert "sfllava-fast: info: a detail" in capsys.readouterr().err
+    assert run("ask", folder, "what?") == 0
+    assert "a detail" not in capsys.readouterr().err
+
+
+def test_inspect_draws_and_prints_the_path(folder, tmp_path, capsys):
+    out = tmp_path / "a.html"
+    assert run("inspect", folder, "--out", out, "--layout", LAYOUT, "--frames", 6, "--grid", "8x8") == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert "152 video tokens" in out.read_text()
+
+
+def test_inspect_takes_the_layout_of_a_checkpoint(folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+              "vision_config": {"image_size": 84, "patch_size": 14},
+              "sfllava_fast": {"layout": "slowfast-fast_2x3", "frames": 5}}
+    (model / "config.json").write_text(json.dumps(config))
+    assert run("inspect", folder, "--out", tmp_path / "a.html", "--model", model) == 0
+    text = (tmp_path / "a.html").read_text()
+    assert "30 video tokens" in text and "6\u00d76 patches" in text
+
+
+def test_info_as_a_table_and_as_json(capsys):
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert run("info") == 0
+    table = capsys.readouterr().out
+    for section, rows in facts.items():
+        assert f"{section}\n" in table
+        for name, value in rows.items():
+            assert name in table and str(value) in table
+
+
+def shell(*argv, **options):
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run([sys.executable, "-m", "sfllava_fast", *map(str, argv)], **options)
+
+
+def test_the_embedded_model_answers_from_the_shell(tmp_path):
+    from sfllava_fast import embedded
+
+    video = embedded.sample_video()
+    done = shell("ask", video, embedded.sample_questions()[0], "--json", "--frames", "8")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    answer = json.loads(done.stdout)
+    assert JSON_FIELDS <= set(answer)
+    assert answer["video"] == str(video) and len(answer["frames"]) == 8
+    assert answer["tokens"]["total"] == answer["tokens"]["slow"] + answer["tokens"]["fast"]
+    assert set(answer["seconds"]) == set(SECONDS)
+
+
+def test_demo_from_the_shell(tmp_path):
+    pytest.importorskip("matplotlib")
+    from sfllava_fast import embedded
+
+    done = shell("demo", "--out", tmp_path, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for text in (*embedded.sample_questions(), *embedded.sample_answers(), "aggregate", "slow", "fast"):
+        assert text in done.stdout
+    assert Image.open(tmp_path / "sfllava_fast_demo.png").size[0] > 1000
+    assert done.stdout.rstrip().endswith(str(tmp_path / "sfllava_fast_demo.png"))
+
+
+def test_wrong_input_from_the_shell(tmp_path):
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(clips.make(tmp_path, "plain.mp4").read_bytes()[:4000])
+    done = shell("ask", cut, "what?")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"sfllava-fast: error: {cut} is cut short") and done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = shell("info", stdout=writer, stderr=subprocess.PIPE, capture_output=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_from_the_shell(tmp_path):
+    # A pipe in the place of the video: opening it waits for a writer, so the signal comes in the middle.
+    pipe = tmp_path / "clip.mp4"
+    os.mkfifo(pipe)
+    script = "import sys; from sfllava_fast import cli, video; print('ready', flush=True); sys.exit(cli.main())"
+    process = subprocess.Popen([sys.executable, "-c", script, "ask", str(pipe), "what?"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
