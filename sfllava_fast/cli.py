@@ -45,10 +45,10 @@ examples:
     sfllava-fast ask shapes.mp4 "which direction does the red circle move?"
 
   a real checkpoint, from a folder or the Hugging Face hub:
-    sfllava-fast ask clip.mp4 "What is the man doing?" --model llava-hf/llava-v1.6-vicuna-7b-hf --dtype bfloat16
+    sfllava-fast ask clip.mp4 "What is the man doing?" --model llava-hf/llava-v1.6-vicuna-7b-hf
 
   fewer frames and another layout, the answer as JSON:
-    sfllava-fast ask clip.mp4 "Why?" --frames 32 --layout slowfast-slow_8frms_spatial_2d_avg_pool-fast_4x4 --json
+    sfllava-fast ask clip.mp4 "Why?" --frames 32 --layout slowfast-slow_8frms_concat-fast_4x4 --json
 
   multiple choice, frames already extracted:
     sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
@@ -92,11 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
-                        help="say more on stderr, the libraries' own messages included")
+    common.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="say more on stderr, the libraries' own messages included",
+    )
     style = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        PROGRAM, description="Ask questions of videos with SlowFast-LLaVA, fast.", epilog=_TOP_EXAMPLES, **style)
+        PROGRAM,
+        description="Ask questions of videos with SlowFast-LLaVA, fast.",
+        epilog=_TOP_EXAMPLES,
+        **style,
+    )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_ask(commands, style)
@@ -107,34 +116,65 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_ask(commands: Any, style: dict[str, Any]) -> None:
-    parser = commands.add_parser("ask", help="answer a question about a video",
-                                 description="Answer a question about a video.", epilog=_ASK_EXAMPLES, **style)
+    parser = commands.add_parser(
+        "ask",
+        help="answer a question about a video",
+        description="Answer a question about a video.",
+        epilog=_ASK_EXAMPLES,
+        **style,
+    )
     _add_video(parser)
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID",
-                        help="LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format (default: the one that ships)")
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format (default: the one that ships)",
+    )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the model's)")
-    parser.add_argument("--backend", default="auto", metavar="NAME",
-                        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)")
-    parser.add_argument("--attention", default="auto", metavar="NAME",
-                        help="auto, eager, sdpa or flash_attention_2 (default: auto)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer alone")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="auto, eager, sdpa or flash_attention_2 (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the answer alone"
+    )
     parser.set_defaults(run=ask)
 
 
 def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser(
-        "inspect", help="draw which frames and patches a layout keeps",
+        "inspect",
+        help="draw which frames and patches a layout keeps",
         description="Draw the sampled frames, which are slow, what each pathway keeps, and the token budget.",
-        epilog=_INSPECT_EXAMPLES, **style)
+        epilog=_INSPECT_EXAMPLES,
+        **style,
+    )
     _add_video(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write")
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write"
+    )
+    parser.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint"
+    )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
     parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: 24x24)")
@@ -142,26 +182,39 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
 
 
 def _add_info(commands: Any, style: dict[str, Any]) -> None:
-    parser = commands.add_parser("info", help="show what is built, loaded and used, and why not",
-                                 description="Show what is built, loaded and used on this machine, and why not.",
-                                 epilog="example:\n  sfllava-fast info --json", **style)
+    parser = commands.add_parser(
+        "info",
+        help="show what is built, loaded and used, and why not",
+        description="Show what is built, loaded and used on this machine, and why not.",
+        epilog="example:\n  sfllava-fast info --json",
+        **style,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=info)
 
 
 def _add_demo(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser(
-        "demo", help="the model that ships answers questions about its sample video",
+        "demo",
+        help="the model that ships answers questions about its sample video",
         description="Ask the model that ships about its sample video, and draw what its layout keeps.",
-        epilog="example:\n  sfllava-fast demo --out pictures", **style)
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)")
+        epilog="example:\n  sfllava-fast demo --out pictures",
+        **style,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)"
+    )
     parser.set_defaults(run=demo)
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of image frames")
-    parser.add_argument("--decoder", default="pyav", metavar="pyav|decord",
-                        help="what reads the video (default: pyav, exact on every container)")
+    parser.add_argument(
+        "--decoder",
+        default="pyav",
+        metavar="pyav|decord",
+        help="what reads the video (default: pyav, exact on every container)",
+    )
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -169,17 +222,29 @@ def ask(args: argparse.Namespace) -> None:
 
     if not args.question.strip():
         raise InputError('the question is empty: ask something, such as "What happens in the video?"')
-    layout = args.layout and SlowFastConfig.parse(args.layout)
+    layout = None if args.layout is None else SlowFastConfig.parse(args.layout)
     # Before the model, which may take long to load: a bad video should fail at once.
     video, opened = _open(args.video, args.decoder)
     with _progress() as say:
         say("loading the model")
-        model = _load(args.model, layout=layout, dtype=args.dtype, device=args.device, backend=args.backend,
-                      attention=args.attention)
+        model = _load(
+            args.model,
+            layout=layout,
+            dtype=args.dtype,
+            device=args.device,
+            backend=args.backend,
+            attention=args.attention,
+        )
         say("watching the video")
         told = _Told(say)
-        answer = model.answer(video, args.question, frames=args.frames, max_new_tokens=args.max_new_tokens,
-                              choices=args.choices, on_token=told)
+        answer = model.answer(
+            video,
+            args.question,
+            frames=args.frames,
+            max_new_tokens=args.max_new_tokens,
+            choices=args.choices,
+            on_token=told,
+        )
     answer.seconds["decode"] += opened
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -196,8 +261,8 @@ def inspect(args: argparse.Namespace) -> None:
     layout, frames, grid = _defaults_of(args.model) if args.model else (SlowFastConfig(), 50, (24, 24))
     with _progress() as say:
         say("drawing")
-        out = render(args.video, args.out, args.layout or layout, args.frames or frames, args.grid or grid,
-                     args.decoder)
+        layout = layout if args.layout is None else args.layout
+        out = render(args.video, args.out, layout, args.frames or frames, args.grid or grid, args.decoder)
     print(out)
 
 
@@ -253,8 +318,15 @@ def _answer_table(answers: list[Answer], expected: list[str]) -> Any:
     from rich.text import Text
 
     right = [answer.text == truth for answer, truth in zip(answers, expected)]
-    table = Table("Question", "Answer", "Drawn", box=box.SIMPLE_HEAD, caption_justify="left", caption_style="",
-                  caption=f"{sum(right)} of {len(right)} answers are right (the clip is drawn: the truth is known).")
+    table = Table(
+        "Question",
+        "Answer",
+        "Drawn",
+        box=box.SIMPLE_HEAD,
+        caption_justify="left",
+        caption_style="",
+        caption=f"{sum(right)} of {len(right)} answers are right (the clip is drawn: the truth is known).",
+    )
     for answer, truth, is_right in zip(answers, expected, right):
         table.add_row(Text(answer.question), Text(answer.text, "green" if is_right else "red"), Text(truth))
     return table
@@ -284,12 +356,14 @@ def _summary(answer: Answer) -> str:
     stages = "  ".join(f"{stage} {seconds[stage]:.3f}" for stage in _STAGES if stage in seconds)
     rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
     slow = len(set(answer.slow_frames))
-    return "\n".join([
-        f"frames   {len(answer.frames)}, {slow} of them slow; tokens: {_tokens(answer)}",
-        f"seconds  {sum(seconds.values()):.3f}: {stages}",
-        f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
-        f"attention {answer.attention}",
-    ])
+    return "\n".join(
+        [
+            f"frames   {len(answer.frames)}, {slow} of them slow; tokens: {_tokens(answer)}",
+            f"seconds  {sum(seconds.values()):.3f}: {stages}",
+            f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
+            f"attention {answer.attention}",
+        ]
+    )
 
 
 def _tokens(answer: Answer) -> str:

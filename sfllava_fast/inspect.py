@@ -1,4 +1,4 @@
-"""A picture of what a layout takes from a video: the sampled frames, what each pathway keeps, the token budget.
+"""A picture of what a layout takes from a video: sampled frames, what each pathway keeps, the token budget.
 
 PNG with matplotlib, or one self-contained HTML page with the standard library alone.
 """
@@ -130,8 +130,14 @@ def _example(video: Video, indices: list[int], tables: PathwayTables, plan: Plan
     row = _typical_row(name, plan, len(indices))
     frame = video.frames([indices[row]])
     tokens = token_boxes(tables, plan.grid)
-    return Example(name, row, _shrink(frame, _EXAMPLE_PIXELS)[0], tokens, _keep(frame, tokens, plan.grid),
-                   _describe(tables, plan))
+    return Example(
+        name,
+        row,
+        _shrink(frame, _EXAMPLE_PIXELS)[0],
+        tokens,
+        _keep(frame, tokens, plan.grid),
+        _describe(tables, plan),
+    )
 
 
 def _typical_row(name: str, plan: Plan, count: int) -> int:
@@ -216,7 +222,9 @@ class _Sheet:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise BackendError("a PNG needs matplotlib: pip install 'sfllava_fast[video]', or write .html") from error
+            raise BackendError(
+                "a PNG needs matplotlib: pip install 'sfllava_fast[video]', or write .html"
+            ) from error
         self.figure = Figure((width, height), facecolor=PAPER)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.limits = (0, width), (height, 0)
@@ -226,9 +234,15 @@ class _Sheet:
         style = {"ha": "left", "va": "center"} | style
         self.axes.text(x, y, text, fontsize=size, color=colour, **style)
 
-    def image(self, x: float, y: float, width: float, height: float, pixels: np.ndarray, smooth: bool = True) -> None:
-        self.axes.imshow(pixels, extent=(x, x + width, y + height, y),
-                         interpolation="antialiased" if smooth else "nearest", aspect="auto")
+    def image(
+        self, x: float, y: float, width: float, height: float, pixels: np.ndarray, smooth: bool = True
+    ) -> None:
+        self.axes.imshow(
+            pixels,
+            extent=(x, x + width, y + height, y),
+            interpolation="antialiased" if smooth else "nearest",
+            aspect="auto",
+        )
 
     def box(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
         from matplotlib.patches import Rectangle
@@ -239,7 +253,9 @@ class _Sheet:
         from matplotlib.collections import PolyCollection
 
         corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in outlines]
-        self.axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=colour, linewidths=line))
+        self.axes.add_collection(
+            PolyCollection(corners, facecolors="none", edgecolors=colour, linewidths=line)
+        )
 
     def save(self, path: Path) -> None:
         self.axes.set_xlim(self.limits[0])
@@ -267,8 +283,9 @@ def _write_png(report: Report, path: Path) -> None:
         y, x = divmod(row, per_row)
         _draw_thumb(sheet, report, row, _MARGIN + x * (thumb + _GAP), 1.4 + y * line, thumb, thumb * shape)
     for column, example in enumerate(report.examples):
-        _draw_example(sheet, report, example, _MARGIN + column * (inner + 0.45) / 2, strip + 0.3, tile,
-                      tile * shape)
+        _draw_example(
+            sheet, report, example, _MARGIN + column * (inner + 0.45) / 2, strip + 0.3, tile, tile * shape
+        )
     _draw_budget(sheet, report, below + 0.25, inner)
     sheet.save(path)
 
@@ -286,19 +303,30 @@ def _draw_head(sheet: _Sheet, report: Report) -> None:
 
 def _legend(report: Report) -> list[tuple[str, str]]:
     names = [e.name for e in report.examples]
-    legend = {"slow": "slow pathway: few frames, fine detail", "fast": "fast pathway: every frame, pooled hard"}
+    legend = {
+        "slow": "slow pathway: few frames, fine detail",
+        "fast": "fast pathway: every frame, pooled hard",
+    }
     return [(name, legend[name]) for name in names]
 
 
-def _draw_thumb(sheet: _Sheet, report: Report, row: int, x: float, y: float, width: float, height: float) -> None:
+def _draw_thumb(
+    sheet: _Sheet, report: Report, row: int, x: float, y: float, width: float, height: float
+) -> None:
     slow = row in report.slow
     colour = COLOURS["slow"] if slow else COLOURS["fast"] if _has(report, "fast") else RULE
     sheet.image(x, y, width, height, report.thumbs[row])
     sheet.box(x, y, width, height, edgecolor=colour, linewidth=3.2 if slow else 1.0)
     number, time = report.label(row)
     size = min(8.5, 5.6 * width + 1.6)
-    sheet.text(x, y + height + 0.14, number, size, COLOURS["slow"] if slow else INK,
-               weight="bold" if slow else "normal")
+    sheet.text(
+        x,
+        y + height + 0.14,
+        number,
+        size,
+        COLOURS["slow"] if slow else INK,
+        weight="bold" if slow else "normal",
+    )
     sheet.text(x + width, y + height + 0.14, time, size, MUTED, ha="right")
 
 
@@ -306,8 +334,9 @@ def _has(report: Report, name: str) -> bool:
     return any(example.name == name for example in report.examples)
 
 
-def _draw_example(sheet: _Sheet, report: Report, example: Example, x: float, y: float, width: float,
-                  height: float) -> None:
+def _draw_example(
+    sheet: _Sheet, report: Report, example: Example, x: float, y: float, width: float, height: float
+) -> None:
     colour = COLOURS[example.name]
     sheet.text(x, y, f"{example.name.capitalize()} pathway", 12.5, colour, weight="bold")
     sheet.text(x + 1.5, y, example.caption, 9.5, MUTED)
@@ -317,7 +346,8 @@ def _draw_example(sheet: _Sheet, report: Report, example: Example, x: float, y: 
     down, across = height / report.plan.grid[0], width / report.plan.grid[1]
     outlines = [
         (x + left * across, top + above * down, (stop - left) * across, (bottom - above) * down)
-        for boxes in example.tokens for above, bottom, left, stop in boxes
+        for boxes in example.tokens
+        for above, bottom, left, stop in boxes
     ]
     sheet.boxes(outlines, colour, 0.6 if len(outlines) > 100 else 1.4)
     for left in (x, right):
@@ -380,8 +410,10 @@ def _write_html(report: Report, path: Path) -> None:
 def _html_thumb(report: Report, row: int) -> str:
     number, time = report.label(row)
     kind = "slow" if row in report.slow else "fast"
-    return (f'<figure class="{kind}"><img alt="frame {number}" src="{_inline(report.thumbs[row])}">'
-            f"<figcaption><b>{number}</b> {time}</figcaption></figure>")
+    return (
+        f'<figure class="{kind}"><img alt="frame {number}" src="{_inline(report.thumbs[row])}">'
+        f"<figcaption><b>{number}</b> {time}</figcaption></figure>"
+    )
 
 
 def _html_example(report: Report, example: Example) -> str:
@@ -389,17 +421,21 @@ def _html_example(report: Report, example: Example) -> str:
     height, width = example.picture.shape[:2]
     cells = "".join(
         f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
-        for boxes in example.tokens for top, bottom, left, right in boxes
+        for boxes in example.tokens
+        for top, bottom, left, right in boxes
     )
     view = f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none"'
     number, time = report.label(example.row)
     ratio = f"aspect-ratio:{width}/{height}"
-    return (f'<section class="{example.name}"><h2>{example.name.capitalize()} pathway'
-            f"<small>{html.escape(example.caption)}</small></h2><div class=pair>"
-            f'<figure><div class=frame style="{ratio}"><img alt="" src="{_inline(example.picture)}">'
-            f"<svg {view}>{cells}</svg></div><figcaption>frame {number} {time}</figcaption></figure>"
-            f'<figure><div class=frame style="{ratio}"><img class=kept alt="" src="{_inline(example.kept)}"></div>'
-            f"<figcaption>each token's mean colour</figcaption></figure></div></section>")
+    return (
+        f'<section class="{example.name}"><h2>{example.name.capitalize()} pathway'
+        f"<small>{html.escape(example.caption)}</small></h2><div class=pair>"
+        f'<figure><div class=frame style="{ratio}"><img alt="" src="{_inline(example.picture)}">'
+        f"<svg {view}>{cells}</svg></div><figcaption>frame {number} {time}</figcaption></figure>"
+        f'<figure><div class=frame style="{ratio}">'
+        f'<img class=kept alt="" src="{_inline(example.kept)}"></div>'
+        f"<figcaption>each token's mean colour</figcaption></figure></div></section>"
+    )
 
 
 def _inline(pixels: np.ndarray) -> str:
@@ -423,7 +459,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
-:root {{ --ink: #1f2430; --muted: #6b7280; --paper: #fff; --slow: {slow}; --fast: {fast}; color-scheme: light dark; }}
+:root {{ --ink: #1f2430; --muted: #6b7280; --paper: #fff; --slow: {slow}; --fast: {fast};
+  color-scheme: light dark; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8eaf0; --muted: #9aa2b1; --paper: #14171f; }} }}
 body {{ font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1280px; margin: 2rem auto; padding: 0 1.25rem; }}
@@ -438,18 +475,21 @@ h2 small {{ margin-left: .7rem; font-size: .82rem; }}
 .legend .fast, section.fast h2 {{ color: var(--fast); }}
 figure {{ margin: 0; }} figcaption {{ font-size: .78rem; }}
 img {{ display: block; width: 100%; }}
-.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .6rem; margin: 1rem 0 2rem; }}
+.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .6rem;
+  margin: 1rem 0 2rem; }}
 .strip img {{ box-sizing: border-box; border: 1px solid var(--fast); }}
 .strip .slow img {{ border: 4px solid var(--slow); }}
 .examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; }}
-.frame {{ position: relative; outline: 2px solid currentColor; }} section.slow .frame {{ color: var(--slow); }}
+.frame {{ position: relative; outline: 2px solid currentColor; }}
+section.slow .frame {{ color: var(--slow); }}
 section.fast .frame {{ color: var(--fast); }}
 .frame img, .frame svg {{ position: absolute; inset: 0; width: 100%; height: 100%; }}
 .kept {{ image-rendering: pixelated; }}
 rect {{ fill: none; stroke: currentColor; stroke-width: 1.2px; vector-effect: non-scaling-stroke; }}
 .bar {{ display: flex; border-radius: 6px; overflow: hidden; color: #fff; font-weight: 600; }}
-.bar div {{ padding: .45rem .7rem; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; min-width: 0; }}
+.bar div {{ padding: .45rem .7rem; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+  min-width: 0; }}
 .bar .slow {{ background: var(--slow); }} .bar .fast {{ background: var(--fast); }}
 </style></head><body>
 <h1>{title}</h1><p class="muted">{subtitle}<br><code>{layout}</code></p>

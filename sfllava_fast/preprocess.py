@@ -1,8 +1,8 @@
 """Frames to pixel values as CLIP's image processor makes them, in one batch and without Pillow.
 
-torch's uint8 antialiased resize is Pillow's, rows first and then columns, but for the last bit of a few values
-in a thousand (two bits of some when it enlarges). Pillow 13 resizes tall frames columns first and so differs
-from its own earlier versions there; torch, and so this module, stays with those.
+torch's uint8 antialiased resize is Pillow's, rows first and then columns: at most 1 away, on a few values in
+a thousand (2 away on some when it enlarges). Pillow 13 resizes tall frames columns first, and so differs from
+its own earlier versions there; torch, and so this module, stays with those.
 """
 
 from __future__ import annotations
@@ -47,19 +47,25 @@ class PreprocessSpec:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
+            raise InputError(
+                f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}"
+            )
         if self.resample not in _RESAMPLES.values():
             raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
         for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
             if len(edges) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in edges):
-                raise InputError(f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}")
+                raise InputError(
+                    f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}"
+                )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
                 raise InputError(f"preprocess {name} must be three numbers, one by channel, not {values!r}")
         if min(self.std) <= 0:
             raise InputError(f"preprocess std must be above 0, not {self.std!r}")
         if self.size is not None and self.crop and any(c > e for c, e in zip(self.crop, self._edges())):
-            raise InputError(f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size")
+            raise InputError(
+                f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size"
+            )
 
     @classmethod
     def from_processor(cls, processor: Any, mode: Mode = "stretch") -> PreprocessSpec:
@@ -76,11 +82,16 @@ class PreprocessSpec:
             mode = "stretch"
         resample = config.get("resample", 3)
         if resample not in _RESAMPLES:
-            raise InputError(f"the image processor resamples by Pillow's filter {resample}: only bilinear (2) and "
-                             "bicubic (3) are supported")
+            raise InputError(
+                f"the image processor resamples by Pillow's filter {resample}: only bilinear (2) and "
+                "bicubic (3) are supported"
+            )
         normalise = config.get("do_normalize", True)
         return cls(
-            size=size, crop=crop, mode=mode, resample=_RESAMPLES[resample],
+            size=size,
+            crop=crop,
+            mode=mode,
+            resample=_RESAMPLES[resample],
             mean=tuple(config.get("image_mean") or CLIP_MEAN) if normalise else (0.0, 0.0, 0.0),
             std=tuple(config.get("image_std") or CLIP_STD) if normalise else (1.0, 1.0, 1.0),
             rescale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
@@ -132,7 +143,9 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Ten
         return F.interpolate(pixels, size, mode=mode, antialias=True)
     # Elsewhere there is no uint8 kernel: two passes, halves rounded up in between as Pillow does.
     for step in ((pixels.shape[-2], size[1]), size):
-        pixels = F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
+        pixels = (
+            F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
+        )
     return pixels
 
 
@@ -152,14 +165,18 @@ def _pad_square(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
 def _crop_middle(pixels: torch.Tensor, crop: tuple[int, int]) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     if crop[0] > height or crop[1] > width:
-        raise InputError(f"cannot crop {crop[1]}x{crop[0]} out of frames of {width}x{height}: resize them first")
+        raise InputError(
+            f"cannot crop {crop[1]}x{crop[0]} out of frames of {width}x{height}: resize them first"
+        )
     top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
     return pixels[:, :, top : top + crop[0], left : left + crop[1]]
 
 
 def _as_dict(processor: Any) -> Mapping[str, Any]:
     if not hasattr(processor, "to_dict"):
-        raise InputError(f"expected a transformers image processor or its config, not {type(processor).__name__}")
+        raise InputError(
+            f"expected a transformers image processor or its config, not {type(processor).__name__}"
+        )
     return processor.to_dict()
 
 
@@ -174,7 +191,9 @@ def _read_size(size: Any) -> int | tuple[int, int]:
         return size
     elif isinstance(size, Sequence) and len(size) == 2:
         return tuple(size)
-    raise InputError(f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width")
+    raise InputError(
+        f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,9 +62,10 @@ class Video:
         return [self._time(self._check(i)) for i in indices] if self.fps else None
 
     def _check(self, index: int) -> int:
+        index = operator.index(index)
         if not 0 <= index < self.total:
             raise InputError(f"frame {index} does not exist: {self.path} has frames 0 to {self.total - 1}")
-        return int(index)
+        return index
 
     def _read(self, unique: list[int]) -> torch.Tensor:
         raise NotImplementedError
@@ -80,10 +82,14 @@ class FolderVideo(Video):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        names = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+        names = (
+            p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        )
         self._files = sorted(names, key=_natural)
         if not self._files:
-            raise VideoError(f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames")
+            raise VideoError(
+                f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames"
+            )
         self.total = len(self._files)
         self.size = tuple(self._load(0).shape[:2])
 
@@ -102,8 +108,10 @@ class FolderVideo(Video):
         for row, index in enumerate(unique):
             image = self._load(index)
             if image.shape[:2] != self.size:
-                raise VideoError(f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
-                                 "the frames of a folder must be of one size")
+                raise VideoError(
+                    f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
+                    "the frames of a folder must be of one size"
+                )
             rows[row] = image
         return rows
 
@@ -195,8 +203,10 @@ class PyavVideo(Video):
             indexed = self.total
             self._scan_frames()
             if unique[-1] >= self.total:
-                raise VideoError(f"{self.path} is damaged: only {self.total} of {indexed} frames can be decoded; "
-                                 "copy or download it again")
+                raise VideoError(
+                    f"{self.path} is damaged: only {self.total} of {indexed} frames can be decoded; "
+                    "copy or download it again"
+                )
         self._read_from_start(unique, rows)
         return rows
 
@@ -265,7 +275,10 @@ class PyavVideo(Video):
 
 
 class DecordVideo(Video):
-    """Reading with decord, the published pipeline's decoder: exact on plain H.264, not on edit lists or open GOPs."""
+    """Reading with decord, the published pipeline's decoder.
+
+    Exact on plain files, not on edit lists, open GOPs, HEVC, .ts or .avi; times assume a constant rate.
+    """
 
     decoder = "decord"
 
@@ -273,7 +286,7 @@ class DecordVideo(Video):
         super().__init__(path)
         decord = _import("decord", "decord")
         decord.logging.set_level(decord.logging.QUIET)
-        # PyAV says in one line what is wrong with a file; decord prints several, on stderr, whatever its level.
+        # PyAV says in one line what is wrong with a file; decord prints several, on stderr, at any level.
         with contextlib.suppress(BackendError), _open(_import("av", "decord"), path):
             pass
         try:
@@ -290,7 +303,9 @@ class DecordVideo(Video):
         try:
             return torch.from_numpy(self._reader.get_batch(unique).asnumpy())
         except (self._error, RuntimeError) as error:
-            raise VideoError(f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav") from error
+            raise VideoError(
+                f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav"
+            ) from error
 
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
@@ -361,7 +376,7 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
         return None
     if any(corrupt for *_, corrupt in packets):
         return None
-    # A container without presentation times (AVI) passes decode times off as such: useless for reordered frames.
+    # A container without presentation times (AVI) passes decode times off as such: useless once reordered.
     if reorders and stamps == sorted(stamps):
         return None
     shown, keys = [], []
@@ -441,7 +456,8 @@ def _truncated(path: Path, size: int, declared: int) -> str:
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
     except (VideoError, BackendError):
         frames = "no frame"
-    return f"{path} is cut short ({size} of {declared} bytes): {frames} can be decoded; copy or download it again"
+    short = f"{path} is cut short ({size} of {declared} bytes)"
+    return f"{short}: {frames} can be decoded; copy or download it again"
 
 
 def _quarter_turns(frame: Any) -> int:
@@ -453,8 +469,10 @@ def _import(module: str, decoder: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise BackendError(f"decoder {decoder} needs the package {module}, which cannot be imported "
-                           f"({_one_line(error)}): pip install 'sfllava_fast[video]'") from error
+        raise BackendError(
+            f"decoder {decoder} needs the package {module}, which cannot be imported "
+            f"({_one_line(error)}): pip install 'sfllava_fast[video]'"
+        ) from error
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:

@@ -29,7 +29,18 @@ ENCODED = {
     "hevc.mp4": HEVC,
     "hevc.ts": HEVC,
     "vp8.webm": ("-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "16", "-b:v", "200k"),
-    "vp9.webm": ("-c:v", "libvpx-vp9", "-auto-alt-ref", "1", "-lag-in-frames", "16", "-b:v", "200k", "-cpu-used", "8"),
+    "vp9.webm": (
+        "-c:v",
+        "libvpx-vp9",
+        "-auto-alt-ref",
+        "1",
+        "-lag-in-frames",
+        "16",
+        "-b:v",
+        "200k",
+        "-cpu-used",
+        "8",
+    ),
     "raw.h264": OPEN_GOP,
     "bt709_full.mp4": (*H264, "-color_range", "pc", "-colorspace", "bt709"),
 }
@@ -43,7 +54,9 @@ COPIED = {
 
 def ffmpeg(*arguments: str | Path) -> bytes:
     """Standard output of one run of ffmpeg; skips the test where there is no binary."""
-    binary = pytest.importorskip("imageio_ffmpeg", reason="needs the ffmpeg of imageio-ffmpeg").get_ffmpeg_exe()
+    binary = pytest.importorskip(
+        "imageio_ffmpeg", reason="needs the ffmpeg of imageio-ffmpeg"
+    ).get_ffmpeg_exe()
     command = [binary, "-v", "error", "-nostdin", "-y", *map(str, arguments)]
     run = subprocess.run(command, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

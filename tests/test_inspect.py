@@ -43,17 +43,25 @@ def covered(colour: str, pixels: np.ndarray) -> int:
     return int((np.abs(pixels.astype(int) - wanted).max(axis=2) < 8).sum())
 
 
-@pytest.mark.parametrize("layout", ["slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4",
-                                    "slowfast-slow_2frms_concat-fast_3x5",
-                                    "slowfast-slow_3frms_spatial_2d_avg_pool", "slowfast-fast_9x9"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4",
+        "slowfast-slow_2frms_concat-fast_3x5",
+        "slowfast-slow_3frms_spatial_2d_avg_pool",
+        "slowfast-fast_9x9",
+    ],
+)
 @pytest.mark.parametrize("grid", [(8, 8), (7, 9), (5, 12)])
 def test_token_boxes_cover_what_the_tables_say(layout, grid):
     for tables in SlowFastConfig.parse(layout).plan(frames=6, grid=grid).pathways:
         numbers = np.arange(grid[0] * grid[1]).reshape(tables.shape)
         want = [numbers[r0:r1, c0:c1].ravel().tolist() for r0, r1 in tables.rows for c0, c1 in tables.cols]
         patches = numbers.reshape(grid)
-        got = [sorted(n for t, b, l, r in boxes for n in patches[t:b, l:r].ravel())
-               for boxes in token_boxes(tables, grid)]
+        got = [
+            sorted(n for top, bottom, left, right in boxes for n in patches[top:bottom, left:right].ravel())
+            for boxes in token_boxes(tables, grid)
+        ]
         assert got == want
 
 
@@ -76,10 +84,16 @@ def test_patches_that_no_token_covers_stay_pale(clip):
     assert (kept[4] == 245).all() and (kept[:, 6] == 245).all() and (kept[:4, :6] != 245).all()
 
 
-@pytest.mark.parametrize(("layout", "frames", "grid"), [
-    (LAYOUT, 16, GRID), (LAYOUT, 1, GRID), ("slowfast-fast_4x4", 20, (24, 24)), (LAYOUT, 20, (7, 9)),
-    ("slowfast-slow_10frms_concat", 3, GRID),
-])
+@pytest.mark.parametrize(
+    ("layout", "frames", "grid"),
+    [
+        (LAYOUT, 16, GRID),
+        (LAYOUT, 1, GRID),
+        ("slowfast-fast_4x4", 20, (24, 24)),
+        (LAYOUT, 20, (7, 9)),
+        ("slowfast-slow_10frms_concat", 3, GRID),
+    ],
+)
 def test_png_shows_the_pathways(layout, frames, grid, clip, tmp_path):
     pytest.importorskip("matplotlib")
     out = render(clip, tmp_path / "a.png", layout, frames, grid)
@@ -156,7 +170,9 @@ def test_encode_png_is_lossless():
     assert np.array_equal(to_array(encode_png(pixels)), pixels)
 
 
-@pytest.mark.parametrize(("out", "message"), [("a.jpg", "end in .png or .html"), ("no/such/a.png", "no folder")])
+@pytest.mark.parametrize(
+    ("out", "message"), [("a.jpg", "end in .png or .html"), ("no/such/a.png", "no folder")]
+)
 def test_bad_out(out, message, clip, tmp_path):
     with pytest.raises(InputError, match=message):
         render(clip, tmp_path / out, LAYOUT, 4, GRID)
@@ -170,7 +186,9 @@ def test_bad_video_and_layout(clip, tmp_path):
     assert not (tmp_path / "a.html").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("boom"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("boom"), KeyboardInterrupt()]
+)
 def test_a_failure_leaves_nothing_half_written(error, clip, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
 

@@ -40,12 +40,16 @@ def shade(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(frame.clip(0, 255).astype(np.uint8))[None]
 
 
-def pillow_resize(frames: torch.Tensor, height: int, width: int, resample=Image.Resampling.BICUBIC) -> torch.Tensor:
+def pillow_resize(
+    frames: torch.Tensor, height: int, width: int, resample=Image.Resampling.BICUBIC
+) -> torch.Tensor:
     """Pillow's resize in the order it always had until version 13: rows, then columns."""
     resized = []
     for frame in frames:
         image = Image.fromarray(frame.numpy())
-        resized.append(np.array(image.resize((width, image.height), resample).resize((width, height), resample)))
+        resized.append(
+            np.array(image.resize((width, image.height), resample).resize((width, height), resample))
+        )
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
 
 
@@ -90,7 +94,8 @@ def test_resize_in_float_for_other_devices_is_pillows_too(size):
 def test_crop_is_transformers_clip_image_processor(size):
     module_path = "transformers.models.clip.image_processing_pil_clip"
     processor = pytest.importorskip(module_path).CLIPImageProcessorPil(
-        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112})
+        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}
+    )
     frames = draw(*size)
     want = processor(images=[Image.fromarray(f.numpy()) for f in frames], return_tensors="pt")["pixel_values"]
     got = preprocess(frames, PreprocessSpec.from_processor(processor, mode="crop"))
@@ -123,7 +128,7 @@ def test_frames_of_the_right_size_are_only_normalised(monkeypatch):
 
     monkeypatch.setattr(module.F, "interpolate", fail)
     frames = draw(48, 48)
-    want = (frames.permute(0, 3, 1, 2).double() / 255 - torch.tensor(CLIP_MEAN).double().view(3, 1, 1))
+    want = frames.permute(0, 3, 1, 2).double() / 255 - torch.tensor(CLIP_MEAN).double().view(3, 1, 1)
     want = want / torch.tensor(CLIP_STD).double().view(3, 1, 1)
     for mode in ("stretch", "crop", "pad"):
         got = preprocess(frames, PreprocessSpec(size=48, crop=(48, 48), mode=mode))
@@ -156,8 +161,14 @@ def test_no_frames():
 
 
 def test_spec_of_a_processor_config():
-    config = {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}, "resample": 2,
-              "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "rescale_factor": 0.5}
+    config = {
+        "size": {"shortest_edge": 96},
+        "crop_size": {"height": 96, "width": 96},
+        "resample": 2,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.1, 0.2, 0.3],
+        "rescale_factor": 0.5,
+    }
     spec = PreprocessSpec.from_processor(config)
     assert spec == PreprocessSpec(96, (96, 96), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "stretch", 0.5, "bilinear")
     assert spec.resized(100, 300) == (96, 96)
@@ -177,27 +188,48 @@ def test_a_height_and_a_width_are_stretched_to():
     assert preprocess(draw(9, 13), PreprocessSpec.from_processor(config, mode="crop")).shape == (2, 3, 20, 30)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"mode": "fit"}, "unknown preprocess mode"), ({"size": 0}, "size must be"), ({"size": 3.5}, "size must be"),
-    ({"crop": (0, 4)}, "crop must be"), ({"crop": (400, 400)}, "cannot crop"), ({"mean": (0.5,)}, "mean must be"),
-    ({"std": (1.0, 1.0, 0.0)}, "above 0"), ({"std": "abc"}, "std must be"), ({"resample": "lanczos"}, "resampling"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mode": "fit"}, "unknown preprocess mode"),
+        ({"size": 0}, "size must be"),
+        ({"size": 3.5}, "size must be"),
+        ({"crop": (0, 4)}, "crop must be"),
+        ({"crop": (400, 400)}, "cannot crop"),
+        ({"mean": (0.5,)}, "mean must be"),
+        ({"std": (1.0, 1.0, 0.0)}, "above 0"),
+        ({"std": "abc"}, "std must be"),
+        ({"resample": "lanczos"}, "resampling"),
+    ],
+)
 def test_bad_specs(fields, message):
     with pytest.raises(InputError, match=message):
         PreprocessSpec(**fields)
 
 
-@pytest.mark.parametrize(("processor", "message"), [
-    ({"size": {"longest_edge": 3}}, "cannot read.*size"), ({}, "cannot read.*size"), (object(), "expected a transformers"),
-    ({"size": 8, "crop_size": 8, "resample": 0}, "filter 0"),
-])
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"size": {"longest_edge": 3}}, "cannot read.*size"),
+        ({}, "cannot read.*size"),
+        (object(), "expected a transformers"),
+        ({"size": 8, "crop_size": 8, "resample": 0}, "filter 0"),
+    ],
+)
 def test_bad_processors(processor, message):
     with pytest.raises(InputError, match=message):
         PreprocessSpec.from_processor(processor)
 
 
-@pytest.mark.parametrize("frames", [torch.zeros(1, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8),
-                                    torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 0, 4, 3).byte()])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.zeros(1, 4, 4, 3),
+        torch.zeros(4, 4, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 0, 4, 3).byte(),
+    ],
+)
 def test_bad_frames(frames):
     with pytest.raises(InputError, match="frames must be uint8"):
         preprocess(frames)

@@ -81,8 +81,16 @@ def test_pyav_and_decord_agree_bit_for_bit(folder):
     assert torch.equal(open_video(path).frames(indices), open_video(path, "decord").frames(indices))
 
 
-@pytest.mark.parametrize(("name", "indexed"), [("plain.mp4", True), ("open_gop.mp4", True), ("edit_list.mp4", True),
-                                               ("raw.h264", False), ("h264.avi", False)])
+@pytest.mark.parametrize(
+    ("name", "indexed"),
+    [
+        ("plain.mp4", True),
+        ("open_gop.mp4", True),
+        ("edit_list.mp4", True),
+        ("raw.h264", False),
+        ("h264.avi", False),
+    ],
+)
 def test_only_clips_without_presentation_times_are_decoded_whole(name, indexed, folder):
     assert (open_video(clips.make(folder, name))._index is not None) == indexed
 
@@ -116,7 +124,7 @@ def test_times_follow_the_clock_of_the_file(folder):
 def test_a_stream_cut_in_the_middle_of_a_group_counts_as_ffmpeg_does(folder, tmp_path):
     whole = clips.make(folder, "mpeg2.ts").read_bytes()
     path = tmp_path / "late.ts"
-    path.write_bytes(whole[:188 * 3] + whole[188 * 40:])  # tables kept, the first packets gone
+    path.write_bytes(whole[: 188 * 3] + whole[188 * 40 :])  # tables kept, the first packets gone
     truth = clips.truth(path)
     video = open_video(path)
     assert 0 < video.total == len(truth) < clips.FRAMES
@@ -126,7 +134,7 @@ def test_a_stream_cut_in_the_middle_of_a_group_counts_as_ffmpeg_does(folder, tmp
 def test_a_damaged_file_says_how_many_frames_are_left(folder, tmp_path, caplog):
     data = bytearray(clips.make(folder, "fast_start.mp4").read_bytes())
     at = data.index(b"mdat") + 4
-    data[at + (len(data) - at) * 6 // 10:] = bytes(len(data) - at - (len(data) - at) * 6 // 10)
+    data[at + (len(data) - at) * 6 // 10 :] = bytes(len(data) - at - (len(data) - at) * 6 // 10)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(data)
     video = open_video(path)
@@ -137,15 +145,21 @@ def test_a_damaged_file_says_how_many_frames_are_left(folder, tmp_path, caplog):
     assert "packets cannot be decoded" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("plain.mp4", "no frame can be decoded"), ("fast_start.mp4", r"\d\d of 60 frames can be decoded"),
-    ("open_gop.mkv", r"\d\d of 60 frames"), ("vp9.webm", r"\d\d of 60 frames"), ("mpeg4.avi", r"\d\d of 60 frames"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plain.mp4", "no frame can be decoded"),
+        ("fast_start.mp4", r"\d\d of 60 frames can be decoded"),
+        ("open_gop.mkv", r"\d\d of 60 frames"),
+        ("vp9.webm", r"\d\d of 60 frames"),
+        ("mpeg4.avi", r"\d\d of 60 frames"),
+    ],
+)
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 def test_truncated(name, message, decoder, folder, tmp_path):
     data = clips.make(folder, name).read_bytes()
     path = tmp_path / name
-    path.write_bytes(data[:len(data) * 6 // 10])
+    path.write_bytes(data[: len(data) * 6 // 10])
     one_line(f"cut short.*{message}", path, decoder)
 
 
@@ -159,24 +173,52 @@ def bad_file(tmp_path):
             clips.ffmpeg("-f", "lavfi", "-i", "sine=duration=0.3", path)
         elif kind == "sound with a cover":
             path = tmp_path / "song.m4a"
-            clips.ffmpeg("-f", "lavfi", "-i", "sine=duration=0.3", *clips.SOURCE, "-map", "0", "-map", "1", "-frames:v",
-                         "1", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-disposition:v", "attached_pic", path)
+            clips.ffmpeg(
+                "-f",
+                "lavfi",
+                "-i",
+                "sine=duration=0.3",
+                *clips.SOURCE,
+                "-map",
+                "0",
+                "-map",
+                "1",
+                "-frames:v",
+                "1",
+                "-c:v",
+                "mjpeg",
+                "-pix_fmt",
+                "yuvj420p",
+                "-disposition:v",
+                "attached_pic",
+                path,
+            )
         elif kind == "unknown codec":
             data = clips.make(tmp_path, "plain.mp4").read_bytes()
             path.write_bytes(data.replace(b"avc1", b"zzzz"))
         elif kind != "missing":
-            path.write_bytes({"empty": b"", "text": b"no video\n" * 50, "noise": bytes(range(256)) * 20}[kind])
+            path.write_bytes(
+                {"empty": b"", "text": b"no video\n" * 50, "noise": bytes(range(256)) * 20}[kind]
+            )
         return path
 
     return make
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-@pytest.mark.parametrize(("kind", "message"), [
-    ("missing", "does not exist"), ("directory", "no image frames"), ("empty", "is empty"),
-    ("text", "not a readable video"), ("noise", "not a readable video"), ("sound", "only sound"),
-    ("sound with a cover", "only sound"), ("unknown codec", "cannot decode"),
-])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "does not exist"),
+        ("directory", "no image frames"),
+        ("empty", "is empty"),
+        ("text", "not a readable video"),
+        ("noise", "not a readable video"),
+        ("sound", "only sound"),
+        ("sound with a cover", "only sound"),
+        ("unknown codec", "cannot decode"),
+    ],
+)
 def test_bad_files(kind, message, decoder, bad_file, capfd):
     one_line(message, bad_file(kind), decoder)
     assert capfd.readouterr() == ("", "")

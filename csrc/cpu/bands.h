@@ -16,7 +16,7 @@ namespace sfllava::cpu {
 
 constexpr int kStreams = 6;                 // patches read at once
 constexpr int kBandRows = 4;                // row bins side by side, at most
-constexpr int64_t kHotBytes = 16 * 1024;    // sums written at once: half of a first-level cache
+constexpr int64_t kHotBytes = 32 * 1024;    // sums written at once: a first-level cache
 constexpr int64_t kWarmBytes = 256 * 1024;  // all sums in progress: half of a second-level cache
 
 // Floats from one bin's running sums to the next: whole lines, and two more, or rows of a power of two of channels

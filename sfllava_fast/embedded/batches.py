@@ -11,12 +11,14 @@ import torch
 
 from ..config import sample_frames
 from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
-from .questions import TYPES, Question, ask_many
+from .questions import LATE_WEIGHTS, LOOKUP_WEIGHTS, TYPES, WEIGHTS, Question, ask_many
 from .scenes import (
     CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render
 )
 
 QUESTIONS_PER_CLIP = 16
+LOOKUP_QUESTIONS = 24
+STAGE_WEIGHTS = {"language": WEIGHTS, "lookup": LOOKUP_WEIGHTS, "video": LATE_WEIGHTS, "joint": LATE_WEIGHTS}
 LONGEST_VIDEO = 96
 IGNORE = -100
 
@@ -36,7 +38,12 @@ class Layout:
 
 
 def draw_layout(stage: str, step: int) -> Layout:
-    """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
+    """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway.
+
+    The lookup stage has 8 frames throughout.
+    """
+    if stage == "lookup":
+        return Layout(8, 4, "both")
     rng = random.Random(f"layout/{stage}/{step}")
     frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (60, 14, 10, 4, 12))[0]
     slow = rng.choices((4, 2, 3, 6, 8), (62, 10, 6, 10, 12))[0]
@@ -67,12 +74,13 @@ def image_batch(
 
 
 def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which words say what a patch shows, and where, as shares [N, 64, vocab]; and where it shows anything [N, 64].
+    """Which words say what a patch shows, and where: shares [N, 64, vocab]; and which show anything [N, 64].
 
     The pad token stands for nothing.
     """
     values = {
-        "shape": SHAPES, "colour": tuple(COLOURS), "tens": "0123456789", "units": [f"##{d}" for d in range(10)]
+        "shape": SHAPES, "colour": tuple(COLOURS),
+        "tens": "0123456789", "units": [f"##{d}" for d in range(10)],
     }
     vocab = tokenizer.get_vocab()
     shown = (labels["shape"] > 0) | (labels["tens"] > 0) | (labels["units"] > 0)
@@ -80,8 +88,8 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     for key, names in values.items():
         ids = torch.tensor([0, *(vocab[name] for name in names)], device=shown.device)[labels[key]]
         words.scatter_add_(-1, ids[..., None], (labels[key] > 0)[..., None].float())
+    side = CANVAS // GRID
     for row, column in product(range(GRID), repeat=2):
-        side = CANVAS // GRID
         for word in place_name((column * side + side // 2, row * side + side // 2)).split():
             words[:, row, column, vocab[word]] = shown[:, row, column].float()
     words[..., tokenizer.pad_token_id] = (~shown).float()
@@ -99,14 +107,15 @@ class ClipBatch:
 
 
 def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int) -> ClipBatch:
-    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP questions."""
+    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP (or LOOKUP_QUESTIONS) questions."""
     clips, asked = [], []
     for index in range(first, first + count):
         rng = random.Random(f"clip/{stage}/{step}/{index}")
         scene = draw_scene(f"{stage}/{step}/{index}")
         total = rng.randint(max(frames, 24), LONGEST_VIDEO)
         clips.append(render(scene, frame_times(sample_frames(total, frames), total), half=True))
-        asked.append(ask_many(scene, QUESTIONS_PER_CLIP, rng))
+        questions = LOOKUP_QUESTIONS if stage == "lookup" else QUESTIONS_PER_CLIP
+        asked.append(ask_many(scene, questions, rng, weights=STAGE_WEIGHTS[stage]))
     ids, targets = encode_questions(tokenizer, asked)
     types = torch.tensor([[TYPES.index(question.type) for question in questions] for questions in asked])
     return ClipBatch(normalise(np.stack(clips)), ids, targets, types)

@@ -82,12 +82,14 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=vocab[IMAGE],
         vision_feature_layer=VISION_LAYER, vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID, tie_word_embeddings=True, pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+        image_seq_length=GRID * GRID, tie_word_embeddings=True,
+        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
     )
     config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES}
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    for layer in model.model.language_model.layers:  # so that words keep their meaning through the first steps
+    # Small first steps of the residual stream, so that words keep their meaning through it.
+    for layer in model.model.language_model.layers:
         for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
             part.weight.data.mul_((2 * text.num_hidden_layers) ** -0.5)
     return model

@@ -104,6 +104,13 @@ WEIGHTS = {
     "first": 7, "last": 7, "when": 9, "exist": 10, "unanswerable": 9,
 }
 TYPES = tuple(WEIGHTS)
+# A middle stage of training asks mostly for one attribute of a thing named by the other,
+LOOKUP_WEIGHTS = {"colour": 34, "shape": 34, "place": 12, "exist": 10, "count": 6, "number": 4}
+# and the stages after it less for these than for what needs both attributes, or time.
+LATE_WEIGHTS = WEIGHTS | {
+    "colour": 4, "shape": 4, "number": 4, "count": 12, "place": 14, "relation": 10, "direction": 12, "first": 8,
+    "last": 8, "when": 12, "exist": 12,
+}
 
 # Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.
 UNKNOWN_WORDS = (
@@ -136,12 +143,13 @@ def ask(
 
 
 def ask_many(
-    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
+    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False,
+    weights: dict[str, int] = WEIGHTS,
 ) -> list[Question]:
-    """`count` questions of random types by WEIGHTS."""
+    """`count` questions of random types by their weights."""
     questions = []
     while len(questions) < count:
-        kind = rng.choices(TYPES, WEIGHTS.values())[0]
+        kind = rng.choices(tuple(weights), weights.values())[0]
         question = ask(scene, kind, rng, split, held_out_phrasing)
         if question is not None:
             questions.append(question)
@@ -293,10 +301,10 @@ def _unanswerable(scene: Scene, rng: random.Random, make: _Asker) -> Question | 
         return make(UNANSWERABLE, kind, x=word, s=word, n=word)
     kind = rng.choice(("colour", "shape", "place", "direction", "when"))
     colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
-    colour = rng.choice([c for c in COLOURS if c not in colours])
-    shape = rng.choice([s for s in SHAPES if s not in shapes] or [None])
-    if shape is None:
+    if len(colours) == len(COLOURS) or len(shapes) == len(SHAPES):
         return None
+    colour = rng.choice([c for c in COLOURS if c not in colours])
+    shape = rng.choice([s for s in SHAPES if s not in shapes])
     return make(UNANSWERABLE, kind, x=make.absent(scene), s=shape, c=colour)
 
 

@@ -1,8 +1,8 @@
 """Trains the embedded model from scratch: `python -m sfllava_fast.embedded.train --out DIR`.
 
 Four stages of fixed length: the vision tower on single frames with patch labels; the projector, until each
-patch reads as the words for what it shows; projector and language model on clips, the tower frozen; everything
-together. Ranks are processes that average their gradients.
+patch reads as the words for what it shows; projector and language model on clips, the tower frozen;
+everything together. Ranks are processes that average their gradients.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class Stage:
 STAGES = (
     Stage("tower", 1300, 0.0, 1.5e-3),
     Stage("align", 300, 3e-3, 0.0, warmup=30),
-    Stage("language", 1900, 1.2e-3, 0.0, decays=False),
-    Stage("joint", 900, 1e-3, 3e-4, warmup=30),
+    Stage("language", 579, 1.2e-3, 0.0, decays=False),
+    Stage("lookup", 500, 1.5e-3, 0.0, decays=False, warmup=30),
+    Stage("video", 950, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("joint", 600, 1e-3, 3e-4, warmup=30),
 )
 IMAGES_PER_RANK = 32
 BATCH_RANKS = 2  # the global batch is always that of two ranks
@@ -306,7 +308,7 @@ class Report:
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")
         head = f"{line['stage']} {line['step']} loss {line['loss']} {line['seconds']} s"
-        self.progress.console.print(head, rates)
+        self.progress.console.print(f"{head} {rates}")
         self.losses, self.trainer.score = [], Counter()
 
 
