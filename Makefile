@@ -9,7 +9,7 @@ SETUP  := $(VENV)/.ready
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
-	$(BIN)/sfllava-fast demo --out out
+	mkdir -p out && $(BIN)/sfllava-fast demo --out out
 
 test: $(SETUP) sanitize
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

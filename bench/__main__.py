@@ -17,10 +17,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("op", help="the aggregator on the CPU, T=50, 24x24, default layout, one thread")
-    command.add_argument("--rounds", type=int, default=15, metavar="N", help="paired rounds (default 15)")
-    command.add_argument("--slow-peers", action="store_true", help="also time the plain eager form and the reference")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+    option = command.add_argument
+    option("--rounds", type=int, default=15, metavar="N", help="paired rounds (default 15)")
+    option("--slow-peers", action="store_true", help="also time the plain eager form and the reference")
+    option("--json", type=Path, metavar="FILE", help="write the figures here")
+    option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = op.run(args.rounds, args.slow_peers)
@@ -36,7 +37,8 @@ def _print(result: dict) -> None:
     console.print(f"{facts['cpu']}, {result['isa']} kernels, torch {facts['torch']}, {facts['threads']} thread, "
                   f"commit {facts['commit']}; medians, outputs warm, caches cold")
     for work, figures in result["works"].items():
-        table = Table(title=f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s", title_justify="left")
+        title = f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s"
+        table = Table(title=title, title_justify="left")
         for name in ("provider", "p20 ms", "p50 ms", "p80 ms", "time / ours"):
             table.add_column(name, justify="left" if name == "provider" else "right")
         for name, row in figures["providers"].items():

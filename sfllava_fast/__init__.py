@@ -16,11 +16,12 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .config import SlowFastConfig, sample_frames
-    from .engine import SlowFastLlava
-    from .errors import SfllavaError
-    from .modules import SlowFastAggregator
-    from .ops import slowfast_aggregate
+    from .config import SlowFastConfig as SlowFastConfig
+    from .config import sample_frames as sample_frames
+    from .engine import SlowFastLlava as SlowFastLlava
+    from .errors import SfllavaError as SfllavaError
+    from .modules import SlowFastAggregator as SlowFastAggregator
+    from .ops import slowfast_aggregate as slowfast_aggregate
 
 
 def __getattr__(name: str):

@@ -9,7 +9,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class Backend:
     run: Callable[[Tensor, Plan, Tensor], None]  # features, plan, out
 
 
-@lru_cache(maxsize=1)
+@cache
 def load_library() -> str | None:
     """Loads the compiled kernels into torch, once; the reason where that cannot be."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
@@ -90,7 +90,7 @@ NAMES = ("auto", *BACKENDS)
 def choose(name: str, features: Tensor) -> Backend:
     """The backend that serves these features; BackendError where the one asked for cannot."""
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if not (_why_not(backend, features, quiet=False)))
+        return next(backend for backend in BACKENDS.values() if not _why_not(backend, features, say=True))
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if reason := _why_not(BACKENDS[name], features):
@@ -98,15 +98,15 @@ def choose(name: str, features: Tensor) -> Backend:
     return BACKENDS[name]
 
 
-def _why_not(backend: Backend, features: Tensor, quiet: bool = True) -> str | None:
+def _why_not(backend: Backend, features: Tensor, say: bool = False) -> str | None:
     if unfit := backend.why_unfit(features):
         return unfit
     unavailable = backend.why_unavailable()
-    if unavailable and not quiet:
+    if unavailable and say:
         _say_once(backend.name, unavailable)
     return unavailable
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(name: str, reason: str) -> None:
     log.warning("backend %s is not available: %s; falling back", name, reason)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +170,10 @@ class SlowFastLlava:
         if path_or_hub_id is None:
             from .embedded import model_dir
 
-            path_or_hub_id = model_dir()
-        return cls(load_checkpoint(path_or_hub_id, dtype, device, attention), layout, backend, prompt)
+            checkpoint = replace(load_checkpoint(model_dir(), dtype, device, attention), name="embedded")
+        else:
+            checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
+        return cls(checkpoint, layout, backend, prompt)
 
     @torch.inference_mode()
     def answer(

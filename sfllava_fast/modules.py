@@ -15,7 +15,10 @@ class SlowFastAggregator(nn.Module):
     """
 
     def __init__(
-        self, config: SlowFastConfig | str = SlowFastConfig(), backend: str = "auto", grid: tuple[int, int] | None = None
+        self,
+        config: SlowFastConfig | str = SlowFastConfig(),
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.backend, self.grid = SlowFastConfig.parse(config), backend, grid

@@ -26,7 +26,8 @@ def plan_table(plan: Plan) -> Tensor:
         bins += [*path.rows, *path.cols]
     height, width = plan.grid
     header = [_VERSION, height * width, sum(plan.lengths), plan.offsets[-1], len(pathways), len(groups), len(items)]
-    return torch.tensor([*header, *chain(*pathways), *groups, len(items), *chain(*items), *chain(*bins)], dtype=torch.int32)
+    numbers = [*header, *chain(*pathways), *groups, len(items), *chain(*items), *chain(*bins)]
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:

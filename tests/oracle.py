@@ -18,14 +18,16 @@ def sample_frames(total: int, count: int) -> list[int]:
 
 def slow_frames(frames: int, count: int) -> list[int]:
     """The contract names this very call: its float32 rounding is part of the definition."""
-    return [int(x) for x in torch.linspace(0, frames, count + 1, dtype=torch.float32)][:-1]
+    return torch.linspace(0, frames, count + 1, dtype=torch.float32).int().tolist()[:-1]
 
 
 def adaptive_bin(i: int, length: int, bins: int) -> range:
     return range(math.floor(Fraction(i * length, bins)), math.ceil(Fraction((i + 1) * length, bins)))
 
 
-def tokens(x: np.ndarray, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int] | None) -> np.ndarray:
+def tokens(
+    x: np.ndarray, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int] | None
+) -> np.ndarray:
     """Tokens [S, D] in float64 of patches x [T, H*W, D]; slow = 0 or fast = None leaves a pathway out."""
     x = x.astype(np.float64)
     rows = []

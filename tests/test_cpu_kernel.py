@@ -1,4 +1,4 @@
-"""The compiled CPU kernel against the reference, bit for bit, with every instruction set of this processor."""
+"""The compiled CPU kernel against the reference, bit for bit, with every instruction set there is here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def few_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Ties, zeros of both signs, denormals and infinities side by side."""
     smallest = torch.finfo(dtype).smallest_normal / 4
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, smallest, -smallest, math.inf, -math.inf, math.nan], dtype=dtype)
+    values = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, smallest, -smallest, math.inf, -math.inf, math.nan], dtype=dtype
+    )
     return values[torch.randint(len(values), shape)]
 
 
@@ -109,11 +111,17 @@ def check_plan(x: torch.Tensor, plan: Plan) -> None:
 def slowfast_calls(draw):
     """(features, plan) of SlowFast layouts on any grid, odd, narrow, finer and coarser than the bins."""
     height, width, frames = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    pools = [p for p in SLOW_POOLS if p == "concat" or (min(height, width) > 1 if "2d" in p else height * width > 1)]
+    pools = [
+        p
+        for p in SLOW_POOLS
+        if p == "concat" or (min(height, width) > 1 if "2d" in p else height * width > 1)
+    ]
     slow, pool = draw(st.integers(0, 8)), draw(st.sampled_from(pools))
     side = st.integers(1, 10)
     fast = draw(st.tuples(side, side) if not slow else st.none() | st.tuples(side, side))
-    return draw(features(frames, height * width)), SlowFastConfig(slow, pool, fast).plan(frames, (height, width))
+    return draw(features(frames, height * width)), SlowFastConfig(slow, pool, fast).plan(
+        frames, (height, width)
+    )
 
 
 @st.composite
@@ -194,7 +202,9 @@ def test_large_outputs_with_a_pitch(isa, pitch):
 
 @dtypes
 def test_sums_longer_than_the_cache(isa, dtype):
-    check_plan(normal((2, 12, 20001), dtype), SlowFastConfig(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4)))
+    check_plan(
+        normal((2, 12, 20001), dtype), SlowFastConfig(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4))
+    )
 
 
 def lazily_backed(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -204,8 +214,11 @@ def lazily_backed(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tens
     return torch.empty(reach, dtype=torch.bfloat16).as_strided(shape, stride)
 
 
-@pytest.mark.parametrize("shape, stride", [((9000, 16, 8), (2**18, 8, 1)), ((3, 16, 8), (8, 2**27 + 2**24, 1))],
-                         ids=["far frames", "far patches"])
+@pytest.mark.parametrize(
+    "shape, stride",
+    [((9000, 16, 8), (2**18, 8, 1)), ((3, 16, 8), (8, 2**27 + 2**24, 1))],
+    ids=["far frames", "far patches"],
+)
 def test_features_past_2_to_the_31(isa, shape, stride):
     x = lazily_backed(shape, stride)
     config = SlowFastConfig(3, "spatial_1d_avg_pool", None)
@@ -222,8 +235,10 @@ def test_tokens_past_2_to_the_31(isa):
     plan = SlowFastConfig(3, "concat", (1, 1)).plan(3, (4, 4))
     out = lazily_backed((plan.tokens["total"], 8), (2**26, 1))
     x = normal((3, 16, 8), torch.bfloat16)
-    assert_same(slowfast_aggregate(x, "slowfast-slow_3frms_concat-fast_1x1", out=out, backend="cpu"),
-                reference.aggregate(x, plan))
+    assert_same(
+        slowfast_aggregate(x, "slowfast-slow_3frms_concat-fast_1x1", out=out, backend="cpu"),
+        reference.aggregate(x, plan),
+    )
 
 
 @dtypes
@@ -243,7 +258,9 @@ def test_calls_from_two_threads_at_once(isa):
     def work(mine: int) -> None:
         start.wait()
         for turn in range(6):
-            which = (mine + turn) % 2  # the running sums of a thread grow, and are used again for fewer channels
+            which = (
+                mine + turn
+            ) % 2  # the running sums of a thread grow, and are used again for fewer channels
             if not torch.equal(slowfast_aggregate(inputs[which], PAPER, backend="cpu"), expected[which]):
                 wrong.append((mine, turn))
 

@@ -1,4 +1,4 @@
-"""That one compiled library serves every torch >= 2.10: it may call torch's stable C ABI of 2.10, and nothing else."""
+"""One compiled library serves every torch >= 2.10, if it calls torch's stable C ABI of 2.10 and nothing else."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ class Elf:
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
         assert self.data[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
-        (start,), (size, count) = struct.unpack_from("<Q", self.data, 40), struct.unpack_from("<HH", self.data, 58)
+        (start,), (size, count) = (
+            struct.unpack_from("<Q", self.data, 40),
+            struct.unpack_from("<HH", self.data, 58),
+        )
         # name, type, flags, address, offset, size, link, info, alignment, entry size
         self.sections = [struct.unpack_from("<IIQQQQIIQQ", self.data, start + i * size) for i in range(count)]
-        self.needed = {name for tag, name in self.entries(self.SHT_DYNAMIC, "<qQ", 1) if tag == self.DT_NEEDED}
+        self.needed = {
+            name for tag, name in self.entries(self.SHT_DYNAMIC, "<qQ", 1) if tag == self.DT_NEEDED
+        }
         symbols = self.entries(self.SHT_DYNSYM, "<IBBHQQ", 0)
         self.undefined = {name for name, _, _, section, _, _ in symbols if section == 0 and name}
 
@@ -48,7 +53,7 @@ class Elf:
 
 
 def declared(header: Path) -> dict[str, tuple[int, int]]:
-    """Functions that a shim header declares, and the torch from which on it does: (0, 0) where it does not say."""
+    """Functions that a shim header declares, and since which torch: (0, 0) where it does not say."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header.read_text(), flags=re.DOTALL)
     functions, blocks = {}, []
     for line in text.splitlines():
@@ -80,7 +85,11 @@ def test_the_library_calls_only_torchs_stable_abi():
     undefined = Elf(LIBRARY).undefined
     of_torch = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
     assert of_torch and of_torch <= allowed(), sorted(of_torch - allowed())
-    of_cpp = [name for name in undefined if re.match(r"_Z", name) and re.search(r"\d(c10|at|torch|caffe2)[0-9E]", name)]
+    of_cpp = [
+        name
+        for name in undefined
+        if re.match(r"_Z", name) and re.search(r"\d(c10|at|torch|caffe2)[0-9E]", name)
+    ]
     assert not of_cpp
     assert not [name for name in undefined if re.match(r"_?Py", name)]
 

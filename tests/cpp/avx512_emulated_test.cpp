@@ -1,4 +1,5 @@
-// The AVX-512 kernel where no processor has it: the same source on emulated intrinsics (SIMDe), against plain C++.
+// The AVX-512 kernel where no processor has it: the same source on emulated intrinsics (SIMDe), against plain
+// C++.
 #include "support.h"
 #include "tasks.h"
 #include "vec_generic.h"
@@ -24,11 +25,20 @@ void fill(Random& random, void* line) {
     uint32_t bits = random.bits();
     const bool wide = sizeof(T) == 4;
     switch (random.in(0, 4)) {
-      case 0: bits = wide ? 0x80000000u * random.in(0, 1) : 0x8000u * random.in(0, 1); break;
-      case 1: bits &= wide ? 0x807fffffu : 0x807fu; break;
-      case 2: bits |= wide ? 0x7f800000u : 0x7c00u; break;
-      case 3: bits = wide ? 0x3f800000u + random.in(-1, 1) : 0x3c00u + random.in(-1, 1); break;
-      default: break;
+      case 0:
+        bits = wide ? 0x80000000u * random.in(0, 1) : 0x8000u * random.in(0, 1);
+        break;
+      case 1:
+        bits &= wide ? 0x807fffffu : 0x807fu;
+        break;
+      case 2:
+        bits |= wide ? 0x7f800000u : 0x7c00u;
+        break;
+      case 3:
+        bits = wide ? 0x3f800000u + random.in(-1, 1) : 0x3c00u + random.in(-1, 1);
+        break;
+      default:
+        break;
     }
     std::memcpy(to + i, &bits, sizeof(T));
   }
@@ -90,7 +100,8 @@ void test_lines() {
       pool_lines<Generic, T, R>(first, second, part, stream, want);
       pool_lines<EmulatedAvx512, T, R>(first, second, part, stream, got);
       CHECK((same<T>(got, want, part.count * static_cast<int64_t>(sizeof(T)))));
-      CHECK(std::memcmp(got + part.count * sizeof(T), want + part.count * sizeof(T), kLine - part.count * sizeof(T)) == 0);
+      CHECK(std::memcmp(got + part.count * sizeof(T), want + part.count * sizeof(T),
+                        kLine - part.count * sizeof(T)) == 0);
     }
   }
 }
@@ -104,11 +115,13 @@ void test_layouts(Dtype dtype) {
     const std::vector<int32_t> table = make_table(layout);
     const int64_t channels = random.in(1, 3) * kLine / static_cast<int64_t>(sizeof(T)) + random.in(0, 3);
     const int64_t bytes = layout.tokens * channels * static_cast<int64_t>(sizeof(T));
-    std::vector<uint8_t> features((layout.frames * layout.patches * channels * sizeof(T) + kLine - 1) / kLine * kLine);
+    std::vector<uint8_t> features((layout.frames * layout.patches * channels * sizeof(T) + kLine - 1) /
+                                  kLine * kLine);
     for (size_t at = 0; at < features.size(); at += kLine) fill<T>(random, &features[at]);
     Guarded want(bytes), got(bytes);
-    cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * channels, channels, want.data(), channels, channels,
-                         dtype, false};
+    cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * channels,
+                         channels,       want.data(),     channels,
+                         channels,       dtype,           false};
     const int64_t tasks = cpu::count_tasks(pooling.plan);
     cpu::run_tasks_with<Generic>(pooling, 0, tasks);
     pooling.out = got.data();

@@ -11,24 +11,32 @@ constexpr int64_t kChannels = 5;
 void run(const std::vector<int32_t>& table, const Layout& layout) {
   const std::vector<float> features(layout.frames * layout.patches * kChannels, 1.0f);
   Guarded out(layout.tokens * kChannels * 4);
-  const cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * kChannels, kChannels, out.data(), kChannels,
-                             kChannels, Dtype::kFloat32, false};
+  const cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * kChannels,
+                             kChannels,      out.data(),      kChannels,
+                             kChannels,      Dtype::kFloat32, false};
   cpu::run_tasks(pooling, 0, cpu::count_tasks(pooling.plan));
   CHECK(out.guards_untouched());
 }
 
 bool accepted(const std::vector<int32_t>& table, const Layout& layout) {
-  return !check_plan(table.data(), static_cast<int64_t>(table.size()), layout.frames, layout.patches, layout.tokens);
+  return !check_plan(table.data(), static_cast<int64_t>(table.size()), layout.frames, layout.patches,
+                     layout.tokens);
 }
 
 int32_t strange_number(Random& random, int32_t was) {
   switch (random.in(0, 5)) {
-    case 0: return was + 1;
-    case 1: return was - 1;
-    case 2: return random.in(-2, 70);
-    case 3: return INT32_MAX - random.in(0, 8);
-    case 4: return INT32_MIN + random.in(0, 8);
-    default: return static_cast<int32_t>(random.bits());
+    case 0:
+      return was + 1;
+    case 1:
+      return was - 1;
+    case 2:
+      return random.in(-2, 70);
+    case 3:
+      return INT32_MAX - random.in(0, 8);
+    case 4:
+      return INT32_MIN + random.in(0, 8);
+    default:
+      return static_cast<int32_t>(random.bits());
   }
 }
 
@@ -61,8 +69,12 @@ void test_random_mutations() {
 // Every number of one table, one at a time, to every strange value.
 void test_each_number() {
   Random random(2);
-  const Layout layout{3, 12, 3 * 4 + 2 * 6, {{4, kMean, every(3), {{0, 2}, {1, 3}}, {{0, 2}, {2, 4}}},
-                                             {12, kMax, {{0, 1}, {2, 3}}, {{0, 1}}, {{0, 2}, {2, 4}, {4, 6}, {6, 8}, {8, 10}, {10, 12}}}}};
+  const Layout layout{
+      3,
+      12,
+      3 * 4 + 2 * 6,
+      {{4, kMean, every(3), {{0, 2}, {1, 3}}, {{0, 2}, {2, 4}}},
+       {12, kMax, {{0, 1}, {2, 3}}, {{0, 1}}, {{0, 2}, {2, 4}, {4, 6}, {6, 8}, {8, 10}, {10, 12}}}}};
   const std::vector<int32_t> good = make_table(layout);
   CHECK(accepted(good, layout));
   for (size_t i = 0; i < good.size(); ++i) {

@@ -26,8 +26,8 @@ Call random_call(Random& random, Dtype dtype) {
   call.patch_stride = call.channels + random.in(0, 1) * random.in(0, 9);
   call.frame_stride = call.patch_stride * (call.layout.patches + random.in(0, 1));
   call.token_stride = call.channels + random.in(0, 1) * random.in(0, 40);
-  const int64_t reach = (call.layout.frames - 1) * call.frame_stride + (call.layout.patches - 1) * call.patch_stride +
-                        call.channels;
+  const int64_t reach = (call.layout.frames - 1) * call.frame_stride +
+                        (call.layout.patches - 1) * call.patch_stride + call.channels;
   call.features.resize(reach * size_of(dtype));
   uint8_t small[17 * 4];
   for (int32_t i = 0; i < 17; ++i) put(small, i, i - 8, dtype);
@@ -55,7 +55,8 @@ double expected(const Call& call, const PathwaySpec& path, Bin t, Bin r, Bin c, 
 
 void compare(const Call& call, const void* out) {
   // One rounding to the dtype, and three divisions in float32.
-  const double unit = call.dtype == Dtype::kFloat32 ? 0 : std::ldexp(1, call.dtype == Dtype::kBFloat16 ? -9 : -12);
+  const double unit =
+      call.dtype == Dtype::kFloat32 ? 0 : std::ldexp(1, call.dtype == Dtype::kBFloat16 ? -9 : -12);
   const double slack = (unit + std::ldexp(1, -22)) * 1.001;
   int64_t token = 0;
   for (const PathwaySpec& path : call.layout.pathways) {
@@ -85,12 +86,19 @@ void run_shuffled(Random& random, const cpu::Pooling& pooling) {
 
 void test_call(Random& random, Dtype dtype) {
   const Call call = random_call(random, dtype);
-  CHECK(!check_plan(call.table.data(), static_cast<int64_t>(call.table.size()), call.layout.frames, call.layout.patches,
-                    call.layout.tokens));
+  CHECK(!check_plan(call.table.data(), static_cast<int64_t>(call.table.size()), call.layout.frames,
+                    call.layout.patches, call.layout.tokens));
   Guarded out(((call.layout.tokens - 1) * call.token_stride + call.channels) * size_of(dtype));
   const bool lines = call.channels * size_of(dtype) % 64 == 0 && call.token_stride * size_of(dtype) % 64 == 0;
-  const cpu::Pooling pooling{{call.table.data()}, call.features.data(), call.frame_stride, call.patch_stride, out.data(),
-                             call.token_stride, call.channels, dtype, lines};
+  const cpu::Pooling pooling{{call.table.data()},
+                             call.features.data(),
+                             call.frame_stride,
+                             call.patch_stride,
+                             out.data(),
+                             call.token_stride,
+                             call.channels,
+                             dtype,
+                             lines};
   run_shuffled(random, pooling);
   compare(call, out.data());
   CHECK(out.guards_untouched());

@@ -1,4 +1,5 @@
-// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by arithmetic.
+// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by
+// arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +13,12 @@
 
 #include "pool.h"
 
-#define CHECK(what)                                                     \
-  do {                                                                  \
-    if (!(what)) {                                                      \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);   \
-      std::exit(1);                                                     \
-    }                                                                   \
+#define CHECK(what)                                                   \
+  do {                                                                \
+    if (!(what)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what); \
+      std::exit(1);                                                   \
+    }                                                                 \
   } while (0)
 
 namespace sfllava::test {
@@ -49,7 +50,8 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
   std::vector<int32_t> pathways, bins;
   int32_t token = 0, bin = 0;
   for (const PathwaySpec& path : layout.pathways) {
-    const int32_t rows = static_cast<int32_t>(path.rows.size()), cols = static_cast<int32_t>(path.cols.size());
+    const int32_t rows = static_cast<int32_t>(path.rows.size()),
+                  cols = static_cast<int32_t>(path.cols.size());
     pathways.insert(pathways.end(), {path.width, path.reduce, rows, bin, cols, bin + rows});
     for (const auto* axis : {&path.rows, &path.cols}) {
       for (const Bin& b : *axis) bins.insert(bins.end(), {b.start, b.stop});
@@ -60,18 +62,27 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
     }
     bin += rows + cols;
   }
-  const auto frames_of = [](const Item& i) { return std::pair<int32_t, int32_t>(i.frame_begin, i.frame_end); };
-  std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) { return frames_of(a) < frames_of(b); });
+  const auto frames_of = [](const Item& i) {
+    return std::pair<int32_t, int32_t>(i.frame_begin, i.frame_end);
+  };
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const Item& a, const Item& b) { return frames_of(a) < frames_of(b); });
   std::vector<int32_t> groups, numbers;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i == 0 || frames_of(items[i]) != frames_of(items[i - 1])) groups.push_back(static_cast<int32_t>(i));
-    numbers.insert(numbers.end(), {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
+    numbers.insert(numbers.end(),
+                   {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
   }
-  std::vector<int32_t> table = {kPlanVersion, layout.patches, layout.frames, token,
-                                static_cast<int32_t>(layout.pathways.size()), static_cast<int32_t>(groups.size()),
+  std::vector<int32_t> table = {kPlanVersion,
+                                layout.patches,
+                                layout.frames,
+                                token,
+                                static_cast<int32_t>(layout.pathways.size()),
+                                static_cast<int32_t>(groups.size()),
                                 static_cast<int32_t>(items.size())};
   groups.push_back(static_cast<int32_t>(items.size()));
-  for (const auto* part : {&pathways, &groups, &numbers, &bins}) table.insert(table.end(), part->begin(), part->end());
+  for (const auto* part : {&pathways, &groups, &numbers, &bins})
+    table.insert(table.end(), part->begin(), part->end());
   return table;
 }
 
@@ -105,8 +116,9 @@ inline Layout random_layout(Random& random) {
   Layout layout{random.in(1, 4), height * width, 0, {}};
   for (int32_t i = random.in(1, 3); i > 0; --i) {
     const bool flat = random.in(0, 3) == 0;
-    layout.pathways.push_back({flat ? layout.patches : width, random.in(kMax, kMean), random_bins(random, layout.frames),
-                               random_bins(random, flat ? 1 : height), random_bins(random, flat ? layout.patches : width)});
+    layout.pathways.push_back({flat ? layout.patches : width, random.in(kMax, kMean),
+                               random_bins(random, layout.frames), random_bins(random, flat ? 1 : height),
+                               random_bins(random, flat ? layout.patches : width)});
     const PathwaySpec& path = layout.pathways.back();
     layout.tokens += static_cast<int32_t>(path.frames.size() * path.rows.size() * path.cols.size());
   }
@@ -152,7 +164,8 @@ class Guarded {
  public:
   explicit Guarded(int64_t bytes) : memory_(bytes + 3 * kLine, kPattern), bytes_(bytes) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data()) + kLine;
-    begin_ = static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
+    begin_ =
+        static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
   }
   void* data() { return memory_.data() + begin_; }
   bool guards_untouched() const {

@@ -27,7 +27,8 @@ inline __m512 _mm512_cvtph_ps(__m256i halves) {
 #endif
 
 #if !defined(_mm512_cvtps_ph)
-inline __m256i _mm512_cvtps_ph(__m512 floats, int) {  // to nearest even, the rounding that nearbyint has by default
+inline __m256i _mm512_cvtps_ph(__m512 floats,
+                               int) {  // to nearest even, the rounding that nearbyint has by default
   float x[16];
   uint16_t half[16];
   std::memcpy(x, &floats, sizeof x);
