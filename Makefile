@@ -27,7 +27,7 @@ bench: $(SETUP)
 
 # The built wheel on an older and a newer torch, in environments of their own: gigabytes, so not in CI.
 test-torch: $(SETUP)
-	$(BIN)/python tests/other_torch.py 2.10.0 2.11.0
+	$(BIN)/python tests/other_torch.py 2.10.0 2.15.0
 
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -137,7 +137,7 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)",
+        help="what aggregates the tokens: auto, cpu or torch (default: auto)",
     )
     parser.add_argument(
         "--attention",
