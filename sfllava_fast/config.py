@@ -91,7 +91,8 @@ _SLOW_POOLS = {  # name -> rows, columns, reduction, flat
     "spatial_2d_avg_pool": (_PAIRS, _PAIRS, "mean", False),
 }
 SLOW_POOLS = tuple(_SLOW_POOLS)
-_STRING = re.compile(r"slowfast(?:-slow_(\d+)frms_(\w+?))?(?:-fast_(\d+)x(\d+))?")
+_NUMBER = "([0-9]{1,9})"
+_STRING = re.compile(rf"slowfast(?:-slow_{_NUMBER}frms_(\w+?))?(?:-fast_{_NUMBER}x{_NUMBER})?", re.ASCII)
 _EXAMPLE = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
 # Kernels hold frame, row and token numbers in int32.
 _MAX_COUNT = 2**20
@@ -125,7 +126,11 @@ class SlowFastConfig:
     @classmethod
     def parse(cls, layout: str | SlowFastConfig) -> SlowFastConfig:
         """The config that a published layout string names; a config comes back as it is."""
-        return layout if isinstance(layout, cls) else _parse(layout)
+        if isinstance(layout, cls):
+            return layout
+        if not isinstance(layout, str):
+            raise LayoutError(f"a layout is a SlowFastConfig or a string like {_EXAMPLE}, not {type(layout).__name__}")
+        return _parse(layout)
 
     def __str__(self) -> str:
         slow = f"-slow_{self.slow_frames}frms_{self.slow_pool}" if self.slow_frames else ""
@@ -235,7 +240,7 @@ def square_grid(patches: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _parse(layout: str) -> SlowFastConfig:
-    match = _STRING.fullmatch(layout) if isinstance(layout, str) else None
+    match = _STRING.fullmatch(layout)
     if match is None or not any(match.groups()):
         raise LayoutError(f"unknown layout {layout!r}: write it like {_EXAMPLE}")
     slow, pool, height, width = match.groups()

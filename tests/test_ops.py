@@ -315,7 +315,7 @@ def test_backends_by_name():
 
 
 def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_LIBRARY", tmp_path / "_C.so")
+    monkeypatch.setattr(backends, "LIBRARY", tmp_path / "_C.so")
     backends.load_library.cache_clear()
     backends._say_once.cache_clear()
     try:
@@ -337,7 +337,7 @@ def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, 
 def test_a_broken_library_is_a_reason_and_not_a_crash(tmp_path, monkeypatch):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(backends, "_LIBRARY", broken)
+    monkeypatch.setattr(backends, "LIBRARY", broken)
     backends.load_library.cache_clear()
     try:
         with pytest.raises(BackendError, match="could not be loaded") as error:

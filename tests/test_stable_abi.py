@@ -13,7 +13,7 @@ import torch
 
 from sfllava_fast import backends
 
-LIBRARY = Path(backends.__file__).parent / "_C.so"
+LIBRARY = backends.LIBRARY
 REPOSITORY = Path(__file__).parents[1]
 INCLUDE = Path(torch.__file__).parent / "include"
 SHIMS = [INCLUDE / "torch/csrc/inductor/aoti_torch/c/shim.h", INCLUDE / "torch/csrc/stable/c/shim.h"]

@@ -11,15 +11,21 @@ import torch
 
 from ..config import sample_frames
 from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
-from .questions import LATE_WEIGHTS, LOOKUP_WEIGHTS, TYPES, WEIGHTS, Question, ask_many
+from .questions import (
+    FIND_WEIGHTS, LATE_WEIGHTS, LOOKUP_WEIGHTS, TIME_WEIGHTS, TYPES, WEIGHTS, Question, ask_many, things_asked
+)
 from .scenes import (
-    CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render
+    CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render,
+    thing_patches,
 )
 
 QUESTIONS_PER_CLIP = 16
 LOOKUP_QUESTIONS = 24
-STAGE_WEIGHTS = {"language": WEIGHTS, "lookup": LOOKUP_WEIGHTS, "video": LATE_WEIGHTS, "joint": LATE_WEIGHTS}
+STAGE_WEIGHTS = {
+    "language": WEIGHTS, "lookup": LOOKUP_WEIGHTS, "find": FIND_WEIGHTS, "time": TIME_WEIGHTS,
+}
 LONGEST_VIDEO = 96
+MOST_THINGS = 8
 IGNORE = -100
 
 
@@ -37,13 +43,16 @@ class Layout:
         return 4 if self.frames <= 20 else 2 if self.frames <= 40 else 1
 
 
+FIXED_LAYOUTS = {"lookup": Layout(8, 4, "both"), "find": Layout(8, 4, "both"), "time": Layout(16, 4, "both")}
+
+
 def draw_layout(stage: str, step: int) -> Layout:
     """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway.
 
-    The lookup stage has 8 frames throughout.
+    The stages of FIXED_LAYOUTS have theirs throughout.
     """
-    if stage == "lookup":
-        return Layout(8, 4, "both")
+    if stage in FIXED_LAYOUTS:
+        return FIXED_LAYOUTS[stage]
     rng = random.Random(f"layout/{stage}/{step}")
     frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (60, 14, 10, 4, 12))[0]
     slow = rng.choices((4, 2, 3, 6, 8), (62, 10, 6, 10, 12))[0]
@@ -98,27 +107,39 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 
 @dataclass
 class ClipBatch:
-    """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q]."""
+    """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q].
+
+    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS], and which things each question
+    is about, float32 [B, Q, MOST_THINGS].
+    """
 
     pixels: torch.Tensor
     ids: torch.Tensor
     targets: torch.Tensor  # the next token where it belongs to the answer, else IGNORE
     types: torch.Tensor
+    shown: torch.Tensor
+    about: torch.Tensor
 
 
 def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int) -> ClipBatch:
     """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP (or LOOKUP_QUESTIONS) questions."""
     clips, asked = [], []
-    for index in range(first, first + count):
+    shown = torch.zeros(count, frames, GRID * GRID, MOST_THINGS)
+    about = torch.zeros(count, LOOKUP_QUESTIONS, MOST_THINGS)
+    for clip, index in enumerate(range(first, first + count)):
         rng = random.Random(f"clip/{stage}/{step}/{index}")
         scene = draw_scene(f"{stage}/{step}/{index}")
         total = rng.randint(max(frames, 24), LONGEST_VIDEO)
-        clips.append(render(scene, frame_times(sample_frames(total, frames), total), half=True))
-        questions = LOOKUP_QUESTIONS if stage == "lookup" else QUESTIONS_PER_CLIP
-        asked.append(ask_many(scene, questions, rng, weights=STAGE_WEIGHTS[stage]))
+        times = frame_times(sample_frames(total, frames), total)
+        clips.append(render(scene, times, half=True))
+        questions = LOOKUP_QUESTIONS if stage in ("lookup", "find") else QUESTIONS_PER_CLIP
+        asked.append(ask_many(scene, questions, rng, weights=STAGE_WEIGHTS.get(stage, LATE_WEIGHTS)))
+        shown[clip, ..., : len(scene.things)] = torch.from_numpy(thing_patches(scene, times))
+        for row, question in enumerate(asked[-1]):
+            about[clip, row, things_asked(scene, question)] = 1.0
     ids, targets = encode_questions(tokenizer, asked)
     types = torch.tensor([[TYPES.index(question.type) for question in questions] for questions in asked])
-    return ClipBatch(normalise(np.stack(clips)), ids, targets, types)
+    return ClipBatch(normalise(np.stack(clips)), ids, targets, types, shown, about[:, : ids.shape[1]])
 
 
 def encode_questions(tokenizer, asked: list[list[Question]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
 FRAMES = 16
+LANGUAGE_WIDTH = 192
 VISION_LAYER = -1
 PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = (
     "<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>"
@@ -74,7 +75,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         image_size=TOWER_SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=128,
     )
     text = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        vocab_size=len(vocab), hidden_size=LANGUAGE_WIDTH, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048,
         tie_word_embeddings=True, initializer_range=0.04,
         pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],

@@ -104,9 +104,17 @@ WEIGHTS = {
     "first": 7, "last": 7, "when": 9, "exist": 10, "unanswerable": 9,
 }
 TYPES = tuple(WEIGHTS)
-# A middle stage of training asks mostly for one attribute of a thing named by the other,
+# Some stages of training ask mostly for one thing: an attribute of a thing named by the other,
 LOOKUP_WEIGHTS = {"colour": 34, "shape": 34, "place": 12, "exist": 10, "count": 6, "number": 4}
-# and the stages after it less for these than for what needs both attributes, or time.
+# where a thing named by both is,
+FIND_WEIGHTS = {
+    "place": 42, "exist": 16, "relation": 14, "count": 8, "colour": 8, "shape": 8, "number": 4
+}
+# when it comes and where it goes.
+TIME_WEIGHTS = {
+    "when": 26, "first": 16, "last": 16, "direction": 22, "place": 6, "exist": 6, "colour": 4, "shape": 4
+}
+# Other late stages ask less for what one attribute answers.
 LATE_WEIGHTS = WEIGHTS | {
     "colour": 4, "shape": 4, "number": 4, "count": 12, "place": 14, "relation": 10, "direction": 12, "first": 8,
     "last": 8, "when": 12, "exist": 12,
@@ -313,6 +321,22 @@ _MAKERS = {
     "relation": _relation, "number": _number, "direction": _direction, "first": _first, "last": _last,
     "when": _when, "exist": _exist, "unanswerable": _unanswerable,
 }
+
+
+def things_asked(scene: Scene, question: Question) -> list[int]:
+    """Which of the scene's things an answer hinges on; none for questions about what is not there."""
+    words = set(question.text.strip("?.").replace(":", "").split())
+    tests = {
+        "colour": lambda thing: thing.shape in words,
+        "shape": lambda thing: thing.colour in words,
+        "count": lambda thing: thing.colour in words or plural(thing.shape) in words,
+        "total": lambda thing: True,
+        "first": lambda thing: thing.name == question.answer,
+        "last": lambda thing: thing.name == question.answer,
+        "unanswerable": lambda thing: False,
+    }
+    test = tests.get(question.type, lambda thing: thing.name in question.text)
+    return [index for index, thing in enumerate(scene.things) if test(thing)]
 
 
 def vocabulary() -> list[str]:

@@ -397,6 +397,19 @@ def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray
     return slice(row, row + 3), slice(column, column + 3), cover
 
 
+def thing_patches(scene: Scene, times: list[float]) -> np.ndarray:
+    """Which patches show which thing: bool [T, 64, things]."""
+    shown = np.zeros((len(times), GRID, GRID, len(scene.things)), bool)
+    for index, thing in enumerate(scene.things):
+        for frame, time in enumerate(times):
+            if frame and thing.kind == "still":
+                shown[frame, ..., index] = shown[0, ..., index]
+            elif thing.visible(time):
+                rows, columns, cover = _patch_cover(thing, *thing.centre(time))
+                shown[frame, rows, columns, index] = cover > 0.15
+    return shown.reshape(len(times), GRID * GRID, -1)
+
+
 def _digit_labels(sign: Sign | None) -> list[np.ndarray]:
     labels = [np.zeros((GRID, GRID), np.int64) for _ in range(2)]
     if sign is None:

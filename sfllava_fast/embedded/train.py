@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from .batches import IGNORE, clip_batch, draw_layout, image_batch, patch_words
-from .model import build_model, build_tokenizer, export
-from .packing import encode_frames, packed_logits, use_packed_attention
+from .batches import IGNORE, ClipBatch, Layout, clip_batch, draw_layout, image_batch, patch_words
+from .model import LANGUAGE_WIDTH, build_model, build_tokenizer, export
+from .packing import Guide, encode_frames, packed_logits, pool_tokens, use_packed_attention
 from .questions import TYPES
-from .scenes import COLOURS, SHAPES
+from .scenes import COLOURS, GRID, SHAPES
 
 LOG_EVERY = 50
 
@@ -48,9 +48,21 @@ STAGES = (
     Stage("align", 300, 3e-3, 0.0, warmup=30),
     Stage("language", 579, 1.2e-3, 0.0, decays=False),
     Stage("lookup", 500, 1.5e-3, 0.0, decays=False, warmup=30),
-    Stage("video", 950, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("joint", 600, 1e-3, 3e-4, warmup=30),
+    Stage("video", 290, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("places", 200, 0.0, 8e-4, warmup=20),
+    Stage("clips", 178, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("cells", 250, 0.0, 1.5e-3, warmup=20),
+    Stage("mixed", 1, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("find", 250, 1.5e-3, 0.0, decays=False, warmup=30),
+    Stage("time", 250, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("guided", 230, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("worded", 350, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("last", 300, 1.2e-3, 0.0, warmup=10),
 )
+IMAGE_STAGES = ("tower", "align", "places", "cells")
+GUIDED_STAGES = ("guided", "worded", "last")
+WORDED_STAGES = ("worded", "last")  # the projector goes on being aligned
+WORDED_IMAGES = 12
 IMAGES_PER_RANK = 32
 BATCH_RANKS = 2  # the global batch is always that of two ranks
 
@@ -58,15 +70,25 @@ BATCH_RANKS = 2  # the global batch is always that of two ranks
 class PatchHeads(torch.nn.Module):
     """Reads shape, colour, two digits and the way to the centre from each patch; dropped after training."""
 
-    SIZES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "offset": 2}
+    SIZES = {
+        "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "offset": 2,
+        "row": GRID, "column": GRID,
+    }
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = torch.nn.LayerNorm(width)
         self.reads = torch.nn.ModuleDict({key: torch.nn.Linear(width, n) for key, n in self.SIZES.items()})
+        self.clock = torch.nn.Linear(LANGUAGE_WIDTH, 1)
 
-    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Counter]:
-        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8]."""
+    def loss(
+        self, features: torch.Tensor, labels: dict[str, torch.Tensor], stage: str
+    ) -> tuple[torch.Tensor, Counter]:
+        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8].
+
+        In the stage "places" each patch must also tell its row and its column; in "cells" so plainly that
+        readers of unit length see it, else it drowns in what the projector passes on.
+        """
         hidden, total, score = self.norm(features), torch.zeros(()), Counter()
         total = total.to(features.device)
         for key in ("shape", "colour", "tens", "units"):
@@ -79,7 +101,14 @@ class PatchHeads(torch.nn.Module):
             score[f"{key} asked"] += int(shown.sum())
         owned = labels["shape"].flatten() > 0
         away = self.reads["offset"](hidden).flatten(0, 1)[owned] - labels["offset"].flatten(0, 2)[owned]
-        return total + away.abs().mean(), score
+        total = total + away.abs().mean()
+        if stage in ("places", "cells"):
+            cells = torch.arange(GRID * GRID, device=features.device).repeat(len(features))
+            for key, target in (("row", cells // GRID), ("column", cells % GRID)):
+                weight, bias = self.reads[key].weight, self.reads[key].bias
+                weight = F.normalize(weight, dim=1) if stage == "cells" else weight
+                total = total + 0.5 * F.cross_entropy(F.linear(hidden, weight, bias).flatten(0, 1), target)
+        return total, score
 
 
 class Trainer:
@@ -112,11 +141,13 @@ class Trainer:
         for key, parameter in self.model.named_parameters():
             if "post_layernorm" not in key:
                 (tower if "vision_tower" in key else language).append(parameter)
-        if name == "tower":
+        if name in ("tower", "places", "cells"):
             return [[], tower + list(self.heads.parameters())]
         if name == "align":
             embeddings = self.model.get_input_embeddings().parameters()
             return [[*self.model.model.multi_modal_projector.parameters(), *embeddings], []]
+        if name in GUIDED_STAGES:
+            language += self.heads.clock.parameters()
         return [language, tower if name == "joint" else []]
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -140,7 +171,7 @@ class Trainer:
         shares = range(self.rank, BATCH_RANKS, self.ranks)
         losses = []
         for share in shares:
-            on_images = name in ("tower", "align")
+            on_images = name in IMAGE_STAGES
             loss = self._image_loss(name, share) if on_images else self._language_loss(name, share)
             (loss / len(shares)).backward()
             losses.append(loss.item())
@@ -154,11 +185,11 @@ class Trainer:
     def _image_loss(self, name: str, share: int) -> torch.Tensor:
         pixels, labels = image_batch(name, self.step, share * IMAGES_PER_RANK, IMAGES_PER_RANK)
         labels = {key: value.to(self.device) for key, value in labels.items()}
-        with torch.set_grad_enabled(name == "tower"):
+        with torch.set_grad_enabled(name != "align"):
             features = encode_frames(self.model, pixels.to(self.device))
         if name == "align":
             return self._align_loss(features, labels)
-        loss, score = self.heads.loss(features, labels)
+        loss, score = self.heads.loss(features, labels, name)
         self.score.update(score)
         return loss
 
@@ -178,11 +209,41 @@ class Trainer:
             features = encode_frames(self.model, batch.pixels.to(self.device))
         ids, where = batch.ids.to(self.device), batch.targets != IGNORE
         features = features.unflatten(0, (clips, -1))
-        logits = packed_logits(self.model, features, ids, where.to(self.device), layout.slow, layout.mode)
+        guide = self._guide(batch, layout) if name in GUIDED_STAGES else None
+        where_here = where.to(self.device)
+        logits = packed_logits(self.model, features, ids, where_here, layout.slow, layout.mode, guide)
         target = batch.targets[where].to(self.device)
         if layout.mode == "both":
             self._count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
-        return F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target)
+        if guide is not None:
+            loss = loss + self._guide_loss(guide, layout)
+        if name in WORDED_STAGES:
+            pixels, labels = image_batch(name, self.step, share * WORDED_IMAGES, WORDED_IMAGES)
+            labels = {key: value.to(self.device) for key, value in labels.items()}
+            with torch.no_grad():
+                features = encode_frames(self.model, pixels.to(self.device))
+            loss = loss + 0.3 * self._align_loss(features, labels)
+        return loss
+
+    def _guide(self, batch: ClipBatch, layout: Layout) -> Guide:
+        """What the questions of a batch are about, token by token."""
+        tokens = pool_tokens(batch.shown, layout.slow, layout.mode) > 0  # [B, S, things]
+        about = torch.einsum("bst,bqt->bqs", tokens.float(), batch.about) > 0
+        start = (batch.targets != IGNORE).int().argmax(-1)
+        slow = 0 if layout.mode == "fast" else layout.slow * GRID * GRID // 2
+        return Guide(about.to(self.device), start.to(self.device), slow)
+
+    def _guide_loss(self, guide: Guide, layout: Layout) -> torch.Tensor:
+        moments = (torch.arange(layout.frames) + 0.5) / layout.frames
+        moments = moments[None, :, None, None].expand(1, -1, GRID * GRID, 1)
+        target = pool_tokens(moments.contiguous(), layout.slow, layout.mode)[0, :, 0].to(self.device)
+        told = self.heads.clock(F.rms_norm(guide.visual, guide.visual.shape[-1:]))[..., 0]
+        self.score["guide hits"] += float(sum(-loss.detach() for loss in guide.losses))
+        self.score["guide asked"] += 1
+        self.score["clock hits"] += float((told - target).abs().mean().detach())
+        self.score["clock asked"] += 1
+        return 0.15 * sum(guide.losses) + 2 * (told - target).square().mean()
 
     def _count_hits(self, types: torch.Tensor, where: torch.Tensor, hits: torch.Tensor) -> None:
         """Questions answered rightly, word for word, given the words before."""

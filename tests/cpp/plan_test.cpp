@@ -26,9 +26,9 @@ bool accepted(const std::vector<int32_t>& table, const Layout& layout) {
 int32_t strange_number(Random& random, int32_t was) {
   switch (random.in(0, 5)) {
     case 0:
-      return was + 1;
+      return was < INT32_MAX ? was + 1 : was;
     case 1:
-      return was - 1;
+      return was > INT32_MIN ? was - 1 : was;
     case 2:
       return random.in(-2, 70);
     case 3:
