@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
-import torch
 
 from .errors import InputError, LayoutError
 
@@ -28,7 +27,7 @@ class Bins:
     each      n bins of one element.
     stride    floor(n / size) bins of `size` elements; what is left over is dropped.
     adaptive  `size` bins, bin i = [floor(i n / size), ceil((i + 1) n / size)), as adaptive pooling cuts.
-    linspace  `size` single elements at int32(linspace(0, n, size + 1))[:-1], in float32.
+    linspace  `size` single elements at int32(torch.linspace(0, n, size + 1))[:-1], in float32.
     """
 
     rule: Literal["each", "stride", "adaptive", "linspace"]
@@ -46,9 +45,7 @@ class Bins:
         if self.rule == "adaptive":
             return tuple((i * n // size, -(-(i + 1) * n // size)) for i in range(size))
         if self.rule == "linspace":
-            # On the host, in float32 and truncated: i * n // size differs by one at e.g. (n, size) = (8, 14).
-            picks = torch.linspace(0, n, size + 1, dtype=torch.float32, device="cpu").to(torch.int32)
-            return tuple((i, i + 1) for i in picks.tolist()[:-1])
+            return tuple((i, i + 1) for i in _linspace(n, size)[:-1])
         width = size if self.rule == "stride" else 1
         return tuple((i * width, (i + 1) * width) for i in range(n // width))
 
@@ -122,6 +119,10 @@ class SlowFastConfig:
             object.__setattr__(self, "fast_grid", _grid(self.fast_grid))
         if not self.slow_frames and self.fast_grid is None:
             raise LayoutError("the layout has neither a slow nor a fast pathway: set slow_frames or fast_grid")
+        # Kept, not formatted on demand: torch.compile(dynamic=True) makes the numbers symbolic.
+        slow = f"-slow_{self.slow_frames}frms_{self.slow_pool}" if self.slow_frames else ""
+        fast = "-fast_{}x{}".format(*self.fast_grid) if self.fast_grid else ""
+        object.__setattr__(self, "_string", f"slowfast{slow}{fast}")
 
     @classmethod
     def parse(cls, layout: str | SlowFastConfig) -> SlowFastConfig:
@@ -133,9 +134,7 @@ class SlowFastConfig:
         return _parse(layout)
 
     def __str__(self) -> str:
-        slow = f"-slow_{self.slow_frames}frms_{self.slow_pool}" if self.slow_frames else ""
-        fast = "-fast_{}x{}".format(*self.fast_grid) if self.fast_grid else ""
-        return f"slowfast{slow}{fast}"
+        return self._string
 
     def only(self, name: Literal["slow", "fast"]) -> SlowFastConfig:
         """This layout with one of its pathways alone."""
@@ -265,6 +264,18 @@ def _plan(config: SlowFastConfig, lengths: tuple[int, ...], grid: tuple[int, int
         frames = tuple(_shift(path.frames.cut(n), start) for n, start in zip(lengths, starts))
         tables.append(PathwayTables(path, shape, frames, rows, cols))
     return Plan(lengths, grid, tuple(tables))
+
+
+def _linspace(stop: int, steps: int) -> list[int]:
+    """int32(torch.linspace(0, stop, steps + 1)) in float32, as torch computes it with AVX2, on every machine.
+
+    The first half counts up from 0, the second down from `stop`, each with one rounding (torch's path without
+    AVX2 rounds twice). i * stop // steps differs by one at e.g. (stop, steps) = (8, 14).
+    """
+    step = np.float64(np.float32(stop) / np.float32(steps))
+    up = np.arange((steps + 1) // 2)
+    down = np.arange(steps - len(up), -1, -1)
+    return np.concatenate([step * up, stop - step * down]).astype(np.float32).astype(np.int32).tolist()
 
 
 def _shift(ranges: Sequence[Range], by: int) -> tuple[Range, ...]:

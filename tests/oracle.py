@@ -6,7 +6,6 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import torch
 
 
 def sample_frames(total: int, count: int) -> list[int]:
@@ -17,8 +16,11 @@ def sample_frames(total: int, count: int) -> list[int]:
 
 
 def slow_frames(frames: int, count: int) -> list[int]:
-    """The contract names this very call: its float32 rounding is part of the definition."""
-    return torch.linspace(0, frames, count + 1, dtype=torch.float32).int().tolist()[:-1]
+    """float32 linspace truncated: the step is rounded once, then each value once, the late ones down from the end."""
+    step = Fraction(float(np.float32(frames) / np.float32(count)))
+    early = (count + 1) // 2
+    exact = [step * i if i < early else frames - step * (count - i) for i in range(count)]
+    return [int(np.float32(float(value))) for value in exact]
 
 
 def adaptive_bin(i: int, length: int, bins: int) -> range:

@@ -74,9 +74,15 @@ def test_slow_frames_by_hand(frames, count, expected):
 
 
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-    reason="torch's linspace rounds otherwise without fused multiply-add",
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch's linspace rounds twice where it has no fused multiply-add",
 )
+@given(st.integers(1, 4096), st.integers(1, 200))
+def test_slow_frames_are_those_of_torch(frames, count):
+    picks = torch.linspace(0, frames, count + 1, dtype=torch.float32).int().tolist()[:-1]
+    assert SlowFastConfig(slow_frames=count).plan(frames, (2, 2)).slow_frames == picks
+
+
 @pytest.mark.parametrize(
     ("frames", "expected"),
     [
