@@ -60,6 +60,7 @@ def slowfast_aggregate(
     if out is not None:
         if needs_grad:
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
+        _check_same_kind(out, features)  # before the dispatcher, which would serve a meta tensor with nothing
         torch.ops.sfllava_fast.aggregate_out(*call, backend, out)
         tokens = out
     else:
@@ -142,6 +143,8 @@ def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets:
 
 
 def _check_features(features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise InputError(f"features must be a torch.Tensor, not {type(features).__name__}")
     if features.dim() != 3:
         raise InputError(f"features must be [frames, patches, channels], not {list(features.shape)}")
     if not features.is_floating_point():
@@ -178,8 +181,7 @@ def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:
     channels = features.shape[2]
     if tuple(out.shape) != (tokens, channels):
         raise InputError(f"out must be [{tokens}, {channels}] for this layout, not {list(out.shape)}")
-    if out.dtype != features.dtype or out.device != features.device:
-        raise InputError(f"out must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
+    _check_same_kind(out, features)
     if (channels > 1 and out.stride(1) != 1) or (tokens > 1 and out.stride(0) < channels):
         raise InputError("out needs unit stride over channels and rows that do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
@@ -188,6 +190,11 @@ def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:
     begin, end = _span(features)
     if first < end and begin < last:
         raise InputError("out overlaps the features in memory: pass a buffer of its own")
+
+
+def _check_same_kind(out: Tensor, features: Tensor) -> None:
+    if out.dtype != features.dtype or out.device != features.device:
+        raise InputError(f"out must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -432,3 +432,14 @@ def test_the_cpu_library_needs_the_library(monkeypatch):
     monkeypatch.setattr(backends, "load_library", lambda: "not built")
     with pytest.raises(BackendError, match="not built"):
         backends.cpu_library()
+
+
+def test_other_array_types_are_refused():
+    with pytest.raises(InputError, match=r"features must be a torch\.Tensor, not list"):
+        slowfast_aggregate([[0.0]])
+
+
+def test_an_out_of_another_device_is_refused():
+    features = torch.randn(4, 16, 8)
+    with pytest.raises(InputError, match="out must be torch.float32 on cpu, not torch.float32 on meta"):
+        slowfast_aggregate(features, CONFIG, out=torch.empty(1, 8, device="meta"))
