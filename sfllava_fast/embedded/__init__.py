@@ -14,7 +14,7 @@ def model_dir() -> Path:
 
 
 def sample_video() -> Path:
-    """An encoded clip that the model never saw."""
+    """An encoded clip that training never drew."""
     return _HERE / "sample.mp4"
 
 

@@ -12,7 +12,8 @@ import torch
 from ..config import sample_frames
 from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
 from .questions import (
-    FIND_WEIGHTS, LATE_WEIGHTS, LOOKUP_WEIGHTS, TIME_WEIGHTS, TYPES, WEIGHTS, Question, ask_many, things_asked
+    FIND_WEIGHTS, LATE_WEIGHTS, LOOKUP_WEIGHTS, SPOT_WEIGHTS, TIME_WEIGHTS, TYPES, WEIGHTS, Question,
+    ask_many, things_asked,
 )
 from .scenes import (
     CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render,
@@ -23,6 +24,7 @@ QUESTIONS_PER_CLIP = 16
 LOOKUP_QUESTIONS = 24
 STAGE_WEIGHTS = {
     "language": WEIGHTS, "lookup": LOOKUP_WEIGHTS, "find": FIND_WEIGHTS, "time": TIME_WEIGHTS,
+    "spots": SPOT_WEIGHTS,
 }
 LONGEST_VIDEO = 96
 MOST_THINGS = 8
@@ -43,7 +45,10 @@ class Layout:
         return 4 if self.frames <= 20 else 2 if self.frames <= 40 else 1
 
 
-FIXED_LAYOUTS = {"lookup": Layout(8, 4, "both"), "find": Layout(8, 4, "both"), "time": Layout(16, 4, "both")}
+FIXED_LAYOUTS = {
+    "lookup": Layout(8, 4, "both"), "find": Layout(8, 4, "both"), "time": Layout(16, 4, "both"),
+    "spots": Layout(8, 4, "both"),
+}
 
 
 def draw_layout(stage: str, step: int) -> Layout:
@@ -109,8 +114,8 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 class ClipBatch:
     """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q].
 
-    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS], and which things each question
-    is about, float32 [B, Q, MOST_THINGS].
+    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS], and which things each
+    question is about, float32 [B, Q, MOST_THINGS].
     """
 
     pixels: torch.Tensor
@@ -132,7 +137,7 @@ def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames:
         total = rng.randint(max(frames, 24), LONGEST_VIDEO)
         times = frame_times(sample_frames(total, frames), total)
         clips.append(render(scene, times, half=True))
-        questions = LOOKUP_QUESTIONS if stage in ("lookup", "find") else QUESTIONS_PER_CLIP
+        questions = LOOKUP_QUESTIONS if stage in ("lookup", "find", "spots") else QUESTIONS_PER_CLIP
         asked.append(ask_many(scene, questions, rng, weights=STAGE_WEIGHTS.get(stage, LATE_WEIGHTS)))
         shown[clip, ..., : len(scene.things)] = torch.from_numpy(thing_patches(scene, times))
         for row, question in enumerate(asked[-1]):

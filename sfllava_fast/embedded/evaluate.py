@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -160,6 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    logging.getLogger("sfllava_fast").setLevel(logging.ERROR)  # unknown words are asked on purpose
     try:
         models = load_models(args.model, args.ablation)
         scores = examine(models, args.clips, args.seed, args.split, args.new_phrasings, args.frames)

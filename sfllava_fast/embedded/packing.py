@@ -27,8 +27,8 @@ CLOCK_LAYER = 1
 class Guide:
     """Early help: two heads of the middle layers shall look at what a question is about, one in each pathway.
 
-    `about` bool [B, Q, S]: which visual tokens show it; `start` [B, Q]: where each answer starts; `slow`: how many
-    of the S tokens are slow ones. Also keeps the visual tokens after CLOCK_LAYER, which shall tell the time.
+    `about` bool [B, Q, S]: which visual tokens show it; `start` [B, Q]: where each answer starts; `slow`: how
+    many of the S tokens are slow ones. Also keeps the visual tokens after CLOCK_LAYER, to tell the time.
     """
 
     def __init__(self, about: torch.Tensor, start: torch.Tensor, slow: int):
@@ -37,7 +37,7 @@ class Guide:
         self.visual: torch.Tensor | None = None
 
     def watch(self, scores: torch.Tensor) -> None:
-        """Adds a layer's loss; `scores` [B, H, Q, L, 1 + S + L]: attention of each question token, before softmax."""
+        """Adds a layer's loss; `scores` [B, H, Q, L, 1 + S + L]: attention before softmax."""
         batch, questions = self.start.shape
         rows = scores[:, :2].permute(0, 2, 3, 1, 4)  # [B, Q, L, 2, 1 + S + L]
         clips = torch.arange(batch, device=rows.device)[:, None]

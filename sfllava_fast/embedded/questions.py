@@ -110,14 +110,18 @@ LOOKUP_WEIGHTS = {"colour": 34, "shape": 34, "place": 12, "exist": 10, "count": 
 FIND_WEIGHTS = {
     "place": 42, "exist": 16, "relation": 14, "count": 8, "colour": 8, "shape": 8, "number": 4
 }
+# or where it is and goes,
+SPOT_WEIGHTS = {
+    "place": 36, "relation": 18, "exist": 12, "direction": 14, "count": 6, "when": 6, "first": 4, "last": 4
+}
 # when it comes and where it goes.
 TIME_WEIGHTS = {
     "when": 26, "first": 16, "last": 16, "direction": 22, "place": 6, "exist": 6, "colour": 4, "shape": 4
 }
 # Other late stages ask less for what one attribute answers.
 LATE_WEIGHTS = WEIGHTS | {
-    "colour": 4, "shape": 4, "number": 4, "count": 12, "place": 14, "relation": 10, "direction": 12, "first": 8,
-    "last": 8, "when": 12, "exist": 12,
+    "colour": 4, "shape": 4, "number": 4, "count": 12, "place": 14, "relation": 10, "direction": 12,
+    "first": 8, "last": 8, "when": 12, "exist": 12,
 }
 
 # Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.

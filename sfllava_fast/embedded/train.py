@@ -1,8 +1,8 @@
 """Trains the embedded model from scratch: `python -m sfllava_fast.embedded.train --out DIR`.
 
-Four stages of fixed length: the vision tower on single frames with patch labels; the projector, until each
-patch reads as the words for what it shows; projector and language model on clips, the tower frozen;
-everything together. Ranks are processes that average their gradients.
+Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels (tower,
+places, cells), and the projector, until a patch reads as the words for what it shows (align). On clips, the
+tower frozen: projector and language model. Ranks are processes that average their gradients.
 """
 
 from __future__ import annotations
@@ -45,23 +45,28 @@ class Stage:
 
 STAGES = (
     Stage("tower", 1300, 0.0, 1.5e-3),
+    # The language model needs few steps to read what a patch shows once its tokens resemble words.
     Stage("align", 300, 3e-3, 0.0, warmup=30),
     Stage("language", 579, 1.2e-3, 0.0, decays=False),
+    # Dense in one kind of question, short clips: the first lookup by content is the hard one to learn.
     Stage("lookup", 500, 1.5e-3, 0.0, decays=False, warmup=30),
     Stage("video", 290, 1.2e-3, 0.0, decays=False, warmup=30),
+    # The tower had forgotten where a patch lies; now it tells, and from "cells" on loudly enough to be heard.
     Stage("places", 200, 0.0, 8e-4, warmup=20),
     Stage("clips", 178, 1.2e-3, 0.0, decays=False, warmup=30),
     Stage("cells", 250, 0.0, 1.5e-3, warmup=20),
     Stage("mixed", 1, 1.2e-3, 0.0, decays=False, warmup=30),
     Stage("find", 250, 1.5e-3, 0.0, decays=False, warmup=30),
     Stage("time", 250, 1.2e-3, 0.0, decays=False, warmup=30),
+    # From here two heads are shown where to look, and from "worded" on the projector goes on being aligned.
     Stage("guided", 230, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("worded", 350, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("last", 300, 1.2e-3, 0.0, warmup=10),
+    Stage("worded", 201, 1.2e-3, 0.0, decays=False, warmup=30),
+    Stage("spots", 220, 1.5e-3, 0.0, decays=False, warmup=10),
+    Stage("last", 430, 1.2e-3, 0.0, warmup=10),
 )
 IMAGE_STAGES = ("tower", "align", "places", "cells")
-GUIDED_STAGES = ("guided", "worded", "last")
-WORDED_STAGES = ("worded", "last")  # the projector goes on being aligned
+GUIDED_STAGES = ("guided", "worded", "spots", "last")
+WORDED_STAGES = ("worded", "spots", "last")  # the projector goes on being aligned
 WORDED_IMAGES = 12
 IMAGES_PER_RANK = 32
 BATCH_RANKS = 2  # the global batch is always that of two ranks
@@ -148,7 +153,7 @@ class Trainer:
             return [[*self.model.model.multi_modal_projector.parameters(), *embeddings], []]
         if name in GUIDED_STAGES:
             language += self.heads.clock.parameters()
-        return [language, tower if name == "joint" else []]
+        return [language, []]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": group} for group in self._groups() if group]
@@ -175,7 +180,8 @@ class Trainer:
             loss = self._image_loss(name, share) if on_images else self._language_loss(name, share)
             (loss / len(shares)).backward()
             losses.append(loss.item())
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         self._average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
@@ -205,13 +211,13 @@ class Trainer:
         layout = draw_layout(name, self.step)
         clips = layout.clips
         batch = clip_batch(self.tokenizer, name, self.step, share * clips, clips, layout.frames)
-        with torch.set_grad_enabled(name == "joint"):
+        with torch.no_grad():
             features = encode_frames(self.model, batch.pixels.to(self.device))
-        ids, where = batch.ids.to(self.device), batch.targets != IGNORE
+        where = batch.targets != IGNORE
         features = features.unflatten(0, (clips, -1))
         guide = self._guide(batch, layout) if name in GUIDED_STAGES else None
-        where_here = where.to(self.device)
-        logits = packed_logits(self.model, features, ids, where_here, layout.slow, layout.mode, guide)
+        questions = batch.ids.to(self.device), where.to(self.device)
+        logits = packed_logits(self.model, features, *questions, layout.slow, layout.mode, guide)
         target = batch.targets[where].to(self.device)
         if layout.mode == "both":
             self._count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
