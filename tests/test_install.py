@@ -38,7 +38,8 @@ def pip(*arguments, **env):
 
 def check(target, backend):
     command = [sys.executable, "-c", CHECK, str(target), backend]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=target, env=os.environ | {"PYTHONPATH": str(target)})
+    env = os.environ | {"PYTHONPATH": str(target)}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=target, env=env)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
