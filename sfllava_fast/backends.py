@@ -42,7 +42,7 @@ def load_library() -> str | None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
         return f"torch {torch.__version__} lacks the stable ABI of torch 2.10"
     if not LIBRARY.exists():
-        return "the package was installed without compiled kernels (no C++ compiler at install time)"
+        return "the package was installed without compiled kernels (no C++ compiler then, or SFLLAVA_FAST_CPU=0)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
