@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sfllava_fast import embedded
-from sfllava_fast.embedded import batches, evaluate, packing, questions, sample, scenes, train
+from sfllava_fast.embedded import batches, evaluate, guidance, packing, questions, sample, scenes, train
 from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export
 
 SEEDS = range(24)
@@ -157,8 +157,10 @@ def test_patch_labels_lie_on_drawn_pixels():
         centres = {t.centre(0.5) for t in scene.things if t.visible(0.5)}
         for row, column in np.argwhere(labels["shape"] > 0):
             away = labels["offset"][row, column]
-            x, y = (away + (column + 0.5, row + 0.5)) * 24
-            assert (round(x), round(y)) in centres
+            x, y = ((away + (column + 0.5, row + 0.5)) * 24).round().astype(int)
+            assert (x, y) in centres
+            place = scenes.PLACES[labels["down"][row, column] - 1][labels["across"][row, column] - 1]
+            assert place == scenes.place_name((x, y))
 
 
 def test_training_frames_are_what_preprocessing_makes_of_video_frames():
@@ -190,14 +192,51 @@ def test_video_file_decodes_to_the_drawn_frames(tmp_path):
 # --- splits, questions, tokenizer
 
 
-def test_splits_share_no_combination_and_cover_every_colour_and_shape():
-    trained, held = map(set, (scenes.SPLITS["train"], scenes.SPLITS["heldout"]))
-    assert not trained & held and len(trained | held) == 64 and len(held) == 16
-    for part in (trained, held):
-        assert {c for c, _ in part} == set(scenes.COLOURS) and {s for _, s in part} == set(scenes.SHAPES)
-    for split, part in (("train", trained), ("heldout", held)):
-        drawn = {(t.colour, t.shape) for seed in SEEDS for t in scenes.draw_scene(seed, split).things}
-        assert drawn <= part and len(drawn) > 12
+def pairs_of(scene: scenes.Scene) -> set[tuple[str, str]]:
+    return {(thing.colour, thing.shape) for thing in scene.things}
+
+
+def test_only_held_out_clips_show_held_out_pairs():
+    trained, held = set(scenes.TRAINED), set(scenes.HELD_OUT)
+    assert not trained & held and len(trained | held) == 64 and len(held) == 4
+    assert {c for c, _ in trained} == set(scenes.COLOURS) and {s for _, s in trained} == set(scenes.SHAPES)
+    for seed in SEEDS:
+        assert pairs_of(scenes.draw_scene(seed)) <= trained
+        assert 2 <= len(pairs_of(scenes.draw_scene(seed, "heldout")) & held) <= 3
+
+
+def test_held_out_questions_are_about_held_out_pairs_where_they_can_be():
+    held = [" ".join(pair) for pair in scenes.HELD_OUT]
+    for seed in SEEDS:
+        scene, rng = scenes.draw_scene(seed, "heldout"), random.Random(seed)
+        stills = {thing.name for thing in scene.of_kind("still")}
+        asked = questions.ask(scene, "place", rng, "heldout")
+        assert any(name in asked.text for name in held) == bool(stills & set(held))
+
+
+def test_scenes_have_as_many_things_as_asked_for():
+    for stills, passing in product(((0, 1), (2, 2)), ((0, 0), (1, 2))):
+        for seed in SEEDS:
+            scene = scenes.draw_scene(seed, "train", stills, passing)
+            assert stills[0] <= len(scene.of_kind("still")) <= stills[1]
+            assert passing[0] <= len(scene.of_kind("visit", "cross")) <= passing[1]
+            if scene.things:
+                assert len(questions.ask_many(scene, 6, random.Random(seed))) == 6
+
+
+def test_mentions_are_found_at_the_last_word_that_names_them():
+    def thing(colour, shape):
+        return scenes.Thing(colour, shape, 28, "still", (40, 40), (40, 40))
+
+    scene = scenes.Scene((thing("red", "circle"), thing("red", "cross"), thing("blue", "cross")), None, (0, 0, 0))
+    told = {
+        "where is the red circle ?": {4: [0]}, "how many crosses are there ?": {2: [1, 2]},
+        "what shape is the red one ?": {4: [0, 1]}, "is there a green star ?": {4: []},
+        "the red cross : is it left of the blue cross ?": {2: [1], 10: [2]}, "who are you ?": {},
+        "read the sign .": {2: []},
+    }
+    for text, found in told.items():
+        assert questions.mentioned(text.split(), scene) == found, text
 
 
 def test_training_questions_never_name_a_held_out_combination_or_phrasing():
@@ -263,7 +302,8 @@ def test_batches_depend_on_stage_and_step_alone(tokenizer):
     assert torch.equal(a.pixels, b.pixels) and torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
     assert not torch.equal(a.pixels, c.pixels)
     assert a.pixels.shape == (16, 3, 96, 96) and a.ids.shape[:2] == a.types.shape == (2, 16)
-    layouts = [batches.draw_layout("language", step) for step in range(400)]
+    assert batches.Diet(frames=9).layout("language", 3) == batches.Layout(9, 4, "both")
+    layouts = [batches.Diet().layout("language", step) for step in range(400)]
     assert {8, 16, 32, 64} <= {x.frames for x in layouts} and {2, 4, 8} <= {x.slow for x in layouts}
     assert 0.06 < sum(x.mode == "slow" for x in layouts) / 400 < 0.17
 
@@ -333,8 +373,7 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(train, "IMAGES_PER_RANK", 8)
     monkeypatch.setattr(train, "WORDED_IMAGES", 2)
     monkeypatch.setattr(batches, "QUESTIONS_PER_CLIP", 4)
-    monkeypatch.setattr(batches, "LOOKUP_QUESTIONS", 4)
-    monkeypatch.setattr(train, "draw_layout", lambda stage, step: batches.Layout(8, 4, "both"))
+    monkeypatch.setattr(batches.Diet, "layout", lambda diet, stage, step: batches.Layout(8, 4, "both"))
 
 
 def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
@@ -342,7 +381,7 @@ def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
     losses = [run.train_step() for _ in range(run.stages[0].steps)]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:2])
     assert run.finished_stage()
-    while run.stages[run.stage].name != "language":
+    while run.now.trains != "language":
         assert run.next_stage()
     run.train_step()
     run.save(tmp_path / "checkpoint.pt")
@@ -356,22 +395,58 @@ def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
 
 
 TRAINED = {
-    "tower": {"vision_tower"}, "places": {"vision_tower"}, "cells": {"vision_tower"},
-    "align": {"multi_modal_projector", "embed_tokens"},
+    "tower": {"vision_tower"}, "words": {"multi_modal_projector", "embed_tokens"},
+    "language": {"multi_modal_projector", "language_model"},
 }
 
 
 def test_each_stage_trains_its_own_part(tmp_path, small_batches):
     run = trainer(tmp_path)
     for stage in run.stages:
-        parts = TRAINED.get(stage.name, {"multi_modal_projector", "language_model"})
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
         run.train_step()
         for name, p in run.model.named_parameters():
-            trained = any(part in name for part in parts) and "post_layernorm" not in name
+            trained = any(part in name for part in TRAINED[stage.trains]) and "post_layernorm" not in name
             assert torch.equal(before[name], p) != trained, (stage.name, name)
         run.next_stage()
     assert not run.next_stage()
+
+
+def guided(tokenizer, mode: str) -> tuple[batches.ClipBatch, guidance.Guide]:
+    batch = batches.clip_batch(tokenizer, "guide", 0, 0, 2, 8)
+    return batch, guidance.Guide(batch, batches.Layout(8, 4, mode), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("mode", "slow", "fast"), [("both", 128, 32), ("slow", 128, 0), ("fast", 0, 32)])
+def test_guide_marks_the_tokens_that_show_what_is_named(tokenizer, mode, slow, fast):
+    """Token by token, by counting: slow ones hold 2 patches side by side, fast ones 4 x 4."""
+    batch, guide = guided(tokenizer, mode)
+    shown = batch.shown.view(2, 8, 8, 8, -1).bool()
+    assert guide.slow_tokens == slow and guide.slow.shape[1] == slow + fast
+    for clip, thing in product(range(2), range(batches.MOST_THINGS)):
+        seen = [frame for frame in range(8) if shown[clip, frame, ..., thing].any()]
+        marks = [part[clip, :, thing].bool() for part in (guide.slow, guide.first, guide.last)]
+        if slow:
+            frames = shown[clip, ::2, ..., thing]
+            assert torch.equal(marks[0][:slow], frames.view(4, 8, 4, 2).any(-1).flatten())
+        if fast and seen:
+            for mark, frame in zip(marks[1:], (seen[0], seen[-1])):
+                cells = shown[clip, frame, ..., thing].view(2, 4, 2, 4).any(3).any(1).flatten()
+                times = [frame] if frame == seen[0] and mark is marks[1] else [frame, frame + 1]  # seen, then missed
+                told = [4 * time + cell for time in times if time < 8 for cell in range(4) if cells[cell]]
+                assert mark[slow:].nonzero().flatten().tolist() == told
+        if fast and seen and seen[0]:
+            news = guide.news[clip, 4 * seen[0] : 4 * seen[0] + 4]
+            assert batch.facts[clip, thing, :2].tolist() in news[:, :2].tolist()
+
+
+def test_looks_lose_nothing_where_attention_is_right(tokenizer):
+    batch, guide = guided(tokenizer, "both")
+    tokens, look = guide.slow.shape[1], guide.looks[0]
+    scores = torch.full((2, 6, *batch.ids.shape[1:], 1 + tokens + batch.ids.shape[2]), -30.0)
+    flat = float(look.loss(scores))
+    scores[:, 0, :, :, 1 : 1 + tokens][look.wanted] = 30.0
+    assert float(look.loss(scores)) < 1e-6 < 1.0 < flat
 
 
 def test_the_script_runs_every_stage_on_two_ranks_and_exports(tmp_path):

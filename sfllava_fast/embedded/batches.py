@@ -11,23 +11,20 @@ import torch
 
 from ..config import sample_frames
 from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
-from .questions import (
-    FIND_WEIGHTS, LATE_WEIGHTS, LOOKUP_WEIGHTS, SPOT_WEIGHTS, TIME_WEIGHTS, TYPES, WEIGHTS, Question,
-    ask_many, things_asked,
-)
+from .questions import TYPES, WHEN, Question, ask_many, mentioned, when
 from .scenes import (
-    CANVAS, COLOURS, GRID, SHAPES, draw_scene, frame_times, patch_labels, place_name, render,
-    thing_patches,
+    CANVAS, COLOURS, DIRECTIONS, GRID, PASSING, PLACES, SHAPES, STILLS, Scene, Thing, draw_scene, frame_times,
+    patch_labels, render, sign_patches, thing_patches,
 )
 
 QUESTIONS_PER_CLIP = 16
-LOOKUP_QUESTIONS = 24
-STAGE_WEIGHTS = {
-    "language": WEIGHTS, "lookup": LOOKUP_WEIGHTS, "find": FIND_WEIGHTS, "time": TIME_WEIGHTS,
-    "spots": SPOT_WEIGHTS,
-}
 LONGEST_VIDEO = 96
-MOST_THINGS = 8
+MOST_THINGS = STILLS[1] + PASSING[1] + 1  # the sign is the last
+# What can be true of a thing, or of the sign, and how many values each has, besides 0 for nothing.
+FACTS = {
+    "colour": len(COLOURS), "shape": len(SHAPES), "column": 3, "row": 3, "direction": len(DIRECTIONS) + 1,
+    "when": len(WHEN), "tens": 10, "units": 10,
+}
 IGNORE = -100
 
 
@@ -45,24 +42,26 @@ class Layout:
         return 4 if self.frames <= 20 else 2 if self.frames <= 40 else 1
 
 
-FIXED_LAYOUTS = {
-    "lookup": Layout(8, 4, "both"), "find": Layout(8, 4, "both"), "time": Layout(16, 4, "both"),
-    "spots": Layout(8, 4, "both"),
-}
+@dataclass(frozen=True)
+class Diet:
+    """What a stage draws: how many shapes stand still and pass, least to most, and how many frames show them.
 
-
-def draw_layout(stage: str, step: int) -> Layout:
-    """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway.
-
-    The stages of FIXED_LAYOUTS have theirs throughout.
+    `frames` 0: frames, slow frames and pathways are drawn anew each step.
     """
-    if stage in FIXED_LAYOUTS:
-        return FIXED_LAYOUTS[stage]
-    rng = random.Random(f"layout/{stage}/{step}")
-    frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (60, 14, 10, 4, 12))[0]
-    slow = rng.choices((4, 2, 3, 6, 8), (62, 10, 6, 10, 12))[0]
-    mode = rng.choices(("both", "slow", "fast"), (78, 11, 11))[0]
-    return Layout(frames, min(slow, frames), mode)
+
+    stills: tuple[int, int] = STILLS
+    passing: tuple[int, int] = PASSING
+    frames: int = 0
+
+    def layout(self, stage: str, step: int) -> Layout:
+        """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
+        if self.frames:
+            return Layout(self.frames, 4, "both")
+        rng = random.Random(f"layout/{stage}/{step}")
+        frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (58, 12, 14, 6, 10))[0]
+        slow = rng.choices((4, 2, 3, 6, 8), (68, 8, 6, 8, 10))[0]
+        mode = rng.choices(("both", "slow", "fast"), (78, 11, 11))[0]
+        return Layout(frames, min(slow, frames), mode)
 
 
 def normalise(frames: np.ndarray) -> torch.Tensor:
@@ -90,22 +89,22 @@ def image_batch(
 def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Which words say what a patch shows, and where: shares [N, 64, vocab]; and which show anything [N, 64].
 
-    The pad token stands for nothing.
+    The pad token stands for nothing. The place is that of the shape's centre, not of the patch.
     """
+    vocab = tokenizer.get_vocab()
     values = {
         "shape": SHAPES, "colour": tuple(COLOURS),
         "tens": "0123456789", "units": [f"##{d}" for d in range(10)],
     }
-    vocab = tokenizer.get_vocab()
     shown = (labels["shape"] > 0) | (labels["tens"] > 0) | (labels["units"] > 0)
     words = torch.zeros(*shown.shape, len(vocab), device=shown.device)
     for key, names in values.items():
         ids = torch.tensor([0, *(vocab[name] for name in names)], device=shown.device)[labels[key]]
         words.scatter_add_(-1, ids[..., None], (labels[key] > 0)[..., None].float())
-    side = CANVAS // GRID
-    for row, column in product(range(GRID), repeat=2):
-        for word in place_name((column * side + side // 2, row * side + side // 2)).split():
-            words[:, row, column, vocab[word]] = shown[:, row, column].float()
+    for row, column in product(range(3), repeat=2):
+        here = ((labels["down"] == row + 1) & (labels["across"] == column + 1)).float()
+        for word in PLACES[row][column].split():
+            words[..., vocab[word]] += here
     words[..., tokenizer.pad_token_id] = (~shown).float()
     return (words / words.sum(-1, keepdim=True)).flatten(1, 2), shown.flatten(1)
 
@@ -114,8 +113,9 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 class ClipBatch:
     """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q].
 
-    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS], and which things each
-    question is about, float32 [B, Q, MOST_THINGS].
+    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS]; where a question names
+    things, bool [B, Q, L]; which ones, and at the start of an answer that is a thing, that thing, float32
+    [B, Q, L, MOST_THINGS]; and what is true of each thing, int64 [B, MOST_THINGS, len(FACTS)], 0 = nothing.
     """
 
     pixels: torch.Tensor
@@ -123,28 +123,70 @@ class ClipBatch:
     targets: torch.Tensor  # the next token where it belongs to the answer, else IGNORE
     types: torch.Tensor
     shown: torch.Tensor
-    about: torch.Tensor
+    naming: torch.Tensor
+    named: torch.Tensor
+    answered: torch.Tensor
+    facts: torch.Tensor
 
 
-def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int) -> ClipBatch:
-    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP (or LOOKUP_QUESTIONS) questions."""
-    clips, asked = [], []
+def clip_batch(
+    tokenizer, stage: str, step: int, first: int, count: int, frames: int, diet: Diet = Diet()
+) -> ClipBatch:
+    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP questions."""
+    scenes, clips, asked = [], [], []
     shown = torch.zeros(count, frames, GRID * GRID, MOST_THINGS)
-    about = torch.zeros(count, LOOKUP_QUESTIONS, MOST_THINGS)
     for clip, index in enumerate(range(first, first + count)):
         rng = random.Random(f"clip/{stage}/{step}/{index}")
-        scene = draw_scene(f"{stage}/{step}/{index}")
+        scene = draw_scene(f"{stage}/{step}/{index}", "train", diet.stills, diet.passing)
         total = rng.randint(max(frames, 24), LONGEST_VIDEO)
         times = frame_times(sample_frames(total, frames), total)
+        scenes.append(scene)
         clips.append(render(scene, times, half=True))
-        questions = LOOKUP_QUESTIONS if stage in ("lookup", "find", "spots") else QUESTIONS_PER_CLIP
-        asked.append(ask_many(scene, questions, rng, weights=STAGE_WEIGHTS.get(stage, LATE_WEIGHTS)))
+        asked.append(ask_many(scene, QUESTIONS_PER_CLIP, rng))
         shown[clip, ..., : len(scene.things)] = torch.from_numpy(thing_patches(scene, times))
-        for row, question in enumerate(asked[-1]):
-            about[clip, row, things_asked(scene, question)] = 1.0
+        shown[clip, ..., -1] = torch.from_numpy(sign_patches(scene))
     ids, targets = encode_questions(tokenizer, asked)
     types = torch.tensor([[TYPES.index(question.type) for question in questions] for questions in asked])
-    return ClipBatch(normalise(np.stack(clips)), ids, targets, types, shown, about[:, : ids.shape[1]])
+    subjects = _subjects(tokenizer, scenes, asked, ids)
+    return ClipBatch(normalise(np.stack(clips)), ids, targets, types, shown, *subjects, _facts(scenes))
+
+
+def _subjects(
+    tokenizer, scenes: list[Scene], asked: list[list[Question]], ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`naming`, `named` and `answered` of a ClipBatch."""
+    naming, (named, answered) = torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(2, *ids.shape, MOST_THINGS)
+    for clip, (scene, questions) in enumerate(zip(scenes, asked)):
+        names = [thing.name for thing in scene.things]
+        for row, question in enumerate(questions):
+            words = tokenizer.convert_ids_to_tokens(ids[clip, row].tolist())
+            start = words.index(ASSISTANT)
+            for place, things in mentioned(words[:start], scene).items():
+                naming[clip, row, place] = True
+                named[clip, row, place, things] = 1.0
+            if question.answer in names:
+                answered[clip, row, start, names.index(question.answer)] = 1.0
+    return naming, named, answered
+
+
+def _facts(scenes: list[Scene]) -> torch.Tensor:
+    facts = torch.zeros(len(scenes), MOST_THINGS, len(FACTS), dtype=torch.long)
+    for clip, scene in enumerate(scenes):
+        for index, thing in enumerate(scene.things):
+            facts[clip, index] = torch.tensor(_facts_of(thing))
+        if scene.sign:
+            facts[clip, -1, -2:] = 1 + torch.tensor(divmod(scene.sign.number, 10))
+    return facts
+
+
+def _facts_of(thing: Thing) -> list[int]:
+    column, row = (1 + 3 * centre // CANVAS if thing.kind == "still" else 0 for centre in thing.begin)
+    passes = thing.kind != "still"
+    return [
+        1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape), column, row,
+        1 + (DIRECTIONS.index(thing.direction) if thing.direction else len(DIRECTIONS)),
+        1 + WHEN.index(when(thing)) if passes and when(thing) else 0, 0, 0,
+    ]
 
 
 def encode_questions(tokenizer, asked: list[list[Question]]) -> tuple[torch.Tensor, torch.Tensor]:

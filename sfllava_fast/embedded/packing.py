@@ -6,51 +6,19 @@ the one that the question would get alone; the prefix is paid for once.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from ..config import SlowFastConfig
-from .model import LAYOUT
-from ..ops import slowfast_aggregate
+from .guidance import NAMING_LAYER, NEWS_LAYER, Guide, pool_tokens
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 ATTENTION = "sfllava_packed"
-GUIDED_LAYERS = (1, 2)
-CLOCK_LAYER = 1
-
-
-class Guide:
-    """Early help: two heads of the middle layers shall look at what a question is about, one in each pathway.
-
-    `about` bool [B, Q, S]: which visual tokens show it; `start` [B, Q]: where each answer starts; `slow`: how
-    many of the S tokens are slow ones. Also keeps the visual tokens after CLOCK_LAYER, to tell the time.
-    """
-
-    def __init__(self, about: torch.Tensor, start: torch.Tensor, slow: int):
-        self.about, self.start, self.slow = about, start, slow
-        self.losses: list[torch.Tensor] = []
-        self.visual: torch.Tensor | None = None
-
-    def watch(self, scores: torch.Tensor) -> None:
-        """Adds a layer's loss; `scores` [B, H, Q, L, 1 + S + L]: attention before softmax."""
-        batch, questions = self.start.shape
-        rows = scores[:, :2].permute(0, 2, 3, 1, 4)  # [B, Q, L, 2, 1 + S + L]
-        clips = torch.arange(batch, device=rows.device)[:, None]
-        looks = rows[clips, torch.arange(questions, device=rows.device)[None], self.start]
-        everything = looks.logsumexp(-1)
-        tokens = self.about.shape[-1]
-        for head, part in enumerate((slice(0, self.slow), slice(self.slow, tokens))):
-            wanted = self.about[..., part]
-            asked = wanted.any(-1)
-            if asked.any():
-                seen = looks[:, :, head, 1 : 1 + tokens][..., part]
-                seen = seen[asked].masked_fill(~wanted[asked], float("-inf")).logsumexp(-1)
-                self.losses.append((everything[:, :, head][asked] - seen).mean())
 
 
 def packed_attention(
@@ -67,8 +35,8 @@ def packed_attention(
     own = query @ own_key.transpose(3, 4)
     later = torch.ones(length, length, dtype=torch.bool, device=own.device).triu(1)
     scores = torch.cat([shared, own.masked_fill(later, float("-inf"))], -1) * scaling
-    if guide is not None and module.layer_idx in GUIDED_LAYERS:
-        guide.watch(scores)
+    if guide is not None:
+        guide.watch(module.layer_idx, scores)
     weights = scores.softmax(-1)
     tail = (weights[..., :prefix].flatten(2, 3) @ value[:, :, :prefix]).unflatten(2, (questions, length))
     tail = tail + weights[..., prefix:] @ own_value
@@ -83,22 +51,34 @@ def use_packed_attention(model: LlavaForConditionalGeneration) -> None:
     model.model.language_model.config._attn_implementation = ATTENTION
 
 
-def pool_tokens(features: torch.Tensor, slow: int, mode: str = "both") -> torch.Tensor:
-    """SlowFast tokens of clips of equal length, through the package's own op: [B, T, 64, D] -> [B, S, D]."""
-    clips, frames = features.shape[:2]
-    layout = replace(SlowFastConfig.parse(LAYOUT), slow_frames=slow)
-    if mode != "both":
-        layout = layout.only(mode)
-    bounds = [clip * frames for clip in range(clips + 1)]
-    tokens, _ = slowfast_aggregate(features.flatten(0, 1), layout, frame_offsets=bounds)
-    return tokens.unflatten(0, (clips, -1))
-
-
 def encode_frames(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """Patch features of the configured layer: pixel values [N, 3, 96, 96] -> [N, 64, 128]."""
     tower = model.model.vision_tower
     hidden = tower.encoder(inputs_embeds=tower.pre_layrnorm(tower.embeddings(pixels))).last_hidden_state
     return hidden[:, 1:]
+
+
+@contextmanager
+def _watched(layers: torch.nn.ModuleList, guide: Guide | None, prefix: int, questions: int) -> Iterator[None]:
+    """Hands the guide what its layers make of the visual tokens and of the questions."""
+    if guide is None:
+        yield
+        return
+
+    def keep_visual(module, inputs, output):
+        guide.visual = output[:, 1:prefix]
+
+    def keep_words(module, inputs, output):
+        guide.words = output[:, prefix:].unflatten(1, (questions, -1))
+
+    hooks = [
+        layers[NEWS_LAYER].register_forward_hook(keep_visual), layers[NAMING_LAYER].register_forward_hook(keep_words)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def packed_logits(
@@ -121,14 +101,9 @@ def packed_logits(
     embeds = torch.cat([language.embed_tokens(start), visual, language.embed_tokens(ids.flatten(1))], 1)
     prefix = visual.shape[1] + 1
     positions = torch.cat([torch.arange(prefix), torch.arange(prefix, prefix + length).repeat(questions)])
-    def keep_visual(module, inputs, output):
-        guide.visual = (output[0] if isinstance(output, tuple) else output)[:, 1:prefix]
-
-    hook = language.layers[CLOCK_LAYER].register_forward_hook(keep_visual) if guide is not None else None
-    hidden = language(
-        inputs_embeds=embeds, position_ids=positions[None].to(ids.device), use_cache=False,
-        packing=(prefix, questions), guide=guide,
-    ).last_hidden_state
-    if hook is not None:
-        hook.remove()
+    with _watched(language.layers, guide, prefix, questions):
+        hidden = language(
+            inputs_embeds=embeds, position_ids=positions[None].to(ids.device), use_cache=False,
+            packing=(prefix, questions), guide=guide,
+        ).last_hidden_state
     return model.lm_head(hidden[:, prefix:].unflatten(1, (questions, length))[where])

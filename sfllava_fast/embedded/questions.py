@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from .scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, place_name
+from .scenes import COLOURS, HELD_OUT, SHAPES, TRAINED, Scene, Thing, place_name
 
 UNANSWERABLE = "I cannot answer that"
 STILL = "it does not move"
@@ -100,29 +100,10 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 
 # How often each type is asked in training. "total" counts all shapes, in the phrasings of "count".
 WEIGHTS = {
-    "colour": 8, "shape": 8, "count": 10, "total": 4, "place": 9, "relation": 9, "number": 8, "direction": 10,
-    "first": 7, "last": 7, "when": 9, "exist": 10, "unanswerable": 9,
+    "colour": 6, "shape": 6, "count": 10, "total": 4, "place": 12, "relation": 10, "number": 6,
+    "direction": 12, "first": 8, "last": 8, "when": 12, "exist": 10, "unanswerable": 9,
 }
 TYPES = tuple(WEIGHTS)
-# Some stages of training ask mostly for one thing: an attribute of a thing named by the other,
-LOOKUP_WEIGHTS = {"colour": 34, "shape": 34, "place": 12, "exist": 10, "count": 6, "number": 4}
-# where a thing named by both is,
-FIND_WEIGHTS = {
-    "place": 42, "exist": 16, "relation": 14, "count": 8, "colour": 8, "shape": 8, "number": 4
-}
-# or where it is and goes,
-SPOT_WEIGHTS = {
-    "place": 36, "relation": 18, "exist": 12, "direction": 14, "count": 6, "when": 6, "first": 4, "last": 4
-}
-# when it comes and where it goes.
-TIME_WEIGHTS = {
-    "when": 26, "first": 16, "last": 16, "direction": 22, "place": 6, "exist": 6, "colour": 4, "shape": 4
-}
-# Other late stages ask less for what one attribute answers.
-LATE_WEIGHTS = WEIGHTS | {
-    "colour": 4, "shape": 4, "number": 4, "count": 12, "place": 14, "relation": 10, "direction": 12,
-    "first": 8, "last": 8, "when": 12, "exist": 12,
-}
 
 # Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.
 UNKNOWN_WORDS = (
@@ -155,13 +136,12 @@ def ask(
 
 
 def ask_many(
-    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False,
-    weights: dict[str, int] = WEIGHTS,
+    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
 ) -> list[Question]:
-    """`count` questions of random types by their weights."""
+    """`count` questions of random types by WEIGHTS."""
     questions = []
     while len(questions) < count:
-        kind = rng.choices(tuple(weights), weights.values())[0]
+        kind = rng.choices(TYPES, WEIGHTS.values())[0]
         question = ask(scene, kind, rng, split, held_out_phrasing)
         if question is not None:
             questions.append(question)
@@ -180,18 +160,24 @@ class _Asker:
     """Fills a random phrasing of one type."""
 
     def __init__(self, kind: str, rng: random.Random, split: str, held_out: bool):
-        self.kind, self.rng, self.held_out = kind, rng, held_out
-        self.combinations = SPLITS[split]
+        self.kind, self.rng, self.split, self.held_out = kind, rng, split, held_out
 
     def __call__(self, answer: str, phrasing_of: str | None = None, **slots: str) -> Question:
         phrasing = self.rng.choice(phrasings(phrasing_of or self.kind, self.held_out))
         text = phrasing.format(**slots).replace("a orange", "an orange")
         return Question(self.kind, text, answer, phrasing)
 
+    def pick(self, things: list[Thing]) -> Thing | None:
+        """One of them, a held-out pair where the split is theirs; None of none."""
+        if self.split == "heldout":
+            things = [thing for thing in things if (thing.colour, thing.shape) in HELD_OUT] or things
+        return self.rng.choice(things) if things else None
+
     def absent(self, scene: Scene) -> str:
-        """A shape of the split that is not in the scene; half the time its colour and its shape both are."""
+        """A pair of the split that is not in the scene; half the time its colour and its shape both are."""
         present = {(thing.colour, thing.shape) for thing in scene.things}
-        missing = [pair for pair in self.combinations if pair not in present]
+        pairs = TRAINED + HELD_OUT if self.split == "heldout" else TRAINED
+        missing = [pair for pair in pairs if pair not in present]
         colours, shapes = {c for c, _ in present}, {s for _, s in present}
         near = [pair for pair in missing if pair[0] in colours and pair[1] in shapes]
         return " ".join(self.rng.choice(near if near and self.rng.random() < 0.5 else missing))
@@ -203,19 +189,13 @@ def _unique(scene: Scene, attribute: str) -> list[Thing]:
 
 
 def _colour(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    things = _unique(scene, "shape")
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return make(thing.colour, s=thing.shape)
+    thing = make.pick(_unique(scene, "shape"))
+    return thing and make(thing.colour, s=thing.shape)
 
 
 def _shape(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    things = _unique(scene, "colour")
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return make(thing.shape, c=thing.colour)
+    thing = make.pick(_unique(scene, "colour"))
+    return thing and make(thing.shape, c=thing.colour)
 
 
 def plural(shape: str) -> str:
@@ -236,13 +216,16 @@ def _total(scene: Scene, rng: random.Random, make: _Asker) -> Question:
     return make(str(len(scene.things)), "count", n=rng.choice(("shapes", "objects")))
 
 
-def _place(scene: Scene, rng: random.Random, make: _Asker) -> Question:
-    thing = rng.choice(scene.of_kind("still"))
-    return make(place_name(thing.begin), x=thing.name)
+def _place(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    thing = make.pick(scene.of_kind("still"))
+    return thing and make(place_name(thing.begin), x=thing.name)
 
 
 def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    first, second = rng.sample(scene.of_kind("still"), 2)
+    first = make.pick(scene.of_kind("still"))
+    second = make.pick([thing for thing in scene.of_kind("still") if thing is not first])
+    if second is None:
+        return None
     axis = rng.randrange(2)
     gap = first.begin[axis] - second.begin[axis]
     if abs(gap) < 20:
@@ -259,23 +242,22 @@ def _number(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
 def _direction(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
     movers = scene.of_kind("cross")
     if rng.random() < 0.15:
-        return make(STILL, x=rng.choice(scene.of_kind("still", "visit")).name)
-    if not movers:
-        return None
-    thing = rng.choice(movers)
-    return make(thing.direction, x=thing.name)
+        thing = make.pick(scene.of_kind("still", "visit"))
+        return thing and make(STILL, x=thing.name)
+    thing = make.pick(movers)
+    return thing and make(thing.direction, x=thing.name)
 
 
 def _passing(scene: Scene) -> list[Thing]:
     return sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
 
 
-def _first(scene: Scene, rng: random.Random, make: _Asker) -> Question:
-    return make(_passing(scene)[0].name)
+def _first(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    return make(_passing(scene)[0].name) if _passing(scene) else None
 
 
-def _last(scene: Scene, rng: random.Random, make: _Asker) -> Question:
-    return make(_passing(scene)[-1].name)
+def _last(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+    return make(_passing(scene)[-1].name) if _passing(scene) else None
 
 
 def when(thing: Thing) -> str | None:
@@ -287,16 +269,13 @@ def when(thing: Thing) -> str | None:
 
 
 def _when(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    things = [thing for thing in _passing(scene) if when(thing)]
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return make(when(thing), x=thing.name)
+    thing = make.pick([thing for thing in _passing(scene) if when(thing)])
+    return thing and make(when(thing), x=thing.name)
 
 
 def _exist(scene: Scene, rng: random.Random, make: _Asker) -> Question:
     if rng.random() < 0.5:
-        return make("yes", x=rng.choice(scene.things).name)
+        return make("yes", x=make.pick(scene.things).name)
     return make("no", x=make.absent(scene))
 
 
@@ -327,20 +306,27 @@ _MAKERS = {
 }
 
 
-def things_asked(scene: Scene, question: Question) -> list[int]:
-    """Which of the scene's things an answer hinges on; none for questions about what is not there."""
-    words = set(question.text.strip("?.").replace(":", "").split())
-    tests = {
-        "colour": lambda thing: thing.shape in words,
-        "shape": lambda thing: thing.colour in words,
-        "count": lambda thing: thing.colour in words or plural(thing.shape) in words,
-        "total": lambda thing: True,
-        "first": lambda thing: thing.name == question.answer,
-        "last": lambda thing: thing.name == question.answer,
-        "unanswerable": lambda thing: False,
-    }
-    test = tests.get(question.type, lambda thing: thing.name in question.text)
-    return [index for index, thing in enumerate(scene.things) if test(thing)]
+def mentioned(words: list[str], scene: Scene) -> dict[int, list[int]]:
+    """Which of the scene's things a question names, by the place of the last word that names them.
+
+    "where is the red circle?" names red circles at "circle"; "the red one" names red things at "red". The sign
+    counts as thing -1. What is not in the scene is named too, and is no thing.
+    """
+    found = {}
+    shapes = {**{shape: shape for shape in SHAPES}, **{plural(shape): shape for shape in SHAPES}}
+    for place, word in enumerate(words):
+        colour = words[place - 1] if place and word in shapes else word
+        colour = colour if colour in COLOURS else None
+        if word in COLOURS and place + 1 < len(words) and words[place + 1] in shapes:
+            continue
+        if word == "sign":
+            found[place] = [-1] if scene.sign else []
+        elif word in COLOURS or word in shapes:
+            found[place] = [
+                index for index, thing in enumerate(scene.things)
+                if colour in (None, thing.colour) and shapes.get(word) in (None, thing.shape)
+            ]
+    return found
 
 
 def vocabulary() -> list[str]:

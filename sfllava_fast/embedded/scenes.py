@@ -40,14 +40,11 @@ PLACES = (
     ("bottom left", "bottom", "bottom right"),
 )
 
-# Each colour meets two shapes, and each shape two colours, in held-out clips only.
-HELD_OUT = frozenset(
-    (colour, SHAPES[(i + step) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for step in (2, 5)
-)
-SPLITS = {
-    "train": tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT),
-    "heldout": tuple(sorted(HELD_OUT)),
-}
+SPLITS = ("train", "heldout")
+# Pairs that only held-out clips show.
+HELD_OUT = (("red", "star"), ("yellow", "ring"), ("blue", "triangle"), ("pink", "cross"))
+TRAINED = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
+STILLS, PASSING = (3, 5), (2, 3)  # how many shapes stand still, and come and go: least and most
 
 EDGE = 20  # centres keep this distance from the border
 SPACING = 38  # and this one from each other
@@ -135,18 +132,22 @@ def place_name(centre: tuple[int, int]) -> str:
     return PLACES[min(2, 3 * y // CANVAS)][min(2, 3 * x // CANVAS)]
 
 
-def draw_scene(seed: int | str, split: str = "train") -> Scene:
-    """A random scene of 3 to 5 still shapes, 2 or 3 that come and go, and in four of five cases a sign."""
+def draw_scene(
+    seed: int | str, split: str = "train", stills: tuple[int, int] = STILLS, passing: tuple[int, int] = PASSING
+) -> Scene:
+    """A random scene of so many shapes, least to most, and in four of five cases a sign.
+
+    Scenes of the split "heldout" show two or three pairs of HELD_OUT among others; "train" shows none.
+    """
     rng = random.Random(f"{split}/{seed}")
     while True:
-        scene = _try_scene(rng, SPLITS[split])
+        scene = _try_scene(rng, split, rng.randint(*stills), rng.randint(*passing))
         if scene is not None:
             return scene
 
 
-def _try_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) -> Scene | None:
-    stills, passing = rng.randint(3, 5), rng.randint(2, 3)
-    names = _choose_names(rng, combinations, stills + passing)
+def _try_scene(rng: random.Random, split: str, stills: int, passing: int) -> Scene | None:
+    names = _choose_names(rng, split, stills + passing)
     sign = _draw_sign(rng) if rng.random() < 0.8 else None
     taken: list[tuple[int, int]] = []
     things = []
@@ -163,15 +164,14 @@ def _try_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) ->
     return Scene(tuple(things), sign, tuple(rng.randint(12, 60) for _ in range(3)))
 
 
-def _choose_names(
-    rng: random.Random, combinations: tuple[tuple[str, str], ...], count: int
-) -> list[tuple[str, str]]:
+def _choose_names(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
     """Distinct (colour, shape) pairs; half of the scenes have four colours only, so that colours repeat."""
-    pool = list(combinations)
+    colours = list(COLOURS)
     if rng.random() < 0.5:
-        colours = set(rng.sample(list(COLOURS), 4))
-        pool = [pair for pair in combinations if pair[0] in colours]
-    return rng.sample(pool, count)
+        colours = rng.sample(colours, 4)
+    new = rng.sample(HELD_OUT, min(count, rng.randint(2, 3))) if split == "heldout" else []
+    known = rng.sample([pair for pair in TRAINED if pair[0] in colours], count - len(new))
+    return rng.sample(new + known, count)
 
 
 def _draw_sign(rng: random.Random) -> Sign:
@@ -365,10 +365,11 @@ def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
 def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
     """What each 12 px patch of a frame shows, for the tower's first stage.
 
-    Returns arrays over the 8 x 8 grid: `shape`, `colour`, `tens`, `units` (int64, 0 = nothing) and `offset`
-    (float32 [8, 8, 2], from the patch's centre to the shape's, in patches).
+    Returns arrays over the 8 x 8 grid: `shape`, `colour`, `across` and `down` (which of three columns and rows
+    of PLACES holds the shape's centre), `tens`, `units` (int64, 0 = nothing) and `offset` (float32 [8, 8, 2],
+    from the patch's centre to the shape's, in patches).
     """
-    shape, colour = np.zeros((GRID, GRID), np.int64), np.zeros((GRID, GRID), np.int64)
+    shape, colour, across, down = (np.zeros((GRID, GRID), np.int64) for _ in range(4))
     offset, best = np.zeros((GRID, GRID, 2), np.float32), np.full((GRID, GRID), 0.15, np.float32)
     middle, side = np.arange(GRID) + 0.5, 2 * PATCH
     for thing in scene.things:
@@ -380,10 +381,15 @@ def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
         best[rows, columns][mine] = cover[mine]
         shape[rows, columns][mine] = 1 + SHAPES.index(thing.shape)
         colour[rows, columns][mine] = 1 + list(COLOURS).index(thing.colour)
-        across, down = np.meshgrid(x / side - middle[columns], y / side - middle[rows])
-        offset[rows, columns][mine] = np.stack([across, down], 2)[mine]
+        across[rows, columns][mine], down[rows, columns][mine] = 1 + 3 * x // CANVAS, 1 + 3 * y // CANVAS
+        offset[rows, columns][mine] = np.stack(
+            np.meshgrid(x / side - middle[columns], y / side - middle[rows]), 2
+        )[mine]
     tens, units = _digit_labels(scene.sign)
-    return {"shape": shape, "colour": colour, "tens": tens, "units": units, "offset": offset}
+    return {
+        "shape": shape, "colour": colour, "across": across, "down": down, "tens": tens, "units": units,
+        "offset": offset,
+    }
 
 
 def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray]:
@@ -408,6 +414,12 @@ def thing_patches(scene: Scene, times: list[float]) -> np.ndarray:
                 rows, columns, cover = _patch_cover(thing, *thing.centre(time))
                 shown[frame, rows, columns, index] = cover > 0.15
     return shown.reshape(len(times), GRID * GRID, -1)
+
+
+def sign_patches(scene: Scene) -> np.ndarray:
+    """Which patches show digits: bool [64]."""
+    tens, units = _digit_labels(scene.sign)
+    return ((tens > 0) | (units > 0)).reshape(-1)
 
 
 def _digit_labels(sign: Sign | None) -> list[np.ndarray]:

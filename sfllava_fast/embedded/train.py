@@ -1,8 +1,8 @@
 """Trains the embedded model from scratch: `python -m sfllava_fast.embedded.train --out DIR`.
 
-Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels (tower,
-places, cells), and the projector, until a patch reads as the words for what it shows (align). On clips, the
-tower frozen: projector and language model. Ranks are processes that average their gradients.
+Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels, then the
+projector, until a patch reads as the words for what it shows. On clips, first of few shapes, then of many: the
+language model, some of its heads shown where to look. Ranks are processes that average their gradients.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from .batches import IGNORE, ClipBatch, Layout, clip_batch, draw_layout, image_batch, patch_words
-from .model import LANGUAGE_WIDTH, build_model, build_tokenizer, export
-from .packing import Guide, encode_frames, packed_logits, pool_tokens, use_packed_attention
+from .batches import IGNORE, Diet, clip_batch, image_batch, patch_words
+from .guidance import ClipHeads, Guide
+from .model import build_model, build_tokenizer, export
+from .packing import encode_frames, packed_logits, use_packed_attention
 from .questions import TYPES
 from .scenes import COLOURS, GRID, SHAPES
 
@@ -33,87 +34,80 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with its own parameters, steps and peak learning rates."""
+    """A stretch of training: which part it trains, its steps, its learning rate from peak to end, its data."""
 
     name: str
+    trains: str  # "tower", "words" (projector and embeddings), "language" (those and the decoder)
     steps: int
-    language_rate: float
-    tower_rate: float
-    decays: bool = True
-    warmup: int = 100
+    rate: float
+    end_rate: float
+    warmup: int = 30
+    diet: Diet = Diet()
+    guided: bool = False
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine from `rate` to `end_rate`."""
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.end_rate + (self.rate - self.end_rate) * fall)
 
 
 STAGES = (
-    Stage("tower", 1300, 0.0, 1.5e-3),
+    Stage("tower", "tower", 1300, 1.5e-3, 4.5e-5, warmup=100),
     # The language model needs few steps to read what a patch shows once its tokens resemble words.
-    Stage("align", 300, 3e-3, 0.0, warmup=30),
-    Stage("language", 579, 1.2e-3, 0.0, decays=False),
-    # Dense in one kind of question, short clips: the first lookup by content is the hard one to learn.
-    Stage("lookup", 500, 1.5e-3, 0.0, decays=False, warmup=30),
-    Stage("video", 290, 1.2e-3, 0.0, decays=False, warmup=30),
-    # The tower had forgotten where a patch lies; now it tells, and from "cells" on loudly enough to be heard.
-    Stage("places", 200, 0.0, 8e-4, warmup=20),
-    Stage("clips", 178, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("cells", 250, 0.0, 1.5e-3, warmup=20),
-    Stage("mixed", 1, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("find", 250, 1.5e-3, 0.0, decays=False, warmup=30),
-    Stage("time", 250, 1.2e-3, 0.0, decays=False, warmup=30),
-    # From here two heads are shown where to look, and from "worded" on the projector goes on being aligned.
-    Stage("guided", 230, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("worded", 201, 1.2e-3, 0.0, decays=False, warmup=30),
-    Stage("spots", 220, 1.5e-3, 0.0, decays=False, warmup=10),
-    Stage("last", 430, 1.2e-3, 0.0, warmup=10),
+    Stage("align", "words", 200, 3e-3, 1e-3),
+    # Looking a thing up is learned where there are few; in full scenes alone it takes very long to emerge.
+    Stage("few", "language", 250, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), frames=8), guided=True),
+    Stage("some", "language", 450, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), frames=16), guided=True),
+    Stage("full", "language", 1000, 1.5e-3, 1.2e-3, diet=Diet(frames=16), guided=True),
+    Stage("mixed", "language", 900, 1.2e-3, 1e-3, diet=Diet(), guided=True),
+    Stage("last", "language", 900, 1e-3, 3e-5, diet=Diet()),
 )
-IMAGE_STAGES = ("tower", "align", "places", "cells")
-GUIDED_STAGES = ("guided", "worded", "spots", "last")
-WORDED_STAGES = ("worded", "spots", "last")  # the projector goes on being aligned
-WORDED_IMAGES = 12
+WORDED_IMAGES = 8
 IMAGES_PER_RANK = 32
 BATCH_RANKS = 2  # the global batch is always that of two ranks
 
 
 class PatchHeads(torch.nn.Module):
-    """Reads shape, colour, two digits and the way to the centre from each patch; dropped after training."""
+    """Reads from each patch what `patch_labels` says of it, and its row and column; dropped after training."""
 
     SIZES = {
-        "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "offset": 2,
-        "row": GRID, "column": GRID,
+        "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "across": 4, "down": 4,
     }
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = torch.nn.LayerNorm(width)
-        self.reads = torch.nn.ModuleDict({key: torch.nn.Linear(width, n) for key, n in self.SIZES.items()})
-        self.clock = torch.nn.Linear(LANGUAGE_WIDTH, 1)
+        sizes = self.SIZES | {"offset": 2, "row": GRID, "column": GRID}
+        self.reads = torch.nn.ModuleDict({key: torch.nn.Linear(width, n) for key, n in sizes.items()})
 
-    def loss(
-        self, features: torch.Tensor, labels: dict[str, torch.Tensor], stage: str
-    ) -> tuple[torch.Tensor, Counter]:
-        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8].
-
-        In the stage "places" each patch must also tell its row and its column; in "cells" so plainly that
-        readers of unit length see it, else it drowns in what the projector passes on.
-        """
-        hidden, total, score = self.norm(features), torch.zeros(()), Counter()
-        total = total.to(features.device)
-        for key in ("shape", "colour", "tens", "units"):
+    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Counter]:
+        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8]."""
+        hidden, score = self.norm(features), Counter()
+        owned = labels["shape"].flatten() > 0
+        away = self.reads["offset"](hidden).flatten(0, 1)[owned] - labels["offset"].flatten(0, 2)[owned]
+        total = away.abs().mean() + self._cell_loss(hidden)
+        for key, size in self.SIZES.items():
             logits, target = self.reads[key](hidden).flatten(0, 1), labels[key].flatten()
-            weight = torch.ones(self.SIZES[key], device=logits.device)
+            weight = torch.ones(size, device=logits.device)
             weight[0] = 0.25
             total = total + F.cross_entropy(logits, target, weight)
             shown = target > 0
             score[f"{key} hits"] += int((logits.argmax(1) == target)[shown].sum())
             score[f"{key} asked"] += int(shown.sum())
-        owned = labels["shape"].flatten() > 0
-        away = self.reads["offset"](hidden).flatten(0, 1)[owned] - labels["offset"].flatten(0, 2)[owned]
-        total = total + away.abs().mean()
-        if stage in ("places", "cells"):
-            cells = torch.arange(GRID * GRID, device=features.device).repeat(len(features))
-            for key, target in (("row", cells // GRID), ("column", cells % GRID)):
-                weight, bias = self.reads[key].weight, self.reads[key].bias
-                weight = F.normalize(weight, dim=1) if stage == "cells" else weight
-                total = total + 0.5 * F.cross_entropy(F.linear(hidden, weight, bias).flatten(0, 1), target)
         return total, score
+
+    def _cell_loss(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each patch tells its row and column so plainly that readers of unit length see it.
+
+        Else a patch's position drowns in what the projector passes on.
+        """
+        cells = torch.arange(GRID * GRID, device=hidden.device).repeat(len(hidden))
+        total = torch.zeros((), device=hidden.device)
+        for key, target in (("row", cells // GRID), ("column", cells % GRID)):
+            read = self.reads[key]
+            logits = F.linear(hidden, F.normalize(read.weight, dim=1), read.bias)
+            total = total + 0.5 * F.cross_entropy(logits.flatten(0, 1), target)
+        return total
 
 
 class Trainer:
@@ -125,9 +119,10 @@ class Trainer:
         self.tokenizer = build_tokenizer()
         self.model = build_model(args.seed)
         use_packed_attention(self.model)
-        self.heads = PatchHeads(self.model.config.vision_config.hidden_size)
-        self.model.to(self.device).train()
-        self.heads.to(self.device)
+        self.patch_heads = PatchHeads(self.model.config.vision_config.hidden_size)
+        self.clip_heads = ClipHeads()
+        for part in (self.model, self.patch_heads, self.clip_heads):
+            part.to(self.device).train()
         self.stage, self.step, self.score, self.seconds = 0, 0, Counter(), 0.0
         self.optimizer = self._optimizer()
 
@@ -139,63 +134,56 @@ class Trainer:
             for s in STAGES
         ]
 
-    def _groups(self) -> list[list[torch.nn.Parameter]]:
-        """The parameters that this stage trains: language side, then tower side."""
-        name = self.stages[self.stage].name
-        language, tower = [], []
-        for key, parameter in self.model.named_parameters():
-            if "post_layernorm" not in key:
-                (tower if "vision_tower" in key else language).append(parameter)
-        if name in ("tower", "places", "cells"):
-            return [[], tower + list(self.heads.parameters())]
-        if name == "align":
-            embeddings = self.model.get_input_embeddings().parameters()
-            return [[*self.model.model.multi_modal_projector.parameters(), *embeddings], []]
-        if name in GUIDED_STAGES:
-            language += self.heads.clock.parameters()
-        return [language, []]
+    @property
+    def now(self) -> Stage:
+        return self.stages[self.stage]
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that this stage trains."""
+        inner = self.model.model
+        if self.now.trains == "tower":
+            named = inner.vision_tower.named_parameters()
+            return [p for key, p in named if "post_layernorm" not in key] + [*self.patch_heads.parameters()]
+        words = [*inner.multi_modal_projector.parameters(), *self.model.get_input_embeddings().parameters()]
+        if self.now.trains == "words":
+            return words
+        decoder = [p for key, p in inner.language_model.named_parameters() if "embed_tokens" not in key]
+        return words + decoder + [*self.clip_heads.parameters()]
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        groups = [{"params": group} for group in self._groups() if group]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.03)
-
-    def _set_rates(self) -> None:
-        stage = self.stages[self.stage]
-        warm = min(1.0, (self.step + 1) / max(1, stage.warmup))
-        fall = 0.5 * (1 + math.cos(math.pi * self.step / stage.steps)) if stage.decays else 1.0
-        scale = warm * (0.03 + 0.97 * fall)
-        rates = [rate for rate in (stage.language_rate, stage.tower_rate) if rate]
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate * scale
+        return torch.optim.AdamW(self._parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.03)
 
     def train_step(self) -> float:
         """One update; returns this rank's loss."""
-        self._set_rates()
-        name = self.stages[self.stage].name
+        self.optimizer.param_groups[0]["lr"] = self.now.rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         shares = range(self.rank, BATCH_RANKS, self.ranks)
         losses = []
         for share in shares:
-            on_images = name in IMAGE_STAGES
-            loss = self._image_loss(name, share) if on_images else self._language_loss(name, share)
+            loss = self._language_loss(share) if self.now.trains == "language" else self._image_loss(share)
             (loss / len(shares)).backward()
             losses.append(loss.item())
-        groups = self.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        parameters = self._parameters()
+        for p in parameters:  # a reader that had nothing to read on this rank may have had on the other
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self._average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.step += 1
         return sum(losses) / len(losses)
 
-    def _image_loss(self, name: str, share: int) -> torch.Tensor:
-        pixels, labels = image_batch(name, self.step, share * IMAGES_PER_RANK, IMAGES_PER_RANK)
-        labels = {key: value.to(self.device) for key, value in labels.items()}
-        with torch.set_grad_enabled(name != "align"):
+    def _images(self, share: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Patch features and labels of `count` single frames; the tower learns in its own stage alone."""
+        pixels, labels = image_batch(self.now.name, self.step, share * count, count)
+        with torch.set_grad_enabled(self.now.trains == "tower"):
             features = encode_frames(self.model, pixels.to(self.device))
-        if name == "align":
+        return features, {key: value.to(self.device) for key, value in labels.items()}
+
+    def _image_loss(self, share: int) -> torch.Tensor:
+        features, labels = self._images(share, IMAGES_PER_RANK)
+        if self.now.trains == "words":
             return self._align_loss(features, labels)
-        loss, score = self.heads.loss(features, labels, name)
+        loss, score = self.patch_heads.loss(features, labels)
         self.score.update(score)
         return loss
 
@@ -207,15 +195,16 @@ class Trainer:
         loss = -(words * logits.log_softmax(-1)).sum(-1)
         return loss[shown].mean() + 0.2 * loss[~shown].mean()
 
-    def _language_loss(self, name: str, share: int) -> torch.Tensor:
-        layout = draw_layout(name, self.step)
+    def _language_loss(self, share: int) -> torch.Tensor:
+        stage, layout = self.now, self.now.diet.layout(self.now.name, self.step)
         clips = layout.clips
-        batch = clip_batch(self.tokenizer, name, self.step, share * clips, clips, layout.frames)
+        batch = clip_batch(
+            self.tokenizer, stage.name, self.step, share * clips, clips, layout.frames, stage.diet
+        )
         with torch.no_grad():
-            features = encode_frames(self.model, batch.pixels.to(self.device))
+            features = encode_frames(self.model, batch.pixels.to(self.device)).unflatten(0, (clips, -1))
         where = batch.targets != IGNORE
-        features = features.unflatten(0, (clips, -1))
-        guide = self._guide(batch, layout) if name in GUIDED_STAGES else None
+        guide = Guide(batch, layout, self.device) if stage.guided else None
         questions = batch.ids.to(self.device), where.to(self.device)
         logits = packed_logits(self.model, features, *questions, layout.slow, layout.mode, guide)
         target = batch.targets[where].to(self.device)
@@ -223,33 +212,9 @@ class Trainer:
             self._count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
         loss = F.cross_entropy(logits, target)
         if guide is not None:
-            loss = loss + self._guide_loss(guide, layout)
-        if name in WORDED_STAGES:
-            pixels, labels = image_batch(name, self.step, share * WORDED_IMAGES, WORDED_IMAGES)
-            labels = {key: value.to(self.device) for key, value in labels.items()}
-            with torch.no_grad():
-                features = encode_frames(self.model, pixels.to(self.device))
-            loss = loss + 0.3 * self._align_loss(features, labels)
+            loss = loss + guide.loss(self.clip_heads, self.score)
+            loss = loss + 0.3 * self._align_loss(*self._images(share, WORDED_IMAGES))
         return loss
-
-    def _guide(self, batch: ClipBatch, layout: Layout) -> Guide:
-        """What the questions of a batch are about, token by token."""
-        tokens = pool_tokens(batch.shown, layout.slow, layout.mode) > 0  # [B, S, things]
-        about = torch.einsum("bst,bqt->bqs", tokens.float(), batch.about) > 0
-        start = (batch.targets != IGNORE).int().argmax(-1)
-        slow = 0 if layout.mode == "fast" else layout.slow * GRID * GRID // 2
-        return Guide(about.to(self.device), start.to(self.device), slow)
-
-    def _guide_loss(self, guide: Guide, layout: Layout) -> torch.Tensor:
-        moments = (torch.arange(layout.frames) + 0.5) / layout.frames
-        moments = moments[None, :, None, None].expand(1, -1, GRID * GRID, 1)
-        target = pool_tokens(moments.contiguous(), layout.slow, layout.mode)[0, :, 0].to(self.device)
-        told = self.heads.clock(F.rms_norm(guide.visual, guide.visual.shape[-1:]))[..., 0]
-        self.score["guide hits"] += float(sum(-loss.detach() for loss in guide.losses))
-        self.score["guide asked"] += 1
-        self.score["clock hits"] += float((told - target).abs().mean().detach())
-        self.score["clock asked"] += 1
-        return 0.15 * sum(guide.losses) + 2 * (told - target).square().mean()
 
     def _count_hits(self, types: torch.Tensor, where: torch.Tensor, hits: torch.Tensor) -> None:
         """Questions answered rightly, word for word, given the words before."""
@@ -269,22 +234,24 @@ class Trainer:
             p.grad.copy_(part.view_as(p))
 
     def finished_stage(self) -> bool:
-        return self.step >= self.stages[self.stage].steps
+        return self.step >= self.now.steps
 
     def next_stage(self) -> bool:
         """Moves on; False where there is no stage left."""
         if self.stage + 1 == len(self.stages):
             return False
+        trained = self.now.trains
         self.stage, self.step, self.score = self.stage + 1, 0, Counter()
-        self.optimizer = self._optimizer()
+        if self.now.trains != trained:
+            self.optimizer = self._optimizer()
         return True
 
     def save(self, path: Path) -> None:
         """Writes everything that a resumed run needs, never half of it."""
         state = {
-            "model": self.model.state_dict(), "heads": self.heads.state_dict(), "seconds": self.seconds,
-            "optimizer": self.optimizer.state_dict(), "stage": self.stage, "step": self.step,
-            "scale": self.args.steps_scale,
+            "model": self.model.state_dict(), "patch_heads": self.patch_heads.state_dict(),
+            "clip_heads": self.clip_heads.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "stage": self.stage, "step": self.step, "seconds": self.seconds, "scale": self.args.steps_scale,
         }
         torch.save(state, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
@@ -294,7 +261,8 @@ class Trainer:
         if state["scale"] != self.args.steps_scale:
             sys.exit(f"{path} was trained with --steps-scale {state['scale']}: pass the same to resume it")
         self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
+        self.patch_heads.load_state_dict(state["patch_heads"])
+        self.clip_heads.load_state_dict(state["clip_heads"])
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
@@ -354,12 +322,9 @@ class Report:
         self.losses.append(loss)
         if not self.lead:
             return
-        self.progress.update(self.bars[self._stage()], completed=self.trainer.step)
+        self.progress.update(self.bars[self.trainer.now.name], completed=self.trainer.step)
         if self.trainer.step % LOG_EVERY == 0:
             self.flush()
-
-    def _stage(self) -> str:
-        return self.trainer.stages[self.trainer.stage].name
 
     def flush(self) -> None:
         if not self.lead or not self.losses:
@@ -368,7 +333,7 @@ class Report:
         kinds = [key.removesuffix(" asked") for key in score if key.endswith(" asked") and score[key]]
         rates = {kind: round(score[f"{kind} hits"] / score[f"{kind} asked"], 3) for kind in kinds}
         line = {
-            "stage": self._stage(), "step": self.trainer.step,
+            "stage": self.trainer.now.name, "step": self.trainer.step,
             "loss": round(sum(self.losses) / len(self.losses), 4),
             "seconds": round(self.trainer.seconds), "right": rates,
         }
