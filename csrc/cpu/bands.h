@@ -197,8 +197,12 @@ class Bands {
         acc.template take<kMean>(left);
         acc.template take<kMean>(right);
         acc.store_sums(sum);
-        Line pair = Line::template start<R>();
-        pair.template take<R>(left);
+        // A maximum starts from its first element; a mean from zero, which turns -0 into 0.
+        Line pair = left;
+        if (R == kMean) {
+          pair = Line::template start<R>();
+          pair.template take<R>(left);
+        }
         pair.template take<R>(right);
         if (R == kMean) pair.divide(2.0f);
         pair.template store<R>(to[b] + d, width, stream);
