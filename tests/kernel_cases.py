@@ -58,10 +58,10 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 class GuardedRows:
     """Rows for the tokens inside a larger buffer, all of it filled with NaN."""
 
-    def __init__(self, tokens: int, channels: int, dtype: torch.dtype, left: int = 3, right: int = 2) -> None:
+    def __init__(self, tokens: int, channels: int, dtype: torch.dtype, left: int = 3, right: int = 2, device="cpu"):
         self.poison = 0x7FA12345 if dtype == torch.float32 else 0x7F81 if dtype == torch.bfloat16 else 0x7C01
         kind = torch.int32 if dtype == torch.float32 else torch.int16
-        self.buffer = torch.full((tokens + 5, left + channels + right), self.poison, dtype=kind)
+        self.buffer = torch.full((tokens + 5, left + channels + right), self.poison, dtype=kind, device=device)
         self.rows = self.buffer.view(dtype)[2 : 2 + tokens, left : left + channels]
 
     def check(self) -> None:
@@ -70,7 +70,7 @@ class GuardedRows:
 
 
 @st.composite
-def slowfast_calls(draw, channels: tuple[int, ...], frames: int = 6, side: int = 9):
+def slowfast_calls(draw, channels: tuple[int, ...], frames: int = 6, side: int = 9, device: str = "cpu"):
     """(features, plan) of SlowFast layouts on any grid, odd, narrow, finer and coarser than the bins."""
     height, width, frames = draw(st.integers(1, side)), draw(st.integers(1, side)), draw(st.integers(1, frames))
     pools = [p for p in SLOW_POOLS if p == "concat" or (min(height, width) > 1 if "2d" in p else height * width > 1)]
@@ -78,15 +78,15 @@ def slowfast_calls(draw, channels: tuple[int, ...], frames: int = 6, side: int =
     bins = st.integers(1, side + 1)
     fast = draw(st.tuples(bins, bins) if not slow else st.none() | st.tuples(bins, bins))
     plan = SlowFastConfig(slow, pool, fast).plan(frames, (height, width))
-    return draw(features(frames, height * width, channels)), plan
+    return draw(features(frames, height * width, channels, device)), plan
 
 
 @st.composite
-def features(draw, frames: int, patches: int, channels: tuple[int, ...]):
+def features(draw, frames: int, patches: int, channels: tuple[int, ...], device: str):
     dtype, make = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(SOURCES))
     torch.manual_seed(draw(st.integers(0, 1000)))
     view = VIEWS[draw(st.sampled_from(list(VIEWS)))]
-    return view(lambda shape: make(shape, dtype), frames, patches, draw(st.sampled_from(channels)))
+    return view(lambda shape: make(shape, dtype).to(device), frames, patches, draw(st.sampled_from(channels)))
 
 
 @st.composite
@@ -105,8 +105,8 @@ def pathway_tables(draw, lengths: tuple[int, ...], grid: tuple[int, int]):
 
 
 @st.composite
-def any_calls(draw, channels: tuple[int, ...], frames: int = 4, side: int = 7):
+def any_calls(draw, channels: tuple[int, ...], frames: int = 4, side: int = 7, device: str = "cpu"):
     lengths = tuple(draw(st.lists(st.integers(1, frames), min_size=1, max_size=3)))
     grid = draw(st.integers(1, side)), draw(st.integers(1, side))
     tables = draw(st.lists(pathway_tables(lengths, grid), min_size=1, max_size=4))
-    return draw(features(sum(lengths), grid[0] * grid[1], channels)), Plan(lengths, grid, tuple(tables))
+    return draw(features(sum(lengths), grid[0] * grid[1], channels, device)), Plan(lengths, grid, tuple(tables))
