@@ -79,10 +79,11 @@ def load_triton() -> str | None:
     return None
 
 
+@cache
 def triton_kernels() -> ModuleType:
     """kernels/triton: installed as `sfllava_fast._triton`; in a source tree that is not installed, where it lies."""
     name = f"{__package__}._triton"
-    if name in sys.modules or util.find_spec(name):
+    if util.find_spec(name):
         return import_module(name)
     folder = Path(__file__).parents[1] / "kernels" / "triton"
     spec = util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])

@@ -3,11 +3,9 @@
 What a plan decides is worked out once per plan, what the compiler needs once per kind of call; a call adds a launch.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
 from .forward import pool_boxes, pool_tiles
 from .tiling import find_tiling
@@ -26,18 +24,22 @@ def pool(features, plan, host_table, table, out):
     plan: sfllava_fast.config.Plan. host_table, table: its int32 table on the host and on the features' device.
     out: [S, D] of the features' dtype and device, unit stride over D.
     """
-    if features.is_cuda and torch.cuda.current_device() != features.device.index:
-        with torch.cuda.device(features.device):
+    device = features.device.index
+    if device is not None and torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
             return pool(features, plan, host_table, table, out)
-    channels, item_size = features.shape[2], features.element_size()
+    channels = features.shape[2]
     if channels == 0:
         return
     steps = (features.stride(0), features.stride(1), out.stride(0), channels)
-    vector = _vector(features.data_ptr() | out.data_ptr(), steps, item_size)
-    block = _BLOCK_BYTES // item_size
-    work = _work(plan, host_table, -(-channels // block))
-    numbers = (*[step // vector for step in steps], *work.numbers)
-    _launch(work.kernel, work.programs, (features, table, out), numbers, (*work.constants, block, vector))
+    vector = _vector(features.data_ptr() | out.data_ptr(), steps, features.element_size())
+    launch, numbers = _prepare(plan, host_table, channels, features.dtype, vector, device)
+    numbers = (*[step // vector for step in steps], *numbers)
+    if device is None:  # the interpreter
+        launch(features, table, out, *numbers)
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch(features.data_ptr(), table.data_ptr(), out.data_ptr(), *numbers, stream=stream)
 
 
 def _vector(addresses, steps, item_size):
@@ -47,17 +49,20 @@ def _vector(addresses, steps, item_size):
     return 1 if addresses % 16 else 16 // item_size
 
 
-@dataclass(frozen=True)
-class _Work:
-    kernel: object
-    programs: int
-    numbers: tuple
-    constants: tuple
-
-
 @lru_cache(maxsize=256)
+def _prepare(plan, host_table, channels, dtype, vector, device):
+    """What to call with three addresses or tensors, the steps and these numbers; `device` must be the current one."""
+    block = _BLOCK_BYTES // dtype.itemsize
+    kernel, programs, numbers, constants = _work(plan, host_table, -(-channels // block))
+    constants = (*constants, block, vector)
+    if device is None:
+        return kernel[(programs,)], (*numbers, *constants)
+    # Not kernel[...], which would examine every argument of every call again.
+    return _compile(kernel, dtype, constants, device)[(programs, 1, 1)], (*numbers, *constants)
+
+
 def _work(plan, host_table, chunks):
-    """Which kernel serves a plan, and its arguments between the strides and the block."""
+    """Which kernel serves a plan, in how many programs, and its arguments between the steps and the block."""
     _, _, _, _, pathways, groups, items = host_table[:7].tolist()  # csrc/include/sfllava/plan.h
     groups_at = 7 + 6 * pathways
     items_at = groups_at + groups + 1
@@ -67,23 +72,11 @@ def _work(plan, host_table, chunks):
         fine_cols = len(plan.pathways[0].cols)
         numbers = (chunks, groups_at, items_at, plan.grid[1], tiles, tiling.tile_cols, tiling.strips, fine_cols)
         constants = (tiling.width, tiling.fine_rows, tiling.fine_cols, tiling.fine_mean, tiling.repeats)
-        return _Work(pool_tiles, groups * tiles * chunks, numbers, constants)
+        return pool_tiles, groups * tiles * chunks, numbers, constants
     boxes = max(path.tokens_per_frame for path in plan.pathways)
     splits = max(1, min(boxes, _MOST_SPLITS, _MOST_PROGRAMS // (groups * chunks)))
     numbers = (chunks, groups_at, items_at, items_at + 4 * items, splits)
-    return _Work(pool_boxes, groups * splits * chunks, numbers, ())
-
-
-def _launch(kernel, programs, tensors, numbers, constants):
-    if not isinstance(kernel, triton.JITFunction):  # the interpreter's, which compiles nothing
-        kernel[(programs,)](*tensors, *numbers, *constants)
-        return
-    device = tensors[0].device.index
-    compiled = _compile(kernel, tensors[0].dtype, constants, device)
-    # Not through kernel[...], which would examine every argument again: a third of the time of a call.
-    launch = compiled[(programs, 1, 1)]
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    launch(*addresses, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+    return pool_boxes, groups * splits * chunks, numbers, ()
 
 
 @lru_cache(maxsize=256)
