@@ -131,6 +131,15 @@ def _run_triton(features: Tensor, plan: Plan, out: Tensor) -> None:
     triton_kernels().pool(features, plan, plan_table(plan), device_table(plan, features.device), out)
 
 
+def _run_triton_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    if grad.shape[1] > 1 and grad.stride(1) != 1:  # a sum's gradient is one number, expanded
+        grad = grad.contiguous()
+    tables = plan_table(plan), device_table(plan, features.device)
+    triton_kernels().pool_backward(grad, features, plan, *tables, out)
+    return out
+
+
 def _run_reference(features: Tensor, plan: Plan, out: Tensor) -> None:
     out.copy_(reference.aggregate(features, plan))
 
@@ -150,12 +159,15 @@ def _try_on(name: str, device: torch.device) -> str | None:
     """Why a backend fails on a GPU, from its first, small call there: a compiler that is missing, no code for it."""
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
-    plan = SlowFastConfig(1, "spatial_2d_max_pool", (3, 3)).plan(1, (4, 4))
+    plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
     features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
     out = features.new_empty(plan.offsets[-1], 40)
     try:
         BACKENDS[name].run(features, plan, out)
         right = torch.equal(out, reference.aggregate(features, plan))
+        if name == "triton":
+            gradient = _run_triton_backward(out, features, plan)
+            right = right and torch.equal(gradient, reference.aggregate_backward(out, features, plan))
     except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
         return f"it failed on {device}: {_first_line(error)}"
     return None if right else f"its tokens are wrong on {device}"
@@ -186,6 +198,13 @@ def choose(name: str, features: Tensor) -> Backend:
     if reason := _why_not(BACKENDS[name], features):
         raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
     return BACKENDS[name]
+
+
+def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    """Gradient [T, N, D] for the tokens' gradient [S, D]: by Triton where it can, else by the reference."""
+    if _why_not(BACKENDS["triton"], features) or not triton_kernels().has_backward(plan):
+        return reference.aggregate_backward(grad, features, plan)
+    return _run_triton_backward(grad, features, plan)
 
 
 def _why_not(backend: Backend, features: Tensor, say: bool = False) -> str | None:

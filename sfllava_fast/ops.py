@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, reference
+from . import backends
 from .config import Plan, SlowFastConfig, square_grid
 from .errors import InputError
 
@@ -105,7 +105,7 @@ def _aggregate_out(features, layout, height, width, frame_offsets, backend, out)
 
 
 def _aggregate_backward(grad, features, layout, height, width, frame_offsets):
-    return reference.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
+    return backends.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
 
 
 def _token_offsets(frame_offsets, layout, height, width):

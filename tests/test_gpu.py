@@ -146,6 +146,19 @@ def test_gradients_equal_the_cpus(backend):
     torch.testing.assert_close(*gradients)
 
 
+@dtypes
+@pytest.mark.parametrize("pool", SLOW_POOLS)
+@pytest.mark.parametrize("frames", [5, (2, 3)], ids=["one video", "packed videos"])
+def test_backward_equals_the_reference(backend, dtype, pool, frames):
+    plan = SlowFastConfig(2, pool).plan(frames, (24, 24))
+    x = on_gpu(normal, dtype)((5, 577, 264))[:, 1:]
+    grad = on_gpu(normal, dtype)((plan.offsets[-1], 264))
+    if not backends.BACKENDS["triton"].why_unavailable(None):
+        assert backends.triton_kernels().has_backward(plan)
+    expected = reference.aggregate_backward(grad.cpu(), x.cpu(), plan)
+    assert_same(backends.aggregate_backward(grad, x, plan).cpu(), expected)
+
+
 def test_compiled(backend):
     compiled = torch.compile(
         lambda x: slowfast_aggregate(x, PAPER, backend=backend) * 2, fullgraph=True, dynamic=True, backend="aot_eager"

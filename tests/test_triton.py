@@ -75,6 +75,14 @@ def test_every_patch_of_a_tile_is_loaded_once_and_a_strip_at_a_time(compiled):
         assert order[: width * fine_rows] == ["LDG.E.128"] * (width * fine_rows), "arithmetic waits for single loads"
 
 
+def test_every_gradient_row_is_read_once_and_every_patchs_written_once(compiled):
+    (kernel,) = (kernel for kernel in compiled if kernel["kernel"] == "spread_tiles")
+    width, fine_rows, fine_cols, *_ = kernel["constants"]
+    patches = width * fine_rows
+    assert len(accesses(kernel["ptx"], "ld")) == 1 + width // fine_cols + patches  # coarse, fine, features
+    assert len(accesses(kernel["ptx"], "st")) == 2 * patches  # with a fine pathway on the frame and without
+
+
 def test_no_local_memory_and_enough_in_flight(compiled):
     for kernel in compiled:
         if kernel["vector"] > 1:

@@ -118,7 +118,7 @@ def test_chunks_of_channels(dtype, grid, left, vectors):
     plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan(2, grid)
     rows = GuardedRows(plan.offsets[-1], channels, dtype, left, 8).rows
     steps = (x.stride(0), x.stride(1), rows.stride(0), channels)
-    width = kernels._vector(x.data_ptr() | rows.data_ptr(), steps, x.element_size())
+    width = kernels._vector([x.data_ptr(), rows.data_ptr()], steps, x.element_size())
     assert width == (16 // x.element_size() if vectors else 1)
     check(x, plan, left, 8)
 
@@ -189,3 +189,45 @@ def test_same_bits_in_every_run():
     for out in outs:
         run(x, plan, out)
     assert torch.equal(*map(bits, outs))
+
+
+# --- backward
+
+
+def check_backward(x: torch.Tensor, plan: Plan, grad: torch.Tensor) -> None:
+    assert kernels.has_backward(plan)
+    out = GuardedRows(x.shape[0] * x.shape[1], x.shape[2], x.dtype, 0, 0)
+    table = backends.plan_table(plan)
+    kernels.pool_backward(grad, x, plan, table, table, out.rows.view(x.shape))
+    assert_same(out.rows, reference.aggregate_backward(grad, x, plan).view_as(out.rows))
+    out.check()
+
+
+@dtypes
+@pools
+@pytest.mark.parametrize("make", SOURCES[:2])
+def test_backward(dtype, pool, make):
+    plan = SlowFastConfig(1, pool, (2, 2)).plan(2, (4, 4))
+    check_backward(make((2, 16, 5), dtype), plan, make((plan.offsets[-1], 5), dtype))
+
+
+@dtypes
+def test_backward_of_chunks_views_and_packed_videos(dtype):
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 2), (2, 6))
+    grad = normal((plan.offsets[-1], 300), dtype)[:, 16:280]
+    check_backward(normal((3, 13, 264), dtype)[:, 1:], plan, grad)
+
+
+def test_backward_of_a_sum():
+    x, plan = normal((1, 4, 6), torch.float32), SlowFastConfig(1, fast_grid=(1, 1)).plan(1, (2, 2))
+    grad = torch.ones(()).expand(plan.offsets[-1], 6)
+    assert_same(backends._run_triton_backward(grad, x, plan), reference.aggregate_backward(grad, x, plan))
+
+
+def test_plans_without_a_backward():
+    plans = [
+        SlowFastConfig(3).plan(2, (4, 4)),  # repeated frames
+        SlowFastConfig(1, fast_grid=(2, 3)).plan(2, (4, 4)),  # not tiled
+        SlowFastConfig(1, fast_grid=None).plan(2, (4, 4)),
+    ]
+    assert not any(map(kernels.has_backward, plans))

@@ -154,8 +154,8 @@ def pool_tiles(
     frame_stride: tl.int64, patch_stride: tl.int64, token_stride: tl.int64, channels: tl.int64, chunks: tl.int32,
     groups_at: tl.int32, items_at: tl.int32,
     width: tl.int32, tiles: tl.int32, tile_cols: tl.int32, strips: tl.int32, fine_cols: tl.int32,
-    TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr, REPEATS: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
+    REPEATS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Both pathways from one read where the fine one's boxes nest in the coarse one's (tiling.py).
 
