@@ -54,8 +54,10 @@ inline bool is_table(const Tensor& tensor) {
 
 // Everything but the devices.
 inline void check_tensors(const Tensor& features, const Tensor& plan, const Tensor& out) {
-  check(features.dim() == 3 && out.dim() == 2, "features must be [frames, patches, channels] and out [tokens, channels]");
-  check(out.dtype() == features.dtype() && out.size(1) == features.size(2), "out must have the features' dtype and channels");
+  check(features.dim() == 3 && out.dim() == 2,
+        "features must be [frames, patches, channels] and out [tokens, channels]");
+  check(out.dtype() == features.dtype() && out.size(1) == features.size(2),
+        "out must have the features' dtype and channels");
   const bool unit = features.size(2) <= 1 || (features.stride(2) == 1 && out.stride(1) == 1);
   check(unit, "features and out need unit stride over channels");
   check(is_table(plan), "the plan must be a contiguous int32 table");

@@ -66,11 +66,11 @@ inline Parts find_parts(const Plan& plan, const int32_t* table) {
 // A layout of two pathways on every frame by itself: a mean over equal boxes, the tiles, and another whose small
 // equal boxes nest in them. Each group holds one frame's items, the coarse one at one end.
 struct Nest {
-  int32_t coarse, fine;        // pathways
+  int32_t coarse, fine;  // pathways
   int32_t fine_reduce;
-  int32_t grid_width;          // patches of a frame's row
-  int32_t rows, cols;          // tiles of a frame
-  int32_t height, width;       // patches of a tile
+  int32_t grid_width;             // patches of a frame's row
+  int32_t rows, cols;             // tiles of a frame
+  int32_t height, width;          // patches of a tile
   int32_t box_height, box_width;  // patches of a fine box
 
   SFLLAVA_HOST_DEVICE int32_t tiles() const { return rows * cols; }
