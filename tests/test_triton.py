@@ -46,8 +46,9 @@ def test_in_the_interpreter():
 
 @pytest.fixture(scope="module", params=["80", "90", "100"], ids="sm_{}".format)
 def compiled(request, tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("triton"))
-    return json.loads(run(str(HERE / "triton_ahead.py"), request.param, TRITON_CACHE_DIR=cache))
+    out = tmp_path_factory.mktemp("triton")
+    run(str(HERE / "triton_ahead.py"), request.param, str(out / "kernels.json"), TRITON_CACHE_DIR=str(out / "cache"))
+    return json.loads((out / "kernels.json").read_text())
 
 
 def accesses(ptx: str, kind: str) -> list[str]:

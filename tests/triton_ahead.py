@@ -1,6 +1,6 @@
-"""python tests/triton_ahead.py ARCH: the Triton kernels compiled for sm_ARCH, on a machine with any GPU or none.
+"""python tests/triton_ahead.py ARCH FILE: the Triton kernels compiled for sm_ARCH, on a machine with any GPU or none.
 
-Prints a list of {kernel, dtype, vector, constants, ptx, sass, registers, stack} as JSON.
+Writes a list of {kernel, name, dtype, vector, constants, ptx, sass, registers, stack, local} as JSON.
 """
 
 import json
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -80,4 +81,4 @@ def resources(cubin):
 
 
 if __name__ == "__main__":
-    json.dump(list(compile_for(int(sys.argv[1]))), sys.stdout)
+    Path(sys.argv[2]).write_text(json.dumps(list(compile_for(int(sys.argv[1])))))
