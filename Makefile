@@ -36,4 +36,4 @@ $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	touch $@
 
 clean:
-	rm -rf build out $(VENV) sfllava_fast/_C.so sfllava_fast.egg-info
+	rm -rf build out $(VENV) sfllava_fast/_C*.so sfllava_fast.egg-info

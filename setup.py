@@ -1,6 +1,7 @@
 """Builds the compiled kernels with CMake; everything else is in pyproject.toml.
 
 SFLLAVA_FAST_CPU=auto|0|1: build the CPU kernels if there is a C++ compiler (auto, the default), never, or fail without.
+SFLLAVA_FAST_CUDA=auto|0|1: the same for the CUDA kernels and nvcc. Building them needs no GPU, and no torch.
 """
 
 import os
@@ -13,17 +14,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-SETTING = os.environ.get("SFLLAVA_FAST_CPU", "auto")
 
 
-def why_not_compiled():
-    """None where the kernels can be built, else the reason."""
-    if SETTING not in ("auto", "0", "1"):
-        raise SystemExit(f"SFLLAVA_FAST_CPU must be auto, 0 or 1, not {SETTING!r}")
-    if SETTING == "0":
-        return "SFLLAVA_FAST_CPU=0"
+def why_no_compiler():
+    """None where C++ can be compiled, else the reason."""
     if not sys.platform.startswith("linux"):
         return f"compiled kernels are for Linux, not {sys.platform}"
     compilers = [os.environ.get("CXX") or "c++", "g++", "clang++"]
@@ -32,8 +29,30 @@ def why_not_compiled():
     return None
 
 
+def find_nvcc():
+    """The CUDA compiler's path: $CUDACXX, in $CUDA_HOME, or on the path; None without one."""
+    home = os.environ.get("CUDA_HOME")
+    names = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def why_no_nvcc():
+    return why_no_compiler() or (None if find_nvcc() else "no nvcc was found")
+
+
+def why_not_built(variable, why_not):
+    """None where the variable's kernels are to be built, else the reason."""
+    setting = os.environ.get(variable, "auto")
+    if setting not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable} must be auto, 0 or 1, not {setting!r}")
+    reason = f"{variable}=0" if setting == "0" else why_not()
+    if reason and setting == "1":
+        raise SystemExit(f"{variable}=1, but {reason}")
+    return reason
+
+
 class CMakeBuild(build_ext):
-    """One CMake build makes the one library; its name has no Python version in it."""
+    """One CMake build for each library; their names have no Python version in them."""
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".so"
@@ -41,28 +60,36 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        options = ["-G", "Ninja"] if shutil.which("ninja") else []
+        if target.stem == "_C_cuda":
+            options += ["-DSFLLAVA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
         # A folder of its own: CMake remembers its tools' paths, and an isolated build's are gone the next time.
         with tempfile.TemporaryDirectory() as build:
-            subprocess.run(["cmake", *generator, "-S", str(ROOT), "-B", build], check=True)
-            subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
-            shutil.copyfile(Path(build) / "_C.so", target)
+            try:
+                subprocess.run(["cmake", *options, "-S", str(ROOT), "-B", build], check=True)
+                subprocess.run(["cmake", "--build", build, "--target", target.stem], check=True)
+            except subprocess.CalledProcessError as error:
+                raise CompileError(f"CMake could not build {target.name}") from error
+            shutil.copyfile(Path(build) / target.name, target)
 
 
 class StableWheel(bdist_wheel):
-    """The library uses torch's stable C ABI and nothing of Python's: one wheel for every Python."""
+    """The libraries use torch's stable C ABI and nothing of Python's: one wheel for every Python."""
 
     def get_tag(self):
         platform = super().get_tag()[2]
         return "py3", "none", platform
 
 
-reason = why_not_compiled()
-if reason and SETTING == "1":
-    raise SystemExit(f"SFLLAVA_FAST_CPU=1, but {reason}")
-if reason:
-    print(f"sfllava_fast: installing without compiled kernels: {reason}", file=sys.stderr)
-setup(
-    ext_modules=[] if reason else [Extension("sfllava_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
-)
+extensions = []
+for name, variable, what, why_not in (
+    ("_C", "SFLLAVA_FAST_CPU", "compiled", why_no_compiler),
+    ("_C_cuda", "SFLLAVA_FAST_CUDA", "CUDA", why_no_nvcc),
+):
+    if reason := why_not_built(variable, why_not):
+        print(f"sfllava_fast: installing without {what} kernels: {reason}", file=sys.stderr)
+        continue
+    # An nvcc that is there by chance, and too old or broken, must not stop an installation.
+    by_chance = name == "_C_cuda" and os.environ.get(variable, "auto") == "auto"
+    extensions.append(Extension(f"sfllava_fast.{name}", sources=[], optional=by_chance))
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel})

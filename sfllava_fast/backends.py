@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module, util
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .config import Plan
+from .config import Plan, SlowFastConfig
 from .errors import BackendError
-from .table import plan_table
+from .table import device_table, plan_table
 
 log = logging.getLogger("sfllava_fast")
 
 LIBRARY = Path(__file__).parent / "_C.so"
+CUDA_LIBRARY = Path(__file__).parent / "_C_cuda.so"
 _OLDEST_TORCH = (2, 10)  # the first whose stable ABI has everything csrc/torch calls
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,64 @@ class Backend:
     """A way to compute the aggregator. The reasons are None where nothing is in the way."""
 
     name: str
-    why_unavailable: Callable[[], str | None]
+    why_unavailable: Callable[[torch.device | None], str | None]  # on this device; None: on any of this machine
     why_unfit: Callable[[Tensor], str | None]
     run: Callable[[Tensor, Plan, Tensor], None]  # features, plan, out
 
 
 @cache
 def load_library() -> str | None:
-    """Loads the compiled kernels into torch, once; the reason where that cannot be."""
+    """Loads the compiled CPU kernels into torch, once; the reason where that cannot be."""
+    return _load(LIBRARY, "without compiled kernels (no C++ compiler then, or SFLLAVA_FAST_CPU=0)")
+
+
+@cache
+def load_cuda_library() -> str | None:
+    """Loads the compiled CUDA kernels into torch, once; the reason where that cannot be."""
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is not built for CUDA"
+    return _load(CUDA_LIBRARY, "without CUDA kernels (no nvcc then, or SFLLAVA_FAST_CUDA=0)")
+
+
+def _load(library: Path, without: str) -> str | None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
         return f"torch {torch.__version__} lacks the stable ABI of torch 2.10"
-    if not LIBRARY.exists():
-        return "the package was installed without compiled kernels (no C++ compiler then, or SFLLAVA_FAST_CPU=0)"
+    if not library.exists():
+        return f"the package was installed {without}"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY.name} could not be loaded: {str(error).splitlines()[0]}"
+        return f"{library.name} could not be loaded: {_first_line(error)}"
     return None
+
+
+@cache
+def load_triton() -> str | None:
+    """Imports the Triton kernels, once; the reason where that cannot be."""
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        triton_kernels()
+    except Exception as error:  # a package of another version, or half of one, fails in its own way
+        return f"the Triton kernels could not be imported: {_first_line(error)}"
+    return None
+
+
+@cache
+def triton_kernels() -> ModuleType:
+    """kernels/triton: installed as `sfllava_fast._triton`; in a source tree that is not installed, where it lies."""
+    name = f"{__package__}._triton"
+    if util.find_spec(name):
+        return import_module(name)
+    folder = Path(__file__).parents[1] / "kernels" / "triton"
+    spec = util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    sys.modules[name] = module = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def cpu_library() -> ctypes.CDLL:
@@ -61,27 +107,83 @@ def cpu_library() -> ctypes.CDLL:
     return library
 
 
-def _cpu_unfit(features: Tensor) -> str | None:
-    if features.device.type != "cpu":
-        return f"features are on {features.device}, not on the CPU"
-    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{features.dtype} is not float32, bfloat16 or float16"
-    return None
+def _unfit_for_cpu(features: Tensor) -> str | None:
+    return _unfit_dtype(features) if features.is_cpu else f"features are on {features.device}, not on the CPU"
+
+
+def _unfit_for_gpu(features: Tensor) -> str | None:
+    return _unfit_dtype(features) if features.is_cuda else f"features are on {features.device}, not on a CUDA device"
+
+
+def _unfit_dtype(features: Tensor) -> str | None:
+    return None if features.dtype in _KERNEL_DTYPES else f"{features.dtype} is not float32, bfloat16 or float16"
 
 
 def _run_cpu(features: Tensor, plan: Plan, out: Tensor) -> None:
     torch.ops.sfllava_fast.pool(features, plan_table(plan), out)
 
 
+def _run_cuda(features: Tensor, plan: Plan, out: Tensor) -> None:
+    torch.ops.sfllava_fast.pool_gpu(features, plan_table(plan), device_table(plan, features.device), out)
+
+
+def _run_triton(features: Tensor, plan: Plan, out: Tensor) -> None:
+    triton_kernels().pool(features, plan, plan_table(plan), device_table(plan, features.device), out)
+
+
+def _run_triton_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    if grad.shape[1] > 1 and grad.stride(1) != 1:  # a sum's gradient is one number, expanded
+        grad = grad.contiguous()
+    tables = plan_table(plan), device_table(plan, features.device)
+    triton_kernels().pool_backward(grad, features, plan, *tables, out)
+    return out
+
+
 def _run_reference(features: Tensor, plan: Plan, out: Tensor) -> None:
     out.copy_(reference.aggregate(features, plan))
+
+
+def _why_no_gpu(name: str, not_loaded: str | None, device: torch.device | None) -> str | None:
+    if not_loaded:
+        return not_loaded
+    if device is None:
+        if not torch.cuda.is_available():
+            return "no CUDA device was found"
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _try_on(name, device)
+
+
+@cache
+def _try_on(name: str, device: torch.device) -> str | None:
+    """Why a backend fails on a GPU, from its first, small call there: a compiler that is missing, no code for it."""
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
+    plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
+    features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
+    out = features.new_empty(plan.offsets[-1], 40)
+    try:
+        BACKENDS[name].run(features, plan, out)
+        right = torch.equal(out, reference.aggregate(features, plan))
+        if name == "triton":
+            gradient = _run_triton_backward(out, features, plan)
+            right = right and torch.equal(gradient, reference.aggregate_backward(out, features, plan))
+    except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
+        return f"it failed on {device}: {_first_line(error)}"
+    return None if right else f"its tokens are wrong on {device}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cpu", load_library, _cpu_unfit, _run_cpu),
-        Backend("torch", lambda: None, lambda features: None, _run_reference),
+        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu),
+        Backend("cuda", lambda device: _why_no_gpu("cuda", load_cuda_library(), device), _unfit_for_gpu, _run_cuda),
+        Backend("triton", lambda device: _why_no_gpu("triton", load_triton(), device), _unfit_for_gpu, _run_triton),
+        Backend("torch", lambda device: None, lambda features: None, _run_reference),
     )
 }
 NAMES = ("auto", *BACKENDS)
@@ -98,10 +200,17 @@ def choose(name: str, features: Tensor) -> Backend:
     return BACKENDS[name]
 
 
+def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    """Gradient [T, N, D] for the tokens' gradient [S, D]: by Triton where it can, else by the reference."""
+    if _why_not(BACKENDS["triton"], features) or not triton_kernels().has_backward(plan):
+        return reference.aggregate_backward(grad, features, plan)
+    return _run_triton_backward(grad, features, plan)
+
+
 def _why_not(backend: Backend, features: Tensor, say: bool = False) -> str | None:
     if unfit := backend.why_unfit(features):
         return unfit
-    unavailable = backend.why_unavailable()
+    unavailable = backend.why_unavailable(features.device)
     if unavailable and say:
         _say_once(backend.name, unavailable)
     return unavailable

@@ -29,7 +29,7 @@ def report() -> dict[str, dict[str, str]]:
 def _backends() -> dict[str, str]:
     facts = {}
     for backend in backends.BACKENDS.values():
-        reason = backend.why_unavailable()
+        reason = backend.why_unavailable(None)
         facts[backend.name] = f"not available: {reason}" if reason else "ready"
     try:
         isa = backends.cpu_library().sfllava_isa().decode()
@@ -37,6 +37,8 @@ def _backends() -> dict[str, str]:
     except BackendError:
         pass
     facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"
+    if torch.cuda.is_available():
+        facts["auto takes"] += ", " + backends.choose("auto", torch.empty(1, 1, 1, device="cuda")).name + " on the GPU"
     return facts
 
 

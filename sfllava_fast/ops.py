@@ -1,7 +1,7 @@
 """The aggregator as a PyTorch op.
 
-Schemas are defined here, once; compiled libraries only register implementations of `pool`, so the op exists,
-traces and exports with no binary at all.
+Schemas are defined here, once; compiled libraries only register implementations of `pool` and `pool_gpu`, so the op
+exists, traces and exports with no binary at all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, reference
+from . import backends
 from .config import Plan, SlowFastConfig, square_grid
 from .errors import InputError
 
@@ -22,8 +22,9 @@ _library.define(f"aggregate(Tensor features, {_ARGUMENTS}, str backend) -> Tenso
 _library.define(f"aggregate_out(Tensor features, {_ARGUMENTS}, str backend, Tensor(a!) out) -> ()")
 _library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}) -> Tensor")
 _library.define("token_offsets(Tensor frame_offsets, str layout, int height, int width) -> Tensor")
-# What a kernel implements: out[:] = the plan table's pooling of features.
+# What compiled kernels implement: out[:] = the plan table's pooling of features; `table` is the plan on the GPU.
 _library.define("pool(Tensor features, Tensor plan, Tensor(a!) out) -> ()")
+_library.define("pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
 
 
 def slowfast_aggregate(
@@ -104,7 +105,7 @@ def _aggregate_out(features, layout, height, width, frame_offsets, backend, out)
 
 
 def _aggregate_backward(grad, features, layout, height, width, frame_offsets):
-    return reference.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
+    return backends.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
 
 
 def _token_offsets(frame_offsets, layout, height, width):
@@ -135,6 +136,7 @@ torch.library.register_fake("sfllava_fast::aggregate", _fake_aggregate, lib=_lib
 torch.library.register_fake("sfllava_fast::aggregate_out", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_gpu", lambda *_: None, lib=_library)
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:

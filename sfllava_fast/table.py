@@ -1,4 +1,4 @@
-"""A plan as the int32 table that compiled kernels read; its format is in csrc/include/sfllava/plan.h."""
+"""A plan as the int32 table that kernels read; its format is in csrc/include/sfllava/plan.h."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import PathwayTables, Plan
+from .errors import BackendError
 
 _VERSION = 1
 _REDUCE = {"max": 0, "mean": 1}
@@ -28,6 +29,34 @@ def plan_table(plan: Plan) -> Tensor:
     header = [_VERSION, height * width, sum(plan.lengths), plan.offsets[-1], len(pathways), len(groups), len(items)]
     numbers = [*header, *chain(*pathways), *groups, len(items), *chain(*items), *chain(*bins)]
     return torch.tensor(numbers, dtype=torch.int32)
+
+
+def device_table(plan: Plan, device: torch.device) -> Tensor:
+    """`plan_table(plan)` on `device`: uploaded by the first call and cached, so that later ones copy nothing.
+
+    Its memory stays as long as queued work may read it, in captured CUDA graphs as long as the process: they can be
+    replayed at any time. Raises BackendError where the first call is inside a capture.
+    """
+    table, streams = _upload(plan, device)
+    if device.type == "cuda":
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        if stream not in streams:
+            table.record_stream(torch.cuda.current_stream(device))
+            streams.add(stream)
+        if torch.cuda.is_current_stream_capturing():
+            _in_graphs.add(table)
+    return table
+
+
+_in_graphs: set[Tensor] = set()
+
+
+@lru_cache(maxsize=256)
+def _upload(plan: Plan, device: torch.device) -> tuple[Tensor, set[int]]:
+    """The table, and the streams that have read it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError("a CUDA graph cannot capture the first call of its kind: make it once before the capture")
+    return plan_table(plan).to(device), set()
 
 
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:

@@ -16,13 +16,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Tokens of the cpu backend equal the reference's, from whatever sfllava_fast is first on the path.
 CHECK = """
-import sys, torch, sfllava_fast
-from sfllava_fast import slowfast_aggregate
+import importlib.util, sys, torch, sfllava_fast
+from sfllava_fast import backends, slowfast_aggregate
 from sfllava_fast.info import report
 assert sfllava_fast.__file__.startswith(sys.argv[1]), sfllava_fast.__file__
 features = torch.randn(6, 577, 40)[:, 1:]
 tokens = slowfast_aggregate(features, backend=sys.argv[2])
 assert torch.equal(tokens, slowfast_aggregate(features, backend="torch"))
+assert importlib.util.find_spec("sfllava_fast._triton").origin.startswith(sys.argv[1])
+assert not importlib.util.find_spec("triton") or backends.load_triton() is None, backends.load_triton()
 print(report()["backends"]["cpu"])
 """
 
@@ -70,8 +72,9 @@ def test_wheel_from_sdist_has_kernels_for_every_python(sdist, tmp_path):
     assert re.fullmatch(r"sfllava_fast-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert "sfllava_fast/_C.so" in names
+    assert "sfllava_fast/_triton/forward.py" in names
     assert "sfllava_fast/embedded/model/model.safetensors" in names
-    assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
+    assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "kernels"))]
     assert wheel.stat().st_size < 12e6
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--target", str(target), str(wheel))

@@ -4,16 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sfllava/dtype.h"
 #include "sfllava/plan.h"
 
 namespace sfllava::cpu {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 constexpr int kLineBytes = 64;
 

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "sfllava/dtype.h"
 #include "sfllava/plan.h"
 
 namespace sfllava::cpu {
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // One call: patches [frames, patches, channels] and tokens [tokens, channels], both with unit channel stride.
 // Strides count elements.

@@ -54,8 +54,8 @@ bool is_nan(const uint8_t* line, int64_t i, uint16_t, int exponent) {
   std::memcpy(&bits, line + i, sizeof bits);
   return std::isnan(value_of(bits, exponent));
 }
-bool is_nan(const uint8_t* line, int64_t i, cpu::BFloat16) { return is_nan(line, i, uint16_t{}, 8); }
-bool is_nan(const uint8_t* line, int64_t i, cpu::Float16) { return is_nan(line, i, uint16_t{}, 5); }
+bool is_nan(const uint8_t* line, int64_t i, BFloat16) { return is_nan(line, i, uint16_t{}, 8); }
+bool is_nan(const uint8_t* line, int64_t i, Float16) { return is_nan(line, i, uint16_t{}, 5); }
 
 // Equal bits; a NaN for a NaN.
 template <class T>
@@ -142,6 +142,6 @@ void test_dtype(Dtype dtype) {
 
 int main() {
   test_dtype<float>(Dtype::kFloat32);
-  test_dtype<cpu::BFloat16>(Dtype::kBFloat16);
-  test_dtype<cpu::Float16>(Dtype::kFloat16);
+  test_dtype<BFloat16>(Dtype::kBFloat16);
+  test_dtype<Float16>(Dtype::kFloat16);
 }

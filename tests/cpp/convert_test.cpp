@@ -133,10 +133,10 @@ void test_every_rounding_through_the_kernel(Dtype dtype) {
 }  // namespace
 
 int main() {
-  test_widening<cpu::BFloat16>(8);
-  test_widening<cpu::Float16>(5);
-  test_rounding<cpu::BFloat16>(8);
-  test_rounding<cpu::Float16>(5);
+  test_widening<BFloat16>(8);
+  test_widening<Float16>(5);
+  test_rounding<BFloat16>(8);
+  test_rounding<Float16>(5);
   for_isas([](const char*) {
     for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
       test_every_number_through_the_kernel(dtype);

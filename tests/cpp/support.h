@@ -23,8 +23,6 @@
 
 namespace sfllava::test {
 
-using cpu::Dtype;
-
 class Random {
  public:
   explicit Random(uint32_t seed) : engine_(seed) {}
@@ -168,6 +166,7 @@ class Guarded {
         static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
   }
   void* data() { return memory_.data() + begin_; }
+  const void* data() const { return memory_.data() + begin_; }
   bool guards_untouched() const {
     const auto fine = [](uint8_t byte) { return byte == kPattern; };
     return std::all_of(memory_.begin(), memory_.begin() + begin_, fine) &&

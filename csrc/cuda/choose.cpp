@@ -1,0 +1,90 @@
+#include "launch.h"
+#include "shapes.h"
+
+namespace sfllava::gpu {
+namespace {
+
+// The size of the bins, if they are equal and lie end to end from 0; else 0.
+int32_t equal_size(const Bin* bin, int32_t count) {
+  const int32_t size = bin[0].size();
+  for (int32_t i = 0; i < count; ++i) {
+    if (bin[i].start != int64_t{i} * size || bin[i].size() != size) return 0;
+  }
+  return size;
+}
+
+bool shapes_nest(const Plan& plan, int32_t coarse, int32_t fine, Nest* nest) {
+  const Pathway c = plan.pathway(coarse), f = plan.pathway(fine);
+  *nest = {coarse,
+           fine,
+           f.reduce,
+           c.width,
+           c.rows,
+           c.cols,
+           equal_size(c.row, c.rows),
+           equal_size(c.col, c.cols),
+           equal_size(f.row, f.rows),
+           equal_size(f.col, f.cols)};
+  if (c.reduce != kMean || c.width != f.width) return false;
+  if (!nest->height || !nest->width || !nest->box_height || !nest->box_width) return false;
+  if (nest->height % nest->box_height || nest->width % nest->box_width) return false;
+  // The last bins end inside the grid: no product overflows.
+  return f.rows * nest->box_height == c.rows * nest->height && f.cols * nest->box_width == c.cols * nest->width;
+}
+
+bool items_nest(const Plan& plan, const Nest& nest) {
+  if (plan.groups() != plan.frames()) return false;
+  const Parts parts = find_parts(plan, plan.table);
+  for (int32_t g = 0; g < plan.groups(); ++g) {
+    const FrameItems items = find_items(parts, nest, g);
+    const Item coarse = plan.item(items.coarse);
+    if (coarse.pathway != nest.coarse || coarse.frame_begin != g || coarse.frame_end != g + 1) return false;
+    for (int32_t i = items.fine_begin; i < items.fine_end; ++i) {
+      if (plan.item(i).pathway != nest.fine) return false;
+    }
+  }
+  return true;
+}
+
+// A stride matters only where there is a second element to step to.
+bool steps_by_packs(int64_t size, int64_t stride, int64_t pack) { return size <= 1 || stride % pack == 0; }
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
+
+bool is_packed(const Pooling& p, int64_t pack) {
+  const Tensors& t = p.tensors;
+  return t.channels % pack == 0 && is_aligned(t.features) && is_aligned(t.out) &&
+         steps_by_packs(p.plan.frames(), t.frame_stride, pack) &&
+         steps_by_packs(p.plan.patches(), t.patch_stride, pack) &&
+         steps_by_packs(p.plan.tokens(), t.token_stride, pack);
+}
+
+bool find_tiles(const Plan& plan, Nest* nest) { return find_nest(plan, nest) && has_shape(*nest); }
+
+}  // namespace
+
+bool find_nest(const Plan& plan, Nest* nest) {
+  if (plan.pathways() != 2 || plan.groups() == 0) return false;
+  return (shapes_nest(plan, 0, 1, nest) && items_nest(plan, *nest)) ||
+         (shapes_nest(plan, 1, 0, nest) && items_nest(plan, *nest));
+}
+
+bool is_tiled(const Plan& plan) {
+  Nest nest;
+  return find_tiles(plan, &nest);
+}
+
+Choice choose(const Pooling& p) {
+  const int64_t pack = kPackBytes / (p.dtype == Dtype::kFloat32 ? 4 : 2);
+  const bool packed = is_packed(p, pack);
+  Launch launch{find_parts(p.plan, p.table), p.tensors, {}, 0, p.tensors.channels / (packed ? pack : 1), 0, {}};
+  const bool tiled = packed && find_tiles(p.plan, &launch.nest);
+  if (!tiled) launch.shares = count_shares(p.plan, launch.vectors);
+  const int64_t units = tiled ? int64_t{p.plan.frames()} * launch.nest.tiles()
+                              : int64_t{p.plan.groups()} * launch.shares;
+  launch.grid = make_grid(units, launch.vectors);
+  launch.units = static_cast<int32_t>(units);
+  return {tiled ? Path::kTile : Path::kBox, packed, launch};
+}
+
+}  // namespace sfllava::gpu

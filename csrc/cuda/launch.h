@@ -1,0 +1,56 @@
+// The GPU aggregator: raw pointers and a stream in.
+#pragma once
+
+#include "sfllava/dtype.h"
+#include "sfllava/geometry.h"
+
+namespace sfllava::gpu {
+
+// Patches [frames, patches, channels] and tokens [tokens, channels] on the device, both with unit channel stride.
+// Strides count elements.
+struct Tensors {
+  const void* features;
+  int64_t frame_stride, patch_stride;
+  void* out;
+  int64_t token_stride;
+  int64_t channels;
+};
+
+// One call; `plan` is the checked table on the host, `table` the same numbers on the device.
+struct Pooling {
+  Plan plan;
+  const int32_t* table;
+  Tensors tensors;
+  Dtype dtype;
+};
+
+// What a kernel gets to know.
+struct Launch {
+  Parts parts;
+  Tensors tensors;
+  Grid grid;
+  int32_t units;
+  int64_t vectors;  // per row of channels
+  int32_t shares;   // of a group, on the box path
+  Nest nest;        // on the tile path
+};
+
+enum class Path { kTile, kBox };
+
+// How a call is served; `packed`: 16 bytes a lane, not one element.
+struct Choice {
+  Path path;
+  bool packed;
+  Launch launch;
+};
+
+Choice choose(const Pooling& pooling);
+
+// Whether the tile path serves the plan where pointers and strides are aligned.
+bool is_tiled(const Plan& plan);
+
+// Launches the kernel on the current device; null, or what CUDA says went wrong. `stream` is a cudaStream_t.
+// The call must have tokens and channels.
+const char* pool(const Pooling& pooling, void* stream);
+
+}  // namespace sfllava::gpu

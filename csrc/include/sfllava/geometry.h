@@ -1,0 +1,167 @@
+// Which GPU thread reads and writes what. Host and device code: the C++ tests walk every thread on the CPU.
+//
+// A launch is cut into units, and every unit into lanes along the channels. On the tile path a unit is one tile of
+// one frame: a box of the coarse pathway, and all boxes of the fine one that nest in it. On the box path it is a
+// share of the boxes of one group of items.
+#pragma once
+
+#include "plan.h"
+
+namespace sfllava::gpu {
+
+constexpr int32_t kWarp = 32;
+constexpr int32_t kBlockWarps = 4;
+constexpr int32_t kPackBytes = 16;  // the widest load
+
+// Blocks of `across` lanes (along the channels) x `down` units.
+struct Grid {
+  int64_t blocks;
+  int32_t across, down;
+  int32_t chunks;  // blocks along the channels
+
+  bool launchable() const { return blocks <= INT32_MAX && blocks * down <= INT32_MAX; }
+};
+
+struct Lane {
+  int32_t unit;
+  int64_t vector;  // along the channels
+};
+
+inline Grid make_grid(int64_t units, int64_t vectors) {
+  const int64_t warps = (vectors + kWarp - 1) / kWarp, chunks = (warps + kBlockWarps - 1) / kBlockWarps;
+  const int32_t wide = static_cast<int32_t>((warps + chunks - 1) / chunks), down = kBlockWarps / wide;
+  return {(units + down - 1) / down * chunks, wide * kWarp, down, static_cast<int32_t>(chunks)};
+}
+
+// Blocks of one unit lie next to each other. A lane may lie past the last unit or the last vector.
+SFLLAVA_HOST_DEVICE inline Lane find_lane(const Grid& grid, uint32_t block, uint32_t x, uint32_t y) {
+  const uint32_t chunks = static_cast<uint32_t>(grid.chunks), row = block / chunks;
+  return {static_cast<int32_t>(row * static_cast<uint32_t>(grid.down) + y),
+          int64_t{block - row * chunks} * grid.across + x};
+}
+
+// The parts of the table on the device: a kernel does not have to read the header to find them.
+struct Parts {
+  const int32_t *pathways, *groups, *items;
+  const Bin* bins;
+
+  SFLLAVA_HOST_DEVICE int32_t group_begin(int32_t g) const { return groups[g]; }
+  SFLLAVA_HOST_DEVICE Item item(int32_t i) const {
+    const int32_t* p = items + int64_t{i} * kItem;
+    return {p[0], p[1], p[2], p[3]};
+  }
+  SFLLAVA_HOST_DEVICE int32_t first_token(int32_t i) const { return items[int64_t{i} * kItem + 3]; }
+  SFLLAVA_HOST_DEVICE Pathway pathway(int32_t i) const {
+    const int32_t* p = pathways + i * kPathway;
+    return {p[0], p[1], p[2], p[4], bins + p[3], bins + p[5]};
+  }
+};
+
+// Where the parts of `plan` lie in a copy of its table.
+inline Parts find_parts(const Plan& plan, const int32_t* table) {
+  const int32_t* items = table + plan.items_at();
+  return {table + kHeader, table + plan.groups_at(), items, reinterpret_cast<const Bin*>(table + plan.bins_at())};
+}
+
+// A layout of two pathways on every frame by itself: a mean over equal boxes, the tiles, and another whose small
+// equal boxes nest in them. Each group holds one frame's items, the coarse one at one end.
+struct Nest {
+  int32_t coarse, fine;  // pathways
+  int32_t fine_reduce;
+  int32_t grid_width;             // patches of a frame's row
+  int32_t rows, cols;             // tiles of a frame
+  int32_t height, width;          // patches of a tile
+  int32_t box_height, box_width;  // patches of a fine box
+
+  SFLLAVA_HOST_DEVICE int32_t tiles() const { return rows * cols; }
+};
+
+struct Tile {
+  int32_t frame, row, col;
+};
+
+SFLLAVA_HOST_DEVICE inline Tile find_tile(const Nest& nest, int32_t unit) {
+  const uint32_t cols = static_cast<uint32_t>(nest.cols), row = static_cast<uint32_t>(unit) / cols;
+  const uint32_t rows = static_cast<uint32_t>(nest.rows), frame = row / rows;
+  return {static_cast<int32_t>(frame), static_cast<int32_t>(row - frame * rows),
+          static_cast<int32_t>(static_cast<uint32_t>(unit) - row * cols)};
+}
+
+// The tile's first patch in its frame.
+SFLLAVA_HOST_DEVICE inline int64_t first_patch(const Nest& nest, const Tile& tile) {
+  return int64_t{tile.row} * nest.height * nest.grid_width + int64_t{tile.col} * nest.width;
+}
+
+// The tile's token in the coarse item.
+SFLLAVA_HOST_DEVICE inline int64_t coarse_token(const Nest& nest, const Tile& tile) {
+  return int64_t{tile.row} * nest.cols + tile.col;
+}
+
+// The token, in a fine item, of the tile's box (row, 0); a tile holds `high` x `wide` boxes.
+SFLLAVA_HOST_DEVICE inline int64_t fine_token(const Nest& nest, const Tile& tile, int32_t high, int32_t wide,
+                                              int32_t row) {
+  return ((int64_t{tile.row} * high + row) * nest.cols + tile.col) * wide;
+}
+
+// The items of a frame.
+struct FrameItems {
+  int32_t coarse, fine_begin, fine_end;
+};
+
+SFLLAVA_HOST_DEVICE inline FrameItems find_items(const Parts& parts, const Nest& nest, int32_t frame) {
+  const int32_t begin = parts.group_begin(frame), end = parts.group_begin(frame + 1);
+  if (nest.coarse < nest.fine) return {begin, begin + 1, end};
+  return {end - 1, begin, end - 1};
+}
+
+// Whether a checked plan nests, and how.
+bool find_nest(const Plan& plan, Nest* nest);
+
+// The units of one group on the box path: enough that the second pathway to read a frame finds it in the cache (few
+// frames in flight at once), that few groups fill a device, and that no more than the boxes can go round.
+constexpr int64_t kLeastShares = 32, kLeastBlocks = 4096;
+
+inline int32_t count_shares(const Plan& plan, int64_t vectors) {
+  int64_t boxes = 0;
+  for (int32_t i = 0; i < plan.pathways(); ++i) boxes += int64_t{plan.pathway(i).rows} * plan.pathway(i).cols;
+  const int64_t per_share = make_grid(plan.groups(), vectors).blocks;
+  const int64_t filling = (kLeastBlocks + per_share - 1) / per_share;
+  const int64_t wanted = filling > kLeastShares ? filling : kLeastShares;
+  return static_cast<int32_t>(wanted < boxes ? wanted : boxes);
+}
+
+// Calls body(item, pathway, row bin, column bin) for every box of the unit's share, in the order of the items.
+template <class Body>
+SFLLAVA_HOST_DEVICE void for_boxes(const Parts& parts, int32_t shares, int32_t unit, const Body& body) {
+  const int32_t group = unit / shares, end = parts.group_begin(group + 1);
+  int64_t box = unit - group * shares;
+  for (int32_t i = parts.group_begin(group); i < end; ++i) {
+    const Item item = parts.item(i);
+    const Pathway path = parts.pathway(item.pathway);
+    const int64_t boxes = int64_t{path.rows} * path.cols;
+    for (; box < boxes; box += shares) {
+      const int32_t row = static_cast<int32_t>(box) / path.cols;
+      body(item, path, row, static_cast<int32_t>(box) - row * path.cols);
+    }
+    box -= boxes;
+  }
+}
+
+// The patches of a box, one by one, in (frame, row, column) order.
+struct BoxWalk {
+  Bin rows, cols;
+  int32_t frame, row, col;
+
+  SFLLAVA_HOST_DEVICE BoxWalk(const Item& item, Bin row_bin, Bin col_bin)
+      : rows(row_bin), cols(col_bin), frame(item.frame_begin), row(row_bin.start), col(col_bin.start) {}
+
+  SFLLAVA_HOST_DEVICE void next() {
+    if (++col < cols.stop) return;
+    col = cols.start;
+    if (++row < rows.stop) return;
+    row = rows.start;
+    ++frame;
+  }
+};
+
+}  // namespace sfllava::gpu

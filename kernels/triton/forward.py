@@ -1,0 +1,199 @@
+"""The forward kernels: `pool_tiles` where pathways nest, `pool_boxes` for every plan.
+
+A program is one warp and handles BLOCK channels. Elements enter a box in (frame, row, column) order and a mean divides
+by frames, rows and columns in turn, so results equal the reference bit for bit. Addresses are 64 bits wide; strides
+and channels are counted in vectors of VECTOR elements, which tells the compiler how far every address is aligned.
+"""
+
+import triton
+import triton.language as tl
+
+# The table's format is in csrc/include/sfllava/plan.h.
+_HEADER = tl.constexpr(7)
+_PATHWAY = tl.constexpr(6)
+_ITEM = tl.constexpr(4)
+_MEAN = tl.constexpr(1)
+# Columns of a box whose loads are in flight together.
+_COLUMNS = tl.constexpr(4)
+
+_NUMBERS = ["frame_stride", "patch_stride", "token_stride", "channels", "chunks", "groups_at", "items_at"]
+
+
+@triton.jit
+def _join(acc, x, MEAN: tl.constexpr):
+    """One more element of a box. A max keeps the first of equals and passes NaN on."""
+    x = x.to(tl.float32)
+    if MEAN:
+        return acc + x
+    return tl.where((x > acc) | (x != x), x, acc)
+
+
+@triton.jit
+def _neutral(like, MEAN: tl.constexpr):
+    """What every box starts from: adding 0.0 changes no sum, and nothing is less than -inf."""
+    return tl.full(like.shape, 0.0 if MEAN else float("-inf"), tl.float32)
+
+
+@triton.jit
+def _divide(acc, count):
+    """acc / count rounded as IEEE has it, which `/` is not."""
+    if count != 1:
+        acc = tl.div_rn(acc, tl.full(acc.shape, count, tl.float32))
+    return acc
+
+
+@triton.jit
+def _halve(acc, COUNT: tl.constexpr):
+    """`_divide` by 1 or 2."""
+    return acc * 0.5 if COUNT == 2 else acc
+
+
+@triton.jit
+def _elements(vectors, VECTOR: tl.constexpr):
+    """A stride as a multiple of VECTOR elements: 64 bits, so that what it is multiplied with becomes that too."""
+    return vectors.to(tl.int64) * VECTOR
+
+
+@triton.jit
+def _channels(chunk, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of a chunk's channels, and which of them there are."""
+    channel = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return channel, channel < _elements(channels, VECTOR)
+
+
+@triton.jit
+def _pool_box(
+    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
+    width, frame_stride, patch_stride, MEAN: tl.constexpr,
+):  # fmt: skip
+    """The box reduced to one value a channel; a mean is not divided yet."""
+    acc = _neutral(channel, MEAN)
+    for frame in range(frame_begin, frame_end):
+        for row in range(row_begin, row_end):
+            line = features + frame * frame_stride + (row * width) * patch_stride + channel
+            for first in range(col_begin, col_end, _COLUMNS):
+                for step in tl.static_range(_COLUMNS):
+                    inside = present & (first + step < col_end)
+                    x = tl.load(line + (first + step) * patch_stride, mask=inside, other=0.0 if MEAN else float("-inf"))
+                    acc = _join(acc, x, MEAN)
+    return acc
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "splits", "bins_at"])
+def pool_boxes(
+    features, table, out,
+    frame_stride: tl.int64, patch_stride: tl.int64, token_stride: tl.int64, channels: tl.int64, chunks: tl.int32,
+    groups_at: tl.int32, items_at: tl.int32, bins_at: tl.int32, splits: tl.int32,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Every box of any plan; program (group, split, chunk) takes every `splits`-th box of each of the group's items.
+
+    Group by group, so that the cache serves the second pathway's read of a frame.
+    """
+    program = tl.program_id(0)
+    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    split, group = program // chunks % splits, program // chunks // splits
+    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
+    token_stride = _elements(token_stride, VECTOR)
+    for item in range(tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1)):
+        item_at = table + items_at + item * _ITEM
+        path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
+        frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
+        width, reduce, rows, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 2), tl.load(path_at + 4)
+        row_bins = table + bins_at + 2 * tl.load(path_at + 3)
+        col_bins = table + bins_at + 2 * tl.load(path_at + 5)
+        for box in range(split, rows * cols, splits):
+            row_at, col_at = row_bins + 2 * (box // cols), col_bins + 2 * (box % cols)
+            row_begin, row_end = tl.load(row_at), tl.load(row_at + 1)
+            col_begin, col_end = tl.load(col_at), tl.load(col_at + 1)
+            if reduce == _MEAN:
+                acc = _pool_box(
+                    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
+                    width, frame_stride, patch_stride, True,
+                )  # fmt: skip
+                acc = _divide(acc, frame_end - frame_begin)
+                acc = _divide(acc, row_end - row_begin)
+                acc = _divide(acc, col_end - col_begin)
+            else:
+                acc = _pool_box(
+                    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
+                    width, frame_stride, patch_stride, False,
+                )  # fmt: skip
+            tl.store(out + (first_token + box) * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _load_strip(at, present, line_stride, patch_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """ROWS x COLS patches, row by row: all loads are issued before the first store of the strip can hold one back."""
+    strip = ()
+    for row in tl.static_range(ROWS):
+        for col in tl.static_range(COLS):
+            strip = strip + (tl.load(at + (row * line_stride + col * patch_stride), mask=present),)
+    return strip
+
+
+@triton.jit
+def _store_fine(
+    strip, to, present, token_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """The ROWS x COLS boxes of a strip, the first at `to`."""
+    for box in tl.static_range(WIDTH // COLS):
+        acc = tl.full(present.shape, 0.0 if MEAN else float("-inf"), tl.float32)
+        for row in tl.static_range(ROWS):
+            for col in tl.static_range(COLS):
+                acc = _join(acc, strip[row * WIDTH + box * COLS + col], MEAN)
+        if MEAN:
+            acc = _halve(_halve(acc, ROWS), COLS)
+        tl.store(to + box * token_stride, acc.to(to.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "width", "tiles", "tile_cols", "strips", "fine_cols"])
+def pool_tiles(
+    features, table, out,
+    frame_stride: tl.int64, patch_stride: tl.int64, token_stride: tl.int64, channels: tl.int64, chunks: tl.int32,
+    groups_at: tl.int32, items_at: tl.int32,
+    width: tl.int32, tiles: tl.int32, tile_cols: tl.int32, strips: tl.int32, fine_cols: tl.int32,
+    TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
+    REPEATS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Both pathways from one read where the fine one's boxes nest in the coarse one's (tiling.py).
+
+    Program (group, tile, chunk) reads one box of the coarse mean from one frame, strip by strip: a strip is one row of
+    fine boxes, stored to each of the group's fine items: none on most frames, several only with REPEATS.
+    """
+    program = tl.program_id(0)
+    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    tile, group = program // chunks % tiles, program // chunks // tiles
+    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
+    token_stride = _elements(token_stride, VECTOR)
+    first, coarse = tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1) - 1
+    coarse_at = table + items_at + coarse * _ITEM
+    frame, coarse_token = tl.load(coarse_at + 1), tl.load(coarse_at + 3) + tile
+    fine_row, col = tile // tile_cols * strips, tile % tile_cols * TILE_WIDTH
+    line_stride = patch_stride * width
+    at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel
+    box = fine_row * fine_cols + col // FINE_COLS
+    acc = _neutral(channel, True)
+    for _ in range(strips):
+        strip = _load_strip(at, present, line_stride, patch_stride, FINE_ROWS, TILE_WIDTH)
+        for i in tl.static_range(FINE_ROWS * TILE_WIDTH):
+            acc = _join(acc, strip[i], True)
+        if REPEATS:
+            for item in range(first, coarse):
+                token = tl.load(table + items_at + item * _ITEM + 3) + box
+                _store_fine(
+                    strip, out + token * token_stride + channel, present, token_stride,
+                    TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
+                )  # fmt: skip
+        elif first < coarse:
+            token = tl.load(table + items_at + first * _ITEM + 3) + box
+            _store_fine(
+                strip, out + token * token_stride + channel, present, token_stride,
+                TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
+            )  # fmt: skip
+        at += line_stride * FINE_ROWS
+        box += fine_cols
+    acc = _divide(acc, strips * FINE_ROWS)
+    acc = _divide(acc, TILE_WIDTH)
+    tl.store(out + coarse_token * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)

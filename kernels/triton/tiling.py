@@ -1,0 +1,58 @@
+"""Where a plan's two pathways nest, so that one read of a patch serves both."""
+
+from dataclasses import dataclass
+
+# A fine box's rows x columns, and the patches of a strip, whose loads are in flight together.
+_FINE = ((1, 1), (1, 2), (2, 2))
+_MOST_IN_STRIP = 16
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `strips * fine_rows` x `width` patches: each a box of the coarse mean, made of whole fine boxes."""
+
+    width: int
+    strips: int
+    tile_rows: int
+    tile_cols: int
+    fine_rows: int
+    fine_cols: int
+    fine_mean: bool
+    repeats: bool  # some frame is in several fine items
+
+
+def find_tiling(plan):
+    """The Tiling of a sfllava_fast.config.Plan; None where the pathways do not nest.
+
+    They do where the last of two pathways is a mean over equal boxes of every frame on its own, the other's boxes are
+    1x1, 1x2 or 2x2 of one frame on the same grid, and both cover the same patches. The default layout on 24x24 does.
+    """
+    if len(plan.pathways) != 2:
+        return None
+    fine, coarse = plan.pathways
+    if coarse.pathway.reduce != "mean" or fine.shape != plan.grid or coarse.shape != plan.grid:
+        return None
+    covered = [bins for video in coarse.frames for bins in video]
+    if not all(stop - start == 1 for start, stop in covered) or len(set(covered)) != len(covered):
+        return None
+    refined = [bins for video in fine.frames for bins in video]
+    if not set(refined) <= set(covered):
+        return None
+    sizes = [_even(bins) for bins in (fine.rows, fine.cols, coarse.rows, coarse.cols)]
+    fine_rows, fine_cols, height, width = sizes
+    if (fine_rows, fine_cols) not in _FINE or not height or not width:
+        return None
+    if height % fine_rows or width % fine_cols or fine_rows * width > _MOST_IN_STRIP:
+        return None
+    if fine.rows[-1][1] != coarse.rows[-1][1] or fine.cols[-1][1] != coarse.cols[-1][1]:
+        return None
+    return Tiling(
+        width, height // fine_rows, len(coarse.rows), len(coarse.cols), fine_rows, fine_cols,
+        fine.pathway.reduce == "mean", len(set(refined)) < len(refined),
+    )  # fmt: skip
+
+
+def _even(bins):
+    """The size of bins that follow each other from 0 and are all of one size; else 0."""
+    size = bins[0][1]
+    return size if all(bin == (i * size, (i + 1) * size) for i, bin in enumerate(bins)) else 0

@@ -1,0 +1,129 @@
+"""Who serves a call on a GPU, and what is said where a backend cannot: without a GPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sfllava_fast import backends, slowfast_aggregate, table
+from sfllava_fast.config import SlowFastConfig
+from sfllava_fast.errors import BackendError
+from sfllava_fast.table import device_table, plan_table
+
+CONFIG = SlowFastConfig(2)
+X = torch.zeros(4, 16, 8)
+ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def fresh():
+    """Reasons are found out once a process: forget them before the test and after it."""
+    caches = (backends.load_cuda_library, backends.load_triton, backends._try_on, backends._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_backends_refuse_what_they_cannot_read(name):
+    with pytest.raises(BackendError, match=f"backend {name} cannot serve.*features are on cpu, not on a CUDA device"):
+        slowfast_aggregate(X, CONFIG, backend=name)
+    with pytest.raises(BackendError, match=r"torch\.float64 is not float32, bfloat16 or float16"):
+        backends.choose(name, SimpleNamespace(is_cuda=True, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "failing, serves", [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "torch"), (("triton",), "cuda")]
+)
+def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, failing, serves):
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(backends, "load_triton", lambda: None)
+    monkeypatch.setattr(backends, "_try_on", lambda name, device: f"it failed on {device}" if name in failing else None)
+    with caplog.at_level(logging.WARNING, "sfllava_fast"):
+        assert [backends.choose("auto", ON_GPU).name for _ in range(3)] == [serves] * 3
+    before = [name for name in failing if list(backends.BACKENDS).index(name) < list(backends.BACKENDS).index(serves)]
+    messages = [f"backend {name} is not available: it failed on cuda:0; falling back" for name in before]
+    assert [record.getMessage() for record in caplog.records] == messages
+    for name in failing:
+        with pytest.raises(BackendError, match=f"backend {name} cannot serve this call: it failed on cuda:0"):
+            backends.choose(name, ON_GPU)
+
+
+def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkeypatch):
+    def fail(features, plan, out):
+        raise RuntimeError("no kernel image is available\nand more lines")
+
+    def run_wrongly(features, plan, out):
+        out.fill_(1)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    reasons = {
+        fail: "it failed on cpu: no kernel image is available",
+        run_wrongly: "its tokens are wrong on cpu",
+        backends._run_reference: None,
+    }
+    for number, (run, reason) in enumerate(reasons.items()):
+        backend = backends.Backend(str(number), lambda device: None, lambda features: None, run)
+        monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
+        assert backends._try_on(backend.name, torch.device("cpu")) == reason
+
+
+def test_what_a_capture_cannot_do_is_an_error_and_not_a_reason(fresh, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendError, match="make a call before you capture a CUDA graph"):
+        backends._try_on("triton", torch.device("cuda", 0))
+    with pytest.raises(BackendError, match="make it once before the capture"):
+        table._upload(CONFIG.plan(4, (4, 4)), torch.device("cuda", 0))
+
+
+def test_cuda_library_reasons(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is not built for CUDA" in backends.load_cuda_library()
+    backends.load_cuda_library.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "without CUDA kernels (no nvcc then, or SFLLAVA_FAST_CUDA=0)" in backends.load_cuda_library()
+    backends.load_cuda_library.cache_clear()
+    (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
+    reason = backends.load_cuda_library()
+    assert reason.startswith("_C_cuda.so could not be loaded: ") and "\n" not in reason
+
+
+def test_triton_reasons(fresh, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "triton", None)
+        assert backends.load_triton() == "triton is not installed"
+    pytest.importorskip("triton")
+    backends.load_triton.cache_clear()
+    assert backends.load_triton() is None
+    backends.load_triton.cache_clear()
+
+    def fail():
+        raise AttributeError("no such thing\nin this version")
+
+    monkeypatch.setattr(backends, "triton_kernels", fail)
+    assert backends.load_triton() == "the Triton kernels could not be imported: no such thing"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_that(fresh, monkeypatch):
+    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    assert backends.BACKENDS["cuda"].why_unavailable(None) == "no CUDA device was found"
+
+
+def test_the_gpu_kernels_op_traces():
+    plan = CONFIG.plan(4, (4, 4))
+    x, out = X.to("meta"), torch.empty(plan.offsets[-1], 8, device="meta")
+    assert torch.ops.sfllava_fast.pool_gpu(x, plan_table(plan), plan_table(plan).to("meta"), out) is None
+
+
+def test_device_tables_are_cached():
+    plan, cpu = CONFIG.plan(4, (4, 4)), torch.device("cpu")
+    assert device_table(plan, cpu) is device_table(plan, cpu)
+    assert torch.equal(device_table(plan, cpu), plan_table(plan))

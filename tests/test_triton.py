@@ -1,0 +1,186 @@
+"""The Triton kernels without a GPU: through the interpreter, compiled ahead of time, and how plans are tiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sfllava_fast import backends
+from sfllava_fast.config import Bins, Pathway, PathwayTables, Plan, SlowFastConfig
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+HERE = Path(__file__).parent
+_REGISTERS, _MOST_WARPS, _BLOCK_BYTES = 65536, 32, 512  # of a multiprocessor; of programs on it, each one warp; a patch
+# A multiprocessor's share of bandwidth x latency: 8 TB/s x 0.8 us / 148 on the largest device that is compiled for.
+_BYTES_IN_FLIGHT = 44 << 10
+
+
+def run(*command: str, **env: str) -> str:
+    """Output of a process of its own: Triton reads TRITON_INTERPRET, or is given a target, once for all."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent, env=environment | env
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-20000:]
+    return done.stdout
+
+
+def test_in_the_interpreter():
+    tests = str(HERE / "triton_interpreted.py")
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests, TRITON_INTERPRET="1")
+    assert re.search(r"\d+ passed", out) and "skipped" not in out
+
+
+# --- compiled ahead of time
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"], ids="sm_{}".format)
+def compiled(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("triton")
+    run(str(HERE / "triton_ahead.py"), request.param, str(out / "kernels.json"), TRITON_CACHE_DIR=str(out / "cache"))
+    return json.loads((out / "kernels.json").read_text())
+
+
+def accesses(ptx: str, kind: str) -> list[str]:
+    """Widths of the global loads or stores, those of the table (one 32-bit number a program) left out."""
+    widths = re.findall(rf"{kind}\.global\.(\S+)", ptx)
+    return [width for width in widths if width != "b32" or kind == "st"]
+
+
+def test_16_bytes_a_lane_where_addresses_allow(compiled):
+    for kernel in compiled:
+        widths = accesses(kernel["ptx"], "ld") + accesses(kernel["ptx"], "st")
+        expected = "v4.b32" if kernel["vector"] > 1 else "b16"
+        assert set(widths) == {expected}, kernel["name"]
+        assert ("LDG.E.128" in kernel["sass"]) == ("STG.E.128" in kernel["sass"]) == (kernel["vector"] > 1)
+
+
+def test_every_patch_of_a_tile_is_loaded_once_and_a_strip_at_a_time(compiled):
+    tiles = [kernel for kernel in compiled if kernel["kernel"] == "pool_tiles" and kernel["vector"] > 1]
+    assert len(tiles) == 6
+    for kernel in tiles:
+        width, fine_rows, fine_cols, *_ = kernel["constants"]
+        assert len(accesses(kernel["ptx"], "ld")) == width * fine_rows
+        assert len(accesses(kernel["ptx"], "st")) == width // fine_cols + 1
+        order = re.findall(r"LDG\.E\.128|STG\.E\.128|FADD", kernel["sass"])
+        assert order[: width * fine_rows] == ["LDG.E.128"] * (width * fine_rows), "arithmetic waits for single loads"
+
+
+def test_every_gradient_row_is_read_once_and_every_patchs_written_once(compiled):
+    (kernel,) = (kernel for kernel in compiled if kernel["kernel"] == "spread_tiles")
+    width, fine_rows, fine_cols, *_ = kernel["constants"]
+    patches = width * fine_rows
+    assert len(accesses(kernel["ptx"], "ld")) == 1 + width // fine_cols + patches  # coarse, fine, features
+    assert len(accesses(kernel["ptx"], "st")) == 2 * patches  # with a fine pathway on the frame and without
+
+
+def test_no_local_memory_and_enough_in_flight(compiled):
+    for kernel in compiled:
+        if kernel["vector"] > 1:
+            assert kernel["stack"] == kernel["local"] == 0 and not re.search(r"\b(LDL|STL)", kernel["sass"])
+        if kernel["kernel"] == "pool_tiles" and kernel["vector"] > 1:
+            width, fine_rows, *_ = kernel["constants"]
+            per_warp = -(-kernel["registers"] // 8) * 8 * 32
+            warps = min(_MOST_WARPS, _REGISTERS // per_warp)
+            assert warps * width * fine_rows * _BLOCK_BYTES >= _BYTES_IN_FLIGHT, (kernel["name"], kernel["registers"])
+
+
+def test_arithmetic_is_ieee(compiled):
+    for kernel in compiled:
+        assert not re.search(r"\.ftz|fma|div\.(full|approx)|rcp", kernel["ptx"]) and "div.rn.f32" in kernel["ptx"]
+
+
+# --- tiles
+
+
+def tiling(plan: Plan):
+    return importlib.import_module("sfllava_fast._triton.tiling").find_tiling(plan)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels():
+    return backends.triton_kernels()
+
+
+def test_the_default_layout_is_tiled():
+    found = tiling(SlowFastConfig().plan(50, (24, 24)))
+    assert (found.width, found.strips, found.tile_rows, found.tile_cols) == (6, 6, 4, 4)
+    assert (found.fine_rows, found.fine_cols, found.fine_mean, found.repeats) == (1, 2, False, False)
+
+
+@pytest.mark.parametrize(
+    "layout, fine",
+    [
+        ("concat", (1, 1, False)),
+        ("spatial_1d_max_pool", (1, 2, False)),
+        ("spatial_1d_avg_pool", (1, 2, True)),
+        ("spatial_2d_max_pool", (2, 2, False)),
+        ("spatial_2d_avg_pool", (2, 2, True)),
+    ],
+)
+def test_every_slow_pooling_is_tiled(layout, fine):
+    found = tiling(SlowFastConfig(10, layout, (4, 4)).plan((4, 50), (24, 24)))
+    assert (found.fine_rows, found.fine_cols, found.fine_mean) == fine and found.repeats
+
+
+def table(frames, rows, cols, reduce, shape=(4, 4)):
+    path = Pathway("any", Bins("each"), Bins("each"), Bins("each"), reduce)
+    return PathwayTables(path, shape, (tuple(frames),), tuple(rows), tuple(cols))
+
+
+ONE, TWO, FOUR = [(i, i + 1) for i in range(4)], [(0, 2), (2, 4)], [(0, 4)]
+FRAMES = ONE[:2]
+FINE, COARSE = table(FRAMES, ONE, TWO, "max"), table(FRAMES, TWO, TWO, "mean")
+NOT_NESTED = {
+    "one pathway": [COARSE],
+    "three pathways": [FINE, FINE, COARSE],
+    "the mean first": [COARSE, FINE],
+    "a coarse maximum": [FINE, table(FRAMES, TWO, TWO, "max")],
+    "a frame that only the fine pathway reads": [FINE, table(FRAMES[:1], TWO, TWO, "mean")],
+    "a frame in two coarse items": [FINE, table([*FRAMES, FRAMES[0]], TWO, TWO, "mean")],
+    "means of several frames": [FINE, table([(0, 2)], TWO, TWO, "mean")],
+    "fine boxes of several frames": [table([(0, 2)], ONE, TWO, "max"), COARSE],
+    "overlapping boxes": [FINE, table(FRAMES, TWO, [(0, 3), (1, 4)], "mean")],
+    "boxes with a gap": [FINE, table(FRAMES, [(0, 1), (2, 3)], TWO, "mean")],
+    "boxes of two sizes": [FINE, table(FRAMES, TWO, [(0, 1), (1, 4)], "mean")],
+    "a fine box across two coarse ones": [FINE, table(FRAMES, TWO, ONE, "mean")],
+    "patches that only the fine pathway reads": [FINE, table(FRAMES, TWO, [(0, 2)], "mean")],
+    "patches that only the coarse pathway reads": [table(FRAMES, ONE, [(0, 2)], "max"), COARSE],
+    "tall fine boxes": [table(FRAMES, TWO, ONE, "max"), COARSE],
+    "large fine boxes": [table(FRAMES, FOUR, FOUR, "max"), table(FRAMES, FOUR, FOUR, "mean")],
+    "a flattened grid": [table(FRAMES, [(0, 1)], [(i, i + 2) for i in range(0, 16, 2)], "max", (1, 16)), COARSE],
+}
+
+
+def test_a_plan_that_nests():
+    assert tiling(Plan((2,), (4, 4), (FINE, COARSE)))
+
+
+@pytest.mark.parametrize("name", NOT_NESTED)
+def test_plans_that_do_not_nest(name):
+    assert tiling(Plan((2,), (4, 4), tuple(NOT_NESTED[name]))) is None
+
+
+@pytest.mark.parametrize(
+    "config, grid",
+    [
+        (SlowFastConfig(), (27, 27)),  # overlapping bins
+        (SlowFastConfig(fast_grid=(5, 5)), (24, 24)),
+        (SlowFastConfig(fast_grid=(3, 8)), (24, 24)),  # 3 patches wide: not whole pairs
+        (SlowFastConfig(fast_grid=(1, 1)), (24, 24)),  # 24 wide: too many patches for registers
+        (SlowFastConfig(fast_grid=(48, 48)), (24, 24)),  # up-sampling
+        (SlowFastConfig(fast_grid=None), (24, 24)),
+    ],
+)
+def test_layouts_that_do_not_nest(config, grid):
+    assert tiling(config.plan(8, grid)) is None

@@ -1,0 +1,233 @@
+"""The Triton kernels, unmodified, through Triton's interpreter against the reference.
+
+Run by test_triton.py in a process with TRITON_INTERPRET=1, which Triton reads when the kernels are imported. A program
+takes tens of milliseconds here, so everything is small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given, settings
+from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, normal, slowfast_calls
+from triton.runtime import interpreter
+
+from sfllava_fast import backends, reference
+from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
+
+kernels = backends.triton_kernels()
+CHANNELS = (1, 8, 33)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+pools = pytest.mark.parametrize("pool", SLOW_POOLS)
+sources = pytest.mark.parametrize("make", SOURCES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def repaired_interpreter():
+    """Two faults of the interpreter, which no kernel can help.
+
+    It holds scalars in arrays of one element, which NumPy >= 2.4 does not take for an index. And between float32 and
+    bfloat16 it drops bits instead of rounding, and loses denormals; processors, like torch, do neither.
+    """
+    patch = pytest.MonkeyPatch()
+    patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def patched_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def converted(data, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert_float(data, source, target, rounding)
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
+    patch.setattr(interpreter, "_convert_float", converted)
+    yield
+    patch.undo()
+
+
+def run(x: torch.Tensor, plan: Plan, out: torch.Tensor) -> None:
+    backends.BACKENDS["triton"].run(x, plan, out)
+
+
+def check(x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
+    """Equal to the reference, and nothing written outside the tokens, which lie `left` channels into their rows."""
+    out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype, left, right)
+    run(x, plan, out.rows)
+    assert_same(out.rows, reference.aggregate(x, plan))
+    out.check()
+
+
+def kernel_of(plan: Plan) -> object:
+    return kernels._work(plan, backends.plan_table(plan), 1)[0]
+
+
+@dtypes
+@pools
+@sources
+def test_tiles(dtype, pool, make):
+    plan = SlowFastConfig(1, pool, (2, 2)).plan(2, (4, 4))
+    assert kernel_of(plan) is kernels.pool_tiles
+    check(make((2, 16, 20), dtype), plan)
+
+
+@dtypes
+@pools
+def test_tiles_of_fewer_frames_than_slow_ones(dtype, pool):
+    plan = SlowFastConfig(5, pool, (1, 2)).plan(2, (2, 4))
+    assert kernel_of(plan) is kernels.pool_tiles
+    check(normal((2, 8, 5), dtype), plan)
+
+
+@dtypes
+@pools
+@sources
+def test_boxes(dtype, pool, make):
+    plan = SlowFastConfig(2, pool, (2, 2)).plan(2, (3, 4))
+    assert kernel_of(plan) is kernels.pool_boxes
+    check(make((2, 12, 20), dtype), plan)
+
+
+@dtypes
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("grid", [(2, 6), (3, 3)], ids=["tiles", "boxes"])
+def test_views(dtype, view, grid):
+    x = VIEWS[view](lambda shape: normal(shape, dtype), 2, grid[0] * grid[1], 17)
+    check(x, SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, grid))
+
+
+@pytest.mark.parametrize("width", range(1, 10))
+def test_tiles_of_every_width(width):
+    plan = SlowFastConfig(1, "concat", (1, 2)).plan(1, (2, 2 * width))
+    assert kernel_of(plan) is kernels.pool_tiles
+    check(normal((1, 4 * width, 3), torch.float32), plan)
+
+
+@dtypes
+@pytest.mark.parametrize("grid", [(6, 6), (5, 6)], ids=["tiles", "boxes"])
+@pytest.mark.parametrize("left, vectors", [(8, True), (6, False)], ids=["16 bytes a lane", "an element a lane"])
+def test_chunks_of_channels(dtype, grid, left, vectors):
+    """More channels than a program takes, the last ones in part; aligned rows behind a CLS token, and others."""
+    channels = 264
+    x = normal((2, grid[0] * grid[1] + 1, channels), dtype)[:, 1:]
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan(2, grid)
+    rows = GuardedRows(plan.offsets[-1], channels, dtype, left, 8).rows
+    steps = (x.stride(0), x.stride(1), rows.stride(0), channels)
+    width = kernels._vector([x.data_ptr(), rows.data_ptr()], steps, x.element_size())
+    assert width == (16 // x.element_size() if vectors else 1)
+    check(x, plan, left, 8)
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (3, 4)], ids=["tiles", "boxes"])
+def test_packed_videos(grid):
+    x = normal((6, grid[0] * grid[1], 5), torch.float32)
+    check(x, SlowFastConfig(2, "spatial_1d_avg_pool", (2, 2)).plan((1, 3, 2), grid))
+
+
+@pytest.mark.parametrize("fast", [None, (1, 1), (3, 2)])
+def test_more_boxes_than_programs_of_a_group(fast):
+    plan = SlowFastConfig(1, "concat", fast).plan(1, (9, 9))
+    check(normal((1, 81, 2), torch.float32), plan)
+
+
+def test_a_pathway_alone():
+    check(normal((2, 16, 4), torch.float16), SlowFastConfig(0, fast_grid=(2, 2)).plan(2, (4, 4)))
+    check(normal((3, 16, 4), torch.float16), SlowFastConfig(1, fast_grid=None).plan(3, (4, 4)))
+
+
+@settings(max_examples=20)
+@given(slowfast_calls(CHANNELS, frames=2, side=4))
+def test_slowfast_layouts(call):
+    check(*call)
+
+
+@settings(max_examples=20)
+@given(any_calls(CHANNELS, frames=2, side=4))
+def test_any_pathways_of_packed_videos(call):
+    check(*call)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3)], ids=["tiles", "boxes"])
+@pytest.mark.parametrize(
+    "stride", [(2**31, 4, 1), (4, 2**30 + 2**29, 1)], ids=["far frames", "far patches"]
+)
+def test_features_past_2_to_the_31(grid, stride):
+    """In memory that the system hands out page by page, as it is touched."""
+    patches = grid[0] * grid[1]
+    reach = stride[0] + (patches - 1) * stride[1] + 4
+    x = torch.empty(reach, dtype=torch.bfloat16).as_strided((2, patches, 4), stride)
+    x.copy_(normal((2, patches, 4), torch.bfloat16))
+    check(x, SlowFastConfig(1, "concat", (1, 1)).plan(2, grid))
+
+
+def test_tokens_past_2_to_the_31():
+    plan = SlowFastConfig(1, "concat", (1, 1)).plan(1, (2, 2))
+    out = torch.empty(4 * 2**30 + 4, dtype=torch.bfloat16).as_strided((5, 4), (2**30, 1))
+    x = normal((1, 4, 4), torch.bfloat16)
+    run(x, plan, out)
+    assert_same(out, reference.aggregate(x, plan))
+
+
+def test_no_channels():
+    plan = SlowFastConfig(1).plan(1, (4, 4))
+    run(torch.empty(1, 16, 0), plan, torch.empty(plan.offsets[-1], 0))
+
+
+def test_one_channel_needs_no_unit_stride():
+    x = normal((3, 16, 6), torch.float32).as_strided((3, 16, 1), (96, 6, 5))
+    check(x, SlowFastConfig(2).plan(3, (4, 4)))
+
+
+def test_same_bits_in_every_run():
+    x, plan = normal((2, 16, 20), torch.float32), SlowFastConfig(2, "spatial_2d_avg_pool", (2, 2)).plan(2, (4, 4))
+    outs = [torch.empty(plan.offsets[-1], 20) for _ in range(2)]
+    for out in outs:
+        run(x, plan, out)
+    assert torch.equal(*map(bits, outs))
+
+
+# --- backward
+
+
+def check_backward(x: torch.Tensor, plan: Plan, grad: torch.Tensor) -> None:
+    assert kernels.has_backward(plan)
+    out = GuardedRows(x.shape[0] * x.shape[1], x.shape[2], x.dtype, 0, 0)
+    table = backends.plan_table(plan)
+    kernels.pool_backward(grad, x, plan, table, table, out.rows.view(x.shape))
+    assert_same(out.rows, reference.aggregate_backward(grad, x, plan).view_as(out.rows))
+    out.check()
+
+
+@dtypes
+@pools
+@pytest.mark.parametrize("make", SOURCES[:2])
+def test_backward(dtype, pool, make):
+    plan = SlowFastConfig(1, pool, (2, 2)).plan(2, (4, 4))
+    check_backward(make((2, 16, 5), dtype), plan, make((plan.offsets[-1], 5), dtype))
+
+
+@dtypes
+def test_backward_of_chunks_views_and_packed_videos(dtype):
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 2), (2, 6))
+    grad = normal((plan.offsets[-1], 300), dtype)[:, 16:280]
+    check_backward(normal((3, 13, 264), dtype)[:, 1:], plan, grad)
+
+
+def test_backward_of_a_sum():
+    x, plan = normal((1, 4, 6), torch.float32), SlowFastConfig(1, fast_grid=(1, 1)).plan(1, (2, 2))
+    grad = torch.ones(()).expand(plan.offsets[-1], 6)
+    assert_same(backends._run_triton_backward(grad, x, plan), reference.aggregate_backward(grad, x, plan))
+
+
+def test_plans_without_a_backward():
+    plans = [
+        SlowFastConfig(3).plan(2, (4, 4)),  # repeated frames
+        SlowFastConfig(1, fast_grid=(2, 3)).plan(2, (4, 4)),  # not tiled
+        SlowFastConfig(1, fast_grid=None).plan(2, (4, 4)),
+    ]
+    assert not any(map(kernels.has_backward, plans))
