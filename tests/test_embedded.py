@@ -500,7 +500,7 @@ def model():
 
 def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     scene, asked = sample.draw_sample()
-    assert embedded.sample_questions() == [question.text for question in asked] and len(asked) == 8
+    assert embedded.sample_questions() == [question.text for question in asked] and len(asked) == 9
     assert embedded.sample_answers() == [question.answer for question in asked]
     assert embedded.sample_video().stat().st_size < 60_000
     with av.open(str(embedded.sample_video())) as container:
@@ -511,15 +511,18 @@ def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     assert answers == embedded.sample_answers()
 
 
-# What the card claims on clips of known combinations; the exported model reaches 92 to 100 % of each.
-CLAIMED = ("colour", "shape", "number", "exist", "unanswerable: off topic")
+# What the card claims on clips of known pairs; the exported model reaches 94 to 100 % of each on 100 clips.
+CLAIMED = (
+    "colour", "shape", "place", "relation", "number", "direction", "first", "last", "when", "exist",
+    "unanswerable: not there", "unanswerable: off topic",
+)
 
 
 def test_claimed_answers_on_encoded_clips_that_training_never_drew(model):
     scores = evaluate.examine(model, clips=24, seed=11, split="train")["both"]
     claimed = {kind: scores[kind] for kind in CLAIMED}
     right, asked = evaluate.total_of(claimed)
-    assert asked > 80 and right / asked >= 0.88, claimed
+    assert asked > 200 and right / asked >= 0.92, claimed
     for kind, (right, asked) in claimed.items():
         assert right / asked >= 0.75, (kind, right, asked)
 

@@ -148,7 +148,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the clips and their questions")
     parser.add_argument("--split", choices=tuple(SPLITS), default="heldout",
-                        help="combinations of colour and shape: never trained on (heldout), or trained on")
+                        help="clips with pairs of colour and shape that training never drew, asked about those "
+                        "where it can be (heldout), or of known pairs (train)")
     parser.add_argument("--new-phrasings", action="store_true",
                         help="ask only in phrasings kept from training")
     parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")

@@ -9,10 +9,10 @@ from pathlib import Path
 from .questions import Question, ask
 from .scenes import Scene, draw_scene, write_video
 
-# Picked from the first few that were tried because the model answers all of it: a demonstration, not a measurement.
-SCENE_SEED, QUESTION_SEED, FRAMES = 21, 4, 64
+# The first seeds of which the model answers all: a demonstration, not a measurement.
+SCENE_SEED, QUESTION_SEED, FRAMES = 2, 2, 64
 # What the card claims.
-TYPES = ("number", "shape", "colour", "exist", "shape", "colour", "exist", "unanswerable")
+TYPES = ("number", "colour", "place", "relation", "direction", "first", "when", "exist", "unanswerable")
 
 
 def draw_sample() -> tuple[Scene, list[Question]]:
