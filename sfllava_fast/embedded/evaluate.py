@@ -162,7 +162,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    logging.getLogger("sfllava_fast").setLevel(logging.ERROR)  # unknown words are asked on purpose
     try:
         models = load_models(args.model, args.ablation)
         scores = examine(models, args.clips, args.seed, args.split, args.new_phrasings, args.frames)
@@ -179,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("sfllava_fast").setLevel(logging.ERROR)  # unknown words are asked on purpose
     try:
         sys.exit(main())
     except KeyboardInterrupt:
