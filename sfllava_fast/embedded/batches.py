@@ -14,7 +14,7 @@ from .model import ASSISTANT, EOS, USER, answer_ids, image_processor
 from .questions import TYPES, WHEN, Question, ask_many, mentioned, when
 from .scenes import (
     CANVAS, COLOURS, DIRECTIONS, GRID, PASSING, PLACES, SHAPES, STILLS, Scene, Thing, draw_scene, frame_times,
-    patch_labels, render, sign_patches, thing_patches,
+    patch_labels, render, sign_patches, thing_patches, tint,
 )
 
 QUESTIONS_PER_CLIP = 16
@@ -46,12 +46,15 @@ class Layout:
 class Diet:
     """What a stage draws: how many shapes stand still and pass, least to most, and how many frames show them.
 
-    `frames` 0: frames, slow frames and pathways are drawn anew each step.
+    `frames` 0: frames, slow frames and pathways are drawn anew each step. `short_names`: as in `ask`. `tinted`:
+    which share of the things on single frames have a colour without a name, so that a shape is read by its form.
     """
 
     stills: tuple[int, int] = STILLS
     passing: tuple[int, int] = PASSING
     frames: int = 0
+    short_names: bool = False
+    tinted: float = 0.0
 
     def layout(self, stage: str, step: int) -> Layout:
         """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
@@ -73,12 +76,13 @@ def normalise(frames: np.ndarray) -> torch.Tensor:
 
 
 def image_batch(
-    stage: str, step: int, first: int, count: int
+    stage: str, step: int, first: int, count: int, tinted: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`count` single frames and their patch labels [count, 8, 8, ...]."""
     frames, labels = [], []
     for index in range(first, first + count):
         scene = draw_scene(f"{stage}/{step}/{index}")
+        scene = tint(scene, random.Random(f"tint/{stage}/{step}/{index}"), tinted)
         time = random.Random(f"time/{stage}/{step}/{index}").random()
         frames.append(render(scene, [time], half=True)[0])
         labels.append(patch_labels(scene, time))
@@ -142,7 +146,7 @@ def clip_batch(
         times = frame_times(sample_frames(total, frames), total)
         scenes.append(scene)
         clips.append(render(scene, times, half=True))
-        asked.append(ask_many(scene, QUESTIONS_PER_CLIP, rng))
+        asked.append(ask_many(scene, QUESTIONS_PER_CLIP, rng, short_names=diet.short_names))
         shown[clip, ..., : len(scene.things)] = torch.from_numpy(thing_patches(scene, times))
         shown[clip, ..., -1] = torch.from_numpy(sign_patches(scene))
     ids, targets = encode_questions(tokenizer, asked)

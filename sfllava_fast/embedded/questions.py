@@ -128,21 +128,27 @@ def phrasings(kind: str, held_out: bool) -> tuple[str, ...]:
 
 
 def ask(
-    scene: Scene, kind: str, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
+    scene: Scene, kind: str, rng: random.Random, split: str = "train", held_out_phrasing: bool = False,
+    short_names: bool = False,
 ) -> Question | None:
-    """One question of a type about a scene, or None where the scene allows none."""
+    """One question of a type about a scene, or None where the scene allows none.
+
+    With `short_names` about half of the things that their shape or their colour alone tells from the others are
+    called by that: "the circle", "the red object".
+    """
     maker = _MAKERS[kind]
-    return maker(scene, rng, _Asker(kind, rng, split, held_out_phrasing))
+    return maker(scene, rng, _Asker(kind, rng, split, held_out_phrasing, short_names))
 
 
 def ask_many(
-    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False
+    scene: Scene, count: int, rng: random.Random, split: str = "train", held_out_phrasing: bool = False,
+    short_names: bool = False,
 ) -> list[Question]:
     """`count` questions of random types by WEIGHTS."""
     questions = []
     while len(questions) < count:
         kind = rng.choices(TYPES, WEIGHTS.values())[0]
-        question = ask(scene, kind, rng, split, held_out_phrasing)
+        question = ask(scene, kind, rng, split, held_out_phrasing, short_names)
         if question is not None:
             questions.append(question)
     return questions
@@ -159,8 +165,9 @@ def ask_each(
 class _Asker:
     """Fills a random phrasing of one type."""
 
-    def __init__(self, kind: str, rng: random.Random, split: str, held_out: bool):
+    def __init__(self, kind: str, rng: random.Random, split: str, held_out: bool, short_names: bool):
         self.kind, self.rng, self.split, self.held_out = kind, rng, split, held_out
+        self.short_names = short_names
 
     def __call__(self, answer: str, phrasing_of: str | None = None, **slots: str) -> Question:
         phrasing = self.rng.choice(phrasings(phrasing_of or self.kind, self.held_out))
@@ -173,9 +180,23 @@ class _Asker:
             things = [thing for thing in things if (thing.colour, thing.shape) in HELD_OUT] or things
         return self.rng.choice(things) if things else None
 
+    def name(self, scene: Scene, thing: Thing) -> str:
+        if not self.short_names or self.rng.random() < 0.5:
+            return thing.name
+        shapes, colours = ([getattr(other, key) for other in scene.things] for key in ("shape", "colour"))
+        short = [thing.shape] * (shapes.count(thing.shape) == 1)
+        short += [f"{thing.colour} object"] * (colours.count(thing.colour) == 1)
+        return self.rng.choice(short) if short else thing.name
+
     def absent(self, scene: Scene) -> str:
         """A pair of the split that is not in the scene; half the time its colour and its shape both are."""
         present = {(thing.colour, thing.shape) for thing in scene.things}
+        if self.short_names and self.rng.random() < 0.4:
+            shapes, colours = ({getattr(thing, key) for thing in scene.things} for key in ("shape", "colour"))
+            return self.rng.choice(
+                [shape for shape in SHAPES if shape not in shapes]
+                + [f"{colour} object" for colour in COLOURS if colour not in colours]
+            )
         pairs = TRAINED + HELD_OUT if self.split == "heldout" else TRAINED
         missing = [pair for pair in pairs if pair not in present]
         colours, shapes = {c for c, _ in present}, {s for _, s in present}
@@ -218,7 +239,7 @@ def _total(scene: Scene, rng: random.Random, make: _Asker) -> Question:
 
 def _place(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
     thing = make.pick(scene.of_kind("still"))
-    return thing and make(place_name(thing.begin), x=thing.name)
+    return thing and make(place_name(thing.begin), x=make.name(scene, thing))
 
 
 def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
@@ -232,7 +253,8 @@ def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None
         return None
     words = (("left", "right"), ("above", "below"))[axis]
     offered = f"{words[0]} or {words[1]}" if rng.random() < 0.5 else f"{words[1]} or {words[0]}"
-    return make(words[gap > 0], x=first.name, y=second.name, r=offered + (" of" if axis == 0 else ""))
+    x, y = make.name(scene, first), make.name(scene, second)
+    return make(words[gap > 0], x=x, y=y, r=offered + (" of" if axis == 0 else ""))
 
 
 def _number(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
@@ -243,9 +265,9 @@ def _direction(scene: Scene, rng: random.Random, make: _Asker) -> Question | Non
     movers = scene.of_kind("cross")
     if rng.random() < 0.15:
         thing = make.pick(scene.of_kind("still", "visit"))
-        return thing and make(STILL, x=thing.name)
+        return thing and make(STILL, x=make.name(scene, thing))
     thing = make.pick(movers)
-    return thing and make(thing.direction, x=thing.name)
+    return thing and make(thing.direction, x=make.name(scene, thing))
 
 
 def _passing(scene: Scene) -> list[Thing]:
@@ -270,12 +292,12 @@ def when(thing: Thing) -> str | None:
 
 def _when(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
     thing = make.pick([thing for thing in _passing(scene) if when(thing)])
-    return thing and make(when(thing), x=thing.name)
+    return thing and make(when(thing), x=make.name(scene, thing))
 
 
 def _exist(scene: Scene, rng: random.Random, make: _Asker) -> Question:
     if rng.random() < 0.5:
-        return make("yes", x=make.pick(scene.things).name)
+        return make("yes", x=make.name(scene, make.pick(scene.things)))
     return make("no", x=make.absent(scene))
 
 

@@ -8,7 +8,7 @@ Clips are drawn at 192 px (for video files) or at 96 px (for training) from spri
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +44,8 @@ SPLITS = ("train", "heldout")
 # Pairs that only held-out clips show.
 HELD_OUT = (("red", "star"), ("yellow", "ring"), ("blue", "triangle"), ("pink", "cross"))
 TRAINED = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
+NO_NAME = -1
+NAMELESS = 60  # a colour so far from every named one has no name
 STILLS, PASSING = (3, 5), (2, 3)  # how many shapes stand still, and come and go: least and most
 
 EDGE = 20  # centres keep this distance from the border
@@ -79,6 +81,7 @@ class Thing:
     finish: tuple[int, int]
     start: float = 0.0
     end: float = 1.0
+    tint: tuple[int, int, int] | None = None  # painted so instead, in a colour that has no name
 
     @property
     def name(self) -> str:
@@ -144,6 +147,21 @@ def draw_scene(
         scene = _try_scene(rng, split, rng.randint(*stills), rng.randint(*passing))
         if scene is not None:
             return scene
+
+
+def tint(scene: Scene, rng: random.Random, share: float) -> Scene:
+    """The scene with a share of its things in colours that are far from every named one."""
+    return replace(scene, things=tuple(
+        replace(thing, tint=_nameless(rng)) if rng.random() < share else thing for thing in scene.things
+    ))
+
+
+def _nameless(rng: random.Random) -> tuple[int, int, int]:
+    while True:
+        colour = tuple(rng.randint(0, 255) for _ in range(3))
+        near = min(sum((a - b) ** 2 for a, b in zip(colour, named)) for named in COLOURS.values())
+        if near > NAMELESS**2 and max(colour) > 90:  # not one of the dark backgrounds either
+            return colour
 
 
 def _try_scene(rng: random.Random, split: str, stills: int, passing: int) -> Scene | None:
@@ -311,37 +329,54 @@ def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.nda
 
 
 @lru_cache(maxsize=None)
-def _sprite(key: tuple, phase: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """(1 - alpha, alpha * colour, border): canvas scale if phase is None, else half scale at that phase."""
-    if key[0] == "sign":
-        colour = _sign_image(key[1])
-        alpha = np.ones(colour.shape[:2] + (1,), np.float32)
-    else:
-        shape, size, name = key
-        alpha = _shape_alpha(shape, size)[:, :, None]
-        colour = alpha * np.array(COLOURS[name], np.float32)
+def _shape_sprite(shape: str, size: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, int]:
+    """Coverage [h, w, 1] and its border: canvas scale if phase is None, else half scale at that phase."""
+    alpha = _shape_alpha(shape, size)[:, :, None]
+    return (alpha, 0) if phase is None else (_halve(alpha, phase), 2)
+
+
+@lru_cache(maxsize=None)
+def _sign_sprite(number: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Coverage, colours and border, the same way."""
+    board = _sign_image(number)
     if phase is None:
-        return 1 - alpha, colour, 0
-    stacked = _halve(np.concatenate([alpha, colour], 2), phase)
-    return 1 - stacked[:, :, :1], stacked[:, :, 1:], 2
+        return np.ones_like(board[:, :, :1]), board, 0
+    stacked = _halve(np.concatenate([np.ones_like(board[:, :, :1]), board], 2), phase)
+    return stacked[:, :, :1], stacked[:, :, 1:], 2
 
 
-def _paste(frame: np.ndarray, key: tuple, corner: tuple[int, int], half: bool) -> None:
-    """Blends a sprite whose top left canvas px is `corner` (x, y) into a float frame, in place."""
+def _paste(frame: np.ndarray, alpha: np.ndarray, colours: np.ndarray, corner: tuple[int, int]) -> None:
+    """Blends [h, w, 3] of that coverage, colours already weighed by it, into a float frame at (x, y), in place."""
     x, y = corner
-    keep, colour, border = _sprite(key, (x % 2, y % 2) if half else None)
-    if half:
-        x, y = x // 2 - border, y // 2 - border
     top, left = max(0, -y), max(0, -x)
-    region = frame[y + top : y + keep.shape[0], x + left : x + keep.shape[1]]
+    region = frame[y + top : y + alpha.shape[0], x + left : x + alpha.shape[1]]
     window = (slice(top, top + region.shape[0]), slice(left, left + region.shape[1]))
-    region *= keep[window]
-    region += colour[window]
+    region *= 1 - alpha[window]
+    region += colours[window]
+
+
+def _at(corner: tuple[int, int], border: int, half: bool) -> tuple[int, int]:
+    x, y = corner
+    return (x // 2 - border, y // 2 - border) if half else corner
+
+
+def _phase(corner: tuple[int, int], half: bool) -> tuple[int, int] | None:
+    return (corner[0] % 2, corner[1] % 2) if half else None
 
 
 def _paste_thing(frame: np.ndarray, thing: Thing, time: float, half: bool) -> None:
     x, y = thing.centre(time)
-    _paste(frame, (thing.shape, thing.size, thing.colour), (x - thing.size // 2, y - thing.size // 2), half)
+    corner = x - thing.size // 2, y - thing.size // 2
+    alpha, border = _shape_sprite(thing.shape, thing.size, _phase(corner, half))
+    colour = np.array(thing.tint or COLOURS[thing.colour], np.float32)
+    _paste(frame, alpha, alpha * colour, _at(corner, border, half))
+
+
+def _paste_sign(frame: np.ndarray, sign: Sign, half: bool) -> None:
+    x, y = sign.centre
+    corner = x - SIGN_WIDTH // 2, y - SIGN_HEIGHT // 2
+    alpha, colours, border = _sign_sprite(sign.number, _phase(corner, half))
+    _paste(frame, alpha, colours, _at(corner, border, half))
 
 
 def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
@@ -352,8 +387,7 @@ def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
     for thing in scene.of_kind("still"):
         _paste_thing(still, thing, 0.0, half)
     if scene.sign:
-        x, y = scene.sign.centre
-        _paste(still, ("sign", scene.sign.number), (x - SIGN_WIDTH // 2, y - SIGN_HEIGHT // 2), half)
+        _paste_sign(still, scene.sign, half)
     frames = np.repeat(still[None], len(times), axis=0)
     for frame, time in zip(frames, times):
         for thing in scene.of_kind("visit", "cross"):
@@ -365,9 +399,9 @@ def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
 def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
     """What each 12 px patch of a frame shows, for the tower's first stage.
 
-    Returns arrays over the 8 x 8 grid: `shape`, `colour`, `across` and `down` (which of three columns and rows
-    of PLACES holds the shape's centre), `tens`, `units` (int64, 0 = nothing) and `offset` (float32 [8, 8, 2],
-    from the patch's centre to the shape's, in patches).
+    Returns arrays over the 8 x 8 grid: `shape`, `colour` (NO_NAME for a tint), `across` and `down` (which of three
+    columns and rows of PLACES holds the shape's centre), `tens`, `units` (int64, 0 = nothing) and `offset` (float32
+    [8, 8, 2], from the patch's centre to the shape's, in patches).
     """
     shape, colour, across, down = (np.zeros((GRID, GRID), np.int64) for _ in range(4))
     offset, best = np.zeros((GRID, GRID, 2), np.float32), np.full((GRID, GRID), 0.15, np.float32)
@@ -380,7 +414,7 @@ def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
         mine = cover > best[rows, columns]
         best[rows, columns][mine] = cover[mine]
         shape[rows, columns][mine] = 1 + SHAPES.index(thing.shape)
-        colour[rows, columns][mine] = 1 + list(COLOURS).index(thing.colour)
+        colour[rows, columns][mine] = NO_NAME if thing.tint else 1 + list(COLOURS).index(thing.colour)
         across[rows, columns][mine], down[rows, columns][mine] = 1 + 3 * x // CANVAS, 1 + 3 * y // CANVAS
         offset[rows, columns][mine] = np.stack(
             np.meshgrid(x / side - middle[columns], y / side - middle[rows]), 2

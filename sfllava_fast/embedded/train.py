@@ -27,7 +27,7 @@ from .guidance import ClipHeads, Guide
 from .model import build_model, build_tokenizer, export
 from .packing import encode_frames, packed_logits, use_packed_attention
 from .questions import TYPES
-from .scenes import COLOURS, GRID, SHAPES
+from .scenes import COLOURS, GRID, NO_NAME, SHAPES
 
 LOG_EVERY = 50
 
@@ -37,7 +37,7 @@ class Stage:
     """A stretch of training: which part it trains, its steps, its learning rate from peak to end, its data."""
 
     name: str
-    trains: str  # "tower", "words" (projector and embeddings), "language" (those and the decoder)
+    trains: str  # "tower", "words" (projector and embeddings), "language" (those and the decoder), "all"
     steps: int
     rate: float
     end_rate: float
@@ -61,6 +61,8 @@ STAGES = (
     Stage("full", "language", 1000, 1.5e-3, 1.2e-3, diet=Diet(frames=16), guided=True),
     Stage("mixed", "language", 900, 1.2e-3, 1e-3, diet=Diet(), guided=True),
     Stage("last", "language", 900, 1e-3, 3e-5, diet=Diet()),
+    # Shape without regard to colour, and things by one name alone: pairs that were never met shall be read too.
+    Stage("compose", "all", 560, 8e-4, 3e-5, diet=Diet(frames=16, short_names=True, tinted=0.5), guided=True),
 )
 WORDED_IMAGES = 8
 IMAGES_PER_RANK = 32
@@ -90,7 +92,7 @@ class PatchHeads(torch.nn.Module):
             logits, target = self.reads[key](hidden).flatten(0, 1), labels[key].flatten()
             weight = torch.ones(size, device=logits.device)
             weight[0] = 0.25
-            total = total + F.cross_entropy(logits, target, weight)
+            total = total + F.cross_entropy(logits, target, weight, ignore_index=NO_NAME)
             shown = target > 0
             score[f"{key} hits"] += int((logits.argmax(1) == target)[shown].sum())
             score[f"{key} asked"] += int(shown.sum())
@@ -141,14 +143,16 @@ class Trainer:
     def _parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that this stage trains."""
         inner = self.model.model
+        tower = [p for key, p in inner.vision_tower.named_parameters() if "post_layernorm" not in key]
+        tower += self.patch_heads.parameters()
         if self.now.trains == "tower":
-            named = inner.vision_tower.named_parameters()
-            return [p for key, p in named if "post_layernorm" not in key] + [*self.patch_heads.parameters()]
+            return tower
         words = [*inner.multi_modal_projector.parameters(), *self.model.get_input_embeddings().parameters()]
         if self.now.trains == "words":
             return words
         decoder = [p for key, p in inner.language_model.named_parameters() if "embed_tokens" not in key]
-        return words + decoder + [*self.clip_heads.parameters()]
+        decoder += self.clip_heads.parameters()
+        return words + decoder + (tower if self.now.trains == "all" else [])
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.03)
@@ -160,7 +164,8 @@ class Trainer:
         shares = range(self.rank, BATCH_RANKS, self.ranks)
         losses = []
         for share in shares:
-            loss = self._language_loss(share) if self.now.trains == "language" else self._image_loss(share)
+            on_images = self.now.trains in ("tower", "words")
+            loss = self._image_loss(share) if on_images else self._language_loss(share)
             (loss / len(shares)).backward()
             losses.append(loss.item())
         parameters = self._parameters()
@@ -173,16 +178,21 @@ class Trainer:
         return sum(losses) / len(losses)
 
     def _images(self, share: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Patch features and labels of `count` single frames; the tower learns in its own stage alone."""
-        pixels, labels = image_batch(self.now.name, self.step, share * count, count)
-        with torch.set_grad_enabled(self.now.trains == "tower"):
-            features = encode_frames(self.model, pixels.to(self.device))
-        return features, {key: value.to(self.device) for key, value in labels.items()}
+        """Patch features and labels of `count` single frames."""
+        pixels, labels = image_batch(self.now.name, self.step, share * count, count, self.now.diet.tinted)
+        return self._encode(pixels), {key: value.to(self.device) for key, value in labels.items()}
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.now.trains in ("tower", "all")):
+            return encode_frames(self.model, pixels.to(self.device))
 
     def _image_loss(self, share: int) -> torch.Tensor:
         features, labels = self._images(share, IMAGES_PER_RANK)
         if self.now.trains == "words":
             return self._align_loss(features, labels)
+        return self._patch_loss(features, labels)
+
+    def _patch_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         loss, score = self.patch_heads.loss(features, labels)
         self.score.update(score)
         return loss
@@ -201,8 +211,7 @@ class Trainer:
         batch = clip_batch(
             self.tokenizer, stage.name, self.step, share * clips, clips, layout.frames, stage.diet
         )
-        with torch.no_grad():
-            features = encode_frames(self.model, batch.pixels.to(self.device)).unflatten(0, (clips, -1))
+        features = self._encode(batch.pixels).unflatten(0, (clips, -1))
         where = batch.targets != IGNORE
         guide = Guide(batch, layout, self.device) if stage.guided else None
         questions = batch.ids.to(self.device), where.to(self.device)
@@ -213,7 +222,10 @@ class Trainer:
         loss = F.cross_entropy(logits, target)
         if guide is not None:
             loss = loss + guide.loss(self.clip_heads, self.score)
-            loss = loss + 0.3 * self._align_loss(*self._images(share, WORDED_IMAGES))
+            images = self._images(share, WORDED_IMAGES)
+            loss = loss + 0.3 * self._align_loss(*images)
+            if stage.trains == "all":
+                loss = loss + 0.3 * self._patch_loss(*images)
         return loss
 
     def _count_hits(self, types: torch.Tensor, where: torch.Tensor, hits: torch.Tensor) -> None:
