@@ -2,7 +2,8 @@
 
 Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels, then the
 projector, until a patch reads as the words for what it shows. On clips, first of few shapes, then of many: the
-language model, some of its heads shown where to look. Ranks are processes that average their gradients.
+language model, some of its heads shown where to look; at the end everything. Ranks are processes that average
+their gradients.
 """
 
 from __future__ import annotations
