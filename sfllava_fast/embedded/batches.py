@@ -47,7 +47,8 @@ class Diet:
     """What a stage draws: how many shapes stand still and pass, least to most, and how many frames show them.
 
     `frames` 0: frames, slow frames and pathways are drawn anew each step. `short_names`: as in `ask`. `tinted`:
-    which share of the things on single frames have a colour without a name, so that a shape is read by its form.
+    which share of the things have a colour without a name, so that a shape is read by its form; in clips, of the
+    things whose shape alone names them.
     """
 
     stills: tuple[int, int] = STILLS
@@ -142,6 +143,7 @@ def clip_batch(
     for clip, index in enumerate(range(first, first + count)):
         rng = random.Random(f"clip/{stage}/{step}/{index}")
         scene = draw_scene(f"{stage}/{step}/{index}", "train", diet.stills, diet.passing)
+        scene = tint(scene, rng, diet.tinted, lone=True)
         total = rng.randint(max(frames, 24), LONGEST_VIDEO)
         times = frame_times(sample_frames(total, frames), total)
         scenes.append(scene)
@@ -187,7 +189,7 @@ def _facts_of(thing: Thing) -> list[int]:
     column, row = (1 + 3 * centre // CANVAS if thing.kind == "still" else 0 for centre in thing.begin)
     passes = thing.kind != "still"
     return [
-        1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape), column, row,
+        0 if thing.tint else 1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape), column, row,
         1 + (DIRECTIONS.index(thing.direction) if thing.direction else len(DIRECTIONS)),
         1 + WHEN.index(when(thing)) if passes and when(thing) else 0, 0, 0,
     ]

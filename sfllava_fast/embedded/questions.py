@@ -185,7 +185,7 @@ class _Asker:
             return thing.name
         shapes, colours = ([getattr(other, key) for other in scene.things] for key in ("shape", "colour"))
         short = [thing.shape] * (shapes.count(thing.shape) == 1)
-        short += [f"{thing.colour} object"] * (colours.count(thing.colour) == 1)
+        short += [f"{thing.colour} object"] * (colours.count(thing.colour) == 1 and thing.tint is None)
         return self.rng.choice(short) if short else thing.name
 
     def absent(self, scene: Scene) -> str:
@@ -210,12 +210,12 @@ def _unique(scene: Scene, attribute: str) -> list[Thing]:
 
 
 def _colour(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    thing = make.pick(_unique(scene, "shape"))
+    thing = make.pick([thing for thing in _unique(scene, "shape") if thing.colour])
     return thing and make(thing.colour, s=thing.shape)
 
 
 def _shape(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    thing = make.pick(_unique(scene, "colour"))
+    thing = make.pick([thing for thing in _unique(scene, "colour") if thing.colour])
     return thing and make(thing.shape, c=thing.colour)
 
 
@@ -228,7 +228,8 @@ def _count(scene: Scene, rng: random.Random, make: _Asker) -> Question:
     values = list(COLOURS) if by_colour else list(SHAPES)
     attribute = "colour" if by_colour else "shape"
     present = [getattr(thing, attribute) for thing in scene.things]
-    value = rng.choice(present if rng.random() < 0.8 else values)
+    named = [value for value in present if value]
+    value = rng.choice(named if named and rng.random() < 0.8 else values)
     noun = f"{value} {rng.choice(('shapes', 'objects'))}" if by_colour else plural(value)
     return make(str(present.count(value)), n=noun)
 

@@ -81,11 +81,11 @@ class Thing:
     finish: tuple[int, int]
     start: float = 0.0
     end: float = 1.0
-    tint: tuple[int, int, int] | None = None  # painted so instead, in a colour that has no name
+    tint: tuple[int, int, int] | None = None  # a colour that has no name; `colour` is "" then
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.colour} {self.shape}".lstrip()
 
     def visible(self, time: float) -> bool:
         return self.kind == "still" or self.start <= time < self.end
@@ -149,10 +149,16 @@ def draw_scene(
             return scene
 
 
-def tint(scene: Scene, rng: random.Random, share: float) -> Scene:
-    """The scene with a share of its things in colours that are far from every named one."""
+def tint(scene: Scene, rng: random.Random, share: float, lone: bool = False) -> Scene:
+    """The scene with a share of its things in colours that are far from every named one.
+
+    `lone`: only of those that no other has the shape of, so that their shape alone names them.
+    """
+    shapes = [thing.shape for thing in scene.things]
     return replace(scene, things=tuple(
-        replace(thing, tint=_nameless(rng)) if rng.random() < share else thing for thing in scene.things
+        replace(thing, colour="", tint=_nameless(rng))
+        if not (lone and shapes.count(thing.shape) > 1) and rng.random() < share else thing
+        for thing in scene.things
     ))
 
 

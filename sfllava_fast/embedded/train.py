@@ -52,18 +52,17 @@ class Stage:
         return min(1.0, (step + 1) / max(1, self.warmup)) * (self.end_rate + (self.rate - self.end_rate) * fall)
 
 
+FORM = Diet(tinted=0.5)  # half of the shapes have no colour's name, so shape is read without regard to colour
 STAGES = (
-    Stage("tower", "tower", 1300, 1.5e-3, 4.5e-5, warmup=100),
+    Stage("tower", "tower", 1600, 1.5e-3, 4.5e-5, warmup=100, diet=FORM),
     # The language model needs few steps to read what a patch shows once its tokens resemble words.
-    Stage("align", "words", 200, 3e-3, 1e-3),
+    Stage("align", "words", 200, 3e-3, 1e-3, diet=FORM),
     # Looking a thing up is learned where there are few; in full scenes alone it takes very long to emerge.
-    Stage("few", "language", 250, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), frames=8), guided=True),
-    Stage("some", "language", 450, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), frames=16), guided=True),
-    Stage("full", "language", 1000, 1.5e-3, 1.2e-3, diet=Diet(frames=16), guided=True),
-    Stage("mixed", "language", 900, 1.2e-3, 1e-3, diet=Diet(), guided=True),
-    Stage("last", "language", 900, 1e-3, 3e-5, diet=Diet()),
-    # Shape without regard to colour, and things by one name alone: pairs that were never met shall be read too.
-    Stage("compose", "all", 560, 8e-4, 3e-5, diet=Diet(frames=16, short_names=True, tinted=0.5), guided=True),
+    Stage("few", "language", 250, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), 8, True, 0.3), guided=True),
+    Stage("some", "language", 500, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), 16, True, 0.3), guided=True),
+    Stage("full", "language", 1100, 1.5e-3, 1.2e-3, diet=Diet(frames=16, short_names=True, tinted=0.3), guided=True),
+    Stage("mixed", "language", 1000, 1.2e-3, 1e-3, diet=Diet(short_names=True, tinted=0.3), guided=True),
+    Stage("last", "language", 1000, 1e-3, 3e-5, diet=Diet(short_names=True, tinted=0.15)),
 )
 WORDED_IMAGES = 8
 IMAGES_PER_RANK = 32
