@@ -54,8 +54,8 @@ def _pool_backward(grad: Tensor, features: Tensor, path: PathwayTables, into: Te
     if path.pathway.reduce == "mean":
         for size in _box_sizes(path, grad.device):
             grad = grad / size
-        for offset in _offsets(path, grad.device):
-            into.index_add_(0, offset.patch, torch.where(offset.inside, grad, 0))
+        token, patch = _pairs(path, grad.device)
+        into.index_add_(0, patch, grad[token])
         return
     best = winner = None
     for offset in _offsets(path, grad.device):
@@ -66,6 +66,13 @@ def _pool_backward(grad: Tensor, features: Tensor, path: PathwayTables, into: Te
         better = offset.inside & ((x > best) | x.isnan())
         best, winner = torch.where(better, x, best), torch.where(better, patch, winner)
     into.scatter_add_(0, winner, grad)
+
+
+def _pairs(path: PathwayTables, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every (token, patch of its box), token by token: in this order a patch adds up what its tokens hand it."""
+    patch, inside = zip(*((offset.patch, offset.inside[:, 0]) for offset in _offsets(path, device)))
+    patch, inside = torch.stack(patch, 1), torch.stack(inside, 1)
+    return inside.nonzero()[:, 0], patch[inside]
 
 
 class _Offset:

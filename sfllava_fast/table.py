@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
-from .config import PathwayTables, Plan
+from .config import PathwayTables, Plan, Range
 from .errors import BackendError
 
-_VERSION = 1
+_VERSION = 2
 _REDUCE = {"max": 0, "mean": 1}
 _Item = tuple[int, int, int, int]  # pathway, first frame, past the last frame, first token
 
@@ -21,13 +23,17 @@ def plan_table(plan: Plan) -> Tensor:
     """The table of `plan`, int32 on the CPU, cached."""
     items = sorted(_items(plan), key=lambda item: (item[1], item[2], item[0]))
     groups = [i for i, item in enumerate(items) if i == 0 or items[i - 1][1:3] != item[1:3]]
+    readers = _readers(items, sum(plan.lengths))
+    firsts = accumulate(map(len, readers), initial=0)
     bins, pathways = [], []
     for path in plan.pathways:
         pathways.append(_pathway(path, first_bin=len(bins)))
-        bins += [*path.rows, *path.cols]
-    height, width = plan.grid
-    header = [_VERSION, height * width, sum(plan.lengths), plan.offsets[-1], len(pathways), len(groups), len(items)]
-    numbers = [*header, *chain(*pathways), *groups, len(items), *chain(*items), *chain(*bins)]
+        bins += [*path.rows, *path.cols, *_covers(path.rows, path.shape[0]), *_covers(path.cols, path.shape[1])]
+    header = [
+        _VERSION, plan.grid[0] * plan.grid[1], len(readers), plan.offsets[-1],
+        len(pathways), len(groups), len(items), sum(map(len, readers)),
+    ]  # fmt: skip
+    numbers = [*header, *chain(*pathways), *groups, len(items), *chain(*items), *firsts, *chain(*readers), *chain(*bins)]
     return torch.tensor(numbers, dtype=torch.int32)
 
 
@@ -61,7 +67,17 @@ def _upload(plan: Plan, device: torch.device) -> tuple[Tensor, set[int]]:
 
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:
     rows, cols = len(path.rows), len(path.cols)
-    return [path.shape[1], _REDUCE[path.pathway.reduce], rows, first_bin, cols, first_bin + rows]
+    cover = first_bin + rows + cols
+    reduce = _REDUCE[path.pathway.reduce]
+    return [path.shape[1], reduce, rows, first_bin, cols, first_bin + rows, cover, cover + path.shape[0]]
+
+
+def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
+    """For each row (or column) of `length`, which of the bins hold it: rising starts and stops make that a range."""
+    starts, stops = zip(*bins)
+    for place in range(length):
+        first = bisect_right(stops, place)
+        yield first, max(first, bisect_right(starts, place))
 
 
 def _items(plan: Plan) -> list[_Item]:
@@ -72,3 +88,12 @@ def _items(plan: Plan) -> list[_Item]:
                 items.append((index, start, stop, token))
                 token += path.tokens_per_frame
     return items
+
+
+def _readers(items: Sequence[_Item], frames: int) -> list[list[int]]:
+    """The items that read each frame, in the order of their tokens."""
+    readers = [[] for _ in range(frames)]
+    for index in sorted(range(len(items)), key=lambda index: items[index][3]):
+        for frame in range(*items[index][1:3]):
+            readers[frame].append(index)
+    return readers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+
+import pytest
 import torch
 
 from sfllava_fast.config import SlowFastConfig
@@ -9,10 +12,13 @@ from sfllava_fast.table import plan_table
 
 
 def read(table: list[int]) -> dict:
-    header, rest = table[:7], table[7:]
-    version, patches, frames, tokens, pathways, groups, items = header
+    header, rest = table[:8], table[8:]
+    version, patches, frames, tokens, pathways, groups, items, readers = header
     parts = {}
-    for name, count, width in [("pathways", pathways, 6), ("groups", groups + 1, 1), ("items", items, 4)]:
+    for name, count, width in [
+        ("pathways", pathways, 8), ("groups", groups + 1, 1), ("items", items, 4), ("frames", frames + 1, 1),
+        ("readers", readers, 1),
+    ]:
         parts[name] = [rest[i * width : (i + 1) * width] for i in range(count)]
         rest = rest[count * width :]
     parts["bins"] = [(rest[i], rest[i + 1]) for i in range(0, len(rest), 2)]
@@ -23,14 +29,48 @@ def test_a_small_layout_by_hand():
     table = plan_table(SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, (2, 4)))
     assert table.dtype == torch.int32 and table.is_contiguous()
     assert read(table.tolist()) == {
-        "header": (1, 8, 2, 8),
-        # width, reduce (0 max, 1 mean), rows, first row bin, columns, first column bin
-        "pathways": [[4, 0, 2, 0, 2, 2], [4, 1, 1, 4, 2, 5]],
+        "header": (2, 8, 2, 8),
+        # width, reduce (0 max, 1 mean), rows, first row bin, columns, first column bin, first covers
+        "pathways": [[4, 0, 2, 0, 2, 2, 4, 6], [4, 1, 1, 10, 2, 11, 13, 15]],
         "groups": [[0], [2], [3]],
         # pathway, first frame, past the last frame, first token: frame 0 is read once, for both
         "items": [[0, 0, 1, 0], [1, 0, 1, 4], [1, 1, 2, 6]],
-        "bins": [(0, 1), (1, 2), (0, 2), (2, 4), (0, 2), (0, 2), (2, 4)],
+        "frames": [[0], [2], [3]],
+        "readers": [[0], [1], [2]],
+        "bins": [
+            (0, 1), (1, 2), (0, 2), (2, 4),  # slow rows, columns
+            (0, 1), (1, 2), (0, 1), (0, 1), (1, 2), (1, 2),  # and which of them hold each row, each column
+            (0, 2), (0, 2), (2, 4),  # fast
+            (0, 1), (0, 1), (0, 1), (0, 1), (1, 2), (1, 2),
+        ],
     }
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (2, 3), (1, 1), (6, 6)])
+def test_what_reads_a_patch(grid):
+    """Frames, readers and covers lead from a patch to every token whose box holds it, in the order of the tokens."""
+    for config in (SlowFastConfig(5, "spatial_1d_avg_pool" if grid != (1, 1) else "concat", (4, 3)), SlowFastConfig(7)):
+        if grid == (1, 1) and config.slow_pool != "concat":
+            continue
+        plan = config.plan((3, 1, 4), grid)
+        table, bins = read(plan_table(plan).tolist()), read(plan_table(plan).tolist())["bins"]
+        height, width = grid
+        for frame in range(8):
+            for patch in range(height * width):
+                expected, got = [], []
+                for item in sorted(table["items"], key=lambda item: item[3]):
+                    across, _, rows, row, cols, col, *_ = table["pathways"][item[0]]
+                    y, x = divmod(patch, across)
+                    for r, c in product(range(rows), range(cols)):
+                        held = [a <= at < b for at, (a, b) in ((frame, item[1:3]), (y, bins[row + r]), (x, bins[col + c]))]
+                        expected += [item[3] + r * cols + c] * all(held)
+                (begin,), (end,) = table["frames"][frame : frame + 2]
+                for (reader,) in table["readers"][begin:end]:
+                    pathway, _, _, token = table["items"][reader]
+                    across, _, _, _, cols, _, row_cover, col_cover = table["pathways"][pathway]
+                    y, x = divmod(patch, across)
+                    got += [token + r * cols + c for r, c in product(range(*bins[row_cover + y]), range(*bins[col_cover + x]))]
+                assert got == expected
 
 
 def test_every_token_is_written_once_and_frames_are_read_together():
@@ -38,7 +78,7 @@ def test_every_token_is_written_once_and_frames_are_read_together():
     table = read(plan_table(plan).tolist())
     written = []
     for pathway, _, _, token in table["items"]:
-        _, _, rows, _, cols, _ = table["pathways"][pathway]
+        _, _, rows, _, cols, *_ = table["pathways"][pathway]
         written += range(token, token + rows * cols)
     assert sorted(written) == list(range(plan.offsets[-1]))
     starts = [item[1:3] for item in table["items"]]

@@ -34,9 +34,8 @@ bool shapes_nest(const Plan& plan, int32_t coarse, int32_t fine, Nest* nest) {
 
 bool items_nest(const Plan& plan, const Nest& nest) {
   if (plan.groups() != plan.frames()) return false;
-  const Parts parts = find_parts(plan, plan.table);
   for (int32_t g = 0; g < plan.groups(); ++g) {
-    const FrameItems items = find_items(parts, nest, g);
+    const FrameItems items = find_items(plan, nest, g);
     const Item coarse = plan.item(items.coarse);
     if (coarse.pathway != nest.coarse || coarse.frame_begin != g || coarse.frame_end != g + 1) return false;
     for (int32_t i = items.fine_begin; i < items.fine_end; ++i) {
@@ -51,15 +50,19 @@ bool steps_by_packs(int64_t size, int64_t stride, int64_t pack) { return size <=
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
 
+// Whether every vector of channels begins at a multiple of `pack` elements.
 bool is_packed(const Pooling& p, int64_t pack) {
   const Tensors& t = p.tensors;
-  return t.channels % pack == 0 && is_aligned(t.features) && is_aligned(t.out) &&
+  return t.channels % pack == 0 && is_aligned(t.features) && is_aligned(t.grad) && is_aligned(t.out) &&
          steps_by_packs(p.plan.frames(), t.frame_stride, pack) &&
          steps_by_packs(p.plan.patches(), t.patch_stride, pack) &&
          steps_by_packs(p.plan.tokens(), t.token_stride, pack);
 }
 
-bool find_tiles(const Plan& plan, Nest* nest) { return find_nest(plan, nest) && has_shape(*nest); }
+bool find_tiles(const Plan& plan, Direction direction, Nest* nest) {
+  if (!find_nest(plan, nest) || !has_shape(*nest)) return false;
+  return direction == Direction::kForward || nest->covers(plan.patches());
+}
 
 }  // namespace
 
@@ -69,22 +72,25 @@ bool find_nest(const Plan& plan, Nest* nest) {
          (shapes_nest(plan, 1, 0, nest) && items_nest(plan, *nest));
 }
 
-bool is_tiled(const Plan& plan) {
+bool is_tiled(const Plan& plan, Direction direction) {
   Nest nest;
-  return find_tiles(plan, &nest);
+  return find_tiles(plan, direction, &nest);
 }
 
 Choice choose(const Pooling& p) {
   const int64_t pack = kPackBytes / (p.dtype == Dtype::kFloat32 ? 4 : 2);
   const bool packed = is_packed(p, pack);
-  Launch launch{find_parts(p.plan, p.table), p.tensors, {}, 0, p.tensors.channels / (packed ? pack : 1), 0, {}};
-  const bool tiled = packed && find_tiles(p.plan, &launch.nest);
-  if (!tiled) launch.shares = count_shares(p.plan, launch.vectors);
-  const int64_t units = tiled ? int64_t{p.plan.frames()} * launch.nest.tiles()
-                              : int64_t{p.plan.groups()} * launch.shares;
-  launch.grid = make_grid(units, launch.vectors);
+  const int64_t vectors = p.tensors.channels / (packed ? pack : 1);
+  Launch launch{p.plan.in(p.table), p.tensors, {}, 0, vectors, 0, {}};
+  const bool tiled = packed && find_tiles(p.plan, p.direction, &launch.nest);
+  int64_t units = int64_t{p.plan.frames()} * (tiled ? launch.nest.tiles() : p.plan.patches());
+  if (!tiled && p.direction == Direction::kForward) {
+    launch.shares = count_shares(p.plan, vectors);
+    units = int64_t{p.plan.groups()} * launch.shares;
+  }
+  launch.grid = make_grid(units, vectors);
   launch.units = static_cast<int32_t>(units);
-  return {tiled ? Path::kTile : Path::kBox, packed, launch};
+  return {p.direction, tiled ? Path::kTile : Path::kBox, packed, launch};
 }
 
 }  // namespace sfllava::gpu

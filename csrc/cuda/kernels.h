@@ -7,27 +7,38 @@ namespace sfllava::gpu {
 
 constexpr int kBlockLanes = kWarp * kBlockWarps;
 
-template <class T, class Shape>
+template <Direction kDirection, class T, class Shape>
 __global__ __launch_bounds__(kBlockLanes) void tile_kernel(const __grid_constant__ Launch launch) {
-  run_tile_lane<T, Shape>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
+  run_tile_lane<kDirection, T, Shape>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
 
 // 8 blocks, 64 registers: left to itself, ptxas takes fewer for some architectures and spills.
-template <class T, int N>
+template <Direction kDirection, class T, int N>
 __global__ __launch_bounds__(kBlockLanes, 8) void box_kernel(const __grid_constant__ Launch launch) {
-  run_box_lane<T, N>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
+  run_box_lane<kDirection, T, N>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
+}
+
+template <Direction kDirection, class T>
+void launch_one(const Choice& choice, cudaStream_t stream) {
+  const Launch& call = choice.launch;
+  const dim3 blocks(static_cast<unsigned>(call.grid.blocks)), lanes(call.grid.across, call.grid.down);
+  if (choice.path == Path::kTile) {
+    with_shape(call.nest, [&](auto shape) {
+      tile_kernel<kDirection, T, decltype(shape)><<<blocks, lanes, 0, stream>>>(call);
+    });
+  } else if (choice.packed) {
+    box_kernel<kDirection, T, kPackBytes / sizeof(T)><<<blocks, lanes, 0, stream>>>(call);
+  } else {
+    box_kernel<kDirection, T, 1><<<blocks, lanes, 0, stream>>>(call);
+  }
 }
 
 template <class T>
 cudaError_t launch(const Choice& choice, cudaStream_t stream) {
-  const Launch& call = choice.launch;
-  const dim3 blocks(static_cast<unsigned>(call.grid.blocks)), lanes(call.grid.across, call.grid.down);
-  if (choice.path == Path::kTile) {
-    with_shape(call.nest, [&](auto shape) { tile_kernel<T, decltype(shape)><<<blocks, lanes, 0, stream>>>(call); });
-  } else if (choice.packed) {
-    box_kernel<T, kPackBytes / sizeof(T)><<<blocks, lanes, 0, stream>>>(call);
+  if (choice.direction == Direction::kForward) {
+    launch_one<Direction::kForward, T>(choice, stream);
   } else {
-    box_kernel<T, 1><<<blocks, lanes, 0, stream>>>(call);
+    launch_one<Direction::kBackward, T>(choice, stream);
   }
   return cudaGetLastError();
 }

@@ -109,6 +109,18 @@ void store(T* to, const Pack<T, N>& pack) {
 
 #endif
 
+template <class T, int N>
+SFLLAVA_HOST_DEVICE Pack<T, N> round_pack(const float (&x)[N]) {
+  Pack<T, N> pack;
+  SFLLAVA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    T element;
+    round_to(x[i], element);
+    pack.set(i, element);
+  }
+  return pack;
+}
+
 // A reduction R in progress.
 template <Reduce R, int N>
 class Sums {
@@ -146,16 +158,11 @@ class Sums {
     }
   }
 
+  SFLLAVA_HOST_DEVICE float get(int i) const { return x_[i]; }
+
   template <class T>
   SFLLAVA_HOST_DEVICE Pack<T, N> rounded() const {
-    Pack<T, N> pack;
-    SFLLAVA_UNROLL
-    for (int i = 0; i < N; ++i) {
-      T element;
-      round_to(x_[i], element);
-      pack.set(i, element);
-    }
-    return pack;
+    return round_pack<T>(x_);
   }
 
  private:

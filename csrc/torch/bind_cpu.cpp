@@ -24,7 +24,7 @@ void pool(const Tensor& features, const Tensor& plan, const Tensor& out) {
   check_tensors(features, plan, out);
   if (features.size(2) == 0) return;
   const Dtype dtype = kernel_dtype(features.dtype());
-  cpu::Pooling pooling{{static_cast<const int32_t*>(plan.data())},
+  cpu::Pooling pooling{Plan(static_cast<const int32_t*>(plan.data())),
                        features.data(), features.stride(0), features.stride(1),
                        out.data(),      out.stride(0),      features.size(2),
                        dtype,           should_stream(out, dtype == Dtype::kFloat32 ? 4 : 2)};

@@ -1,5 +1,6 @@
-// sfllava_fast::pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> () on CUDA. The schema is
-// defined in Python.
+// sfllava_fast::pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> () and
+// sfllava_fast::pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> () on CUDA. The
+// schemas are defined in Python.
 
 #include "../cuda/launch.h"
 #include "stable_abi_cuda.h"
@@ -24,12 +25,9 @@ class DeviceGuard {
 
 int32_t device_of(const Tensor& tensor) { return tensor.get<int32_t>(aoti_torch_get_device_index); }
 
-void check_devices(const Tensor& features, const Tensor& plan, const Tensor& table, const Tensor& out) {
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  check(features.on(cuda) && table.on(cuda) && out.on(cuda), "features, table and out must be on a CUDA device");
-  const int32_t device = device_of(features);
-  check(device_of(table) == device && device_of(out) == device, "features, table and out must be on one device");
-  check(plan.on(aoti_torch_device_type_cpu()), "the plan must be on the CPU");
+void check_device(const Tensor& tensor, int32_t device) {
+  const bool there = tensor.on(aoti_torch_device_type_cuda()) && device_of(tensor) == device;
+  check(there, "features, tokens and table must be on one CUDA device");
 }
 
 void* current_stream(int32_t device) {
@@ -40,20 +38,40 @@ void* current_stream(int32_t device) {
 }
 
 // The table's numbers are taken on trust: reading them would wait for the device.
-void pool(const Tensor& features, const Tensor& plan, const Tensor& table, const Tensor& out) {
-  check_devices(features, plan, table, out);
-  check_tensors(features, plan, out);
+void check_tables(const Tensor& plan, const Tensor& table) {
+  check(plan.on(aoti_torch_device_type_cpu()), "the plan must be on the CPU");
   check(is_table(table) && table.size(0) == plan.size(0), "the table must be the plan on the features' device");
-  const gpu::Pooling pooling{
-      {static_cast<const int32_t*>(plan.data())},
-      static_cast<const int32_t*>(table.data()),
-      {features.data(), features.stride(0), features.stride(1), out.data(), out.stride(0), features.size(2)},
-      kernel_dtype(features.dtype())};
+}
+
+void launch(gpu::Direction direction, const Tensor& features, const Tensor& plan, const Tensor& table,
+            const gpu::Tensors& tensors) {
   const int32_t device = device_of(features);
   const DeviceGuard guard(device);
-  if (features.size(2) == 0 || pooling.plan.groups() == 0) return;
+  const gpu::Pooling pooling{direction, Plan(static_cast<const int32_t*>(plan.data())),
+                             static_cast<const int32_t*>(table.data()), tensors, kernel_dtype(features.dtype())};
+  if (tensors.channels == 0 || pooling.plan.groups() == 0) return;
   const char* wrong = gpu::pool(pooling, current_stream(device));
   check(!wrong, wrong);
+}
+
+void pool(const Tensor& features, const Tensor& plan, const Tensor& table, const Tensor& out) {
+  for (const Tensor* tensor : {&features, &table, &out}) check_device(*tensor, device_of(features));
+  check_tables(plan, table);
+  check_tensors(features, plan, out);
+  launch(gpu::Direction::kForward, features, plan, table,
+         {features.data(), features.stride(0), features.stride(1), nullptr, out.data(), out.stride(0),
+          features.size(2)});
+}
+
+void spread(const Tensor& grad, const Tensor& features, const Tensor& plan, const Tensor& table, const Tensor& out) {
+  for (const Tensor* tensor : {&features, &grad, &table, &out}) check_device(*tensor, device_of(features));
+  check_tables(plan, table);
+  check_tensors(features, plan, grad);
+  check(out.dtype() == features.dtype() && out.is_contiguous_like(features),
+        "out must have the features' dtype and shape, and be contiguous");
+  launch(gpu::Direction::kBackward, features, plan, table,
+         {features.data(), features.stride(0), features.stride(1), grad.data(), out.data(), grad.stride(0),
+          features.size(2)});
 }
 
 void boxed_pool(StableIValue* stack, uint64_t, uint64_t) {
@@ -61,25 +79,30 @@ void boxed_pool(StableIValue* stack, uint64_t, uint64_t) {
   pool(features, plan, table, out);
 }
 
+void boxed_spread(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor grad(stack[0]), features(stack[1]), plan(stack[2]), table(stack[3]), out(stack[4]);
+  spread(grad, features, plan, table, out);
+}
+
 struct Registration {
   Registration() {
     constexpr uint64_t kTorch210 = (2ULL << 56) | (10ULL << 48);
     TorchLibraryHandle library = nullptr;
     check(aoti_torch_library_init_impl("sfllava_fast", "CUDA", __FILE__, __LINE__, &library) == 0 &&
-              torch_library_impl(library, "pool_gpu", boxed_pool, kTorch210) == 0,
-          "torch did not take the CUDA kernel");
+              torch_library_impl(library, "pool_gpu", boxed_pool, kTorch210) == 0 &&
+              torch_library_impl(library, "pool_backward_gpu", boxed_spread, kTorch210) == 0,
+          "torch did not take the CUDA kernels");
   }
 } registration;
 
 }  // namespace
 
-// For `info` and the tests, through ctypes. "tile" or "box": the path of a plan whose pointers and strides are
-// aligned; null for a table that is not sound.
+// For the tests, through ctypes. "tile" or "box": the forward's path for a plan whose pointers and strides are aligned;
+// null for a table that is not sound.
 extern "C" __attribute__((visibility("default"))) const char* sfllava_cuda_path(const int32_t* table, int64_t size) {
   if (size < kHeader) return nullptr;
-  const Plan plan{table};
-  if (check_plan(table, size, plan.frames(), plan.patches(), plan.tokens())) return nullptr;
-  return gpu::is_tiled(plan) ? "tile" : "box";
+  if (check_plan(table, size, table[2], table[1], table[3])) return nullptr;
+  return gpu::is_tiled(Plan(table), gpu::Direction::kForward) ? "tile" : "box";
 }
 
 // What the kernels were compiled for, such as "80;90;100;120+PTX".

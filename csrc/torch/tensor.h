@@ -27,6 +27,15 @@ class Tensor {
   int64_t stride(int i) const { return get<int64_t*>(aoti_torch_get_strides)[i]; }
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   bool on(int32_t device_type) const { return get<int32_t>(aoti_torch_get_device_type) == device_type; }
+  // Of the same shape as `other`, without gaps.
+  bool is_contiguous_like(const Tensor& other) const {
+    if (dim() != other.dim()) return false;
+    int64_t step = 1;
+    for (int i = static_cast<int>(dim()) - 1; i >= 0; step *= size(i--)) {
+      if (size(i) != other.size(i) || (size(i) > 1 && stride(i) != step)) return false;
+    }
+    return true;
+  }
   void* data() const { return get<void*>(aoti_torch_get_data_ptr); }
 
   template <class T>
@@ -52,17 +61,17 @@ inline bool is_table(const Tensor& tensor) {
          (tensor.size(0) <= 1 || tensor.stride(0) == 1);
 }
 
-// Everything but the devices.
-inline void check_tensors(const Tensor& features, const Tensor& plan, const Tensor& out) {
-  check(features.dim() == 3 && out.dim() == 2,
-        "features must be [frames, patches, channels] and out [tokens, channels]");
-  check(out.dtype() == features.dtype() && out.size(1) == features.size(2),
-        "out must have the features' dtype and channels");
-  const bool unit = features.size(2) <= 1 || (features.stride(2) == 1 && out.stride(1) == 1);
-  check(unit, "features and out need unit stride over channels");
+// Everything but the devices; `tokens` are those of a forward, or their gradient.
+inline void check_tensors(const Tensor& features, const Tensor& plan, const Tensor& tokens) {
+  check(features.dim() == 3 && tokens.dim() == 2,
+        "features must be [frames, patches, channels] and tokens [tokens, channels]");
+  check(tokens.dtype() == features.dtype() && tokens.size(1) == features.size(2),
+        "tokens must have the features' dtype and channels");
+  const bool unit = features.size(2) <= 1 || (features.stride(2) == 1 && tokens.stride(1) == 1);
+  check(unit, "features and tokens need unit stride over channels");
   check(is_table(plan), "the plan must be a contiguous int32 table");
   const char* wrong = check_plan(static_cast<const int32_t*>(plan.data()), plan.size(0), features.size(0),
-                                 features.size(1), out.size(0));
+                                 features.size(1), tokens.size(0));
   check(!wrong, wrong);
 }
 

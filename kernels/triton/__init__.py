@@ -110,10 +110,10 @@ def _backward_work(plan, host_table, chunks):
 
 def _sections(host_table):
     """How many groups there are, and where groups, items and bins begin: csrc/include/sfllava/plan.h."""
-    _, _, _, _, pathways, groups, items = host_table[:7].tolist()
-    groups_at = 7 + 6 * pathways
+    _, _, frames, _, pathways, groups, items, readers = host_table[:8].tolist()
+    groups_at = 8 + 8 * pathways
     items_at = groups_at + groups + 1
-    return groups, groups_at, items_at, items_at + 4 * items
+    return groups, groups_at, items_at, items_at + 4 * items + frames + 1 + readers
 
 
 def _tile_arguments(plan, tiling):

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 # The table's format is in csrc/include/sfllava/plan.h.
-_HEADER = tl.constexpr(7)
-_PATHWAY = tl.constexpr(6)
+_HEADER = tl.constexpr(8)
+_PATHWAY = tl.constexpr(8)
 _ITEM = tl.constexpr(4)
 _MEAN = tl.constexpr(1)
 # Columns of a box whose loads are in flight together.

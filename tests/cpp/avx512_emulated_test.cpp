@@ -119,7 +119,7 @@ void test_layouts(Dtype dtype) {
                                   kLine * kLine);
     for (size_t at = 0; at < features.size(); at += kLine) fill<T>(random, &features[at]);
     Guarded want(bytes), got(bytes);
-    cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * channels,
+    cpu::Pooling pooling{Plan(table.data()), features.data(), layout.patches * channels,
                          channels,       want.data(),     channels,
                          channels,       dtype,           false};
     const int64_t tasks = cpu::count_tasks(pooling.plan);

@@ -86,7 +86,7 @@ std::vector<uint16_t> pooled(const std::vector<uint16_t> (&from)[4], Dtype dtype
   std::vector<uint16_t> features, out(channels);
   for (const auto& patch : from) features.insert(features.end(), patch.begin(), patch.end());
   const std::vector<int32_t> table = make_table({1, 4, 1, {{4, reduce, every(1), every(1), {{0, 4}}}}});
-  const cpu::Pooling pooling{{table.data()}, features.data(), 4 * channels, channels, out.data(),
+  const cpu::Pooling pooling{Plan(table.data()), features.data(), 4 * channels, channels, out.data(),
                              channels,       channels,        dtype,        false};
   cpu::run_tasks(pooling, 0, cpu::count_tasks(pooling.plan));
   return out;

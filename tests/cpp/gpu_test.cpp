@@ -1,5 +1,5 @@
-// The GPU kernels' own code, lane by lane on the CPU: every token is written once, and equals plain arithmetic bit for
-// bit.
+// The GPU kernels' own code, lane by lane on the CPU: every token, and in a backward every patch, is written once, and
+// equals plain arithmetic bit for bit.
 #include "lanes.h"
 #include "support.h"
 
@@ -17,26 +17,41 @@ void for_lanes(const gpu::Grid& grid, const Body& body) {
   }
 }
 
-template <class T>
+template <gpu::Direction kDirection, class T>
 void run(const gpu::Choice& choice) {
   const gpu::Launch& launch = choice.launch;
   for_lanes(launch.grid, [&](uint32_t block, int32_t x, int32_t y) {
     if (choice.path == gpu::Path::kTile) {
-      gpu::with_shape(launch.nest, [&](auto shape) { gpu::run_tile_lane<T, decltype(shape)>(launch, block, x, y); });
+      gpu::with_shape(launch.nest, [&](auto shape) {
+        gpu::run_tile_lane<kDirection, T, decltype(shape)>(launch, block, x, y);
+      });
     } else if (choice.packed) {
-      gpu::run_box_lane<T, gpu::kPackBytes / sizeof(T)>(launch, block, x, y);
+      gpu::run_box_lane<kDirection, T, gpu::kPackBytes / sizeof(T)>(launch, block, x, y);
     } else {
-      gpu::run_box_lane<T, 1>(launch, block, x, y);
+      gpu::run_box_lane<kDirection, T, 1>(launch, block, x, y);
     }
   });
+}
+
+// Calls body with a float, BFloat16 or Float16.
+template <class Body>
+void with_element(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kFloat32) body(float());
+  if (dtype == Dtype::kBFloat16) body(BFloat16());
+  if (dtype == Dtype::kFloat16) body(Float16());
 }
 
 gpu::Choice run(const gpu::Pooling& pooling) {
   const gpu::Choice choice = gpu::choose(pooling);
   CHECK(choice.launch.grid.launchable());
-  if (pooling.dtype == Dtype::kFloat32) run<float>(choice);
-  if (pooling.dtype == Dtype::kBFloat16) run<BFloat16>(choice);
-  if (pooling.dtype == Dtype::kFloat16) run<Float16>(choice);
+  with_element(pooling.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (pooling.direction == gpu::Direction::kForward) {
+      run<gpu::Direction::kForward, T>(choice);
+    } else {
+      run<gpu::Direction::kBackward, T>(choice);
+    }
+  });
   return choice;
 }
 
@@ -88,17 +103,19 @@ struct Call {
   std::vector<int32_t> table;
   Dtype dtype;
   int64_t channels, patch_stride, frame_stride, token_stride;
-  int64_t offset = 0;  // of features and tokens, from a multiple of 64 bytes
-  std::vector<uint8_t> features;
+  int64_t offset = 0;  // of every tensor, from a multiple of 64 bytes
+  std::vector<uint8_t> features, grad;
 
   int64_t element() const { return size_of(dtype); }
-  int64_t start() const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(features.data());
+  int64_t start(const std::vector<uint8_t>& bytes) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(bytes.data());
     return static_cast<int64_t>((at + 63) / 64 * 64 - at) + offset * element();
   }
-  gpu::Pooling pooling(void* out) const {
-    const gpu::Tensors tensors{features.data() + start(), frame_stride, patch_stride, out, token_stride, channels};
-    return {{table.data()}, table.data(), tensors, dtype};
+  const uint8_t* at(const std::vector<uint8_t>& bytes) const { return bytes.data() + start(bytes); }
+  int64_t token_reach() const { return (layout.tokens - 1) * token_stride + channels; }
+  gpu::Pooling pooling(gpu::Direction direction, void* out) const {
+    const gpu::Tensors tensors{at(features), frame_stride, patch_stride, at(grad), out, token_stride, channels};
+    return {direction, Plan(table.data()), table.data(), tensors, dtype};
   }
 };
 
@@ -113,25 +130,30 @@ uint32_t random_element(Random& random, Dtype dtype, bool any) {
   return half.bits;
 }
 
+// `reach` elements, and nothing behind the last, where the address sanitizer would not see a read past it.
+void fill(Random& random, const Call& call, int64_t reach, std::vector<uint8_t>& bytes) {
+  bytes.resize(64 + (call.offset + reach) * call.element());
+  bytes.resize(call.start(bytes) + reach * call.element());
+  const bool any = random.in(0, 1);
+  for (int64_t i = 0; i < reach; ++i) {
+    const uint32_t bits = random_element(random, call.dtype, any);
+    std::memcpy(&bytes[call.start(bytes) + i * call.element()], &bits, call.element());
+  }
+}
+
 Call make_call(Random& random, const Layout& layout, Dtype dtype, bool aligned) {
   const int64_t pack = gpu::kPackBytes / size_of(dtype);
   constexpr int32_t kPacks[] = {1, 2, 31, 32, 33, 70}, kElements[] = {1, 7, 32, 33, 150};
   const int64_t channels = aligned ? kPacks[random.in(0, 5)] * pack : kElements[random.in(0, 4)];
-  Call call{layout, make_table(layout), dtype, channels, 0, 0, 0, 0, {}};
+  Call call{layout, make_table(layout), dtype, channels, 0, 0, 0, 0, {}, {}};
   const int64_t step = aligned ? pack : 1;
   call.patch_stride = channels + random.in(0, 1) * step;
   call.frame_stride = call.patch_stride * (layout.patches + random.in(0, 1));
   call.token_stride = channels + random.in(0, 3) * step;
   if (!aligned) call.offset = random.in(0, 3);
-  const int64_t reach = (layout.frames - 1) * call.frame_stride + (layout.patches - 1) * call.patch_stride + channels;
-  call.features.resize(64 + (call.offset + reach) * call.element());
-  // Nothing lies behind the last element, where the address sanitizer would not see a read past it.
-  call.features.resize(call.start() + reach * call.element());
-  const bool any = random.in(0, 1);
-  for (int64_t i = 0; i < reach; ++i) {
-    const uint32_t bits = random_element(random, dtype, any);
-    std::memcpy(&call.features[call.start() + i * call.element()], &bits, call.element());
-  }
+  fill(random, call, (layout.frames - 1) * call.frame_stride + (layout.patches - 1) * call.patch_stride + channels,
+       call.features);
+  fill(random, call, call.token_reach(), call.grad);
   return call;
 }
 
@@ -142,70 +164,121 @@ T element_at(const uint8_t* from, int64_t i) {
   return element;
 }
 
-// The contract in plain loops: a mean from 0 in (frame, row, column) order, the first of equals, NaN passed on.
 template <class T>
-float expected(const Call& call, const PathwaySpec& path, Bin t, Bin r, Bin c, int64_t d) {
-  float sum = 0, most = 0;
-  bool first = true;
-  for (int32_t i = t.start; i < t.stop; ++i) {
-    for (int32_t j = r.start; j < r.stop; ++j) {
-      for (int32_t k = c.start; k < c.stop; ++k, first = false) {
-        const int64_t at = i * call.frame_stride + (int64_t{j} * path.width + k) * call.patch_stride + d;
-        const float x = widen(element_at<T>(call.features.data() + call.start(), at));
-        sum += x;
-        if (first || x > most || std::isnan(x)) most = x;
+float feature(const Call& call, int64_t frame, int64_t patch, int64_t d) {
+  return widen(element_at<T>(call.at(call.features), frame * call.frame_stride + patch * call.patch_stride + d));
+}
+
+// Calls body(token, pathway, frame bin, row bin, column bin) for every token in turn.
+template <class Body>
+void for_tokens(const Layout& layout, const Body& body) {
+  int64_t token = 0;
+  for (const PathwaySpec& path : layout.pathways) {
+    for (const Bin& t : path.frames) {
+      for (const Bin& r : path.rows) {
+        for (const Bin& c : path.cols) body(token++, path, t, r, c);
       }
     }
   }
+}
+
+// Calls body(frame, patch) for every element of a box in order.
+template <class Body>
+void for_box(const PathwaySpec& path, Bin t, Bin r, Bin c, const Body& body) {
+  for (int32_t i = t.start; i < t.stop; ++i) {
+    for (int32_t j = r.start; j < r.stop; ++j) {
+      for (int32_t k = c.start; k < c.stop; ++k) body(i, int64_t{j} * path.width + k);
+    }
+  }
+}
+
+// The contract in plain loops: a mean from 0 in (frame, row, column) order, the first of equals, NaN passed on.
+template <class T>
+float expected_token(const Call& call, const PathwaySpec& path, Bin t, Bin r, Bin c, int64_t d) {
+  float sum = 0, most = 0;
+  bool first = true;
+  for_box(path, t, r, c, [&](int64_t frame, int64_t patch) {
+    const float x = feature<T>(call, frame, patch, d);
+    sum += x;
+    if (first || x > most || std::isnan(x)) most = x;
+    first = false;
+  });
   return path.reduce == kMax ? most : sum / t.size() / r.size() / c.size();
 }
 
 template <class T>
-void compare(const Call& call, const void* out) {
-  int64_t token = 0;
-  for (const PathwaySpec& path : call.layout.pathways) {
-    for (const Bin& t : path.frames) {
-      for (const Bin& r : path.rows) {
-        for (const Bin& c : path.cols) {
-          for (int64_t d = 0; d < call.channels; ++d) {
-            T want;
-            narrow(expected<T>(call, path, t, r, c, d), want);
-            const T got = element_at<T>(static_cast<const uint8_t*>(out), token * call.token_stride + d);
-            const bool same = std::memcmp(&want, &got, sizeof(T)) == 0;
-            CHECK(same || (std::isnan(widen(want)) && std::isnan(widen(got))));
-          }
-          ++token;
-        }
-      }
+bool is_rounded(float value, const uint8_t* out, int64_t at) {
+  T want;
+  narrow(value, want);
+  const T got = element_at<T>(out, at);
+  return std::memcmp(&want, &got, sizeof(T)) == 0 || (std::isnan(widen(want)) && std::isnan(widen(got)));
+}
+
+template <class T>
+void check_tokens(const Call& call, const uint8_t* out) {
+  for_tokens(call.layout, [&](int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c) {
+    for (int64_t d = 0; d < call.channels; ++d) {
+      CHECK(is_rounded<T>(expected_token<T>(call, path, t, r, c, d), out, token * call.token_stride + d));
     }
+  });
+}
+
+// A mean hands its gradient to its box in equal parts, a max to the element that it kept, token after token.
+template <class T>
+void scatter(const Call& call, int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c, std::vector<float>& sums) {
+  for (int64_t d = 0; d < call.channels; ++d) {
+    const float grad = widen(element_at<T>(call.at(call.grad), token * call.token_stride + d));
+    float most = 0;
+    int64_t winner = -1;
+    for_box(path, t, r, c, [&](int64_t frame, int64_t patch) {
+      const int64_t at = (frame * call.layout.patches + patch) * call.channels + d;
+      const float x = feature<T>(call, frame, patch, d);
+      if (path.reduce == kMean) sums[at] += grad / t.size() / r.size() / c.size();
+      if (winner < 0 || x > most || std::isnan(x)) most = x, winner = at;
+    });
+    if (path.reduce == kMax) sums[winner] += grad;
   }
 }
 
-gpu::Path test_call(Random& random, const Layout& layout, Dtype dtype, bool aligned) {
+template <class T>
+void check_gradient(const Call& call, const uint8_t* out) {
+  std::vector<float> sums(int64_t{call.layout.frames} * call.layout.patches * call.channels);
+  for_tokens(call.layout, [&](int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c) {
+    scatter<T>(call, token, path, t, r, c, sums);
+  });
+  for (size_t i = 0; i < sums.size(); ++i) CHECK(is_rounded<T>(sums[i], out, static_cast<int64_t>(i)));
+}
+
+gpu::Path test_call(Random& random, const Layout& layout, Dtype dtype, bool aligned, gpu::Direction direction) {
   const Call call = make_call(random, layout, dtype, aligned);
   CHECK(!check_plan(call.table.data(), static_cast<int64_t>(call.table.size()), layout.frames, layout.patches,
                     layout.tokens));
-  Guarded out((call.offset + (layout.tokens - 1) * call.token_stride + call.channels) * call.element());
-  uint8_t* tokens = static_cast<uint8_t*>(out.data()) + call.offset * call.element();
-  const gpu::Choice choice = run(call.pooling(tokens));
+  const bool forward = direction == gpu::Direction::kForward;
+  const int64_t reach = forward ? call.token_reach() : int64_t{layout.frames} * layout.patches * call.channels;
+  Guarded guarded((call.offset + reach) * call.element());
+  uint8_t* out = static_cast<uint8_t*>(guarded.data()) + call.offset * call.element();
+  const gpu::Choice choice = run(call.pooling(direction, out));
   CHECK(choice.packed || !aligned);
-  if (dtype == Dtype::kFloat32) compare<float>(call, tokens);
-  if (dtype == Dtype::kBFloat16) compare<BFloat16>(call, tokens);
-  if (dtype == Dtype::kFloat16) compare<Float16>(call, tokens);
-  CHECK(out.guards_untouched());
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    forward ? check_tokens<T>(call, out) : check_gradient<T>(call, out);
+  });
+  CHECK(guarded.guards_untouched());
   return choice.path;
 }
 
-void test_values() {
+void test_values(gpu::Direction direction) {
   Random random(1);
+  int tiles = 0;
   for (int i = 0; i < 60; ++i) {
     for (const Dtype dtype : kDtypes) {
       const Layout nested = nested_layout(random, random_tile_size(random));
-      CHECK(test_call(random, nested, dtype, true) == gpu::Path::kTile);
-      test_call(random, nested, dtype, false);
-      test_call(random, random_layout(random), dtype, random.in(0, 1));
+      tiles += test_call(random, nested, dtype, true, direction) == gpu::Path::kTile;
+      test_call(random, nested, dtype, false, direction);
+      test_call(random, random_layout(random), dtype, random.in(0, 1), direction);
     }
   }
+  CHECK(direction == gpu::Direction::kForward ? tiles == 180 : tiles > 20);
 }
 
 // A column that counts what is written where.
@@ -219,36 +292,43 @@ struct Counts {
 
   const T* patch(int64_t frame, int64_t patch) const { return features.data() + (frame * patches + patch) * N; }
   int64_t patch_stride() const { return N; }
+  gpu::Pack<T, N> grad(int64_t) const { return {}; }
   void write(int64_t token, const gpu::Pack<T, N>&) const { ++writes.at(token); }
+  void spread(int64_t patch, const gpu::Pack<T, N>&) const { ++writes.at(patch); }
 };
 
-void test_every_token_is_written_once(const Layout& layout) {
+void run_unit(const gpu::Choice& choice, int32_t unit, const Counts& counts) {
+  const gpu::Launch& launch = choice.launch;
+  const bool forward = choice.direction == gpu::Direction::kForward;
+  if (choice.path == gpu::Path::kTile) {
+    const gpu::Tile tile = gpu::find_tile(launch.nest, unit);
+    gpu::with_shape(launch.nest, [&](auto shape) {
+      using Shape = decltype(shape);
+      forward ? gpu::pool_tile<Shape>(launch, tile, counts) : gpu::spread_tile<Shape>(launch, tile, counts);
+    });
+  } else {
+    forward ? gpu::pool_share(launch, unit, counts) : gpu::spread_patch(launch, unit, counts);
+  }
+}
+
+void test_everything_is_written_once(const Layout& layout, gpu::Direction direction) {
   const std::vector<int32_t> table = make_table(layout);
   alignas(16) static float anything[4];
-  std::vector<float> features(int64_t{layout.frames} * layout.patches * Counts::N);
-  std::vector<int> writes(layout.tokens);
+  const int64_t patches = int64_t{layout.frames} * layout.patches;
+  std::vector<float> features(patches * Counts::N);
+  std::vector<int> writes(direction == gpu::Direction::kForward ? layout.tokens : patches);
   const Counts counts{features, layout.patches, writes};
-  const gpu::Choice choice = gpu::choose({{table.data()},
-                                          table.data(),
-                                          {anything, 4, 4, anything, 4, Counts::N},
-                                          Dtype::kFloat32});
-  for (int32_t unit = 0; unit < choice.launch.units; ++unit) {
-    if (choice.path == gpu::Path::kTile) {
-      const gpu::Tile tile = gpu::find_tile(choice.launch.nest, unit);
-      gpu::with_shape(choice.launch.nest,
-                      [&](auto shape) { gpu::pool_tile<decltype(shape)>(choice.launch, tile, counts); });
-    } else {
-      gpu::pool_share(choice.launch, unit, counts);
-    }
-  }
+  const gpu::Tensors tensors{anything, 4, 4, anything, anything, 4, Counts::N};
+  const gpu::Choice choice = gpu::choose({direction, Plan(table.data()), table.data(), tensors, Dtype::kFloat32});
+  for (int32_t unit = 0; unit < choice.launch.units; ++unit) run_unit(choice, unit, counts);
   CHECK(std::all_of(writes.begin(), writes.end(), [](int count) { return count == 1; }));
 }
 
-void test_writes() {
+void test_writes(gpu::Direction direction) {
   Random random(2);
   for (int i = 0; i < 2000; ++i) {
-    test_every_token_is_written_once(nested_layout(random, random_tile_size(random)));
-    test_every_token_is_written_once(random_layout(random));
+    test_everything_is_written_once(nested_layout(random, random_tile_size(random)), direction);
+    test_everything_is_written_once(random_layout(random), direction);
   }
 }
 
@@ -273,9 +353,9 @@ void test_grids() {
   CHECK(!gpu::make_grid(1 << 20, int64_t{1} << 20).launchable());
 }
 
-bool is_tiled(const Layout& layout) {
+bool is_tiled(const Layout& layout, gpu::Direction direction = gpu::Direction::kForward) {
   const std::vector<int32_t> table = make_table(layout);
-  return gpu::is_tiled({table.data()});
+  return gpu::is_tiled(Plan(table.data()), direction);
 }
 
 // 24 x 24 patches: 4 x 4 tiles of 6 x 6 with pairs on two frames of three.
@@ -319,10 +399,16 @@ void test_what_nests() {
     fine.rows = every(1);
     fine.cols = boxes(288, 2);
   }));
+
+  // A backward writes every patch: one beside the tiles is not theirs.
+  Layout margin = paper_layout();
+  CHECK(is_tiled(margin, gpu::Direction::kBackward));
+  margin.patches += 24;
+  CHECK(is_tiled(margin) && !is_tiled(margin, gpu::Direction::kBackward));
 }
 
 // Corrupted tables that pass the check stay inside every buffer, on either path.
-void test_corrupted_tables() {
+void test_corrupted_tables(gpu::Direction direction) {
   Random random(4);
   int tiles = 0;
   for (int i = 0; i < 20000; ++i) {
@@ -333,10 +419,12 @@ void test_corrupted_tables() {
     if (check_plan(table.data(), static_cast<int64_t>(table.size()), layout.frames, layout.patches, layout.tokens)) {
       continue;
     }
-    const Guarded features(int64_t{layout.frames} * layout.patches * 16);
-    Guarded out(int64_t{layout.tokens} * 16);
-    const gpu::Tensors tensors{features.data(), int64_t{layout.patches} * 4, 4, out.data(), 4, 4};
-    tiles += run({{table.data()}, table.data(), tensors, Dtype::kFloat32}).path == gpu::Path::kTile;
+    const int64_t patches = int64_t{layout.frames} * layout.patches;
+    const Guarded features(patches * 16), grad(int64_t{layout.tokens} * 16);
+    Guarded out((direction == gpu::Direction::kForward ? layout.tokens : patches) * 16);
+    const gpu::Tensors tensors{features.data(), int64_t{layout.patches} * 4, 4, grad.data(), out.data(), 4, 4};
+    const gpu::Choice choice = run({direction, Plan(table.data()), table.data(), tensors, Dtype::kFloat32});
+    tiles += choice.path == gpu::Path::kTile;
     CHECK(out.guards_untouched());
   }
   CHECK(tiles > 100);
@@ -347,7 +435,9 @@ void test_corrupted_tables() {
 int main() {
   test_grids();
   test_what_nests();
-  test_writes();
-  test_values();
-  test_corrupted_tables();
+  for (const gpu::Direction direction : {gpu::Direction::kForward, gpu::Direction::kBackward}) {
+    test_writes(direction);
+    test_values(direction);
+    test_corrupted_tables(direction);
+  }
 }

@@ -11,7 +11,7 @@ constexpr int64_t kChannels = 5;
 void run(const std::vector<int32_t>& table, const Layout& layout) {
   const std::vector<float> features(layout.frames * layout.patches * kChannels, 1.0f);
   Guarded out(layout.tokens * kChannels * 4);
-  const cpu::Pooling pooling{{table.data()}, features.data(), layout.patches * kChannels,
+  const cpu::Pooling pooling{Plan(table.data()), features.data(), layout.patches * kChannels,
                              kChannels,      out.data(),      kChannels,
                              kChannels,      Dtype::kFloat32, false};
   cpu::run_tasks(pooling, 0, cpu::count_tasks(pooling.plan));

@@ -90,7 +90,7 @@ void test_call(Random& random, Dtype dtype) {
                     call.layout.patches, call.layout.tokens));
   Guarded out(((call.layout.tokens - 1) * call.token_stride + call.channels) * size_of(dtype));
   const bool lines = call.channels * size_of(dtype) % 64 == 0 && call.token_stride * size_of(dtype) % 64 == 0;
-  const cpu::Pooling pooling{{call.table.data()},
+  const cpu::Pooling pooling{Plan(call.table.data()),
                              call.features.data(),
                              call.frame_stride,
                              call.patch_stride,

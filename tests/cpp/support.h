@@ -43,43 +43,73 @@ struct Layout {
   std::vector<PathwaySpec> pathways;
 };
 
+// Which of the rising bins hold each of `length` places.
+inline std::vector<Bin> make_covers(const std::vector<Bin>& bins, int32_t length) {
+  std::vector<Bin> covers;
+  for (int32_t place = 0; place < length; ++place) {
+    Bin cover{0, 0};
+    for (int32_t i = 0; i < static_cast<int32_t>(bins.size()); ++i) {
+      if (bins[i].start > place || bins[i].stop <= place) continue;
+      if (cover.size() == 0) cover.start = i;
+      cover.stop = i + 1;
+    }
+    covers.push_back(cover);
+  }
+  return covers;
+}
+
 inline std::vector<int32_t> make_table(const Layout& layout) {
   std::vector<Item> items;
   std::vector<int32_t> pathways, bins;
-  int32_t token = 0, bin = 0;
+  const auto add_bins = [&](const std::vector<Bin>& more) {
+    const int32_t first = static_cast<int32_t>(bins.size() / 2);
+    for (const Bin& b : more) bins.insert(bins.end(), {b.start, b.stop});
+    return first;
+  };
+  int32_t token = 0;
   for (const PathwaySpec& path : layout.pathways) {
-    const int32_t rows = static_cast<int32_t>(path.rows.size()),
-                  cols = static_cast<int32_t>(path.cols.size());
-    pathways.insert(pathways.end(), {path.width, path.reduce, rows, bin, cols, bin + rows});
-    for (const auto* axis : {&path.rows, &path.cols}) {
-      for (const Bin& b : *axis) bins.insert(bins.end(), {b.start, b.stop});
-    }
+    const int32_t rows = static_cast<int32_t>(path.rows.size()), cols = static_cast<int32_t>(path.cols.size());
+    const int32_t first_row = add_bins(path.rows), first_col = add_bins(path.cols);
+    const int32_t row_cover = add_bins(make_covers(path.rows, layout.patches / path.width));
+    const int32_t col_cover = add_bins(make_covers(path.cols, path.width));
+    pathways.insert(pathways.end(),
+                    {path.width, path.reduce, rows, first_row, cols, first_col, row_cover, col_cover});
     for (const Bin& f : path.frames) {
       items.push_back({static_cast<int32_t>(&path - layout.pathways.data()), f.start, f.stop, token});
       token += rows * cols;
     }
-    bin += rows + cols;
   }
   const auto frames_of = [](const Item& i) {
     return std::pair<int32_t, int32_t>(i.frame_begin, i.frame_end);
   };
   std::stable_sort(items.begin(), items.end(),
                    [&](const Item& a, const Item& b) { return frames_of(a) < frames_of(b); });
-  std::vector<int32_t> groups, numbers;
+  std::vector<int32_t> groups, numbers, by_token, firsts, readers;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i == 0 || frames_of(items[i]) != frames_of(items[i - 1])) groups.push_back(static_cast<int32_t>(i));
     numbers.insert(numbers.end(),
                    {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
+    by_token.push_back(static_cast<int32_t>(i));
   }
+  std::sort(by_token.begin(), by_token.end(),
+            [&](int32_t a, int32_t b) { return items[a].first_token < items[b].first_token; });
+  for (int32_t frame = 0; frame < layout.frames; ++frame) {
+    firsts.push_back(static_cast<int32_t>(readers.size()));
+    for (const int32_t i : by_token) {
+      if (items[i].frame_begin <= frame && frame < items[i].frame_end) readers.push_back(i);
+    }
+  }
+  firsts.push_back(static_cast<int32_t>(readers.size()));
   std::vector<int32_t> table = {kPlanVersion,
                                 layout.patches,
                                 layout.frames,
                                 token,
                                 static_cast<int32_t>(layout.pathways.size()),
                                 static_cast<int32_t>(groups.size()),
-                                static_cast<int32_t>(items.size())};
+                                static_cast<int32_t>(items.size()),
+                                static_cast<int32_t>(readers.size())};
   groups.push_back(static_cast<int32_t>(items.size()));
-  for (const auto* part : {&pathways, &groups, &numbers, &bins})
+  for (const auto* part : {&pathways, &groups, &numbers, &firsts, &readers, &bins})
     table.insert(table.end(), part->begin(), part->end());
   return table;
 }
@@ -90,7 +120,7 @@ inline std::vector<Bin> every(int32_t n) {
   return bins;
 }
 
-// Adaptive bins, fixed windows, or any rising boxes of [0, n).
+// Adaptive bins, fixed windows, or any boxes of [0, n) whose starts and stops rise.
 inline std::vector<Bin> random_bins(Random& random, int32_t n) {
   const int32_t kind = random.in(0, 3), size = random.in(1, 5);
   std::vector<Bin> bins;
@@ -100,11 +130,14 @@ inline std::vector<Bin> random_bins(Random& random, int32_t n) {
   }
   for (int32_t i = 0; kind == 2 && (i + 1) * size <= n; ++i) bins.push_back({i * size, (i + 1) * size});
   if (bins.empty()) {
+    std::vector<int32_t> starts(size), stops(size);
     for (int32_t i = 0; i < size; ++i) {
-      const int32_t start = random.in(0, n - 1);
-      bins.push_back({start, random.in(start + 1, n)});
+      starts[i] = random.in(0, n - 1);
+      stops[i] = random.in(starts[i] + 1, n);
     }
-    std::sort(bins.begin(), bins.end(), [](const Bin& a, const Bin& b) { return a.start < b.start; });
+    std::sort(starts.begin(), starts.end());
+    std::sort(stops.begin(), stops.end());
+    for (int32_t i = 0; i < size; ++i) bins.push_back({starts[i], stops[i]});
   }
   return bins;
 }

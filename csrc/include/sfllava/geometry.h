@@ -2,7 +2,7 @@
 //
 // A launch is cut into units, and every unit into lanes along the channels. On the tile path a unit is one tile of
 // one frame: a box of the coarse pathway, and all boxes of the fine one that nest in it. On the box path it is a
-// share of the boxes of one group of items.
+// share of the boxes of one group of items; in a backward, one patch of one frame.
 #pragma once
 
 #include "plan.h"
@@ -40,29 +40,6 @@ SFLLAVA_HOST_DEVICE inline Lane find_lane(const Grid& grid, uint32_t block, uint
           int64_t{block - row * chunks} * grid.across + x};
 }
 
-// The parts of the table on the device: a kernel does not have to read the header to find them.
-struct Parts {
-  const int32_t *pathways, *groups, *items;
-  const Bin* bins;
-
-  SFLLAVA_HOST_DEVICE int32_t group_begin(int32_t g) const { return groups[g]; }
-  SFLLAVA_HOST_DEVICE Item item(int32_t i) const {
-    const int32_t* p = items + int64_t{i} * kItem;
-    return {p[0], p[1], p[2], p[3]};
-  }
-  SFLLAVA_HOST_DEVICE int32_t first_token(int32_t i) const { return items[int64_t{i} * kItem + 3]; }
-  SFLLAVA_HOST_DEVICE Pathway pathway(int32_t i) const {
-    const int32_t* p = pathways + i * kPathway;
-    return {p[0], p[1], p[2], p[4], bins + p[3], bins + p[5]};
-  }
-};
-
-// Where the parts of `plan` lie in a copy of its table.
-inline Parts find_parts(const Plan& plan, const int32_t* table) {
-  const int32_t* items = table + plan.items_at();
-  return {table + kHeader, table + plan.groups_at(), items, reinterpret_cast<const Bin*>(table + plan.bins_at())};
-}
-
 // A layout of two pathways on every frame by itself: a mean over equal boxes, the tiles, and another whose small
 // equal boxes nest in them. Each group holds one frame's items, the coarse one at one end.
 struct Nest {
@@ -74,6 +51,10 @@ struct Nest {
   int32_t box_height, box_width;  // patches of a fine box
 
   SFLLAVA_HOST_DEVICE int32_t tiles() const { return rows * cols; }
+  // Whether the tiles leave no patch of a frame out.
+  bool covers(int32_t patches) const {
+    return cols * width == grid_width && int64_t{rows} * height * grid_width == patches;
+  }
 };
 
 struct Tile {
@@ -108,8 +89,8 @@ struct FrameItems {
   int32_t coarse, fine_begin, fine_end;
 };
 
-SFLLAVA_HOST_DEVICE inline FrameItems find_items(const Parts& parts, const Nest& nest, int32_t frame) {
-  const int32_t begin = parts.group_begin(frame), end = parts.group_begin(frame + 1);
+SFLLAVA_HOST_DEVICE inline FrameItems find_items(const Plan& plan, const Nest& nest, int32_t frame) {
+  const int32_t begin = plan.group_begin(frame), end = plan.group_begin(frame + 1);
   if (nest.coarse < nest.fine) return {begin, begin + 1, end};
   return {end - 1, begin, end - 1};
 }
@@ -132,12 +113,12 @@ inline int32_t count_shares(const Plan& plan, int64_t vectors) {
 
 // Calls body(item, pathway, row bin, column bin) for every box of the unit's share, in the order of the items.
 template <class Body>
-SFLLAVA_HOST_DEVICE void for_boxes(const Parts& parts, int32_t shares, int32_t unit, const Body& body) {
-  const int32_t group = unit / shares, end = parts.group_begin(group + 1);
+SFLLAVA_HOST_DEVICE void for_boxes(const Plan& plan, int32_t shares, int32_t unit, const Body& body) {
+  const int32_t group = unit / shares, end = plan.group_begin(group + 1);
   int64_t box = unit - group * shares;
-  for (int32_t i = parts.group_begin(group); i < end; ++i) {
-    const Item item = parts.item(i);
-    const Pathway path = parts.pathway(item.pathway);
+  for (int32_t i = plan.group_begin(group); i < end; ++i) {
+    const Item item = plan.item(i);
+    const Pathway path = plan.pathway(item.pathway);
     const int64_t boxes = int64_t{path.rows} * path.cols;
     for (; box < boxes; box += shares) {
       const int32_t row = static_cast<int32_t>(box) / path.cols;

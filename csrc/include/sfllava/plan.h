@@ -1,13 +1,17 @@
 // The table a layout becomes, as kernels read it: one int32 array, written by sfllava_fast/table.py.
 //
-//   header    version, patches, frames, tokens, pathways, groups, items        (kHeader numbers)
-//   pathways  width, reduce, rows, first row bin, cols, first column bin       (kPathway numbers each)
-//   groups    first item of each group, and the number of items                (groups + 1)
-//   items     pathway, first frame, past the last frame, first token           (kItem numbers each)
-//   bins      start, stop                                                      (2 numbers each)
+//   header    version, patches, frames, tokens, pathways, groups, items, readers    (kHeader numbers)
+//   pathways  width, reduce, rows, first row bin, cols, first column bin, first row cover, first column cover
+//                                                                                  (kPathway numbers each)
+//   groups    first item of each group, and the number of items                    (groups + 1)
+//   items     pathway, first frame, past the last frame, first token               (kItem numbers each)
+//   frames    first reader of each frame, and the number of readers                (frames + 1)
+//   readers   the items that read a frame, in the order of their tokens, frame after frame
+//   bins      start, stop                                                          (2 numbers each)
 //
-// An item is one frame bin of one pathway: it yields rows * cols tokens. A group is a run of items that read
-// the same frames, so that a kernel can serve them from one read.
+// An item is one frame bin of one pathway: it yields rows * cols tokens. A group is a run of items that read the same
+// frames, so that a kernel can serve them from one read. Frames, readers and covers say what a patch has become, for a
+// backward: a cover, kept among the bins, is the range of a pathway's bins that hold a row or a column of the grid.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +24,8 @@
 
 namespace sfllava {
 
-constexpr int32_t kPlanVersion = 1;
-constexpr int kHeader = 7, kPathway = 6, kItem = 4;
+constexpr int32_t kPlanVersion = 2;
+constexpr int kHeader = 8, kPathway = 8, kItem = 4;
 
 enum Reduce : int32_t { kMax = 0, kMean = 1 };
 
@@ -34,37 +38,69 @@ struct Item {
   int32_t pathway, frame_begin, frame_end, first_token;
 };
 
-// A pathway on a grid `width` patches wide; the bins are views into the table.
+// A pathway on a grid `width` patches wide; bins and covers are views into the table.
 struct Pathway {
   int32_t width, reduce, rows, cols;
-  const Bin* row;
-  const Bin* col;
+  const Bin *row, *col;
+  const Bin *row_cover, *col_cover;
 };
 
-struct Plan {
-  const int32_t* table;
+// A view of a table.
+class Plan {
+ public:
+  explicit Plan(const int32_t* table) : Plan(table, table) {}
 
-  SFLLAVA_HOST_DEVICE int32_t patches() const { return table[1]; }
-  SFLLAVA_HOST_DEVICE int32_t frames() const { return table[2]; }
-  SFLLAVA_HOST_DEVICE int32_t tokens() const { return table[3]; }
-  SFLLAVA_HOST_DEVICE int32_t pathways() const { return table[4]; }
-  SFLLAVA_HOST_DEVICE int32_t groups() const { return table[5]; }
-  SFLLAVA_HOST_DEVICE int32_t items() const { return table[6]; }
+  // The same parts in a copy of the table that this code cannot read: on a GPU.
+  Plan in(const int32_t* copy) const { return {table_, copy}; }
+
+  const int32_t* table() const { return table_; }
+  SFLLAVA_HOST_DEVICE int32_t patches() const { return patches_; }
+  SFLLAVA_HOST_DEVICE int32_t frames() const { return frames_; }
+  SFLLAVA_HOST_DEVICE int32_t tokens() const { return tokens_; }
+  SFLLAVA_HOST_DEVICE int32_t pathways() const { return pathways_; }
+  SFLLAVA_HOST_DEVICE int32_t groups() const { return groups_; }
+  SFLLAVA_HOST_DEVICE int32_t items() const { return items_; }
+  SFLLAVA_HOST_DEVICE int32_t readers() const { return readers_; }
 
   SFLLAVA_HOST_DEVICE Pathway pathway(int32_t i) const {
-    const int32_t* p = table + kHeader + i * kPathway;
-    return {p[0], p[1], p[2], p[4], bins() + p[3], bins() + p[5]};
+    const int32_t* p = pathway_ + i * kPathway;
+    return {p[0], p[1], p[2], p[4], bin_ + p[3], bin_ + p[5], bin_ + p[6], bin_ + p[7]};
   }
-  SFLLAVA_HOST_DEVICE int32_t group_begin(int32_t g) const { return table[groups_at() + g]; }
+  SFLLAVA_HOST_DEVICE int32_t group_begin(int32_t g) const { return group_[g]; }
   SFLLAVA_HOST_DEVICE Item item(int32_t i) const {
-    const int32_t* p = table + items_at() + i * kItem;
+    const int32_t* p = item_ + int64_t{i} * kItem;
     return {p[0], p[1], p[2], p[3]};
   }
+  SFLLAVA_HOST_DEVICE int32_t first_token(int32_t i) const { return item_[int64_t{i} * kItem + 3]; }
+  SFLLAVA_HOST_DEVICE int32_t reader_begin(int32_t frame) const { return frame_[frame]; }
+  SFLLAVA_HOST_DEVICE int32_t reader(int32_t i) const { return reader_[i]; }
 
-  SFLLAVA_HOST_DEVICE int64_t groups_at() const { return kHeader + int64_t{kPathway} * pathways(); }
-  SFLLAVA_HOST_DEVICE int64_t items_at() const { return groups_at() + groups() + 1; }
-  SFLLAVA_HOST_DEVICE int64_t bins_at() const { return items_at() + int64_t{kItem} * items(); }
-  SFLLAVA_HOST_DEVICE const Bin* bins() const { return reinterpret_cast<const Bin*>(table + bins_at()); }
+  // Where the bins begin in a table with this header.
+  static int64_t bins_at(const int32_t* t) {
+    return kHeader + int64_t{kPathway} * t[4] + int64_t{t[5]} + 1 + int64_t{kItem} * t[6] + int64_t{t[2]} + 1 + t[7];
+  }
+
+ private:
+  Plan(const int32_t* header, const int32_t* parts)
+      : table_(header),
+        patches_(header[1]),
+        frames_(header[2]),
+        tokens_(header[3]),
+        pathways_(header[4]),
+        groups_(header[5]),
+        items_(header[6]),
+        readers_(header[7]),
+        pathway_(parts + kHeader),
+        group_(pathway_ + int64_t{kPathway} * pathways_),
+        item_(group_ + groups_ + 1),
+        frame_(item_ + int64_t{kItem} * items_),
+        reader_(frame_ + frames_ + 1),
+        bin_(reinterpret_cast<const Bin*>(reader_ + readers_)) {}
+
+  const int32_t* table_;
+  int32_t patches_, frames_, tokens_, pathways_, groups_, items_, readers_;
+  const int32_t *pathway_, *group_, *item_, *frame_, *reader_;
+  const Bin* bin_;
 };
 
 // The token box (row bin r, column bin c) of an item, and how many elements a mean divides by.
