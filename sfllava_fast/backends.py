@@ -38,7 +38,8 @@ class Backend:
     name: str
     why_unavailable: Callable[[torch.device | None], str | None]  # on this device; None: on any of this machine
     why_unfit: Callable[[Tensor], str | None]
-    run: Callable[[Tensor, Plan, Tensor], None]  # features, plan, out
+    run: Callable[[Tensor, Plan, Tensor], None]  # features [T, N, D], plan, out [S, D]
+    run_backward: Callable[[Tensor, Tensor, Plan, Tensor], None]  # grad [S, D], features, plan, out [T, N, D]
 
 
 @cache
@@ -124,24 +125,31 @@ def _run_cpu(features: Tensor, plan: Plan, out: Tensor) -> None:
 
 
 def _run_cuda(features: Tensor, plan: Plan, out: Tensor) -> None:
-    torch.ops.sfllava_fast.pool_gpu(features, plan_table(plan), device_table(plan, features.device), out)
+    torch.ops.sfllava_fast.pool_gpu(features, *_gpu_tables(features, plan), out)
+
+
+def _run_cuda_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
+    torch.ops.sfllava_fast.pool_backward_gpu(grad, features, *_gpu_tables(features, plan), out)
 
 
 def _run_triton(features: Tensor, plan: Plan, out: Tensor) -> None:
-    triton_kernels().pool(features, plan, plan_table(plan), device_table(plan, features.device), out)
+    triton_kernels().pool(features, plan, *_gpu_tables(features, plan), out)
 
 
-def _run_triton_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
-    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-    if grad.shape[1] > 1 and grad.stride(1) != 1:  # a sum's gradient is one number, expanded
-        grad = grad.contiguous()
-    tables = plan_table(plan), device_table(plan, features.device)
-    triton_kernels().pool_backward(grad, features, plan, *tables, out)
-    return out
+def _run_triton_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
+    triton_kernels().pool_backward(grad, features, plan, *_gpu_tables(features, plan), out)
+
+
+def _gpu_tables(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return plan_table(plan), device_table(plan, features.device)
 
 
 def _run_reference(features: Tensor, plan: Plan, out: Tensor) -> None:
     out.copy_(reference.aggregate(features, plan))
+
+
+def _run_reference_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
+    out.copy_(reference.aggregate_backward(grad, features, plan))
 
 
 def _why_no_gpu(name: str, not_loaded: str | None, device: torch.device | None) -> str | None:
@@ -161,29 +169,39 @@ def _try_on(name: str, device: torch.device) -> str | None:
         raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
     plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
     features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
-    out = features.new_empty(plan.offsets[-1], 40)
+    tokens, gradient = features.new_empty(plan.offsets[-1], 40), torch.empty_like(features)
     try:
-        BACKENDS[name].run(features, plan, out)
-        right = torch.equal(out, reference.aggregate(features, plan))
-        if name == "triton":
-            gradient = _run_triton_backward(out, features, plan)
-            right = right and torch.equal(gradient, reference.aggregate_backward(out, features, plan))
+        BACKENDS[name].run(features, plan, tokens)
+        BACKENDS[name].run_backward(tokens, features, plan, gradient)
+        if not torch.equal(tokens, reference.aggregate(features, plan)):
+            return f"its tokens are wrong on {device}"
+        if not torch.equal(gradient, reference.aggregate_backward(tokens, features, plan)):
+            return f"its gradients are wrong on {device}"
     except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
         return f"it failed on {device}: {_first_line(error)}"
-    return None if right else f"its tokens are wrong on {device}"
+    return None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _why_no_cuda(device: torch.device | None) -> str | None:
+    return _why_no_gpu("cuda", load_cuda_library(), device)
+
+
+def _why_no_triton(device: torch.device | None) -> str | None:
+    return _why_no_gpu("triton", load_triton(), device)
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu),
-        Backend("cuda", lambda device: _why_no_gpu("cuda", load_cuda_library(), device), _unfit_for_gpu, _run_cuda),
-        Backend("triton", lambda device: _why_no_gpu("triton", load_triton(), device), _unfit_for_gpu, _run_triton),
-        Backend("torch", lambda device: None, lambda features: None, _run_reference),
+        # There is no CPU kernel of the backward: the reference's serves.
+        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu, _run_reference_backward),
+        Backend("cuda", _why_no_cuda, _unfit_for_gpu, _run_cuda, _run_cuda_backward),
+        Backend("triton", _why_no_triton, _unfit_for_gpu, _run_triton, _run_triton_backward),
+        Backend("torch", lambda device: None, lambda features: None, _run_reference, _run_reference_backward),
     )
 }
 NAMES = ("auto", *BACKENDS)
@@ -198,13 +216,6 @@ def choose(name: str, features: Tensor) -> Backend:
     if reason := _why_not(BACKENDS[name], features):
         raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
     return BACKENDS[name]
-
-
-def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
-    """Gradient [T, N, D] for the tokens' gradient [S, D]: by Triton where it can, else by the reference."""
-    if _why_not(BACKENDS["triton"], features) or not triton_kernels().has_backward(plan):
-        return reference.aggregate_backward(grad, features, plan)
-    return _run_triton_backward(grad, features, plan)
 
 
 def _why_not(backend: Backend, features: Tensor, say: bool = False) -> str | None:

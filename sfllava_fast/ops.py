@@ -1,12 +1,13 @@
 """The aggregator as a PyTorch op.
 
-Schemas are defined here, once; compiled libraries only register implementations of `pool` and `pool_gpu`, so the op
-exists, traces and exports with no binary at all.
+Schemas are defined here, once; compiled libraries only register implementations of `pool`, `pool_gpu` and
+`pool_backward_gpu`, so the op exists, traces and exports with no binary at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ _library = torch.library.Library("sfllava_fast", "DEF")
 _ARGUMENTS = "str layout, int height, int width, Tensor? frame_offsets"
 _library.define(f"aggregate(Tensor features, {_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"aggregate_out(Tensor features, {_ARGUMENTS}, str backend, Tensor(a!) out) -> ()")
-_library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}) -> Tensor")
+_library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}, str backend) -> Tensor")
 _library.define("token_offsets(Tensor frame_offsets, str layout, int height, int width) -> Tensor")
-# What compiled kernels implement: out[:] = the plan table's pooling of features; `table` is the plan on the GPU.
+# What compiled kernels implement: out[:] = the plan table's pooling of features, or the features' gradient of it;
+# `table` is the plan on the GPU.
 _library.define("pool(Tensor features, Tensor plan, Tensor(a!) out) -> ()")
 _library.define("pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
+_library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
 
 
 def slowfast_aggregate(
@@ -62,13 +65,28 @@ def slowfast_aggregate(
         if needs_grad:
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
         _check_same_kind(out, features)  # before the dispatcher, which would serve a meta tensor with nothing
-        torch.ops.sfllava_fast.aggregate_out(*call, backend, out)
+        (_aggregate_out if _is_unwatched(features) else torch.ops.sfllava_fast.aggregate_out)(*call, backend, out)
         tokens = out
+    elif needs_grad:
+        tokens = _Aggregate.apply(*call, backend)
     else:
-        tokens = _Aggregate.apply(*call, backend) if needs_grad else torch.ops.sfllava_fast.aggregate(*call, backend)
+        tokens = (_aggregate if _is_unwatched(features) else torch.ops.sfllava_fast.aggregate)(*call, backend)
     if offsets is None:
         return tokens
     return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
+
+
+def _is_unwatched(features: Tensor) -> bool:
+    """Whether nothing traces, transforms or intercepts the call: then what the op would run can be called at once.
+
+    Dispatching to an op written in Python takes as long as all of the rest of a call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(features) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 class _Aggregate(torch.autograd.Function):
@@ -80,14 +98,14 @@ class _Aggregate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        features, ctx.layout, ctx.height, ctx.width, frame_offsets, _ = inputs
+        features, ctx.layout, ctx.height, ctx.width, frame_offsets, ctx.backend = inputs
         ctx.save_for_backward(features, frame_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         features, frame_offsets = ctx.saved_tensors
-        call = (grad, features, ctx.layout, ctx.height, ctx.width, frame_offsets)
+        call = (grad, features, ctx.layout, ctx.height, ctx.width, frame_offsets, ctx.backend)
         return torch.ops.sfllava_fast.aggregate_backward(*call), None, None, None, None, None
 
 
@@ -104,8 +122,13 @@ def _aggregate_out(features, layout, height, width, frame_offsets, backend, out)
     backends.choose(backend, features).run(features, plan, out)
 
 
-def _aggregate_backward(grad, features, layout, height, width, frame_offsets):
-    return backends.aggregate_backward(grad, features, _plan(features, layout, height, width, frame_offsets))
+def _aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    if grad.shape[1] > 1 and grad.stride(1) != 1:  # a sum's gradient is one number, expanded
+        grad = grad.contiguous()
+    out = torch.empty_like(features, memory_format=torch.contiguous_format)
+    backends.choose(backend, features).run_backward(grad, features, plan, out)
+    return out
 
 
 def _token_offsets(frame_offsets, layout, height, width):
@@ -123,7 +146,7 @@ def _fake_aggregate(features, layout, height, width, frame_offsets, backend):
     return features.new_empty(tokens, features.shape[2])
 
 
-def _fake_aggregate_backward(grad, features, layout, height, width, frame_offsets):
+def _fake_aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 
@@ -137,10 +160,17 @@ torch.library.register_fake("sfllava_fast::aggregate_out", lambda *_: None, lib=
 torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::pool_gpu", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, lib=_library)
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
     frames = features.shape[0] if frame_offsets is None else _lengths(frame_offsets, features.shape[0])
+    return _cached_plan(layout, frames, height, width)
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int) -> Plan:
+    """Saves a call from hashing a config."""
     return SlowFastConfig.parse(layout).plan(frames, (height, width))
 
 
@@ -181,10 +211,11 @@ def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
 
 def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:
     channels = features.shape[2]
-    if tuple(out.shape) != (tokens, channels):
+    if out.shape != (tokens, channels):
         raise InputError(f"out must be [{tokens}, {channels}] for this layout, not {list(out.shape)}")
     _check_same_kind(out, features)
-    if (channels > 1 and out.stride(1) != 1) or (tokens > 1 and out.stride(0) < channels):
+    rows, unit = out.stride()
+    if (channels > 1 and unit != 1) or (tokens > 1 and rows < channels):
         raise InputError("out needs unit stride over channels and rows that do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
@@ -203,5 +234,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and past the last byte, that the tensor can touch."""
     if tensor.numel() == 0:
         return 0, 0
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    last = 0
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        last += (size - 1) * stride
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()

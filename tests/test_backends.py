@@ -63,13 +63,18 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkey
         out.fill_(1)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    def spread_wrongly(grad, features, plan, out):
+        out.fill_(1)
+
+    forward, backward = backends._run_reference, backends._run_reference_backward
     reasons = {
-        fail: "it failed on cpu: no kernel image is available",
-        run_wrongly: "its tokens are wrong on cpu",
-        backends._run_reference: None,
+        (fail, backward): "it failed on cpu: no kernel image is available",
+        (run_wrongly, backward): "its tokens are wrong on cpu",
+        (forward, spread_wrongly): "its gradients are wrong on cpu",
+        (forward, backward): None,
     }
-    for number, (run, reason) in enumerate(reasons.items()):
-        backend = backends.Backend(str(number), lambda device: None, lambda features: None, run)
+    for number, (runs, reason) in enumerate(reasons.items()):
+        backend = backends.Backend(str(number), lambda device: None, lambda features: None, *runs)
         monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
         assert backends._try_on(backend.name, torch.device("cpu")) == reason
 
@@ -117,10 +122,12 @@ def test_without_a_gpu_the_reason_is_that(fresh, monkeypatch):
     assert backends.BACKENDS["cuda"].why_unavailable(None) == "no CUDA device was found"
 
 
-def test_the_gpu_kernels_op_traces():
+def test_the_gpu_kernels_ops_trace():
     plan = CONFIG.plan(4, (4, 4))
     x, out = X.to("meta"), torch.empty(plan.offsets[-1], 8, device="meta")
-    assert torch.ops.sfllava_fast.pool_gpu(x, plan_table(plan), plan_table(plan).to("meta"), out) is None
+    tables = plan_table(plan), plan_table(plan).to("meta")
+    assert torch.ops.sfllava_fast.pool_gpu(x, *tables, out) is None
+    assert torch.ops.sfllava_fast.pool_backward_gpu(out, x, *tables, torch.empty_like(x)) is None
 
 
 def test_device_tables_are_cached():

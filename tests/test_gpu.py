@@ -146,17 +146,40 @@ def test_gradients_equal_the_cpus(backend):
     torch.testing.assert_close(*gradients)
 
 
+def check_backward(backend: str, x: torch.Tensor, plan: Plan, make=normal) -> None:
+    """Equal to the reference on the CPU, and nothing written outside the gradient."""
+    grad = make((plan.offsets[-1], x.shape[2]), x.dtype).to(x.device)
+    rows = GuardedRows(x.shape[0] * x.shape[1], x.shape[2], x.dtype, 0, 0, x.device)
+    backends.BACKENDS[backend].run_backward(grad, x, plan, rows.rows.view(x.shape))
+    assert_same(rows.rows.cpu().view(x.shape), reference.aggregate_backward(grad.cpu(), x.cpu(), plan))
+    rows.check()
+
+
+@settings(max_examples=150)
+@given(slowfast_calls(CHANNELS, device="cuda"))
+def test_backward_of_slowfast_layouts(backend, call):
+    check_backward(backend, *call)
+
+
+@settings(max_examples=150)
+@given(any_calls(CHANNELS, device="cuda"))
+def test_backward_of_any_pathways_of_packed_videos(backend, call):
+    check_backward(backend, *call)
+
+
 @dtypes
+@pytest.mark.parametrize("make", SOURCES)
 @pytest.mark.parametrize("pool", SLOW_POOLS)
+@pytest.mark.parametrize("slow", [2, 8], ids=["some frames", "repeated frames"])
 @pytest.mark.parametrize("frames", [5, (2, 3)], ids=["one video", "packed videos"])
-def test_backward_equals_the_reference(backend, dtype, pool, frames):
-    plan = SlowFastConfig(2, pool).plan(frames, (24, 24))
-    x = on_gpu(normal, dtype)((5, 577, 264))[:, 1:]
-    grad = on_gpu(normal, dtype)((plan.offsets[-1], 264))
-    if not backends.BACKENDS["triton"].why_unavailable(None):
-        assert backends.triton_kernels().has_backward(plan)
-    expected = reference.aggregate_backward(grad.cpu(), x.cpu(), plan)
-    assert_same(backends.aggregate_backward(grad, x, plan).cpu(), expected)
+def test_backward_on_the_papers_grid(backend, dtype, make, pool, slow, frames):
+    x = on_gpu(make, dtype)((5, 577, 264))[:, 1:]
+    check_backward(backend, x, SlowFastConfig(slow, pool).plan(frames, (24, 24)), make)
+
+
+@dtypes
+def test_backward_of_the_papers_video(backend, dtype):
+    check_backward(backend, on_gpu(normal, dtype)((50, 577, 1024))[:, 1:], PAPER.plan(50, (24, 24)))
 
 
 def test_compiled(backend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfllava_fast import SlowFastAggregator, SlowFastConfig, backends, reference, slowfast_aggregate
+from sfllava_fast import SlowFastAggregator, SlowFastConfig, backends, ops, reference, slowfast_aggregate
 from sfllava_fast.config import SLOW_POOLS
 from sfllava_fast.errors import BackendError, InputError, LayoutError, SfllavaError
 
@@ -44,7 +47,7 @@ def test_opcheck(dtype, offsets):
     opcheck(
         torch.ops.sfllava_fast.aggregate_out.default, (*call, "auto", torch.empty(tokens, 6, dtype=dtype))
     )
-    opcheck(torch.ops.sfllava_fast.aggregate_backward.default, (torch.randn(tokens, 6).to(dtype), *call))
+    opcheck(torch.ops.sfllava_fast.aggregate_backward.default, (torch.randn(tokens, 6).to(dtype), *call, "auto"))
 
 
 def test_opcheck_of_the_kernels_own_op():
@@ -105,6 +108,58 @@ def test_no_gradient_is_kept_unless_needed():
         assert slowfast_aggregate(x, LAYOUT).grad_fn is None
     with torch.inference_mode():
         assert torch.equal(slowfast_aggregate(x, LAYOUT), plain(x.detach()))
+
+
+def test_a_backend_asked_for_by_name_computes_the_gradient_too(monkeypatch):
+    asked = []
+
+    def run_backward(grad, features, plan, out):
+        asked.append(plan)
+        out.fill_(3)
+
+    named = dataclasses.replace(backends.BACKENDS["torch"], run_backward=run_backward)
+    monkeypatch.setitem(backends.BACKENDS, "torch", named)
+    x = torch.randn(4, 16, 3, requires_grad=True)
+    slowfast_aggregate(x, LAYOUT, backend="torch").sum().backward()
+    assert len(asked) == 1 and (x.grad == 3).all()
+
+
+# --- who sees a call
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_only_a_call_that_nothing_watches_is_not_dispatched(monkeypatch, out):
+    def fail(*_):
+        raise AssertionError("called at once")
+
+    name = "_aggregate_out" if out else "_aggregate"
+    x = torch.randn(4, 16, 3)
+    expected = plain(x)
+    call = {"out": torch.empty_like(expected)} if out else {}
+    monkeypatch.setattr(ops, name, fail)  # what the op runs was registered before
+    with pytest.raises(AssertionError, match="called at once"):
+        slowfast_aggregate(x, LAYOUT, **call)
+    with Watch() as watch:
+        assert torch.equal(slowfast_aggregate(x, LAYOUT, **call), expected)
+    assert watch.seen[0] == f"sfllava_fast.{name[1:]}.default"
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(value) for key, value in call.items()}
+        assert slowfast_aggregate(mode.from_tensor(x), LAYOUT, **fake).shape == expected.shape
+
+
+def test_transforms_see_the_op():
+    batch = torch.randn(2, 4, 16, 3)
+    assert torch.equal(torch.func.vmap(lambda x: slowfast_aggregate(x, LAYOUT))(batch), torch.stack([*map(plain, batch)]))
 
 
 # --- compile and export

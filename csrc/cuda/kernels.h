@@ -12,9 +12,11 @@ __global__ __launch_bounds__(kBlockLanes) void tile_kernel(const __grid_constant
   run_tile_lane<kDirection, T, Shape>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
 
-// 8 blocks, 64 registers: left to itself, ptxas takes fewer for some architectures and spills.
+// Registers for so many blocks: left to itself, ptxas takes fewer for some architectures and spills.
+constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }
+
 template <Direction kDirection, class T, int N>
-__global__ __launch_bounds__(kBlockLanes, 8) void box_kernel(const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kBlockLanes, box_blocks(kDirection)) void box_kernel(const __grid_constant__ Launch launch) {
   run_box_lane<kDirection, T, N>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
 
