@@ -1,6 +1,7 @@
 """Who computes the aggregator: each backend says whether it can, and why not.
 
-`auto` takes the first backend that can serve a call; a backend asked for by name serves it or raises.
+`auto` takes the first backend that can serve a call, on a GPU the fastest there; a backend asked for by name serves it
+or raises.
 """
 
 from __future__ import annotations
@@ -165,8 +166,7 @@ def _why_no_gpu(name: str, not_loaded: str | None, device: torch.device | None) 
 @cache
 def _try_on(name: str, device: torch.device) -> str | None:
     """Why a backend fails on a GPU, from its first, small call there: a compiler that is missing, no code for it."""
-    if torch.cuda.is_current_stream_capturing():
-        raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
+    _refuse_to_be_captured(name, device)
     plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
     features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
     tokens, gradient = features.new_empty(plan.offsets[-1], 40), torch.empty_like(features)
@@ -180,6 +180,41 @@ def _try_on(name: str, device: torch.device) -> str | None:
     except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
         return f"it failed on {device}: {_first_line(error)}"
     return None
+
+
+def _refuse_to_be_captured(name: str, device: torch.device) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
+
+
+@cache
+def _by_preference(device: torch.device) -> tuple[Backend, ...]:
+    """All backends; where several work on a GPU, the one first that served the default layout in the least time."""
+    ready = [name for name in ("cuda", "triton") if device.type == "cuda" and not BACKENDS[name].why_unavailable(device)]
+    if len(ready) < 2:
+        return tuple(BACKENDS.values())
+    _refuse_to_be_captured("auto", device)
+    try:
+        fastest = min(ready, key=lambda name: _time_on(name, device))
+    except torch.cuda.OutOfMemoryError:  # no room to measure: as listed
+        fastest = ready[0]
+    return tuple(sorted(BACKENDS.values(), key=lambda backend: backend.name != fastest))
+
+
+def _time_on(name: str, device: torch.device) -> float:
+    """Milliseconds of 20 calls at the encoder's usual shape, which keep the device busier than the host."""
+    plan = SlowFastConfig().plan(50, (24, 24))
+    features = torch.zeros(50, 576, 2048, dtype=torch.bfloat16, device=device)
+    out = features.new_empty(plan.offsets[-1], 2048)
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for call in range(25):
+            if call == 5:
+                start.record()
+            BACKENDS[name].run(features, plan, out)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _first_line(error: Exception) -> str:
@@ -210,7 +245,7 @@ NAMES = ("auto", *BACKENDS)
 def choose(name: str, features: Tensor) -> Backend:
     """The backend that serves these features; BackendError where the one asked for cannot."""
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if not _why_not(backend, features, say=True))
+        return next(b for b in _by_preference(features.device) if not _why_not(b, features, say=True))
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if reason := _why_not(BACKENDS[name], features):

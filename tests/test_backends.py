@@ -22,7 +22,9 @@ ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda",
 @pytest.fixture
 def fresh():
     """Reasons are found out once a process: forget them before the test and after it."""
-    caches = (backends.load_cuda_library, backends.load_triton, backends._try_on, backends._say_once)
+    caches = (
+        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._by_preference, backends._say_once,
+    )
     for cache in caches:
         cache.cache_clear()
     yield
@@ -45,6 +47,7 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
     monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
     monkeypatch.setattr(backends, "load_triton", lambda: None)
     monkeypatch.setattr(backends, "_try_on", lambda name, device: f"it failed on {device}" if name in failing else None)
+    monkeypatch.setattr(backends, "_time_on", lambda name, device: {"cuda": 1.0, "triton": 2.0}[name])
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
         assert [backends.choose("auto", ON_GPU).name for _ in range(3)] == [serves] * 3
     before = [name for name in failing if list(backends.BACKENDS).index(name) < list(backends.BACKENDS).index(serves)]
@@ -53,6 +56,29 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
     for name in failing:
         with pytest.raises(BackendError, match=f"backend {name} cannot serve this call: it failed on cuda:0"):
             backends.choose(name, ON_GPU)
+
+
+def test_auto_takes_the_backend_that_was_faster_on_the_device(fresh, monkeypatch):
+    times = {("cuda", 0): 1.0, ("triton", 0): 2.0, ("cuda", 1): 3.0, ("triton", 1): 2.0}
+    measured = []
+
+    def time_on(name, device):
+        measured.append((name, device.index))
+        if device.index == 2:
+            raise torch.cuda.OutOfMemoryError
+        return times[name, device.index]
+
+    for load in ("load_cuda_library", "load_triton"):
+        monkeypatch.setattr(backends, load, lambda: None)
+    monkeypatch.setattr(backends, "_try_on", lambda name, device: None)
+    monkeypatch.setattr(backends, "_time_on", time_on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for index, name in enumerate(("cuda", "triton", "cuda")):
+        features = SimpleNamespace(**vars(ON_GPU) | {"device": torch.device("cuda", index)})
+        assert [backends.choose("auto", features).name for _ in range(3)] == [name] * 3
+    assert measured == [*times, ("cuda", 2)]  # once
+    on_cpu = SimpleNamespace(is_cpu=True, is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
+    assert backends.choose("auto", on_cpu).name == ("torch" if backends.load_library() else "cpu")
 
 
 def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkeypatch):
@@ -83,6 +109,9 @@ def test_what_a_capture_cannot_do_is_an_error_and_not_a_reason(fresh, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match="make a call before you capture a CUDA graph"):
         backends._try_on("triton", torch.device("cuda", 0))
+    monkeypatch.setattr(backends, "_why_no_gpu", lambda *_: None)
+    with pytest.raises(BackendError, match="backend auto has not run on cuda:0 yet"):
+        backends.choose("auto", ON_GPU)
     with pytest.raises(BackendError, match="make it once before the capture"):
         table._upload(CONFIG.plan(4, (4, 4)), torch.device("cuda", 0))
 

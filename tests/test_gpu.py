@@ -318,6 +318,14 @@ def test_a_device_that_is_not_the_current_one(backend):
     assert torch.cuda.current_device() == 0
 
 
+def test_auto_measures_who_is_faster_and_gets_the_same_tokens(backend):
+    x = on_gpu(normal, torch.bfloat16)((6, 576, 64))
+    backends._by_preference.cache_clear()
+    assert backends.choose("auto", x).name in ("cuda", "triton")
+    assert backends._time_on(backend, x.device) > 0
+    assert torch.equal(slowfast_aggregate(x), slowfast_aggregate(x, backend=backend))
+
+
 # --- bad input
 
 
