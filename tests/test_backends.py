@@ -48,6 +48,7 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
     monkeypatch.setattr(backends, "load_triton", lambda: None)
     monkeypatch.setattr(backends, "_try_on", lambda name, device: f"it failed on {device}" if name in failing else None)
     monkeypatch.setattr(backends, "_time_on", lambda name, device: {"cuda": 1.0, "triton": 2.0}[name])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
         assert [backends.choose("auto", ON_GPU).name for _ in range(3)] == [serves] * 3
     before = [name for name in failing if list(backends.BACKENDS).index(name) < list(backends.BACKENDS).index(serves)]
