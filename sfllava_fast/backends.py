@@ -190,7 +190,8 @@ def _refuse_to_be_captured(name: str, device: torch.device) -> None:
 @cache
 def _by_preference(device: torch.device) -> tuple[Backend, ...]:
     """All backends; where several work on a GPU, the one first that served the default layout in the least time."""
-    ready = [name for name in ("cuda", "triton") if device.type == "cuda" and not BACKENDS[name].why_unavailable(device)]
+    gpu_backends = ("cuda", "triton") if device.type == "cuda" else ()
+    ready = [name for name in gpu_backends if not BACKENDS[name].why_unavailable(device)]
     if len(ready) < 2:
         return tuple(BACKENDS.values())
     _refuse_to_be_captured("auto", device)

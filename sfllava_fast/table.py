@@ -33,8 +33,9 @@ def plan_table(plan: Plan) -> Tensor:
         _VERSION, plan.grid[0] * plan.grid[1], len(readers), plan.offsets[-1],
         len(pathways), len(groups), len(items), sum(map(len, readers)),
     ]  # fmt: skip
-    numbers = [*header, *chain(*pathways), *groups, len(items), *chain(*items), *firsts, *chain(*readers), *chain(*bins)]
-    return torch.tensor(numbers, dtype=torch.int32)
+    groups.append(len(items))
+    numbers = chain(header, *pathways, groups, *items, firsts, *readers, *bins)
+    return torch.tensor([*numbers], dtype=torch.int32)
 
 
 def device_table(plan: Plan, device: torch.device) -> Tensor:

@@ -159,7 +159,8 @@ def test_only_a_call_that_nothing_watches_is_not_dispatched(monkeypatch, out):
 
 def test_transforms_see_the_op():
     batch = torch.randn(2, 4, 16, 3)
-    assert torch.equal(torch.func.vmap(lambda x: slowfast_aggregate(x, LAYOUT))(batch), torch.stack([*map(plain, batch)]))
+    tokens = torch.func.vmap(lambda x: slowfast_aggregate(x, LAYOUT))(batch)
+    assert torch.equal(tokens, torch.stack([*map(plain, batch)]))
 
 
 # --- compile and export
