@@ -26,6 +26,7 @@ from rich.table import Table
 from .record import ROOT, ResultError, folder_name, write_json
 
 _SECONDS = 520
+_SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
 _PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
 _OTHER_TESTS = ("backends", "ops", "triton", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
 _TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", str(Path(sys.executable).parent))
@@ -50,22 +51,24 @@ def run(results: Path) -> int:
         raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
     folder = results / folder_name(torch.cuda.get_device_name())
     capability = "".join(map(str, torch.cuda.get_device_capability()))
-    return run_steps(steps(folder, capability), folder)
+    workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
+    return run_steps(steps(folder, capability, min(4, max(1, workers))), folder)
 
 
-def steps(folder: Path, capability: str) -> list[Step]:
-    """In order; the limits of all but the benchmark leave it time."""
+def steps(folder: Path, capability: str, workers: int) -> list[Step]:
+    """In order: what needs no GPU, and runs alike without one, comes last."""
     python, report, result = sys.executable, folder / "tests.xml", str(folder / "op.json")
+    tests = [*_pytest(workers), "tests/test_gpu.py", f"--junitxml={report}"]
     other = [f"tests/test_{name}.py" for name in _OTHER_TESTS]
     build = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
     return [
         Step("build", [*build, python, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build),
-        Step("tests on the device", [*_pytest(4), "tests/test_gpu.py", f"--junitxml={report}"], 130, _why_no_tests,
-             lambda: why_no_proof(report)),
-        Step("other tests", [*_pytest(8), *other], 70, _why_no_tests),
+        Step("tests on the device", tests, 120, _why_no_tests, lambda: why_no_proof(report)),
+        Step("small calls", _SMALL_CALLS, 40),
         *_sanitizer_steps(),
         Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
         Step("roofline", [python, "-m", "bench", "plot", result, "--out", str(folder / "roofline.png")], 30),
+        Step("other tests", [*_pytest(8), *other], 120, _why_no_tests),
     ]
 
 
@@ -146,12 +149,11 @@ def _why_no_tests() -> str | None:
 
 def _sanitizer_steps() -> list[Step]:
     sanitizer = _find("compute-sanitizer") or "compute-sanitizer"
-    check = [sys.executable, "-m", "bench.sanitize"]
     # Without torch's cache every tensor is an allocation of its own, whose bounds are watched.
     alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "3", "--print-limit", "5"]
     tools = ("memcheck", "racecheck", "initcheck")
     refused = partial(_why_refused, sanitizer)
-    return [Step(tool, [*alone, "--tool", tool, *check], 40, refused, optional=True) for tool in tools]
+    return [Step(tool, [*alone, "--tool", tool, *_SMALL_CALLS], 40, refused, optional=True) for tool in tools]
 
 
 @cache

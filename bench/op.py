@@ -72,7 +72,7 @@ def run(lab: Lab, rounds: int, slow_peers: bool, only: str, save: Callable[[dict
         _guarded(str(work), result["errors"], partial(_measure, work, lab, rounds, slow_peers, result))
         save(result)
     _guarded("host overhead", result["errors"], lambda: result.update(host=host_overhead(lab)))
-    _compare_works(result)
+    _guarded("works compared", result["errors"], lambda: _compare_works(result))
     save(result)
     return result
 
@@ -110,8 +110,11 @@ def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) 
         "gb_per_s": size / rows[ours[0]]["p50_ms"] / 1e6,
         "providers": rows,
         "best_peer": best,
-        "bars": _bars(work, ours, times, best) | _memory_bars(work, lab, ours, sets[0][0]),
+        "bars": (bars := _bars(work, ours, times, best)),
     }
+    for backend in ours if not work.backward else ():
+        measure_memory = partial(_measure_memory, work, lab, backend, sets[0][0], bars)
+        _guarded(f"{work}: memory of {backend}", result["errors"], measure_memory)
 
 
 def _samples(work: Work, lab: Lab, sets: _Sets, ours: tuple[str, ...], errors: dict[str, str]) -> dict[str, Sample]:
@@ -191,15 +194,12 @@ def _bars(work: Work, ours: tuple[str, ...], times: dict[str, list[float]], best
     }
 
 
-def _memory_bars(work: Work, lab: Lab, ours: tuple[str, ...], features: Tensor) -> dict[str, dict]:
-    """Tokens over all that a call allocates: 1 where that is the tokens alone."""
+def _measure_memory(work: Work, lab: Lab, backend: str, features: Tensor, bars: dict[str, dict]) -> None:
+    """Adds the bytes of the tokens over all that a call allocates: 1 where that is the tokens alone."""
     tokens = work.plan.offsets[-1] * work.channels * work.dtype.itemsize
-    bars = {}
-    for backend in ours if not work.backward else ():
-        call = partial(slowfast_aggregate, features, work.layout, backend=backend, frame_offsets=work.frame_offsets)
-        if growth := lab.timer.memory_growth(call):
-            bars[_bar_name(backend, "memory")] = _bar(tokens / growth, 0.99)
-    return bars
+    call = partial(slowfast_aggregate, features, work.layout, backend=backend, frame_offsets=work.frame_offsets)
+    if growth := lab.timer.memory_growth(call):
+        bars[_bar_name(backend, "memory")] = _bar(tokens / growth, 0.99)
 
 
 def _bar(ratio: float, bar: float | None = None, stretch: float | None = None) -> dict:

@@ -23,7 +23,7 @@ def peers(work: Work, device: str, compile_mode: str | None) -> dict[str, Fill]:
     found = {"plain eager": plain}
     if work.peers in ("eager", "all"):
         found["best eager"] = best_eager(slow_frames.tolist())
-        if device != "cpu":  # there it is no match for the other
+        if device != "cpu":  # the CPU's bars were set without it
             found["eager means"] = means
     if work.peers == "all":
         torch._dynamo.reset()  # it gives up on functions that it has compiled often

@@ -10,7 +10,7 @@ from sfllava_fast import SlowFastConfig, backends, reference
 _LAYOUTS = (SlowFastConfig(2), SlowFastConfig(2, "spatial_2d_avg_pool", (3, 5)), SlowFastConfig(6, "concat", (4, 4)))
 _GRID = (8, 8)
 _CHANNELS = (64, 7)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def run(names: tuple[str, ...], device: str) -> list[str]:
