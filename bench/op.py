@@ -228,7 +228,8 @@ def host_overhead(lab: Lab) -> dict:
                 times[name].append((time.perf_counter() - start) / _HOST_CALLS)
     rows = {name: summary(t) | {"ratio": median_ratio(t, times[lab.ours[0]])} for name, t in times.items()}
     ratios = {name: _HOST_BAR_US / rows[name]["p50_ms"] / 1e3 for name in lab.ours}
-    bars = {_bar_name(name, f"{_HOST_BAR_US} us"): _bar(ratio, 1) for name, ratio in ratios.items()}
+    bar = None if lab.device == "cpu" else 1  # there it is the kernel's time as well
+    bars = {_bar_name(name, f"{_HOST_BAR_US} us"): _bar(ratio, bar) for name, ratio in ratios.items()}
     return {"providers": rows, "best_peer": None, "bars": bars}
 
 

@@ -5,6 +5,7 @@ Machines are shared and drift; a ratio of neighbours in time survives that, a si
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -79,6 +80,7 @@ class CudaTimer:
         return 1 + max(1, math.ceil(3 * cache / size))
 
     def why_no_room(self, size: int) -> str | None:
+        gc.collect()
         self._cuda.empty_cache()
         free = self._cuda.mem_get_info()[0]
         return None if size <= free else f"needs {size / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free"

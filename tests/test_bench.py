@@ -250,6 +250,7 @@ def test_the_whole_way_of_a_gpu(monkeypatch):
     assert "torch: one video" in result["works"][str(many)]["bars"]
     assert result["sweep"].keys() == {"time grows as bytes to the power of"}
     assert set(result["host"]["bars"]) == {"10 us", "torch: 10 us"}
+    assert result["host"]["bars"]["10 us"]["bar"] is None  # of a GPU alone
     assert json.loads(json.dumps(result)) == result
     cli._print(result)
 
