@@ -1,57 +1,134 @@
-"""python -m bench op: the aggregator against its peers, as a table and as JSON."""
+"""python -m bench: the aggregator against its peers, on the CPU or a GPU; two results compared; a roofline."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import op
-from .measure import write_json
+from . import gpu, op
+from .compare import compare
+from .op import BEST_PEER, COPY
+from .plot import plot
+from .record import ROOT, ResultError, device_name, read_result, write_json
+
+_ROUNDS = {"cpu": 15, "cuda": 31}
 
 
 def main() -> int:
+    args = _parser().parse_args()
+    try:
+        return args.run(args)
+    except ResultError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("op", help="the aggregator on the CPU, T=50, 24x24, default layout, one thread")
+
+    command = commands.add_parser("op", help="measure; exit 1 where something failed")
+    command.set_defaults(run=_op)
     option = command.add_argument
-    option("--rounds", type=int, default=15, metavar="N", help="paired rounds (default 15)")
-    option("--slow-peers", action="store_true", help="also time the plain eager form and the reference")
-    option("--json", type=Path, metavar="FILE", help="write the figures here")
+    option("--device", choices=op.LABS, default="cpu", help="cpu (the default, one thread) or cuda")
+    option("--rounds", type=int, metavar="N", help="paired rounds (default 15, on a GPU 31)")
+    option("--only", default="", metavar="TEXT", help="only the works whose names contain it")
+    option("--slow-peers", action="store_true", help="also time the reference, and on the CPU the plain eager form")
+    option("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    result = op.run(args.rounds, args.slow_peers)
+
+    command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
+    command.set_defaults(run=_compare)
+    command.add_argument("old", type=Path, metavar="OLD.json")
+    command.add_argument("new", type=Path, metavar="NEW.json")
+    command.add_argument("--margin", type=float, default=0.1, help="what is noise in any case (default 0.1)")
+
+    command = commands.add_parser("plot", help="a roofline of each result")
+    command.set_defaults(run=_plot)
+    command.add_argument("results", type=Path, nargs="+", metavar="FILE.json")
+    command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
+
+    command = commands.add_parser("gpu", help="build, test, sanitize and measure on this machine's GPU")
+    command.set_defaults(run=lambda args: gpu.run(args.out))
+    command.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
+    return parser
+
+
+def _op(args: argparse.Namespace) -> int:
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    rounds = args.rounds or _ROUNDS[args.device]
+    result = op.run(op.LABS[args.device](), rounds, args.slow_peers, args.only, save)
     _print(result)
-    if args.json:
-        write_json(args.json, result)
-    return 0 if args.gate is None or _passes(result, args.gate) else 1
+    return 1 if result["errors"] or args.gate is not None and not _passes(result, args.gate) else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    changes = compare(read_result(args.old), read_result(args.new), args.margin)
+    table = Table(title="ratios, higher is better", title_justify="left")
+    for name in ("figure", "old", "new", "tolerance", ""):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for change in changes:
+        new = "missing" if change.new is None else f"{change.new:.3f}"
+        word = "REGRESSED" if change.regressed else ""
+        table.add_row(change.name, f"{change.old:.3f}", new, f"{change.tolerance:.0%}", word)
+    Console(width=130).print(table)
+    return 1 if any(change.regressed for change in changes) else 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    plot([read_result(path) for path in args.results], args.out)
+    print(f"wrote {args.out}")
+    return 0
 
 
 def _print(result: dict) -> None:
-    console = Console(width=110)
+    console = Console(width=110, highlight=False)
     facts = result["machine"]
-    console.print(f"{facts['cpu']}, {result['isa']} kernels, torch {facts['torch']}, {facts['threads']} thread, "
-                  f"commit {facts['commit']}; medians, outputs warm, caches cold")
+    console.print(f"{device_name(result)}, torch {facts['torch']}, commit {facts['commit']}; medians, caches cold")
     for work, figures in result["works"].items():
-        title = f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s"
-        table = Table(title=title, title_justify="left")
-        for name in ("provider", "p20 ms", "p50 ms", "p80 ms", "time / ours"):
-            table.add_column(name, justify="left" if name == "provider" else "right")
-        for name, row in figures["providers"].items():
-            table.add_row(name, *(f"{row[key]:.2f}" for key in ("p20_ms", "p50_ms", "p80_ms", "ratio")))
-        console.print(table)
+        console.print(_table(work, figures))
         for name, bar in figures["bars"].items():
-            word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
-            peer = figures["best_peer"] if name == "best peer" else name
-            console.print(f"  against {peer}: {bar['ratio']:.2f} of {bar['bar']:.2f}, {word}")
+            if bar["bar"] is not None:
+                console.print("  " + _verdict(name, bar, figures["best_peer"]))
+    for name, row in result.get("host", {"providers": {}})["providers"].items():
+        console.print(f"host time of a call, {name}: {row['p50_ms'] * 1e3:.1f} us")
+    for name, figure in result.get("sweep", {}).items():
+        console.print(f"T = 8 ... 4096: {name} {figure:.3f}")
+    for kind in ("unavailable", "skipped", "errors"):
+        for name, reason in result[kind].items():
+            console.print(f"{kind}: {name}: {reason}", markup=False)
+
+
+def _table(work: str, figures: dict) -> Table:
+    title = f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s"
+    table = Table(title=title, title_justify="left")
+    for name in ("provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "time / ours"):
+        table.add_column(name, justify="left" if name == "provider" else "right")
+    copy = figures["providers"].get(COPY, {"ratio": float("nan")})["ratio"]
+    for name, row in figures["providers"].items():
+        label = name if row.get("graph", True) else f"{name} (no graph)"
+        rate = figures["bytes"] / row["p50_ms"] / 1e6
+        times = (f"{row[key]:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
+        table.add_row(label, *times, f"{rate:.1f}", f"{copy / row['ratio']:.0%}", f"{row['ratio']:.2f}")
+    return table
+
+
+def _verdict(name: str, bar: dict, best_peer: str | None) -> str:
+    word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
+    stretch = f" (hoped for {bar['stretch']:.2f})" if "stretch" in bar else ""
+    return f"against {name.replace(BEST_PEER, str(best_peer))}: {bar['ratio']:.2f} of {bar['bar']:.2f}{stretch}, {word}"
 
 
 def _passes(result: dict, margin: float) -> bool:
-    bars = (bar for figures in result["works"].values() for bar in figures["bars"].values())
+    measured = [*result["works"].values(), result.get("host", {"bars": {}})]
+    bars = (bar for figures in measured for bar in figures["bars"].values() if bar["bar"] is not None)
     return all(bar["ratio"] >= bar["bar"] * margin for bar in bars)
 
 

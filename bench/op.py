@@ -1,107 +1,245 @@
-"""The aggregator against its peers: correctness first, then paired ratios."""
+"""The aggregator against its peers: correctness first, then paired ratios. What fails is recorded; the rest goes on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sfllava_fast import backends, reference
+from sfllava_fast import SlowFastConfig, backends, slowfast_aggregate
 
-from .measure import machine, median_ratio, paired_times, summary
-from .peers import CONFIG, providers
+from . import works
+from .peers import peers
+from .record import ResultError, first_line, machine
+from .timers import CpuTimer, CudaTimer, Run, Sample, median_ratio, summary
+from .works import Work
 
-_OURS = "cpu"
-# Of these the fastest is the peer that a bar is set against; the copy is the memory's own speed.
-_CONTESTED = ("best eager", "compiled plain", "compiled best")
-_COPY = "copy_"
-_SLOW = ("plain eager", "torch")  # tens of times slower: few rounds tell enough
+COPY, PLAIN, BEST_PEER = "copy_", "plain eager", "best peer"
+# Of these the fastest is the best peer; the copy is the memory's own speed.
+_CONTESTED = ("best eager", "eager means", "compiled plain", "compiled best")
+_REFERENCE = "torch"
+_SLOW_ROUNDS = 5
+_HOST_BAR_US, _HOST_ROUNDS, _HOST_CALLS = 10, 50, 100
+_Sets = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """T=50 frames of a 24 x 24 grid in the default layout, and the bars that it must reach."""
+class Lab:
+    """A device: what is measured there, whose bars they are, and by which clock."""
 
-    dtype: torch.dtype
-    channels: int
-    cls_token: bool
-    peer_bar: float
-    copy_bar: float
-
-    def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"{name} D={self.channels}{' behind CLS' if self.cls_token else ''}"
-
-    def features(self) -> Tensor:
-        torch.manual_seed(0)
-        skip = int(self.cls_token)
-        return torch.randn(50, 576 + skip, self.channels).to(self.dtype)[:, skip:]
-
-    def bytes_moved(self) -> int:
-        """Every patch read once, every token written once."""
-        return (50 * 576 + 3680) * self.channels * self.dtype.itemsize
+    device: str
+    works: tuple[Work, ...]
+    ours: tuple[str, ...]
+    slow: tuple[str, ...]  # tens of times slower than ours: few rounds, where asked for, tell enough
+    timer: CpuTimer | CudaTimer
+    compile_mode: str | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
 
 
-WORKS = (
-    Work(torch.float32, 4096, False, 1.4, 0.88),
-    Work(torch.bfloat16, 4096, False, 1.8, 0.82),
-    Work(torch.float16, 4096, False, 1.8, 0.82),
-    Work(torch.bfloat16, 1024, True, 2.2, 0.90),
-    Work(torch.float16, 1024, True, 2.2, 0.90),
-)
+def cpu_lab() -> Lab:
+    return Lab("cpu", works.CPU_WORKS, ("cpu",), (PLAIN, _REFERENCE), CpuTimer())
 
 
-def run(rounds: int, slow_peers: bool) -> dict:
-    """Times every provider on every work; raises AssertionError where one computes the wrong tokens."""
-    result = {"machine": machine(), "isa": backends.cpu_library().sfllava_isa().decode(), "works": {}}
-    for work in WORKS:
-        result["works"][str(work)] = _run_work(work, rounds, slow_peers)
+def cuda_lab() -> Lab:
+    """Raises ResultError where there is no GPU, or no backend for it."""
+    if not torch.cuda.is_available():
+        raise ResultError("no CUDA device was found")
+    unavailable = {name: backends.BACKENDS[name].why_unavailable(None) for name in ("cuda", "triton")}
+    ours = tuple(name for name, reason in unavailable.items() if not reason)
+    unavailable = {name: reason for name, reason in unavailable.items() if reason}
+    if not ours:
+        raise ResultError("; ".join(f"{name}: {reason}" for name, reason in unavailable.items()))
+    mode = "max-autotune-no-cudagraphs"  # the timer captures graphs, for every contender alike
+    return Lab("cuda", works.CUDA_WORKS, ours, (_REFERENCE,), CudaTimer(), mode, unavailable)
+
+
+LABS = {"cpu": cpu_lab, "cuda": cuda_lab}
+
+
+def run(lab: Lab, rounds: int, slow_peers: bool, only: str, save: Callable[[dict], None]) -> dict:
+    """Times every provider on every work whose name contains `only`; `save` gets what there is after each."""
+    result = {"machine": machine(lab.device)}
+    if lab.device == "cpu":
+        result["isa"] = backends.cpu_library().sfllava_isa().decode()
+    result |= {"unavailable": lab.unavailable, "works": {}, "skipped": {}, "errors": {}}
+    for work in (work for work in lab.works if only in str(work)):
+        _guarded(str(work), result["errors"], partial(_measure, work, lab, rounds, slow_peers, result))
+        save(result)
+    _guarded("host overhead", result["errors"], lambda: result.update(host=host_overhead(lab)))
+    _guarded("works compared", result["errors"], lambda: _compare_works(result))
+    save(result)
     return result
 
 
-def _run_work(work: Work, rounds: int, slow_peers: bool) -> dict:
-    features = work.features()
-    out = torch.zeros(3680, work.channels, dtype=work.dtype)
-    runs = {name: (lambda fill=fill: fill(features, out)) for name, fill in providers().items()}
-    _check(runs, features, out)
-    runs[_COPY] = _copy_of(work.bytes_moved())
-    slow = {name: runs.pop(name) for name in _SLOW}
-    times = paired_times(runs, rounds)
-    ours = times[_OURS]
-    rows = {name: summary(t) | {"ratio": median_ratio(t, ours)} for name, t in times.items()}
-    if slow_peers:
-        for name, fill in slow.items():
-            pair = paired_times({name: fill, _OURS: runs[_OURS]}, 5)
-            rows[name] = summary(pair[name]) | {"ratio": median_ratio(pair[name], pair[_OURS])}
-    best = min(_CONTESTED, key=lambda name: rows[name]["p50_ms"])
-    return {
-        "bytes": work.bytes_moved(),
-        "gb_per_s": work.bytes_moved() / rows[_OURS]["p50_ms"] / 1e6,
+def _guarded(name: str, errors: dict[str, str], measure: Callable[[], None]) -> None:
+    try:
+        measure()
+    except Exception as error:  # no failure may cost the figures of the others
+        errors[name] = first_line(error)
+
+
+def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) -> None:
+    size = work.bytes_moved()
+    count = lab.timer.sets(size)
+    if reason := lab.timer.why_no_room((2 * count + 8) * size):  # ours and the copy's, and what the reference takes
+        result["skipped"][str(work)] = reason
+        return
+    generator = torch.Generator(lab.device).manual_seed(0)  # its own: a failed capture breaks the default one
+    sets = [work.make_set(lab.device, generator) for _ in range(count)]
+    samples = _samples(work, lab, sets, result["errors"])
+    ours = tuple(name for name in lab.ours if name in samples)
+    if not ours:
+        raise RuntimeError("none of our backends computes it")
+    slow = {name: samples.pop(name) for name in lab.slow if name in samples}
+    times = lab.timer.times(samples, rounds)
+    rows = {name: _row(samples[name], t, times[ours[0]]) for name, t in times.items()}
+    for name, sample in slow.items() if slow_peers else ():
+        pair = lab.timer.times({name: sample, ours[0]: samples[ours[0]]}, _SLOW_ROUNDS)
+        rows[name] = _row(sample, pair[name], pair[ours[0]])
+    contested = [name for name in _CONTESTED if name in times]
+    best = min(contested, key=lambda name: rows[name]["p50_ms"], default=None)
+    result["works"][str(work)] = {
+        "bytes": size,
+        "gb_per_s": size / rows[ours[0]]["p50_ms"] / 1e6,
         "providers": rows,
         "best_peer": best,
-        "bars": {
-            "best peer": {"bar": work.peer_bar, "ratio": rows[best]["ratio"]},
-            "copy_": {"bar": work.copy_bar, "ratio": rows[_COPY]["ratio"]},
-        },
+        "bars": (bars := _bars(work, ours, times, best)),
+    }
+    for backend in ours if not work.backward else ():
+        measure_memory = partial(_measure_memory, work, lab, backend, sets[0][0], bars)
+        _guarded(f"{work}: memory of {backend}", result["errors"], measure_memory)
+
+
+def _samples(work: Work, lab: Lab, sets: _Sets, errors: dict[str, str]) -> dict[str, Sample]:
+    """Every provider that computes the right tokens, ready to be timed."""
+    runs = {name: partial(_fill, fill, sets) for name, fill in peers(work, lab.device, lab.compile_mode).items()}
+    if _REFERENCE in lab.slow and work.peers == "all":
+        runs[_REFERENCE] = partial(_aggregate, work, sets, _REFERENCE)
+    for name in lab.ours:
+        runs[name] = _backward(work, sets, name) if work.backward else partial(_aggregate, work, sets, name)
+    samples: dict[str, Sample] = {}
+    expected = work.expected(*sets[0])
+
+    def prepare(name: str, run: Run) -> None:
+        if name != COPY:
+            _check(name, run, sets[0][1], expected, work)
+        # The reference copies from the host, which no graph captures.
+        samples[name] = lab.timer.prepare(run, len(sets), capture=name != _REFERENCE)
+
+    for name, run in {**runs, COPY: _copy(work.bytes_moved(), len(sets), lab.device)}.items():
+        _guarded(f"{work}: {name}", errors, partial(prepare, name, run))
+    return samples
+
+
+def _fill(fill: Callable[[Tensor, Tensor], None], sets: _Sets, number: int) -> Tensor:
+    fill(*sets[number])
+    return sets[number][1]
+
+
+def _aggregate(work: Work, sets: _Sets, backend: str, number: int) -> Tensor:
+    features, out = sets[number]
+    slowfast_aggregate(features, work.layout, out=out, backend=backend, frame_offsets=work.frame_offsets)
+    return out
+
+
+def _backward(work: Work, sets: _Sets, backend: str) -> Run:
+    gradients = [torch.empty_like(features, memory_format=torch.contiguous_format) for features, _ in sets]
+
+    def run(number: int) -> Tensor:
+        features, grad = sets[number]
+        backends.BACKENDS[backend].run_backward(grad, features, work.plan, gradients[number])
+        return gradients[number]
+
+    return run
+
+
+def _copy(size: int, sets: int, device: str) -> Run:
+    """copy_ that moves as many bytes: half of them read, half written."""
+    pairs = [[torch.ones(size // 8, device=device) for _ in range(2)] for _ in range(sets)]
+    return lambda number: pairs[number][0].copy_(pairs[number][1])
+
+
+def _check(name: str, run: Run, buffer: Tensor, expected: Tensor, work: Work) -> None:
+    """Ours must equal the reference bit for bit; peers may round elsewhere, within two units of the last place."""
+    if not work.backward:
+        buffer.fill_(math.nan)
+    got = run(0)
+    right = torch.equal(got, expected)
+    if not right and name not in backends.BACKENDS:
+        near = 4 * torch.finfo(work.dtype).eps
+        right = torch.allclose(got.float(), expected.float(), rtol=near, atol=near)
+    if not right:
+        raise AssertionError("computes other values than the reference")
+
+
+def _row(sample: Sample, times: list[float], ours: list[float]) -> dict:
+    row = summary(times) | {"ratio": median_ratio(times, ours)}
+    return row if sample.graph is None else row | {"graph": sample.graph}
+
+
+def _bars(work: Work, ours: tuple[str, ...], times: dict[str, list[float]], best: str | None) -> dict[str, dict]:
+    against = {COPY: COPY, BEST_PEER: best, PLAIN: PLAIN}
+    return {
+        _bar_name(backend, what): _bar(median_ratio(times[name], times[backend]), *work.bars.get(what, ()))
+        for backend in ours
+        for what, name in against.items()
+        if name in times
     }
 
 
-def _check(runs: dict, features: Tensor, out: Tensor) -> None:
-    """Ours must equal the reference bit for bit; peers may round elsewhere, within two units of the last place."""
-    expected = reference.aggregate(features, CONFIG.plan(50, (24, 24)))
-    near = 4 * torch.finfo(features.dtype).eps
-    for name, fill in runs.items():
-        out.fill_(float("nan"))
-        fill()
-        right = torch.equal(out, expected) if name in backends.BACKENDS else None
-        if right is None:
-            right = torch.allclose(out.float(), expected.float(), rtol=near, atol=near)
-        assert right, f"{name} computes other tokens than the reference"
+def _measure_memory(work: Work, lab: Lab, backend: str, features: Tensor, bars: dict[str, dict]) -> None:
+    """Adds the bytes of the tokens over all that a call allocates: 1 where that is the tokens alone."""
+    tokens = work.plan.offsets[-1] * work.channels * work.dtype.itemsize
+    call = partial(slowfast_aggregate, features, work.layout, backend=backend, frame_offsets=work.frame_offsets)
+    if growth := lab.timer.memory_growth(call):
+        bars[_bar_name(backend, "memory")] = _bar(tokens / growth, 0.99)
 
 
-def _copy_of(bytes_moved: int):
-    """copy_ that moves as many bytes: half of them read, half written."""
-    source = torch.ones(bytes_moved // 8)
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
+def _bar(ratio: float, bar: float | None = None, stretch: float | None = None) -> dict:
+    return {"bar": bar, "ratio": ratio} | ({"stretch": stretch} if stretch else {})
+
+
+def _bar_name(backend: str, against: str) -> str:
+    return against if backend == "cpu" else f"{backend}: {against}"
+
+
+def host_overhead(lab: Lab) -> dict:
+    """Host time of a call on tiny features, nothing waited for; copy_, one bare operator of torch, for comparison."""
+    layout = SlowFastConfig(1, fast_grid=(2, 2))
+    features, out = torch.ones(2, 16, 8, device=lab.device), torch.zeros(16, 8, device=lab.device)
+    source = torch.ones_like(out)
+    runs = {name: partial(slowfast_aggregate, features, layout, out=out, backend=name) for name in lab.ours}
+    runs[COPY] = partial(out.copy_, source)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(_HOST_ROUNDS + 2):
+        for name, call in runs.items():
+            lab.timer.synchronize()
+            start = time.perf_counter()
+            for _ in range(_HOST_CALLS):
+                call()
+            if round_ >= 2:
+                times[name].append((time.perf_counter() - start) / _HOST_CALLS)
+    rows = {name: summary(t) | {"ratio": median_ratio(t, times[lab.ours[0]])} for name, t in times.items()}
+    ratios = {name: _HOST_BAR_US / rows[name]["p50_ms"] / 1e3 for name in lab.ours}
+    bar = None if lab.device == "cpu" else 1  # there it is the kernel's time as well
+    bars = {_bar_name(name, f"{_HOST_BAR_US} us"): _bar(ratio, bar) for name, ratio in ratios.items()}
+    return {"providers": rows, "best_peer": None, "bars": bars}
+
+
+def _compare_works(result: dict) -> None:
+    """What only several works together can say."""
+    measured = result["works"]
+    many, one = (measured.get(str(work), {}).get("bars", {}) for work in (works.VIDEOS, works.ONE_VIDEO))
+    for name in [name for name in many if name in one and name.endswith(COPY)]:
+        ratio = many[name]["ratio"] / one[name]["ratio"]
+        many[name.replace(COPY, "one video")] = _bar(ratio, works.ONE_VIDEO_BAR)
+    sweep = [measured[str(work)] for work in works.SWEEP if str(work) in measured]
+    if len(sweep) > 1:
+        sizes, times = zip(*[(math.log(row["bytes"]), math.log(row["bytes"] / row["gb_per_s"])) for row in sweep])
+        result["sweep"] = {"time grows as bytes to the power of": statistics.linear_regression(sizes, times).slope}

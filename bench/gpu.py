@@ -1,0 +1,176 @@
+"""Everything that needs a GPU, in steps: build, tests, compute-sanitizer, benchmarks, roofline.
+
+It installs nothing and needs no network: it runs under the Python and the torch that are there. A step that fails does
+not stop the others; each has a limit, and all together end in time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .record import ROOT, ResultError, folder_name, write_json
+
+_SECONDS = 520
+_SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
+_PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
+_OTHER_TESTS = ("backends", "ops", "triton", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
+_TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", str(Path(sys.executable).parent))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and its seconds. `why_not` may have a reason not to run it, which is a failure unless it is optional;
+    `why_failed` one not to believe its exit status."""
+
+    name: str
+    command: list[str]
+    limit: float
+    why_not: Callable[[], str | None] = lambda: None
+    why_failed: Callable[[], str | None] = lambda: None
+    optional: bool = False
+
+
+def run(results: Path) -> int:
+    """0 where no step failed; ResultError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
+    folder = results / folder_name(torch.cuda.get_device_name())
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
+    return run_steps(steps(folder, capability, min(4, max(1, workers))), folder)
+
+
+def steps(folder: Path, capability: str, workers: int) -> list[Step]:
+    """In order: what needs no GPU, and runs alike without one, comes last."""
+    python, report, result = sys.executable, folder / "tests.xml", str(folder / "op.json")
+    tests = [*_pytest(workers), "tests/test_gpu.py", f"--junitxml={report}"]
+    other = [f"tests/test_{name}.py" for name in _OTHER_TESTS]
+    build = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
+    return [
+        Step("build", [*build, python, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build),
+        Step("tests on the device", tests, 120, _why_no_tests, lambda: why_no_proof(report)),
+        Step("small calls", _SMALL_CALLS, 40),
+        *_sanitizer_steps(),
+        Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
+        Step("roofline", [python, "-m", "bench", "plot", result, "--out", str(folder / "roofline.png")], 30),
+        Step("other tests", [*_pytest(8), *other], 120, _why_no_tests),
+    ]
+
+
+def run_steps(steps: list[Step], folder: Path) -> int:
+    """Runs them all and says how each went, here and in steps.json."""
+    deadline = time.monotonic() + _SECONDS
+    outcomes = []
+    for step in steps:
+        print(f"\n--- {step.name}: {' '.join(step.command)}", flush=True)
+        start = time.monotonic()
+        status, reason = _run(step, deadline - start)
+        outcomes.append({"step": step.name, "status": status, "reason": reason, "seconds": time.monotonic() - start})
+    write_json(folder / "steps.json", outcomes)
+    table = Table("step", "status", "seconds", "reason", title=f"results are in {folder}", title_justify="left")
+    for outcome in outcomes:
+        table.add_row(outcome["step"], outcome["status"], f"{outcome['seconds']:.0f}", outcome["reason"])
+    Console(width=150).print(table)
+    return 1 if any(outcome["status"] == _FAILED for outcome in outcomes) else 0
+
+
+def _run(step: Step, left: float) -> tuple[str, str]:
+    if reason := step.why_not():
+        return _SKIPPED if step.optional else _FAILED, reason
+    limit = min(step.limit, left)
+    if limit <= 0:
+        return _FAILED, "no time was left"
+    status = _call(step.command, limit)
+    if status is None:
+        return _FAILED, f"took longer than {limit:.0f} s"
+    reason = step.why_failed() or (f"exit status {status}" if status else "")
+    return (_FAILED, reason) if reason else (_PASSED, "")
+
+
+def _call(command: list[str], limit: float) -> int | None:
+    """The exit status; None where it took too long and was ended, with all that it had started."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), *_TOOL_FOLDERS])
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def _pytest(workers: int) -> list[str]:
+    """pytest without the options of plugins that may not be there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+    return [*command, "-n", str(workers), "--dist", "loadgroup"] if util.find_spec("xdist") else command
+
+
+def why_no_proof(report: Path) -> str | None:
+    """None where tests on the device passed and no backend's were all skipped, else the reason."""
+    if not report.exists():
+        return "the tests did not run to their end"
+    ran = {"cuda": 0, "triton": 0}
+    for case in xml.parse(report).iter("testcase"):
+        for backend in ran:
+            ran[backend] += backend in case.get("name", "") and case.find("skipped") is None
+    report.unlink()
+    idle = [backend for backend, count in ran.items() if not count]
+    return f"every test of {' and '.join(idle)} was skipped" if idle else None
+
+
+def _why_no_build() -> str | None:
+    missing = [name for name in ("cmake", "c++", "nvcc") if not _find(name)]
+    if not util.find_spec("setuptools") or int(metadata.version("setuptools").split(".")[0]) < 77:
+        missing.append("setuptools >= 77")
+    return f"missing: {', '.join(missing)}" if missing else None
+
+
+def _why_no_tests() -> str | None:
+    missing = [name for name in ("pytest", "hypothesis") if not util.find_spec(name)]
+    return f"missing: {', '.join(missing)}" if missing else None
+
+
+def _sanitizer_steps() -> list[Step]:
+    sanitizer = _find("compute-sanitizer") or "compute-sanitizer"
+    # Without torch's cache every tensor is an allocation of its own, whose bounds are watched.
+    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "3", "--print-limit", "5"]
+    tools = ("memcheck", "racecheck", "initcheck")
+    refused = partial(_why_refused, sanitizer)
+    return [Step(tool, [*alone, "--tool", tool, *_SMALL_CALLS], 40, refused, optional=True) for tool in tools]
+
+
+@cache
+def _why_refused(sanitizer: str) -> str | None:
+    """Why compute-sanitizer cannot watch even a program that does next to nothing."""
+    if not shutil.which(sanitizer):
+        return "compute-sanitizer was not found"
+    touch = "import torch; torch.ones(1, device='cuda').cpu()"
+    probe = [sanitizer, "--error-exitcode", "3", sys.executable, "-c", touch]
+    try:
+        probed = subprocess.run(probe, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"compute-sanitizer: {error}"
+    lines = [line.strip("= ") for line in probed.stdout.splitlines() if line.startswith("=") and line.strip("= ")]
+    said = next((line for line in lines if "COMPUTE-SANITIZER" not in line), f"exit status {probed.returncode}")
+    return f"this machine refuses it: {said}" if probed.returncode else None
+
+
+def _find(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(_TOOL_FOLDERS))

@@ -1,0 +1,91 @@
+"""Results as JSON: what a figure has to be read with, the one writer and the one reader."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+class ResultError(Exception):
+    """A result that cannot be used; one line."""
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a figure has to be read with."""
+    facts = {
+        "cpu": _cpu_name(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+    }
+    if device == "cpu":
+        return facts | {"allocator": "glibc malloc; outputs are allocated and touched before timing"}
+    return facts | {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": str(torch.version.cuda),
+        "triton": _version("triton"),
+        "l2_bytes": str(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size),
+    }
+
+
+def device_name(result: dict) -> str:
+    return result["machine"].get("gpu") or result["machine"]["cpu"]
+
+
+def folder_name(device: str) -> str:
+    """A device's folder in bench/results: nvidia-h200 for NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def write_json(path: Path, result: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_result(path: Path) -> dict:
+    """The result in a file; ResultError where there is none."""
+    try:
+        result = json.loads(path.read_text())
+        device_name(result)
+        assert all(figures["bars"] is not None and figures["providers"] for figures in result["works"].values())
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ResultError(f"{path} is not a result of python -m bench op") from error
+    return result
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,160 @@
+"""Paired timing: every contender runs once a round, in one process, and ratios are taken round by round.
+
+Machines are shared and drift; a ratio of neighbours in time survives that, a single time does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[int], Any]  # a call on one of the sets of tensors, by number
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is timed as a whole: so many calls."""
+
+    run: Callable[[], Any]
+    calls: int = 1
+    graph: bool | None = None  # captured in a CUDA graph or not; None on the CPU
+
+
+class CpuTimer:
+    """One call at a time, caches emptied before each; the first two rounds are warm-up."""
+
+    _EVICT_BYTES = 96 << 20
+
+    def sets(self, size: int) -> int:
+        return 1
+
+    def why_no_room(self, size: int) -> str | None:
+        return None
+
+    def prepare(self, run: Run, sets: int, capture: bool = True) -> Sample:
+        return Sample(lambda: run(0))
+
+    def times(self, samples: dict[str, Sample], rounds: int) -> dict[str, list[float]]:
+        """Seconds of a call of each contender in each round."""
+        evict = torch.zeros(self._EVICT_BYTES, dtype=torch.uint8)
+        times: dict[str, list[float]] = {name: [] for name in samples}
+        for round_ in range(rounds + 2):
+            for name, sample in samples.items():
+                evict.add_(1)
+                start = time.perf_counter()
+                sample.run()
+                if round_ >= 2:
+                    times[name].append(time.perf_counter() - start)
+        return times
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory_growth(self, call: Callable[[], Any]) -> int | None:
+        return None
+
+
+class CudaTimer:
+    """Calls that go round sets of tensors larger than the L2 together, in a CUDA graph, between two events.
+
+    `cuda` is torch.cuda; the tests, which have no GPU, bring one of their own.
+    """
+
+    _LEAST_CALLS = 8  # so that what a graph's start takes is little of a sample
+    _HEAD_START = 2_000_000  # cycles, about a millisecond: the queue is full before the first event is reached
+    _WARM_UP = 0.2  # seconds: clocks have to rise
+
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+
+    def sets(self, size: int) -> int:
+        """How many sets of `size` bytes: after each, three times the L2 go by before it comes again."""
+        cache = self._cuda.get_device_properties(self._cuda.current_device()).L2_cache_size
+        return 1 + max(1, math.ceil(3 * cache / size))
+
+    def why_no_room(self, size: int) -> str | None:
+        gc.collect()
+        self._cuda.empty_cache()
+        free = self._cuda.mem_get_info()[0]
+        return None if size <= free else f"needs {size / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free"
+
+    def prepare(self, run: Run, sets: int, capture: bool = True) -> Sample:
+        """The calls of a sample, in a CUDA graph if they can be captured."""
+        calls = sets * math.ceil(self._LEAST_CALLS / sets)
+        for number in range(sets):  # compiles, tunes and uploads what a capture could not
+            run(number)
+
+        def run_all() -> None:
+            for call in range(calls):
+                run(call % sets)
+
+        graph = self._capture(run_all) if capture else None
+        return Sample(graph.replay, calls, True) if graph else Sample(run_all, calls, False)
+
+    def _capture(self, run_all: Callable[[], None]) -> Any | None:
+        stream = self._cuda.current_stream()
+        graph = self._cuda.CUDAGraph()
+        self._cuda.synchronize()
+        try:
+            with self._cuda.graph(graph, capture_error_mode="thread_local"):
+                run_all()
+            graph.replay()
+            self._cuda.synchronize()
+        except Exception:
+            self._cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            self._cuda.synchronize()  # raises if it is the device that failed
+            return None
+        return graph
+
+    def times(self, samples: dict[str, Sample], rounds: int) -> dict[str, list[float]]:
+        """Seconds of a call of each contender in each round; each round begins with another contender."""
+        names = list(samples)
+        warm_until = time.perf_counter() + self._WARM_UP
+        while time.perf_counter() < warm_until:
+            self._round(samples, names)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for round_ in range(rounds):
+            first = round_ % len(names)
+            for name, seconds in self._round(samples, names[first:] + names[:first]).items():
+                times[name].append(seconds)
+        return times
+
+    def _round(self, samples: dict[str, Sample], order: list[str]) -> dict[str, float]:
+        events = {}
+        for name in order:
+            start, stop = events[name] = [self._cuda.Event(enable_timing=True) for _ in range(2)]
+            self._cuda._sleep(self._HEAD_START)
+            start.record()
+            samples[name].run()
+            stop.record()
+        self._cuda.synchronize()
+        return {name: start.elapsed_time(stop) / 1e3 / samples[name].calls for name, (start, stop) in events.items()}
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize()
+
+    def memory_growth(self, call: Callable[[], Any]) -> int:
+        """The most bytes that a call asks for at a time, its result among them."""
+        self.synchronize()
+        before = self._cuda.memory_stats()["requested_bytes.all.current"]
+        self._cuda.reset_peak_memory_stats()
+        call()
+        return self._cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile, in milliseconds."""
+    points = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20_ms": points[1] * 1e3, "p50_ms": points[4] * 1e3, "p80_ms": points[7] * 1e3}
+
+
+def median_ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
+    """Median over rounds of numerator / denominator."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator))
