@@ -7,13 +7,14 @@ namespace sfllava::gpu {
 
 constexpr int kBlockLanes = kWarp * kBlockWarps;
 
+// Blocks that a multiprocessor has registers for; 0 leaves it to ptxas, which takes too few for some and spills.
+constexpr int tile_blocks(Direction direction) { return direction == Direction::kForward ? 0 : 4; }
+constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }
+
 template <Direction kDirection, class T, class Shape>
-__global__ __launch_bounds__(kBlockLanes) void tile_kernel(const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kBlockLanes, tile_blocks(kDirection)) void tile_kernel(const __grid_constant__ Launch launch) {
   run_tile_lane<kDirection, T, Shape>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
-
-// Registers for so many blocks: left to itself, ptxas takes fewer for some architectures and spills.
-constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }
 
 template <Direction kDirection, class T, int N>
 __global__ __launch_bounds__(kBlockLanes, box_blocks(kDirection)) void box_kernel(const __grid_constant__ Launch launch) {
