@@ -202,7 +202,7 @@ def choose(name: str, features: Tensor) -> Backend:
 
 def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
     """Gradient [T, N, D] for the tokens' gradient [S, D]: by Triton where it can, else by the reference."""
-    if _why_not(BACKENDS["triton"], features) or not triton_kernels().has_backward(plan):
+    if _why_not(BACKENDS["triton"], features):
         return reference.aggregate_backward(grad, features, plan)
     return _run_triton_backward(grad, features, plan)
 

@@ -47,7 +47,12 @@ def cases(kernels):
     yield kernels.pool_boxes, torch.float32, (128, 4), "boxes"
     for name, constants in layouts.items():
         yield kernels.pool_tiles, torch.bfloat16, (*constants, 256, 8), name
-    yield kernels.spread_tiles, torch.bfloat16, (*default[:4], 256, 8), "the default layout"
+        yield kernels.spread_tiles, torch.bfloat16, (*constants, 256, 8), name
+    yield kernels.spread_boxes, torch.bfloat16, (256, 8), "boxes"
+    yield kernels.spread_boxes, torch.float32, (128, 4), "boxes"
+    yield kernels.pool_boxes, torch.bfloat16, (256, 1), "boxes"
+    yield kernels.spread_boxes, torch.bfloat16, (256, 1), "boxes"
+    yield kernels.spread_tiles, torch.bfloat16, (*default, 256, 1), "the default layout"
     yield kernels.pool_tiles, torch.float16, (*default, 256, 8), "the default layout"
     yield kernels.pool_tiles, torch.float32, (*default, 128, 4), "the default layout"
     yield kernels.pool_tiles, torch.bfloat16, (*default, 256, 1), "the default layout"
