@@ -11,11 +11,13 @@ import pytest
 import torch
 import triton.language as tl
 from hypothesis import given, settings
-from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, normal, slowfast_calls
+from kernel_cases import (
+    DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
+)  # fmt: skip
 from triton.runtime import interpreter
 
 from sfllava_fast import backends, reference
-from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, Bins, Pathway, PathwayTables, Plan, SlowFastConfig
 
 kernels = backends.triton_kernels()
 CHANNELS = (1, 8, 33)
@@ -223,34 +225,41 @@ def test_backward_of_tiles(dtype, pool, make, slow):
 
 @dtypes
 @pools
-@sources
+@pytest.mark.parametrize("make", SOURCES[1:])
 def test_backward_of_boxes(dtype, pool, make):
-    """Repeated frames, overlapping boxes, patches and a channel that are left over."""
-    plan, x = SlowFastConfig(3, pool, (2, 2)).plan(2, (3, 3)), make((2, 9, 5), dtype)
+    """A repeated frame, overlapping boxes, patches that a pathway leaves over."""
+    plan, x = SlowFastConfig(2, pool, (1, 2)).plan(1, (2, 3)), make((1, 6, 5), dtype)
     assert backward_kernel_of(plan) is kernels.spread_boxes
     check_backward(x, plan, gradient_of(x, plan, make))
 
 
+@pytest.mark.parametrize("make", [few_values, normal, lambda shape, dtype: torch.full(shape, -torch.inf, dtype=dtype)])
+def test_backward_of_a_maximum_over_frames(make):
+    path = Pathway("any", Bins("adaptive", 1), Bins("each"), Bins("adaptive", 1), "max")
+    plan = Plan((3,), (1, 2), (PathwayTables(path, (1, 2), (((0, 3),),), ((0, 1),), ((0, 2),)),))
+    x = make((3, 2, 33), torch.float32)
+    check_backward(x, plan, gradient_of(x, plan))
+
+
 @pools
 def test_what_nothing_reads_has_no_gradient(pool):
-    plan, x = SlowFastConfig(1, pool, None).plan(2, (3, 3)), normal((2, 9, 5), torch.float32)
+    plan, x = SlowFastConfig(1, pool, None).plan(2, (3, 2)), normal((2, 6, 5), torch.float32)
     check_backward(x, plan, gradient_of(x, plan))
 
 
 @dtypes
-@pytest.mark.parametrize("grid", [(2, 6), (3, 3)], ids=["tiles", "boxes"])
+@pytest.mark.parametrize("grid", [(2, 6), (1, 3)], ids=["tiles", "boxes"])
 @pytest.mark.parametrize("left", [16, 15], ids=["16 bytes a lane", "an element a lane"])
 def test_backward_of_chunks_views_and_packed_videos(dtype, grid, left):
-    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 2), grid)
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 1), grid)
     grad = normal((plan.offsets[-1], 304), dtype)[:, left : left + 264]
-    check_backward(normal((3, grid[0] * grid[1] + 1, 264), dtype)[:, 1:], plan, grad)
+    check_backward(normal((2, grid[0] * grid[1] + 1, 264), dtype)[:, 1:], plan, grad)
 
 
-@dtypes
 @pytest.mark.parametrize("view", VIEWS)
-def test_backward_of_views(dtype, view):
-    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, (3, 2))
-    x = VIEWS[view](lambda shape: normal(shape, dtype), 2, 6, 17)
+def test_backward_of_views(view):
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, (1, 3))
+    x = VIEWS[view](lambda shape: normal(shape, torch.bfloat16), 2, 3, 17)
     check_backward(x, plan, gradient_of(x, plan))
 
 
@@ -266,8 +275,8 @@ def test_backward_of_slowfast_layouts(call):
     check_backward(*call, gradient_of(*call))
 
 
-@settings(max_examples=15)
-@given(any_calls(CHANNELS, frames=2, side=3))
+@settings(max_examples=10)
+@given(any_calls(CHANNELS, frames=2, side=2))
 def test_backward_of_any_pathways_of_packed_videos(call):
     check_backward(*call, gradient_of(*call))
 
@@ -286,8 +295,8 @@ def test_backward_past_2_to_the_31(grid):
 
 def test_programs_that_share_few_parts(monkeypatch):
     """More boxes and patches than programs: a run of them each, the last one's shorter or empty."""
-    monkeypatch.setattr(kernels, "_MOST_SPLITS", 5)
-    plan, x = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (3, 4)), normal((1, 12, 3), torch.float32)
+    monkeypatch.setattr(kernels, "_MOST_SPLITS", 4)
+    plan, x = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (2, 3)), normal((1, 6, 3), torch.float32)
     plan = Plan(plan.lengths, plan.grid, plan.pathways)  # not cached with other splits
     assert backward_kernel_of(plan) is kernels.spread_boxes
     check(x, plan)
