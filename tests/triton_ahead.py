@@ -43,14 +43,17 @@ def cases(kernels):
         "every patch": (4, 1, 1, False, False),
     }
     default = layouts["the default layout"]
-    yield kernels.pool_boxes, torch.bfloat16, (256, 8), "boxes"
-    yield kernels.pool_boxes, torch.float32, (128, 4), "boxes"
+    for kernel in (kernels.pool_boxes, kernels.spread_boxes):
+        yield kernel, torch.bfloat16, (256, 8), "boxes"
+        yield kernel, torch.float32, (128, 4), "boxes"
+        yield kernel, torch.bfloat16, (128, 1), "boxes"
     for name, constants in layouts.items():
         yield kernels.pool_tiles, torch.bfloat16, (*constants, 256, 8), name
-    yield kernels.spread_tiles, torch.bfloat16, (*default[:4], 256, 8), "the default layout"
+        yield kernels.spread_tiles, torch.bfloat16, (*constants, 256, 8), name
     yield kernels.pool_tiles, torch.float16, (*default, 256, 8), "the default layout"
     yield kernels.pool_tiles, torch.float32, (*default, 128, 4), "the default layout"
-    yield kernels.pool_tiles, torch.bfloat16, (*default, 256, 1), "the default layout"
+    for kernel in (kernels.pool_tiles, kernels.spread_tiles):
+        yield kernel, torch.bfloat16, (*default, 128, 1), "the default layout"
 
 
 def compile_for(arch):

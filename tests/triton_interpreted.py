@@ -11,11 +11,13 @@ import pytest
 import torch
 import triton.language as tl
 from hypothesis import given, settings
-from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, normal, slowfast_calls
+from kernel_cases import (
+    DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
+)  # fmt: skip
 from triton.runtime import interpreter
 
 from sfllava_fast import backends, reference
-from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, Bins, Pathway, PathwayTables, Plan, SlowFastConfig
 
 kernels = backends.triton_kernels()
 CHANNELS = (1, 8, 33)
@@ -117,8 +119,8 @@ def test_chunks_of_channels(dtype, grid, left, vectors):
     x = normal((2, grid[0] * grid[1] + 1, channels), dtype)[:, 1:]
     plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan(2, grid)
     rows = GuardedRows(plan.offsets[-1], channels, dtype, left, 8).rows
-    steps = (x.stride(0), x.stride(1), rows.stride(0), channels)
-    width = kernels._vector([x.data_ptr(), rows.data_ptr()], steps, x.element_size())
+    aligned = (x.data_ptr() | rows.data_ptr()) % 16 == 0
+    width = kernels._vector(aligned, (*x.stride()[:2], rows.stride(0), channels), x.element_size())
     assert width == (16 // x.element_size() if vectors else 1)
     check(x, plan, left, 8)
 
@@ -195,7 +197,7 @@ def test_same_bits_in_every_run():
 
 
 def check_backward(x: torch.Tensor, plan: Plan, grad: torch.Tensor) -> None:
-    assert kernels.has_backward(plan)
+    """As `check`, for the features' gradient."""
     out = GuardedRows(x.shape[0] * x.shape[1], x.shape[2], x.dtype, 0, 0)
     table = backends.plan_table(plan)
     kernels.pool_backward(grad, x, plan, table, table, out.rows.view(x.shape))
@@ -203,31 +205,93 @@ def check_backward(x: torch.Tensor, plan: Plan, grad: torch.Tensor) -> None:
     out.check()
 
 
+def gradient_of(x: torch.Tensor, plan: Plan, make=normal) -> torch.Tensor:
+    return make((plan.offsets[-1], x.shape[2]), x.dtype)
+
+
+def backward_kernel_of(plan: Plan) -> object:
+    return kernels._backward_work(plan, backends.plan_table(plan), 1)[0]
+
+
 @dtypes
 @pools
 @pytest.mark.parametrize("make", SOURCES[:2])
-def test_backward(dtype, pool, make):
-    plan = SlowFastConfig(1, pool, (2, 2)).plan(2, (4, 4))
-    check_backward(make((2, 16, 5), dtype), plan, make((plan.offsets[-1], 5), dtype))
+@pytest.mark.parametrize("slow", [1, 5], ids=["some frames", "repeated frames"])
+def test_backward_of_tiles(dtype, pool, make, slow):
+    plan, x = SlowFastConfig(slow, pool, (2, 2)).plan(2, (4, 4)), make((2, 16, 5), dtype)
+    assert backward_kernel_of(plan) is kernels.spread_tiles
+    check_backward(x, plan, gradient_of(x, plan, make))
 
 
 @dtypes
-def test_backward_of_chunks_views_and_packed_videos(dtype):
-    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 2), (2, 6))
-    grad = normal((plan.offsets[-1], 300), dtype)[:, 16:280]
-    check_backward(normal((3, 13, 264), dtype)[:, 1:], plan, grad)
+@pools
+@pytest.mark.parametrize("make", SOURCES[1:])
+def test_backward_of_boxes(dtype, pool, make):
+    """A repeated frame, overlapping boxes, patches that a pathway leaves over."""
+    plan, x = SlowFastConfig(2, pool, (1, 2)).plan(1, (2, 3)), make((1, 6, 5), dtype)
+    assert backward_kernel_of(plan) is kernels.spread_boxes
+    check_backward(x, plan, gradient_of(x, plan, make))
 
 
-def test_backward_of_a_sum():
-    x, plan = normal((1, 4, 6), torch.float32), SlowFastConfig(1, fast_grid=(1, 1)).plan(1, (2, 2))
-    grad = torch.ones(()).expand(plan.offsets[-1], 6)
-    assert_same(backends._run_triton_backward(grad, x, plan), reference.aggregate_backward(grad, x, plan))
+@pytest.mark.parametrize("make", [few_values, normal, lambda shape, dtype: torch.full(shape, -torch.inf, dtype=dtype)])
+def test_backward_of_a_maximum_over_frames(make):
+    path = Pathway("any", Bins("adaptive", 1), Bins("each"), Bins("adaptive", 1), "max")
+    plan = Plan((3,), (1, 2), (PathwayTables(path, (1, 2), (((0, 3),),), ((0, 1),), ((0, 2),)),))
+    x = make((3, 2, 33), torch.float32)
+    check_backward(x, plan, gradient_of(x, plan))
 
 
-def test_plans_without_a_backward():
-    plans = [
-        SlowFastConfig(3).plan(2, (4, 4)),  # repeated frames
-        SlowFastConfig(1, fast_grid=(2, 3)).plan(2, (4, 4)),  # not tiled
-        SlowFastConfig(1, fast_grid=None).plan(2, (4, 4)),
-    ]
-    assert not any(map(kernels.has_backward, plans))
+@pools
+def test_what_nothing_reads_has_no_gradient(pool):
+    plan, x = SlowFastConfig(1, pool, None).plan(2, (3, 2)), normal((2, 6, 5), torch.float32)
+    check_backward(x, plan, gradient_of(x, plan))
+
+
+@dtypes
+@pytest.mark.parametrize("grid", [(2, 6), (1, 3)], ids=["tiles", "boxes"])
+@pytest.mark.parametrize("left", [16, 15], ids=["16 bytes a lane", "an element a lane"])
+def test_backward_of_chunks_views_and_packed_videos(dtype, grid, left):
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan((1, 1), grid)
+    grad = normal((plan.offsets[-1], 304), dtype)[:, left : left + 264]
+    check_backward(normal((2, grid[0] * grid[1] + 1, 264), dtype)[:, 1:], plan, grad)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_backward_of_views(view):
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, (1, 3))
+    x = VIEWS[view](lambda shape: normal(shape, torch.bfloat16), 2, 3, 17)
+    check_backward(x, plan, gradient_of(x, plan))
+
+
+@settings(max_examples=15)
+@given(slowfast_calls(CHANNELS, frames=2, side=3))
+def test_backward_of_slowfast_layouts(call):
+    check_backward(*call, gradient_of(*call))
+
+
+@settings(max_examples=10)
+@given(any_calls(CHANNELS, frames=2, side=2))
+def test_backward_of_any_pathways_of_packed_videos(call):
+    check_backward(*call, gradient_of(*call))
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3)], ids=["tiles", "boxes"])
+def test_backward_past_2_to_the_31(grid):
+    patches, stride = grid[0] * grid[1], (4, 2**30 + 2**29, 1)
+    plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 1)).plan(2, grid)
+    x = torch.empty((patches - 1) * stride[1] + 8, dtype=torch.bfloat16).as_strided((2, patches, 4), stride)
+    x.copy_(normal((2, patches, 4), torch.bfloat16))
+    far = torch.empty((plan.offsets[-1] - 1) * 2**30 + 4, dtype=torch.bfloat16)
+    grad = far.as_strided((plan.offsets[-1], 4), (2**30, 1))
+    grad.copy_(gradient_of(x, plan))
+    check_backward(x, plan, grad)
+
+
+def test_programs_that_share_few_parts(monkeypatch):
+    """More boxes and patches than programs: a run of them each, the last one's shorter or empty."""
+    monkeypatch.setattr(kernels, "_MOST_SPLITS", 4)
+    plan, x = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (2, 3)), normal((1, 6, 3), torch.float32)
+    plan = Plan(plan.lengths, plan.grid, plan.pathways)  # not cached with other splits
+    assert backward_kernel_of(plan) is kernels.spread_boxes
+    check(x, plan)
+    check_backward(x, plan, gradient_of(x, plan))

@@ -1,12 +1,96 @@
-"""The backward kernel of tiled plans: each gradient row is read once, each patch's gradient is written once.
+"""The backward kernels: `spread_tiles` where pathways nest and leave no patch out, `spread_boxes` for every plan.
 
-Contributions are added in float32 in the reference's order, fine before coarse, and rounded once.
+Each patch's gradient is written once: contributions are added in float32 in the order of the tokens, as the reference
+does, and rounded once.
 """
 
 import triton
 import triton.language as tl
 
-from .forward import _ITEM, _channels, _divide, _elements, _halve, _load_strip
+from .forward import _HEADER, _ITEM, _MEAN, _PATHWAY
+from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _load_strip, _neutral
+
+# Columns of a box whose loads are in flight together: the maxima of known layouts are no wider.
+_COLUMNS = tl.constexpr(2)
+
+
+@triton.jit
+def _wins(
+    features, channel, present, frame, patch, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
+    width, frame_stride, patch_stride,
+):  # fmt: skip
+    """In which channels the box's maximum is this patch of this frame: the first of equals, or the last NaN."""
+    best = _neutral(channel, False)
+    first = (frame_begin == frame) & (row_begin * width + col_begin == patch)
+    wins = tl.full(channel.shape, 1, tl.int1) & first  # where all of the box is -inf
+    for box_frame in range(frame_begin, frame_end):
+        for row in range(row_begin, row_end):
+            line = features + box_frame * frame_stride + (row * width) * patch_stride + channel
+            for first_col in range(col_begin, col_end, _COLUMNS):
+                for step in tl.static_range(_COLUMNS):
+                    col = first_col + step
+                    inside = present & (col < col_end)
+                    x = tl.load(line + col * patch_stride, mask=inside, other=float("-inf")).to(tl.float32)
+                    better = _beats(x, best)
+                    best = tl.where(better, x, best)
+                    wins = tl.where(better, (box_frame == frame) & (row * width + col == patch), wins)
+    return wins
+
+
+@triton.jit(
+    do_not_specialize=[
+        "frame_stride", "patch_stride", "token_stride", "channels", "chunks", "items_at", "frames_at", "readers_at",
+        "bins_at", "patches", "splits",
+    ]
+)  # fmt: skip
+def spread_boxes(
+    grad, features, table, out,
+    frame_stride: tl.int64, patch_stride: tl.int64, token_stride: tl.int64, channels: tl.int64, chunks: tl.int32,
+    items_at: tl.int32, frames_at: tl.int32, readers_at: tl.int32, bins_at: tl.int32,
+    patches: tl.int32, splits: tl.int32,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Program (frame, split, chunk) takes a run of the frame's patches, which share tokens, hence the cache.
+
+    `out` [T, N, D] is contiguous.
+    """
+    program = tl.program_id(0)
+    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    split, frame = program // chunks % splits, program // chunks // splits
+    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
+    token_stride, patch_step = _elements(token_stride, VECTOR), _elements(channels, VECTOR)
+    bins = table + bins_at
+    reader_begin, reader_end = tl.load(table + frames_at + frame), tl.load(table + frames_at + frame + 1)
+    run = tl.cdiv(patches, splits)
+    for patch in range(split * run, tl.minimum(split * run + run, patches)):
+        acc = _neutral(channel, True)
+        for reader in range(reader_begin, reader_end):
+            item_at = table + items_at + tl.load(table + readers_at + reader) * _ITEM
+            path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
+            frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
+            width, reduce, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 4)
+            first_row, first_col = tl.load(path_at + 3), tl.load(path_at + 5)
+            row_begin, row_end = _bin(bins, tl.load(path_at + 6) + patch // width)
+            col_begin, col_end = _bin(bins, tl.load(path_at + 7) + patch % width)
+            for row in range(row_begin, row_end):
+                for col in range(col_begin, col_end):
+                    top, bottom = _bin(bins, first_row + row)
+                    left, right = _bin(bins, first_col + col)
+                    token = first_token + row * cols + col
+                    share = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
+                    if reduce == _MEAN:
+                        share = _divide(share, frame_end - frame_begin)
+                        share = _divide(share, bottom - top)
+                        share = _divide(share, right - left)
+                    else:
+                        wins = _wins(
+                            features, channel, present, frame, patch, frame_begin, frame_end, top, bottom, left, right,
+                            width, frame_stride, patch_stride,
+                        )  # fmt: skip
+                        share = tl.where(wins, share, 0.0)
+                    acc += share
+        to = out + frame * (patch_step * patches) + patch * patch_step + channel
+        tl.store(to, acc.to(out.dtype.element_ty), mask=present)
 
 
 @triton.jit
@@ -16,30 +100,40 @@ def _winner(strip, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.cons
     winner = tl.zeros(best.shape, tl.int32)
     for i in tl.static_range(1, ROWS * COLS):
         x = strip[first + i // COLS * WIDTH + i % COLS].to(tl.float32)
-        better = (x > best) | (x != x)
+        better = _beats(x, best)
         best = tl.where(better, x, best)
         winner = tl.where(better, i, winner)
     return winner
 
 
 @triton.jit
+def _add_shares(
+    sums, at, present, token_stride, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """`sums`, box by box, and what the item whose gradients begin at `at` hands each box's elements."""
+    grads = _load_strip(at, present, 0, token_stride, 1, len(sums))
+    added = ()
+    for box in tl.static_range(len(sums)):
+        grad = grads[box].to(tl.float32)
+        if MEAN:
+            grad = _halve(_halve(grad, ROWS), COLS)
+        added = added + (sums[box] + grad,)
+    return added
+
+
+@triton.jit
 def _spread_strip(
-    at, fine_at, to, coarse, present, line_stride, patch_stride, token_stride, line_step, patch_step,
+    at, sums, to, coarse, present, line_stride, patch_stride, line_step, patch_step,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a strip of fine boxes: of the features at `at`, from the boxes' own at `fine_at` and `coarse`."""
-    fine = _load_strip(fine_at, present, 0, token_stride, 1, WIDTH // COLS)
+    """Gradients of a strip of fine boxes: of the features at `at`, from the boxes' own `sums` and `coarse`."""
     if not MEAN:
         strip = _load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
     for box in tl.static_range(WIDTH // COLS):
-        grad = fine[box].to(tl.float32)
-        if MEAN:
-            grad = _halve(_halve(grad, ROWS), COLS)
-        else:
+        if not MEAN:
             winner = _winner(strip, box * COLS, WIDTH, ROWS, COLS)
         for i in tl.static_range(ROWS * COLS):
-            # From 0.0 on, as the reference adds: it has no negative zeros.
-            mine = 0.0 + (grad if MEAN else tl.where(winner == i, grad, 0.0)) + coarse
+            mine = (sums[box] if MEAN else tl.where(winner == i, sums[box], 0.0)) + coarse
             step = i // COLS * line_step + (box * COLS + i % COLS) * patch_step
             tl.store(to + step, mine.to(to.dtype.element_ty), mask=present)
 
@@ -56,9 +150,9 @@ def spread_tiles(
     groups_at: tl.int32, items_at: tl.int32, patches: tl.int32,
     width: tl.int32, tiles: tl.int32, tile_cols: tl.int32, strips: tl.int32, fine_cols: tl.int32,
     TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    REPEATS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, tile, chunk) as in pool_tiles, where no frame repeats; `out` [T, N, D] is contiguous."""
+    """Program (group, tile, chunk) as in pool_tiles; each gradient row is read once. `out` [T, N, D] is contiguous."""
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
     tile, group = program // chunks % tiles, program // chunks // tiles
@@ -73,14 +167,16 @@ def spread_tiles(
     to = out + frame * (patch_step * patches) + fine_row * (line_step * FINE_ROWS) + col * patch_step + channel
     coarse = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
     coarse = _divide(_divide(coarse, strips * FINE_ROWS), TILE_WIDTH)
-    fine_at = grad + channel
-    if first < last:
-        fine_token = tl.load(table + items_at + first * _ITEM + 3) + fine_row * fine_cols + col // FINE_COLS
-        fine_at += fine_token * token_stride
+    box = fine_row * fine_cols + col // FINE_COLS
     for _ in range(strips):
         if first < last:
+            # From 0.0 on, as the reference adds: it has no negative zeros.
+            sums = (_neutral(channel, True),) * (TILE_WIDTH // FINE_COLS)
+            for item in range(first, last if REPEATS else first + 1):
+                fine_at = grad + (tl.load(table + items_at + item * _ITEM + 3) + box) * token_stride + channel
+                sums = _add_shares(sums, fine_at, present, token_stride, FINE_ROWS, FINE_COLS, FINE_MEAN)
             _spread_strip(
-                at, fine_at, to, coarse, present, line_stride, patch_stride, token_stride, line_step, patch_step,
+                at, sums, to, coarse, present, line_stride, patch_stride, line_step, patch_step,
                 TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
             )  # fmt: skip
         else:
@@ -89,4 +185,4 @@ def spread_tiles(
                 tl.store(to + step, (0.0 + coarse).to(out.dtype.element_ty), mask=present)
         at += line_stride * FINE_ROWS
         to += line_step * FINE_ROWS
-        fine_at += token_stride * fine_cols
+        box += fine_cols

@@ -20,12 +20,18 @@ _NUMBERS = ["frame_stride", "patch_stride", "token_stride", "channels", "chunks"
 
 
 @triton.jit
+def _beats(x, best):
+    """Where x is the maximum so far: a max keeps the first of equals and passes NaN on."""
+    return (x > best) | (x != x)
+
+
+@triton.jit
 def _join(acc, x, MEAN: tl.constexpr):
-    """One more element of a box. A max keeps the first of equals and passes NaN on."""
+    """One more element of a box."""
     x = x.to(tl.float32)
     if MEAN:
         return acc + x
-    return tl.where((x > acc) | (x != x), x, acc)
+    return tl.where(_beats(x, acc), x, acc)
 
 
 @triton.jit
@@ -59,6 +65,12 @@ def _channels(chunk, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets of a chunk's channels, and which of them there are."""
     channel = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return channel, channel < _elements(channels, VECTOR)
+
+
+@triton.jit
+def _bin(bins, i):
+    """Start and stop of the table's bin i."""
+    return tl.load(bins + 2 * i), tl.load(bins + 2 * i + 1)
 
 
 @triton.jit
@@ -100,12 +112,10 @@ def pool_boxes(
         path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
         frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
         width, reduce, rows, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 2), tl.load(path_at + 4)
-        row_bins = table + bins_at + 2 * tl.load(path_at + 3)
-        col_bins = table + bins_at + 2 * tl.load(path_at + 5)
+        first_row, first_col = tl.load(path_at + 3), tl.load(path_at + 5)
         for box in range(split, rows * cols, splits):
-            row_at, col_at = row_bins + 2 * (box // cols), col_bins + 2 * (box % cols)
-            row_begin, row_end = tl.load(row_at), tl.load(row_at + 1)
-            col_begin, col_end = tl.load(col_at), tl.load(col_at + 1)
+            row_begin, row_end = _bin(table + bins_at, first_row + box // cols)
+            col_begin, col_end = _bin(table + bins_at, first_col + box % cols)
             if reduce == _MEAN:
                 acc = _pool_box(
                     features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,

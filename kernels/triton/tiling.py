@@ -19,6 +19,7 @@ class Tiling:
     fine_cols: int
     fine_mean: bool
     repeats: bool  # some frame is in several fine items
+    whole: bool  # every patch of every frame is in a tile
 
 
 def find_tiling(plan):
@@ -49,6 +50,7 @@ def find_tiling(plan):
     return Tiling(
         width, height // fine_rows, len(coarse.rows), len(coarse.cols), fine_rows, fine_cols,
         fine.pathway.reduce == "mean", len(set(refined)) < len(refined),
+        (len(covered), coarse.rows[-1][1], coarse.cols[-1][1]) == (sum(plan.lengths), *plan.grid),
     )  # fmt: skip
 
 
