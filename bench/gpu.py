@@ -28,7 +28,7 @@ from .record import ROOT, ResultError, folder_name, write_json
 _SECONDS = 520
 _SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
 _PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
-_OTHER_TESTS = ("backends", "ops", "triton", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
+_OTHER_TESTS = ("backends", "ops", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
 _TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", str(Path(sys.executable).parent))
 
 
@@ -52,7 +52,7 @@ def run(results: Path) -> int:
     folder = results / folder_name(torch.cuda.get_device_name())
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
-    return run_steps(steps(folder, capability, min(4, max(1, workers))), folder)
+    return run_steps(steps(folder, capability, min(8, max(1, workers))), folder)
 
 
 def steps(folder: Path, capability: str, workers: int) -> list[Step]:
@@ -63,7 +63,7 @@ def steps(folder: Path, capability: str, workers: int) -> list[Step]:
     build = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
     return [
         Step("build", [*build, python, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build),
-        Step("tests on the device", tests, 120, _why_no_tests, lambda: why_no_proof(report)),
+        Step("tests on the device", tests, 170, _why_no_tests, lambda: why_no_proof(report)),
         Step("small calls", _SMALL_CALLS, 40),
         *_sanitizer_steps(),
         Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
@@ -118,7 +118,8 @@ def _call(command: list[str], limit: float) -> int | None:
 
 def _pytest(workers: int) -> list[str]:
     """pytest without the options of plugins that may not be there."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+    python = ["env", "OMP_NUM_THREADS=1", sys.executable]  # the workers share the cores
+    command = [*python, "-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
     return [*command, "-n", str(workers), "--dist", "loadgroup"] if util.find_spec("xdist") else command
 
 

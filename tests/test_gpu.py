@@ -178,6 +178,14 @@ def test_backward_on_the_papers_grid(backend, dtype, make, pool, slow, frames):
 
 
 @dtypes
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("grid", [(12, 12), (7, 7)], ids=["nested", "overlapping"])
+def test_backward_of_views(backend, dtype, view, grid):
+    x = VIEWS[view](on_gpu(normal, dtype), 3, grid[0] * grid[1], 64)
+    check_backward(backend, x, SlowFastConfig(2).plan(3, grid))
+
+
+@dtypes
 def test_backward_of_the_papers_video(backend, dtype):
     check_backward(backend, on_gpu(normal, dtype)((50, 577, 1024))[:, 1:], PAPER.plan(50, (24, 24)))
 
@@ -218,6 +226,18 @@ def test_the_default_layout_past_2_to_the_31(backend, gigabytes):
     assert_same(tokens[:2880].cpu(), slow)
     last = reference.aggregate(x[-3:].cpu(), PAPER.only("fast").plan(3, (24, 24)))
     assert_same(tokens[-48:].cpu(), last)
+
+
+def test_a_gradient_past_2_to_the_31(backend, gigabytes):
+    gigabytes(12)
+    frames = 920
+    x = torch.zeros(frames, 576, 4096, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn(PAPER.count_tokens(frames, (24, 24)), 4096, dtype=torch.bfloat16, device="cuda")
+    gradient = torch.full_like(x, torch.nan)
+    backends.BACKENDS[backend].run_backward(grad, x, PAPER.plan(frames, (24, 24)), gradient)
+    assert not any(frame.isnan().any() for frame in gradient)
+    fast = PAPER.only("fast").plan(3, (24, 24))  # the last frames are not slow ones
+    assert_same(gradient[-3:].cpu(), reference.aggregate_backward(grad[-48:].cpu(), x[-3:].cpu(), fast))
 
 
 @pytest.mark.parametrize("stride", [(2**31, 8, 1), (8, 2**27 + 2**24, 1)], ids=["far frames", "far patches"])
@@ -292,6 +312,21 @@ def test_a_call_neither_waits_nor_allocates(backend):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_a_backward_neither_waits_nor_allocates_more_than_the_gradient(backend):
+    x = on_gpu(normal, torch.bfloat16)((6, 576, 64)).requires_grad_()
+    tokens = slowfast_aggregate(x, backend=backend)
+    grad = torch.ones_like(tokens)
+    tokens.backward(grad, retain_graph=True)
+    x.grad = None
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens.backward(grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
 
 
 def test_a_table_outlives_its_place_in_the_cache_on_other_streams(backend):
@@ -380,3 +415,5 @@ def test_opcheck_of_the_kernels_own_op(backend):
         pytest.skip("Triton's kernels are behind no op of their own")
     x, out = torch.zeros(4, 16, 8, device="cuda"), torch.empty(2 * 8 + 4 * 16, 8, device="cuda")
     torch.library.opcheck(torch.ops.sfllava_fast.pool_gpu.default, (x, PLAN, PLAN.cuda(), out))
+    grads = torch.zeros_like(out), x, PLAN, PLAN.cuda(), torch.empty_like(x)
+    torch.library.opcheck(torch.ops.sfllava_fast.pool_backward_gpu.default, grads)
