@@ -63,7 +63,7 @@ def steps(folder: Path, capability: str, workers: int) -> list[Step]:
     build = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
     return [
         Step("build", [*build, python, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build),
-        Step("tests on the device", tests, 170, _why_no_tests, lambda: why_no_proof(report)),
+        Step("tests on the device", tests, 145, _why_no_tests, lambda: why_no_proof(report)),
         Step("small calls", _SMALL_CALLS, 40),
         *_sanitizer_steps(),
         Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
