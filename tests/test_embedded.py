@@ -257,6 +257,31 @@ def test_tinted_things_have_no_colour_to_read_and_all_else():
     assert seen > 100
 
 
+def test_nameless_things_of_clips_are_named_by_a_shape_that_no_other_has():
+    seen = 0
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        scene = scenes.tint(scenes.draw_scene(seed), rng, 0.6, lone=True)
+        shapes = [thing.shape for thing in scene.things]
+        nameless = [thing for thing in scene.things if thing.tint]
+        assert all(thing.name == thing.shape and shapes.count(thing.shape) == 1 for thing in nameless)
+        seen += len(nameless)
+        lone = {thing.shape for thing in nameless}
+        for asked in questions.ask_many(scene, 40, rng, short_names=True):
+            words = set(asked.text.replace("?", "").replace(".", "").split())
+            if asked.type == "colour" and asked.answer != questions.UNANSWERABLE:
+                assert not words & lone, asked  # there is no word for it
+            if asked.type in ("first", "last"):
+                assert asked.answer in [thing.name for thing in scene.things]
+    assert seen > 30
+
+
+def test_facts_of_a_nameless_thing_have_no_colour(tokenizer):
+    batch = batches.clip_batch(tokenizer, "test", 0, 0, 4, 9, batches.Diet(tinted=1.0))
+    colour, shape = (batch.facts[..., list(batches.FACTS).index(key)] for key in ("colour", "shape"))
+    assert ((colour == 0) & (shape > 0)).any() and not ((shape == 0) & (colour > 0)).any()
+
+
 def test_mentions_are_found_at_the_last_word_that_names_them():
     def thing(colour, shape):
         return scenes.Thing(colour, shape, 28, "still", (40, 40), (40, 40))
@@ -430,7 +455,6 @@ def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
 TRAINED = {
     "tower": {"vision_tower"}, "words": {"multi_modal_projector", "embed_tokens"},
     "language": {"multi_modal_projector", "language_model"},
-    "all": {"vision_tower", "multi_modal_projector", "language_model"},
 }
 
 
@@ -546,19 +570,24 @@ def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
 
 
 # What the card claims on clips of known pairs; the exported model reaches 90 to 100 % of each on 100 clips.
-CLAIMED = (
-    "colour", "shape", "place", "relation", "number", "direction", "first", "last", "when", "exist",
-    "unanswerable: not there", "unanswerable: off topic",
-)
+# What the card claims of the split: of known pairs of colour and shape, and of those kept from training.
+CLAIMED = {
+    "train": (
+        "colour", "shape", "place", "relation", "number", "direction", "first", "last", "when", "exist",
+        "unanswerable: not there", "unanswerable: off topic",
+    ),
+    "heldout": ("place", "relation", "number", "direction", "unanswerable: not there", "unanswerable: off topic"),
+}
 
 
-def test_claimed_answers_on_encoded_clips_that_training_never_drew(model):
-    scores = evaluate.examine(model, clips=24, seed=11, split="train")["both"]
-    claimed = {kind: scores[kind] for kind in CLAIMED}
+@pytest.mark.parametrize("split", CLAIMED)
+def test_claimed_answers_on_encoded_clips_that_training_never_drew(model, split):
+    scores = evaluate.examine(model, clips=24, seed=11, split=split)["both"]
+    claimed = {kind: scores[kind] for kind in CLAIMED[split]}
     right, asked = evaluate.total_of(claimed)
-    assert asked > 200 and right / asked >= 0.92, claimed
+    assert asked > 100 and right / asked >= 0.92, claimed
     for kind, (right, asked) in claimed.items():
-        assert right / asked >= 0.75, (kind, right, asked)
+        assert right / asked >= 0.7, (kind, right, asked)
 
 
 def test_evaluation_prints_the_table_it_counted(capsys, tmp_path):

@@ -2,8 +2,8 @@
 
 Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels, then the
 projector, until a patch reads as the words for what it shows. On clips, first of few shapes, then of many: the
-language model, some of its heads shown where to look; at the end everything. Ranks are processes that average
-their gradients.
+language model, some of its heads shown where to look, at the end without that help. Ranks are processes that
+average their gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stage:
     """A stretch of training: which part it trains, its steps, its learning rate from peak to end, its data."""
 
     name: str
-    trains: str  # "tower", "words" (projector and embeddings), "language" (those and the decoder), "all"
+    trains: str  # "tower", "words" (projector and embeddings) or "language" (those and the decoder)
     steps: int
     rate: float
     end_rate: float
@@ -143,16 +143,14 @@ class Trainer:
     def _parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that this stage trains."""
         inner = self.model.model
-        tower = [p for key, p in inner.vision_tower.named_parameters() if "post_layernorm" not in key]
-        tower += self.patch_heads.parameters()
         if self.now.trains == "tower":
-            return tower
+            tower = [p for key, p in inner.vision_tower.named_parameters() if "post_layernorm" not in key]
+            return [*tower, *self.patch_heads.parameters()]
         words = [*inner.multi_modal_projector.parameters(), *self.model.get_input_embeddings().parameters()]
         if self.now.trains == "words":
             return words
         decoder = [p for key, p in inner.language_model.named_parameters() if "embed_tokens" not in key]
-        decoder += self.clip_heads.parameters()
-        return words + decoder + (tower if self.now.trains == "all" else [])
+        return [*words, *decoder, *self.clip_heads.parameters()]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.03)
@@ -183,16 +181,13 @@ class Trainer:
         return self._encode(pixels), {key: value.to(self.device) for key, value in labels.items()}
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        with torch.set_grad_enabled(self.now.trains in ("tower", "all")):
+        with torch.set_grad_enabled(self.now.trains == "tower"):
             return encode_frames(self.model, pixels.to(self.device))
 
     def _image_loss(self, share: int) -> torch.Tensor:
         features, labels = self._images(share, IMAGES_PER_RANK)
         if self.now.trains == "words":
             return self._align_loss(features, labels)
-        return self._patch_loss(features, labels)
-
-    def _patch_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         loss, score = self.patch_heads.loss(features, labels)
         self.score.update(score)
         return loss
@@ -222,10 +217,7 @@ class Trainer:
         loss = F.cross_entropy(logits, target)
         if guide is not None:
             loss = loss + guide.loss(self.clip_heads, self.score)
-            images = self._images(share, WORDED_IMAGES)
-            loss = loss + 0.3 * self._align_loss(*images)
-            if stage.trains == "all":
-                loss = loss + 0.3 * self._patch_loss(*images)
+            loss = loss + 0.3 * self._align_loss(*self._images(share, WORDED_IMAGES))
         return loss
 
     def _count_hits(self, types: torch.Tensor, where: torch.Tensor, hits: torch.Tensor) -> None:
