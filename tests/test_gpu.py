@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, normal, slowfast_calls
+from kernel_cases import (
+    DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
+)  # fmt: skip
 
 from sfllava_fast import backends, reference, slowfast_aggregate, table
 from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
@@ -20,6 +22,7 @@ pytestmark = [
 CHANNELS = (1, 7, 8, 16, 33, 64, 256, 264, 1024)
 PAPER = SlowFastConfig()
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+directions = pytest.mark.parametrize("check", ["check_tokens", "check_gradient"], indirect=True)
 
 
 @pytest.fixture
@@ -27,6 +30,11 @@ def backend(request):
     if reason := backends.BACKENDS[request.param].why_unavailable(None):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture
+def check(request):
+    return globals()[request.param]
 
 
 @pytest.fixture
@@ -46,7 +54,7 @@ def on_gpu(make, dtype):
     return lambda shape: make(shape, dtype).cuda()
 
 
-def check(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
+def check_tokens(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
     """Equal to the reference on the CPU, and nothing written outside the tokens, `left` channels into their rows."""
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype, left, right, x.device)
     backends.BACKENDS[backend].run(x, plan, out.rows)
@@ -54,41 +62,61 @@ def check(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, right: int =
     out.check()
 
 
+def check_gradient(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
+    """The same of a backward; the tokens' gradient is what lies `left` channels into its rows."""
+    frames, patches, channels = x.shape
+    shape = plan.offsets[-1], left + channels + right
+    grad = torch.where(torch.rand(shape) < 0.1, few_values(shape, x.dtype), normal(shape, x.dtype)).to(x.device)
+    grad = grad[:, left : left + channels]
+    out = GuardedRows(frames * patches, channels, x.dtype, 0, 0, x.device)
+    backends.BACKENDS[backend].run_backward(grad, x, plan, out.rows.view(x.shape))
+    assert_same(out.rows.cpu().view(x.shape), reference.aggregate_backward(grad.cpu(), x.cpu(), plan))
+    out.check()
+
+
 # --- equal to the reference
 
 
+@directions
 @settings(max_examples=150)
-@given(slowfast_calls(CHANNELS, device="cuda"))
-def test_slowfast_layouts(backend, call):
+@given(call=slowfast_calls(CHANNELS, device="cuda"))
+def test_slowfast_layouts(backend, check, call):
     check(backend, *call)
 
 
+@directions
 @settings(max_examples=150)
-@given(any_calls(CHANNELS, device="cuda"))
-def test_any_pathways_of_packed_videos(backend, call):
+@given(call=any_calls(CHANNELS, device="cuda"))
+def test_any_pathways_of_packed_videos(backend, check, call):
     check(backend, *call)
 
 
+@directions
 @dtypes
 @pytest.mark.parametrize("make", SOURCES)
 @pytest.mark.parametrize("pool", SLOW_POOLS)
-@pytest.mark.parametrize("slow", [4, 8], ids=["some frames", "repeated frames"])
-def test_the_papers_grid(backend, dtype, make, pool, slow):
-    check(backend, on_gpu(make, dtype)((5, 577, 264))[:, 1:], SlowFastConfig(slow, pool).plan(5, (24, 24)), 8, 8)
+@pytest.mark.parametrize("slow", [2, 8], ids=["some frames", "repeated frames"])
+@pytest.mark.parametrize("frames", [5, (2, 3)], ids=["one video", "packed videos"])
+def test_the_papers_grid(backend, check, dtype, make, pool, slow, frames):
+    x = on_gpu(make, dtype)((5, 577, 264))[:, 1:]
+    check(backend, x, SlowFastConfig(slow, pool).plan(frames, (24, 24)), 8, 8)
 
 
+@directions
 @dtypes
 @pytest.mark.parametrize("grid", [(14, 14), (16, 16), (24, 24), (27, 27), (12, 36)], ids=str)
 @pytest.mark.parametrize("pool", ["spatial_1d_max_pool", "spatial_2d_avg_pool"])
-def test_grids_of_other_towers(backend, dtype, grid, pool):
-    check(backend, on_gpu(normal, dtype)((3, grid[0] * grid[1], 1152)), SlowFastConfig(2, pool).plan(3, grid), 0, 0)
+def test_grids_of_other_towers(backend, check, dtype, grid, pool):
+    x = on_gpu(normal, dtype)((3, grid[0] * grid[1], 1152))
+    check(backend, x, SlowFastConfig(2, pool).plan(3, grid), 0, 0)
 
 
+@directions
 @dtypes
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("grid", [(12, 12), (7, 7)], ids=["nested", "overlapping"])
 @pytest.mark.parametrize("channels, left, right", [(64, 0, 0), (64, 8, 8), (64, 1, 2), (63, 0, 0)])
-def test_views(backend, dtype, view, grid, channels, left, right):
+def test_views(backend, check, dtype, view, grid, channels, left, right):
     x = VIEWS[view](on_gpu(normal, dtype), 3, grid[0] * grid[1], channels)
     check(backend, x, SlowFastConfig(2).plan(3, grid), left, right)
 
@@ -114,7 +142,7 @@ def test_videos_of_mixed_length(backend):
 
 def test_one_frame_and_many(backend):
     for frames in (1, 2, 4096):
-        check(backend, on_gpu(normal, torch.float16)((frames, 16, 8)), SlowFastConfig(3).plan(frames, (4, 4)))
+        check_tokens(backend, on_gpu(normal, torch.float16)((frames, 16, 8)), SlowFastConfig(3).plan(frames, (4, 4)))
 
 
 def test_rows_of_a_larger_buffer(backend):
@@ -146,48 +174,9 @@ def test_gradients_equal_the_cpus(backend):
     torch.testing.assert_close(*gradients)
 
 
-def check_backward(backend: str, x: torch.Tensor, plan: Plan, make=normal) -> None:
-    """Equal to the reference on the CPU, and nothing written outside the gradient."""
-    grad = make((plan.offsets[-1], x.shape[2]), x.dtype).to(x.device)
-    rows = GuardedRows(x.shape[0] * x.shape[1], x.shape[2], x.dtype, 0, 0, x.device)
-    backends.BACKENDS[backend].run_backward(grad, x, plan, rows.rows.view(x.shape))
-    assert_same(rows.rows.cpu().view(x.shape), reference.aggregate_backward(grad.cpu(), x.cpu(), plan))
-    rows.check()
-
-
-@settings(max_examples=150)
-@given(slowfast_calls(CHANNELS, device="cuda"))
-def test_backward_of_slowfast_layouts(backend, call):
-    check_backward(backend, *call)
-
-
-@settings(max_examples=150)
-@given(any_calls(CHANNELS, device="cuda"))
-def test_backward_of_any_pathways_of_packed_videos(backend, call):
-    check_backward(backend, *call)
-
-
-@dtypes
-@pytest.mark.parametrize("make", SOURCES)
-@pytest.mark.parametrize("pool", SLOW_POOLS)
-@pytest.mark.parametrize("slow", [2, 8], ids=["some frames", "repeated frames"])
-@pytest.mark.parametrize("frames", [5, (2, 3)], ids=["one video", "packed videos"])
-def test_backward_on_the_papers_grid(backend, dtype, make, pool, slow, frames):
-    x = on_gpu(make, dtype)((5, 577, 264))[:, 1:]
-    check_backward(backend, x, SlowFastConfig(slow, pool).plan(frames, (24, 24)), make)
-
-
-@dtypes
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("grid", [(12, 12), (7, 7)], ids=["nested", "overlapping"])
-def test_backward_of_views(backend, dtype, view, grid):
-    x = VIEWS[view](on_gpu(normal, dtype), 3, grid[0] * grid[1], 64)
-    check_backward(backend, x, SlowFastConfig(2).plan(3, grid))
-
-
 @dtypes
 def test_backward_of_the_papers_video(backend, dtype):
-    check_backward(backend, on_gpu(normal, dtype)((50, 577, 1024))[:, 1:], PAPER.plan(50, (24, 24)))
+    check_gradient(backend, on_gpu(normal, dtype)((50, 577, 1024))[:, 1:], PAPER.plan(50, (24, 24)), 0, 0)
 
 
 def test_compiled(backend):
@@ -248,7 +237,7 @@ def test_far_strides(backend, gigabytes, stride, grid):
     buffer = torch.empty(2 * stride[0] + (patches - 1) * stride[1] + 8, dtype=torch.bfloat16, device="cuda")
     x = buffer.as_strided((3, patches, 8), stride)
     x.copy_(normal((3, patches, 8), torch.bfloat16))
-    check(backend, x, SlowFastConfig(2, fast_grid=(2, 2)).plan(3, grid))
+    check_tokens(backend, x, SlowFastConfig(2, fast_grid=(2, 2)).plan(3, grid))
 
 
 def test_far_tokens(backend, gigabytes):
