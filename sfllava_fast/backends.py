@@ -246,7 +246,9 @@ NAMES = ("auto", *BACKENDS)
 def choose(name: str, features: Tensor) -> Backend:
     """The backend that serves these features; BackendError where the one asked for cannot."""
     if name == "auto":
-        return next(b for b in _by_preference(features.device) if not _why_not(b, features, say=True))
+        for backend in _by_preference(features.device):
+            if not _why_not(backend, features, say=True):
+                return backend  # the last one, the reference, serves everything
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if reason := _why_not(BACKENDS[name], features):

@@ -64,8 +64,11 @@ def slowfast_aggregate(
     if out is not None:
         if needs_grad:
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
-        _check_same_kind(out, features)  # before the dispatcher, which would serve a meta tensor with nothing
-        (_aggregate_out if _is_unwatched(features) else torch.ops.sfllava_fast.aggregate_out)(*call, backend, out)
+        if _is_unwatched(features):
+            _aggregate_out(*call, backend, out)
+        else:
+            _check_same_kind(out, features)  # the dispatcher would serve a meta tensor with nothing
+            torch.ops.sfllava_fast.aggregate_out(*call, backend, out)
         tokens = out
     elif needs_grad:
         tokens = _Aggregate.apply(*call, backend)
@@ -211,9 +214,9 @@ def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
 
 def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:
     channels = features.shape[2]
+    _check_same_kind(out, features)
     if out.shape != (tokens, channels):
         raise InputError(f"out must be [{tokens}, {channels}] for this layout, not {list(out.shape)}")
-    _check_same_kind(out, features)
     rows, unit = out.stride()
     if (channels > 1 and unit != 1) or (tokens > 1 and rows < channels):
         raise InputError("out needs unit stride over channels and rows that do not overlap")
@@ -232,10 +235,9 @@ def _check_same_kind(out: Tensor, features: Tensor) -> None:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and past the last byte, that the tensor can touch."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = 0
+    begin, last = tensor.data_ptr(), 0
     for size, stride in zip(tensor.shape, tensor.stride()):
+        if size == 0:
+            return begin, begin
         last += (size - 1) * stride
-    begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
