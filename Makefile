@@ -27,6 +27,8 @@ bench: $(SETUP)
 
 # All that needs a GPU, under the Python and the torch that are there, without a network: less than 9 minutes.
 gpu:
+	@$(PYTHON) -c 'import rich, torch' 2>/dev/null || \
+	  { echo 'make gpu: $(PYTHON) needs torch and rich; name another with PYTHON=' >&2; exit 2; }
 	$(PYTHON) -m bench gpu $(ARGS)
 
 # The built wheel on an older and a newer torch, in environments of their own: gigabytes, so not in CI.
