@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from types import SimpleNamespace
 
@@ -65,9 +66,7 @@ def test_auto_takes_the_backend_that_was_faster_on_the_device(fresh, monkeypatch
 
     def time_on(name, device):
         measured.append((name, device.index))
-        if device.index == 2:
-            raise torch.cuda.OutOfMemoryError
-        return times[name, device.index]
+        return times.get((name, device.index), math.inf)
 
     for load in ("load_cuda_library", "load_triton"):
         monkeypatch.setattr(backends, load, lambda: None)
@@ -77,9 +76,17 @@ def test_auto_takes_the_backend_that_was_faster_on_the_device(fresh, monkeypatch
     for index, name in enumerate(("cuda", "triton", "cuda")):
         features = SimpleNamespace(**vars(ON_GPU) | {"device": torch.device("cuda", index)})
         assert [backends.choose("auto", features).name for _ in range(3)] == [name] * 3
-    assert measured == [*times, ("cuda", 2)]  # once
+    assert measured == [*times, ("cuda", 2), ("triton", 2)]  # once
     on_cpu = SimpleNamespace(is_cpu=True, is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
     assert backends.choose("auto", on_cpu).name == ("torch" if backends.load_library() else "cpu")
+
+
+def test_what_cannot_be_timed_comes_last(monkeypatch):
+    def fail(features, plan, out):
+        raise RuntimeError("it does not compile")
+
+    monkeypatch.setitem(backends.BACKENDS, "x", backends.Backend("x", None, None, fail, fail))
+    assert backends._time_on("x", torch.device("cpu")) == math.inf
 
 
 def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkeypatch):

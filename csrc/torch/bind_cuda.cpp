@@ -1,6 +1,6 @@
-// sfllava_fast::pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> () and
-// sfllava_fast::pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> () on CUDA. The
-// schemas are defined in Python.
+// On CUDA, their schemas defined in Python:
+// sfllava_fast::pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()
+// sfllava_fast::pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()
 
 #include "../cuda/launch.h"
 #include "stable_abi_cuda.h"
