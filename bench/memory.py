@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 from collections.abc import Callable, Iterable
@@ -24,17 +25,13 @@ def growth(device: torch.device, call: Callable[[], object]) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later calls would hide what this one takes
         _CLEAR.write_text(_RESET_PEAK)
         before = _status("VmHWM")
         call()
         return max(_status("VmHWM") - before, 0)
     except (OSError, AttributeError):
         return None
-
-
-def held(device: torch.device) -> int | None:
-    """Bytes that torch has allocated on a GPU; None on the CPU, where it does not count them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def size(tensors: Iterable[Tensor]) -> int:
