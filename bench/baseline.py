@@ -77,7 +77,7 @@ class Baseline:
             ids = [int(output.logits[0, -1].argmax())]
         with self._timed("generate", seconds):
             cache = output.past_key_values
-            while not self._ends(ids, max_new_tokens):
+            while not self.ends(ids, max_new_tokens):
                 step = torch.tensor([ids[-1:]], device=self.device)
                 logits = self.model(input_ids=step, past_key_values=cache, use_cache=True).logits
                 ids.append(int(logits[0, -1].argmax()))
@@ -119,17 +119,18 @@ class Baseline:
         self._forget_length()
         return self.model(inputs_embeds=embeds, logits_to_keep=len(token_ids)).logits[0].float()
 
+    def ends(self, ids: list[int], max_new_tokens: int) -> bool:
+        """Whether nothing follows these tokens."""
+        stop = self.ours.stop_text
+        said = bool(stop) and stop in self.ours.tokenizer.decode(ids[-16:], skip_special_tokens=True)
+        return said or ids[-1] in self.ours.stop_ids or len(ids) == max_new_tokens
+
     def _forget_length(self) -> None:
         """A rotary embedding that stretches keeps the scale of its longest input until it sees a short one."""
         language_model = self.model.model.language_model
         if rope_type(language_model.config) == "dynamic":
             first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             language_model.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
-
-    def _ends(self, ids: list[int], max_new_tokens: int) -> bool:
-        stop = self.ours.stop_text
-        said = bool(stop) and stop in self.ours.tokenizer.decode(ids[-16:], skip_special_tokens=True)
-        return said or ids[-1] in self.ours.stop_ids or len(ids) == max_new_tokens
 
     @contextmanager
     def _timed(self, stage: str, seconds: dict[str, float]) -> Iterator[None]:

@@ -260,8 +260,8 @@ class Lab:
         best, chosen = logits.max(dim=1).values, logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
         unit = torch.finfo(self.ours.dtype).eps * best.abs()
         short = (best - chosen) / unit
-        tied = self.random and self.ours.dtype.itemsize == 2 and bool((short <= _TIE_UNITS).all())
-        if tied:
+        whole = self.plain.ends(ids, self.settings.new_tokens)
+        if self.random and self.ours.dtype.itemsize == 2 and whole and bool((short <= _TIE_UNITS).all()):
             return None, int((short > 0).sum())
         pairs = enumerate(zip([*ids, None], [*plain.token_ids, None]))
         place, (our, their) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
