@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("new", type=Path, metavar="NEW.json")
     command.add_argument("--margin", type=float, default=0.1, help="what is noise in any case (default 0.1)")
 
-    command = commands.add_parser("plot", help="a roofline of each result")
+    command = commands.add_parser("plot", help="a roofline of each result of op, or a pipeline's stages as bars")
     command.set_defaults(run=_plot)
     command.add_argument("results", type=Path, nargs="+", metavar="FILE.json")
     command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
@@ -96,7 +96,15 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    plot([read_result(path) for path in args.results], args.out)
+    results = [read_result(path) for path in args.results]
+    if any(result.get("kind") == "pipeline" for result in results):
+        from . import report
+
+        if len(results) > 1:
+            raise ResultError("a result of the pipeline is drawn alone: name one")
+        report.plot(results[0], args.out)
+    else:
+        plot(results, args.out)
     print(f"wrote {args.out}")
     return 0
 

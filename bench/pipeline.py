@@ -7,7 +7,6 @@ Ours, the plain pipeline and the device's ceilings take turns in one process. Wh
 from __future__ import annotations
 
 import inspect
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,14 +28,9 @@ from . import clip, costs, memory
 from .baseline import Baseline, PlainAnswer
 from .ceilings import Ceilings
 from .dummy import NAMES, dummy_checkpoint
+from .figures import BARS, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, TO_FIRST_TOKEN, WITH_DECODING, Bars, Times, figures
 from .record import folder_name, machine
-from .timers import median_ratio, summary
 
-OURS, PLAIN = "ours", "plain"
-STAGES = ("preprocess", "vision", "projector", "aggregate", "prefill", "generate")
-TO_FIRST_TOKEN = ("decode", *STAGES[:-1])
-FROM_FRAMES, WITH_DECODING = "first token, from decoded frames", "first token, decoding included"
-SECOND, STEP = "second question's first token", "decode step"
 DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
 # Of 16-bit random weights many logits are nearly equal: so many units of the last place are a tie.
 _TIE_UNITS = 8
@@ -72,25 +66,6 @@ class Settings:
         return self.config or self.model or "embedded"
 
 
-@dataclass(frozen=True)
-class Bars:
-    """What is to be reached; None: nothing is asked. Ratios are plain's time over ours."""
-
-    from_frames: float | None = None
-    with_decoding: float | None = None
-    first_token_ms: float | None = None
-    second_share: float | None = None  # of the first question's time
-    step_over_floor: float | None = None  # the floor: weights and cache over the copy's bandwidth
-    extra_bytes: float | None = None  # peak memory beyond the weights
-
-
-# By device (its folder in bench/results, any CPU as "cpu") and model, for the clip, frames and layout of the default.
-BARS = {
-    ("cpu", "embedded"): Bars(from_frames=2.5, with_decoding=1.6),
-    ("nvidia-h200", "7b"): Bars(first_token_ms=92, second_share=0.1, step_over_floor=1.4, extra_bytes=4e9),
-}
-
-
 def first_token_seconds(answer: Answer | PlainAnswer) -> float:
     """Seconds from the call to the first token: as the answer says, else the sum of the stages before it."""
     told = getattr(answer, "ttft", None)
@@ -117,7 +92,7 @@ def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, 
         save(result)
         if result["errors"]:
             return result
-        result |= lab.figures(lab.rounds(), lab.memory())
+        result |= figures(lab.job(), lab.steps, lab.rounds(), lab.ceilings, lab.memory(), lab.bars())
         save(result)
         if trace:
             lab.trace(trace)
@@ -149,21 +124,6 @@ def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
     whole = loading.load_model(path, raw, config, model.dtype, attention, depth)
     checkpoint = replace(checkpoint, name=settings.name)
     return checkpoint, whole.model.vision_tower.to(model.device).requires_grad_(False).eval()
-
-
-@dataclass
-class Times:
-    """Seconds of each round; the same place in every list is the same round."""
-
-    stages: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
-    first: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
-
-    def add_stages(self, who: str, seconds: dict[str, float]) -> None:
-        for stage, value in seconds.items():
-            self.stages[who].setdefault(stage, []).append(value)
-
-    def add_first(self, who: str, what: str, seconds: float) -> None:
-        self.first[who].setdefault(what, []).append(seconds)
 
 
 @dataclass
@@ -204,7 +164,7 @@ class Lab:
 
     def describe(self) -> dict:
         """The settings as they turned out."""
-        ours, plan = self.ours, self.job(1).plan
+        ours, plan = self.ours, self.job().plan
         told = asdict(self.settings) | {
             "model": self.settings.name,
             "config": None,
@@ -219,14 +179,14 @@ class Lab:
         }
         size = list(self.decoded.size)
         return told | {"frames": len(self.indices), "frame_size": size, "video_tokens": plan.offsets[-1],
-                       "prompt_tokens": self.job(1).prompt}
+                       "prompt_tokens": self.job().prompt}
 
-    def job(self, new_tokens: int) -> costs.Job:
+    def job(self) -> costs.Job:
         ours = self.ours
         plan = ours.layout.plan(len(self.indices), ours.checkpoint.grid)
         prompt = len(ours.prompt(self.questions[0]))
         config, depths = ours.checkpoint.model.config, ours.checkpoint.depths
-        return costs.Job(config, plan, self.decoded.size, depths, prompt, new_tokens, ours.dtype.itemsize)
+        return costs.Job(config, plan, self.decoded.size, depths, prompt, 1, ours.dtype.itemsize)
 
     # --- correctness
 
@@ -257,9 +217,8 @@ class Lab:
         if not ids:
             return "ours is empty", 0
         logits = self.plain.logits(plain, ids)
-        best, chosen = logits.max(dim=1).values, logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
-        unit = torch.finfo(self.ours.dtype).eps * best.abs()
-        short = (best - chosen) / unit
+        best, chosen = logits.max(dim=1).values, logits[range(len(ids)), ids]
+        short = (best - chosen) / (torch.finfo(self.ours.dtype).eps * best.abs())
         whole = self.plain.ends(ids, self.settings.new_tokens)
         if self.random and self.ours.dtype.itemsize == 2 and whole and bool((short <= _TIE_UNITS).all()):
             return None, int((short > 0).sum())
@@ -310,6 +269,12 @@ class Lab:
     def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer] | None:
         return ask_in_turn(self.ours, self.decoded, questions, self.settings.frames, self.settings.new_tokens)
 
+    def bars(self) -> Bars:
+        settings = self.settings
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        usual = settings.video is None and settings.layout is None and settings.frames == DEFAULT_FRAMES
+        return BARS.get((folder_name(name), settings.name), Bars()) if usual else Bars()
+
     # --- memory, trace
 
     def memory(self) -> dict[str, dict[str, int | None]]:
@@ -336,90 +301,3 @@ class Lab:
             self._ask_ours(self.questions[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-
-    # --- what it comes to
-
-    def figures(self, times: Times, memory_: dict) -> dict:
-        counted = {who: costs_of(self.job(self.steps[who] + 1)) for who, costs_of in
-                   ((OURS, costs.ours), (PLAIN, costs.plain))}
-        copy, gemm = statistics.median(self.ceilings.copy), statistics.median(self.ceilings.gemm)
-        works = {stage: _work(stage, times.stages, counted) for stage in ("decode", *STAGES)
-                 if all(stage in times.stages[who] for who in times.stages)}
-        works |= {name: _work(name, times.first, {}) for name in (FROM_FRAMES, WITH_DECODING)}
-        if SECOND in times.first[OURS]:
-            works[SECOND] = _work(SECOND, times.first, {})
-        if self.steps[OURS]:
-            works[STEP] = self._step(times, counted, copy)
-        bars = self.bars()
-        _set_bars(works, bars, memory_)
-        return {
-            "ceilings": {"gemm_flop_per_s": gemm, "copy_bytes_per_s": copy},
-            "works": works,
-            "rates": self._rates(works),
-            "memory": memory_,
-        }
-
-    def bars(self) -> Bars:
-        settings = self.settings
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        usual = settings.video is None and settings.layout is None and settings.frames == DEFAULT_FRAMES
-        return BARS.get((folder_name(name), settings.name), Bars()) if usual else Bars()
-
-    def _step(self, times: Times, counted: dict, copy: float) -> dict:
-        seconds = {who: {STEP: [t / self.steps[who] for t in times.stages[who]["generate"]]} for who in times.stages
-                   if self.steps[who]}
-        mean = {who: costs.Cost(*(n // self.steps[who] for n in (cost.flop, cost.bytes)))
-                for who in seconds for cost in [counted[who]["generate"]]}
-        work = _work(STEP, seconds, {who: {STEP: cost} for who, cost in mean.items()})
-        floor = mean[OURS].bytes / copy
-        return work | {"floor_ms": floor * 1e3, "over_floor": work["providers"][OURS]["p50_ms"] / floor / 1e3}
-
-    def _rates(self, works: dict) -> dict[str, dict[str, float]]:
-        """Tokens per second by pipeline, from the medians."""
-        job = self.job(1)
-        counts = {
-            "visual tokens/s of the aggregator": ("aggregate", job.plan.offsets[-1]),
-            "prefill tokens/s": ("prefill", job.tokens),
-            "decode tokens/s": (STEP, 1),
-        }
-        return {
-            name: {who: count / row["p50_ms"] * 1e3 for who, row in works[work]["providers"].items()}
-            for name, (work, count) in counts.items()
-            if work in works
-        }
-
-
-def _work(name: str, seconds: dict[str, dict[str, list[float]]], counted: dict[str, dict[str, costs.Cost]]) -> dict:
-    """Times by pipeline with what they were spent on, and the ratio of paired rounds."""
-    found = {who: by_name[name] for who, by_name in seconds.items() if name in by_name}
-    providers = {who: summary(times) for who, times in found.items()}
-    for who, row in providers.items():
-        if cost := counted.get(who, {}).get(name):
-            row |= asdict(cost)
-    bars = {f"{OURS}: {PLAIN}": _bar(median_ratio(found[PLAIN], found[OURS]))} if PLAIN in found else {}
-    return {"providers": providers, "best_peer": None, "bars": bars}
-
-
-def _bar(ratio: float, bar: float | None = None) -> dict:
-    return {"bar": bar, "ratio": ratio}
-
-
-def _set_bars(works: dict, bars: Bars, memory_: dict) -> None:
-    """Puts in what is asked for; a limit becomes the ratio limit / measured, of which 1 is asked."""
-    against = f"{OURS}: {PLAIN}"
-    works[FROM_FRAMES]["bars"][against]["bar"] = bars.from_frames
-    works[WITH_DECODING]["bars"][against]["bar"] = bars.with_decoding
-    first = works[FROM_FRAMES]["providers"][OURS]["p50_ms"]
-    limits = [(FROM_FRAMES, f"{bars.first_token_ms} ms", bars.first_token_ms, first)]
-    if SECOND in works:
-        works[SECOND]["share"] = share = works[SECOND]["providers"][OURS]["p50_ms"] / first
-        limits.append((SECOND, f"{bars.second_share} of the first", bars.second_share, share))
-    if STEP in works:
-        limits.append((STEP, f"{bars.step_over_floor} times its floor", bars.step_over_floor, works[STEP]["over_floor"]))
-    weights, peak = (memory_[OURS][name] for name in ("weights_bytes", "peak_bytes"))
-    if bars.extra_bytes and peak:
-        name = f"weights + {bars.extra_bytes / 1e9:g} GB"
-        limits.append((FROM_FRAMES, name, weights + bars.extra_bytes, peak))
-    for work, name, limit, measured in limits:
-        if limit:
-            works[work]["bars"][f"{OURS}: {name}"] = _bar(limit / measured, 1)

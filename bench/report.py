@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import pipeline
-from .pipeline import FROM_FRAMES, OURS, PLAIN, SECOND, STEP, TO_FIRST_TOKEN
+from .figures import FROM_FRAMES, OURS, PLAIN, SECOND, STEP, TO_FIRST_TOKEN
 from .record import device_name, passes, write_json
 
 
@@ -33,7 +33,9 @@ def show(result: dict) -> None:
     facts, settings = result["machine"], result["settings"]
     weights = ", random weights" if settings["random_weights"] else ""
     size = "x".join(map(str, settings["frame_size"][::-1]))
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, commit {facts['commit']}")
+    console.print(
+        f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, commit {facts['commit']}"
+    )
     console.print(
         f"{settings['model']}{weights}, {settings['dtype']}, attention {settings['attention']}, aggregator "
         f"{settings['backend']}; {settings['frames']} frames of {size}, {settings['video_tokens']} video tokens + "
@@ -45,7 +47,8 @@ def show(result: dict) -> None:
         return
     ties = sum(answer["near_ties"] for answer in result["answers"])
     allowed = f" but for {ties} near ties of random 16-bit weights" if ties else ""
-    console.print(f"the answers to {len(result['answers'])} questions are the plain pipeline's, token for token{allowed}")
+    count = len(result["answers"])
+    console.print(f"the answers to {count} questions are the plain pipeline's, token for token{allowed}")
     console.print(_table(result))
     _show_figures(console, result)
 
@@ -69,9 +72,9 @@ def _table(result: dict) -> Table:
 def _costs(row: dict, ceilings: dict) -> list[str]:
     if "flop" not in row:
         return []
-    seconds = row["p50_ms"] / 1e3
-    shares = [row["flop"] / seconds / ceilings["gemm_flop_per_s"], row["bytes"] / seconds / ceilings["copy_bytes_per_s"]]
-    return [f"{row['flop'] / 1e9:.4g}", f"{row['bytes'] / 1e6:.4g}", *(f"{share:.1%}" for share in shares)]
+    flop, moved, seconds = row["flop"], row["bytes"], row["p50_ms"] / 1e3
+    shares = (flop / seconds / ceilings["gemm_flop_per_s"], moved / seconds / ceilings["copy_bytes_per_s"])
+    return [f"{flop / 1e9:.4g}", f"{moved / 1e6:.4g}", *(f"{share:.1%}" for share in shares)]
 
 
 def _show_figures(console: Console, result: dict) -> None:

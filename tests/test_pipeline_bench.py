@@ -15,17 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
-from bench import __main__ as bench_cli  # noqa: E402
-from bench import clip, costs, dummy, memory, pipeline, report  # noqa: E402
-from bench.baseline import Baseline  # noqa: E402
-from bench.compare import compare  # noqa: E402
-from bench.pipeline import FROM_FRAMES, OURS, PLAIN, SECOND, STEP, WITH_DECODING, Bars, Lab, Settings  # noqa: E402
-from bench.record import passes, read_result  # noqa: E402
-from sfllava_fast import SlowFastConfig, cli, engine, slowfast_aggregate  # noqa: E402
-from sfllava_fast.engine import SlowFastLlava  # noqa: E402
-from sfllava_fast.errors import InputError  # noqa: E402
-from sfllava_fast.preprocess import preprocess  # noqa: E402
-from sfllava_fast.video import open_video  # noqa: E402
+from bench import __main__ as bench_cli
+from bench import clip, costs, dummy, figures, memory, pipeline
+from bench.compare import compare
+from bench.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
+from bench.pipeline import Lab, Settings
+from bench.record import passes, read_result
+from sfllava_fast import SlowFastConfig, cli, engine, slowfast_aggregate
+from sfllava_fast.engine import SlowFastLlava
+from sfllava_fast.errors import InputError
+from sfllava_fast.preprocess import preprocess
+from sfllava_fast.video import open_video
 
 FRAMES, NEW_TOKENS = 12, 5
 
@@ -129,8 +129,9 @@ def test_costs_of_the_issues_7b_by_the_known_figures():
     config = dummy._config("7b")
     job = costs.Job(config, SlowFastConfig().plan(50, (24, 24)), (720, 1280), (23,), 60, 3, 2)
     ours, plain = costs.ours(job), costs.plain(job)
-    assert list(ours) == list(plain) == list(pipeline.STAGES)
-    assert ours["vision"].flop == pytest.approx(18.5e12, rel=0.05) and ours["projector"].flop == pytest.approx(1.2e12, 0.02)
+    assert list(ours) == list(plain) == list(STAGES)
+    assert ours["vision"].flop == pytest.approx(18.5e12, rel=0.05)
+    assert ours["projector"].flop == pytest.approx(1.2e12, rel=0.02)
     assert ours["prefill"].flop == pytest.approx(50e12, rel=0.05) and ours["aggregate"].bytes == 266_076_160
     assert ours["preprocess"].bytes == 50 * 3 * (720 * 1280 + 2 * 336**2)
     assert ours["generate"] == costs.step(config.text_config, 3741, 2) + costs.step(config.text_config, 3742, 2)
@@ -156,6 +157,15 @@ def test_dummies_have_the_real_shapes(name, billions, family):
     assert 40 < len(prompt) < 100 and (prompt.before[0] == 1) == (family == "vicuna")
     assert max(prompt.before + prompt.after) < 1024
     assert tokenizer.decode(prompt.after).endswith("In the video,")
+
+
+def test_a_dummys_answer_hangs_on_question_and_video(lab, monkeypatch):
+    """Else equal tokens would show nothing."""
+    answers = [lab._ask_plain(question).token_ids for question in lab.questions]
+    right = lab.plain.aggregate
+    monkeypatch.setattr(lab.plain, "aggregate", lambda features: right(features.roll(1, 0)))
+    answers += [lab._ask_plain(question).token_ids for question in lab.questions]
+    assert len({tuple(ids) for ids in answers}) == 6 and all(len(set(ids)) > 2 for ids in answers)
 
 
 def test_the_weights_are_shared_and_the_modules_are_not(lab):
@@ -186,7 +196,7 @@ def test_the_plain_pipeline_says_what_stock_generate_says(lab):
         inputs_embeds=answer.embeds, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
     )
     assert answer.token_ids == stock[0].tolist() and len(set(answer.token_ids)) > 2
-    assert list(answer.seconds) == ["decode", *pipeline.STAGES]
+    assert list(answer.seconds) == ["decode", *STAGES]
     logits = lab.plain.logits(answer, answer.token_ids)
     assert logits.argmax(dim=1).tolist() == answer.token_ids
 
@@ -236,7 +246,7 @@ def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     result = read_result(files["json"])
     assert result["kind"] == "pipeline" and result["machine"]["commit"] and not result["errors"]
     assert result["settings"]["video_tokens"] == 10 * 32 + FRAMES * 16 and result["settings"]["random_weights"]
-    assert list(result["works"])[:7] == ["decode", *pipeline.STAGES]
+    assert list(result["works"])[:7] == ["decode", *STAGES]
     assert {FROM_FRAMES, WITH_DECODING, STEP} <= set(result["works"])
     for name, work in result["works"].items():
         assert name.split(",")[0][:10] in out
@@ -250,9 +260,12 @@ def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     assert not any(change.regressed for change in compare(result, result, 0.1))
 
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.png"
+    monkeypatch.setattr(sys, "argv", ["bench", "plot", str(files["json"]), "--out", str(again)])
+    assert bench_cli.main() == 0 and again.read_bytes() == files["plot"].read_bytes()
     events = json.loads(files["trace"].read_text())["traceEvents"]
     names = {event.get("name") for event in events}
-    assert {"sfllava_fast.answer", *(f"sfllava_fast.{stage}" for stage in ("decode", *pipeline.STAGES))} <= names
+    assert {"sfllava_fast.answer", *(f"sfllava_fast.{stage}" for stage in ("decode", *STAGES))} <= names
 
 
 def named_ranges(call):
@@ -315,7 +328,7 @@ def test_near_ties_count_only_for_random_weights_of_16_bits(lab, settings, monke
 
 
 def test_the_first_token_is_where_the_engine_says_or_where_the_stages_end():
-    seconds = dict(zip(("decode", *pipeline.STAGES), (1, 2, 4, 8, 16, 32, 64)))
+    seconds = dict(zip(("decode", *STAGES), (1, 2, 4, 8, 16, 32, 64)))
     assert pipeline.first_token_seconds(SimpleNamespace(seconds=seconds)) == 63
     assert pipeline.first_token_seconds(SimpleNamespace(seconds=seconds, ttft=40)) == 40
 
@@ -329,13 +342,31 @@ def test_questions_in_turn_where_the_engine_keeps_a_video(lab):
     assert pipeline.ask_in_turn(engine_, None, ["a", "b"], 9, 4) == [("a", 4), ("b", 4)]
 
 
+def in_turn(ours, video, questions, frames, new_tokens):
+    return [ours.answer(video, question, frames=frames, max_new_tokens=new_tokens) for question in questions]
+
+
+def test_a_kept_videos_answers_are_compared_and_timed(options, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "kept.json"
+    monkeypatch.setattr(pipeline, "ask_in_turn", in_turn)
+    monkeypatch.setattr(sys, "argv", ["bench", "pipeline", *options, "--json", str(file)])
+    assert bench_cli.main() == 0
+    result = read_result(file)
+    assert set(result["works"][SECOND]["providers"]) == {OURS} and result["works"][SECOND]["share"] > 0
+    assert "second question's first token: " in capsys.readouterr().out
+    monkeypatch.setattr(pipeline, "ask_in_turn", lambda ours, video, questions, *more:
+                        in_turn(ours, video, ["Another one?"] * len(questions), *more))
+    assert bench_cli.main() == 1
+    assert "(the video kept)" in capsys.readouterr().out
+
+
 # --- bars
 
 
 def test_the_bars_are_those_asked_for(lab, settings):
-    assert pipeline.BARS[("cpu", "embedded")] == Bars(from_frames=2.5, with_decoding=1.6)
-    h200 = Bars(first_token_ms=92, second_share=0.1, step_over_floor=1.4, extra_bytes=4e9)
-    assert pipeline.BARS[("nvidia-h200", "7b")] == h200
+    assert figures.BARS[("cpu", "embedded")] == Bars(from_frames=2.5, with_decoding=1.6)
+    h200 = Bars(first_token_ms=92, second_share=0.1, step_over_floor=1.4, extra_gb=4)
+    assert figures.BARS[("nvidia-h200", "7b")] == h200
     usual = Settings(device="cpu")
     assert replace(lab, settings=usual).bars() == Bars(from_frames=2.5, with_decoding=1.6)
     for other in (replace(usual, frames=8), replace(usual, config="tiny"), replace(usual, video=settings.video)):
@@ -346,9 +377,10 @@ def test_limits_become_ratios_of_which_one_is_asked():
     def work(ours, **more):
         return {"providers": {OURS: {"p50_ms": ours}}, "bars": {f"{OURS}: {PLAIN}": {"bar": None, "ratio": 3.0}}} | more
 
-    works = {FROM_FRAMES: work(80), WITH_DECODING: work(90), SECOND: work(10), STEP: work(4, over_floor=1.75)}
+    works = {FROM_FRAMES: work(80), WITH_DECODING: work(90)}
+    works |= {SECOND: work(10, share=0.125), STEP: work(4, over_floor=1.75)}
     memory_ = {OURS: {"weights_bytes": 14_000_000_000, "peak_bytes": 20_000_000_000}}
-    pipeline._set_bars(works, Bars(2.5, 1.6, 92, 0.1, 1.4, 4e9), memory_)
+    figures.set_bars(works, Bars(2.5, 1.6, 92, 0.1, 1.4, 4), memory_)
     ratios = {(name, bar): pair["ratio"] for name, work in works.items() for bar, pair in work["bars"].items()
               if pair["bar"] == 1}
     assert ratios == {
