@@ -27,3 +27,12 @@ class CheckpointError(SfllavaError, ValueError):
 
 class ContextError(SfllavaError, ValueError):
     """Prompt and video tokens that do not fit the language model's context."""
+
+
+class OutOfMemoryError(SfllavaError, RuntimeError):
+    """A stage that needs more memory than there is; nothing that was there before is lost."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
