@@ -236,9 +236,9 @@ class PyavVideo(Video):
         given = 0
         if self._index is not None and unique:
             given = yield from self._from_segments(unique, stop)
-            if given < len(unique):
+            if given < len(unique) and not stop.is_set():
                 self._renumber(unique, given, stop)
-        if given < len(unique):
+        if given < len(unique) and not stop.is_set():
             yield from self._from_start(unique[given:], stop)
 
     def _from_segments(
