@@ -21,6 +21,10 @@ class VideoError(SfllavaError, ValueError):
     """A video that is missing, empty, truncated, without pictures, or undecodable."""
 
 
+class RenumberedError(VideoError):
+    """Frames of a damaged video that turned out, while it was read, to have other numbers: read it again."""
+
+
 class CheckpointError(SfllavaError, ValueError):
     """A checkpoint that is missing, incomplete, or of an architecture that is not LLaVA."""
 
