@@ -38,9 +38,10 @@ from .prompts import (
 from .session import Residents, Session
 from .stages import Stopwatch, is_out_of_memory
 
+from .video import Source, Video, open_video
+
 if TYPE_CHECKING:
     from .kv_cache import KvCache
-    from .video import Video
 
 log = logging.getLogger("sfllava_fast")
 
@@ -137,22 +138,20 @@ class SlowFastLlava:
             checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
         return cls(checkpoint, layout, backend, prompt, projector, max_sessions, max_session_bytes)
 
-    def open(self, video: str | Path | Video, frames: int | None = None, decoder: str = "pyav") -> Session:
-        """A session of questions about a video: a file, a folder of frames, or an opened Video.
+    def open(self, video: Source, frames: int | None = None, decoder: str = "pyav") -> Session:
+        """A session of questions about a video: a file, a folder of frames, an opened Video, or frames in memory (uint8
+        RGB [T, H, W, 3]).
 
         frames: how many to sample (fewer where the video is shorter); None takes the checkpoint's, else 50.
         Raises VideoError, InputError, LayoutError or BackendError.
         """
         frames = self.frames if frames is None else frames
         _check_count("frames", frames)
-        clip, name = video, None
-        if isinstance(video, (str, os.PathLike)):
-            from .video import open_video
-
-            clip, name = open_video(video, decoder=decoder), str(video)
+        clip = open_video(video, decoder)
+        name = str(video if isinstance(video, (str, os.PathLike)) else clip.path)
         indices = sample_frames(clip.total, frames)
         plan = self.layout.plan(len(indices), self.checkpoint.grid)
-        return Session(self, name or str(clip.path), clip, indices, plan)
+        return Session(self, name, clip, indices, plan)
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""
@@ -160,7 +159,7 @@ class SlowFastLlava:
 
     def answer(
         self,
-        video: str | Path | Video,
+        video: Source,
         question: str,
         frames: int | None = None,
         decoder: str = "pyav",
@@ -233,7 +232,7 @@ class SlowFastLlava:
 
     def write_video(self, clip: Video, frames: Sequence[int], rows: Tensor, clock: Stopwatch) -> None:
         """Fill the rows [S, D] with the tokens of these frames; decoding goes on while the tower runs."""
-        from .frames import load_pixels
+        from .pixels import load_pixels
 
         parts = []
         with load_pixels(

@@ -151,6 +151,27 @@ class FolderVideo(Video):
             pool.shutdown(cancel_futures=True)
 
 
+class MemoryVideo(Video):
+    """Frames that are decoded already: uint8 RGB [T, H, W, 3]."""
+
+    decoder = "memory"
+    fps = None
+
+    def __init__(self, frames: torch.Tensor) -> None:
+        super().__init__(Path("frames"))
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise InputError(
+                f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
+                f"{list(frames.shape)}"
+            )
+        self._frames = frames.cpu()
+        self.total, *size = frames.shape[:3]
+        self.size = tuple(size)
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        yield from ((number, self._frames[number]) for number in unique)
+
+
 @dataclass(frozen=True)
 class _Index:
     """Frames as the packets tell them, in the order shown."""
@@ -389,15 +410,25 @@ def import_decoder(decoder: str) -> None:
         _import(module, decoder)
 
 
-def open_video(path: str | os.PathLike[str], decoder: str = "pyav") -> Video:
-    """Open a video file, or a folder of image frames (read with Pillow under every decoder).
+Source = str | os.PathLike[str] | torch.Tensor | np.ndarray | Video
 
-    Raises VideoError for anything without readable frames, BackendError for a decoder that is unknown or not
-    installed; each in one line.
+
+def open_video(video: Source, decoder: str = "pyav") -> Video:
+    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8 RGB
+    [T, H, W, 3]); an opened Video comes back as it is.
+
+    Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
+    decoder that is unknown or not installed; each in one line.
     """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, (torch.Tensor, np.ndarray)):
+        return MemoryVideo(torch.as_tensor(video))
+    if not isinstance(video, (str, os.PathLike)):
+        raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
-    path = Path(path)
+    path = Path(video)
     if path.is_dir():
         return FolderVideo(path)
     if not path.exists():
