@@ -22,7 +22,7 @@ from .answer import Answer
 from .backends import choose
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import SlowFastConfig, sample_frames
-from .errors import CheckpointError, ContextError, InputError
+from .errors import CheckpointError, ContextError, InputError, RenumberedError
 from .ops import slowfast_aggregate
 from .projector import MODES, Mode, project_and_aggregate
 from .prompts import (
@@ -232,6 +232,23 @@ class SlowFastLlava:
 
     def write_video(self, clip: Video, frames: Sequence[int], rows: Tensor, clock: Stopwatch) -> None:
         """Fill the rows [S, D] with the tokens of these frames; decoding goes on while the tower runs."""
+        try:
+            parts = self._encode_frames(clip, frames, clock)
+        except RenumberedError:  # damage shows late which frames there are: now their numbers are known
+            parts = self._encode_frames(clip, frames, clock)
+        with clock("projector"):
+            patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            if self.projector != "exact":
+                self._project_and_aggregate(patches, rows)
+                return
+            features = self.project(patches)
+        with clock("aggregate"):
+            slowfast_aggregate(
+                features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
+            )
+
+    def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
+        """Patch features of these frames, in parts [t, N, C]."""
         from .pixels import load_pixels
 
         parts = []
@@ -248,16 +265,7 @@ class SlowFastLlava:
                     parts.append(self.encode(batch))
         clock.add("decode", pixels.decode_seconds)
         clock.add("preprocess", pixels.preprocess_seconds)
-        with clock("projector"):
-            patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-            if self.projector != "exact":
-                self._project_and_aggregate(patches, rows)
-                return
-            features = self.project(patches)
-        with clock("aggregate"):
-            slowfast_aggregate(
-                features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
-            )
+        return parts
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`.
