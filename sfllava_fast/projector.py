@@ -8,9 +8,10 @@ the standard order's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from . import backends
 from .config import Plan, Range, SlowFastConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .ops import check_out, resolve_plan, slowfast_aggregate
+
+log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
 MODES = get_args(Mode)
@@ -147,53 +150,102 @@ def _half(plan: Plan, reduce: str) -> _Half:
 
 def _commuted(hidden: Tensor, first: nn.Linear, second: nn.Linear, plan: Plan, out: Tensor, backend: str) -> None:
     """Fills out [S, D]: means are pooled before Linear2, maxima after it, on the frames that have any."""
-    layers = _Layers(first, second, hidden.dtype, hidden.device)
+    layers = _FusedLayers(first, second) if _is_fused(hidden, backend) else _TorchLayers(first, second, hidden, backend)
     maxima, means = _split(plan)
-    activations = layers.activate(hidden)
-    if means.plan:
-        read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
-        pooled = activations.new_empty(means.plan.offsets[-1], activations.shape[2])
-        backends.choose(backend, read).run(read, means.plan, pooled)
-        for rows, part in zip(means.rows, pooled.split([stop - start for start, stop in means.rows])):
-            layers.project_pooled(part, out[slice(*rows)])
+    pooled, kept = layers.pool(hidden, plan)
+    for rows, part in zip(means.rows, pooled.split([stop - start for start, stop in means.rows])):
+        layers.project_pooled(part, out[slice(*rows)])
     if maxima.plan:
-        features = layers.project(activations[list(maxima.frames)])
-        tokens = features.new_empty(maxima.plan.offsets[-1], features.shape[2])
+        features = layers.project(kept).to(out.dtype)
+        whole = len(maxima.rows) == 1
+        tokens = out[slice(*maxima.rows[0])] if whole else out.new_empty(maxima.plan.offsets[-1], out.shape[1])
         backends.choose(backend, features).run(features, maxima.plan, tokens)
-        for rows, part in zip(maxima.rows, tokens.split([stop - start for start, stop in maxima.rows])):
+        for rows, part in () if whole else zip(maxima.rows, tokens.split([b - a for a, b in maxima.rows])):
             out[slice(*rows)] = part
 
 
-class _Layers:
-    """Linear1 with GELU, and Linear2, on torch's operators.
+class _FusedLayers:
+    """Linear1, GELU and pooling in one Triton kernel, so that activations never reach memory; Linear2 in another."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        self.first, self.second, self.kernels = first, second, backends.triton_kernels()
+
+    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
+
+    def project(self, kept: Tensor) -> Tensor:
+        return self.second(kept)
+
+    def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
+        self.kernels.project_pooled(pooled, self.second.weight, self.second.bias, out)
+
+
+class _TorchLayers:
+    """The same on torch's operators.
 
     Of 16-bit weights the products are 16-bit where the processor has those, and what is pooled is split into two
     halves; elsewhere all is float32, which emulation would only slow down.
     """
 
-    def __init__(self, first: nn.Linear, second: nn.Linear, dtype: torch.dtype, device: torch.device) -> None:
-        self.split = dtype in (torch.bfloat16, torch.float16) and _multiplies(dtype, device)
-        wide = dtype if self.split or dtype is torch.float64 else torch.float32
+    def __init__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, backend: str) -> None:
+        self.split = hidden.dtype in (torch.bfloat16, torch.float16) and _multiplies(hidden.dtype, hidden.device)
+        wide = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
         self.first, self.first_bias = _parameters(first, wide)
         self.second, self.second_bias = _parameters(second, wide)
+        self.backend = backend
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        """GELU(Linear1) of [T, N, C] in float32: [T, N, I]."""
+    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """(pooled, kept): the means' tokens [M, I] of GELU(Linear1) in float32, and the maxima's frames [F, N, I]."""
+        maxima, means = _split(plan)
         values = F.linear(hidden.to(self.first.dtype), self.first, self.first_bias)
-        return torch.ops.aten.gelu_(values.float() if self.split else values)
+        activations = torch.ops.aten.gelu_(values.float() if self.split else values)
+        pooled = activations.new_empty(means.plan.offsets[-1] if means.plan else 0, activations.shape[2])
+        if means.plan:
+            read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
+            backends.choose(self.backend, read).run(read, means.plan, pooled)
+        return pooled, activations[list(maxima.frames)]
 
-    def project(self, activations: Tensor) -> Tensor:
+    def project(self, kept: Tensor) -> Tensor:
         """Linear2 of patches [..., I]."""
-        return F.linear(activations.to(self.second.dtype), self.second, self.second_bias)
+        return F.linear(kept.to(self.second.dtype), self.second, self.second_bias)
 
     def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
-        """Linear2 of float32 tokens [M, I] into out [M, D], no rounding but the last."""
+        """Linear2 of float32 tokens [M, I] into out [M, D], with no rounding but the last."""
         weight = self.second
         if self.split:
             high = pooled.to(weight.dtype)
             pooled = torch.cat([high, (pooled - high.float()).to(weight.dtype)], dim=1)
             weight = torch.cat([weight, weight], dim=1)
         out.copy_(F.linear(pooled, weight, self.second_bias))
+
+
+def _is_fused(hidden: Tensor, backend: str) -> bool:
+    """Whether the Triton kernels serve: on a GPU where they work, in 16 bits."""
+    if not hidden.is_cuda or backend not in ("auto", "triton") or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not backends.BACKENDS["triton"].why_unavailable(hidden.device) and _fused_works(hidden.device, hidden.dtype)
+
+
+@cache
+def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels' tokens on a device are those of torch's operators; says once where they are not."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False) for _ in range(2))
+    hidden = torch.randn(3, 64, 64, generator=generator).to(device, dtype)
+    plan = SlowFastConfig(2, fast_grid=(2, 2)).plan(3, (8, 8))
+    maxima, means = _split(plan)
+    try:
+        fused, plain = _FusedLayers(first, second), _TorchLayers(first, second, hidden, "torch")
+        for got, expected in zip(fused.pool(hidden, plan), plain.pool(hidden, plan)):
+            torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
+        tokens = [hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2)]
+        for layers, out in zip((fused, plain), tokens):
+            layers.project_pooled(plain.pool(hidden, plan)[0], out)
+        torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
+    except Exception as error:  # compilers and drivers fail in many ways; torch's operators serve then
+        log.warning("the fused projector is not used on %s: %s", device, first_line(error))
+        return False
+    return True
 
 
 def _parameters(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

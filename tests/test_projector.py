@@ -109,9 +109,9 @@ def test_rounding_what_is_pooled_to_16_bits_would_be_seen(monkeypatch):
     hidden, projector = make_hidden(24, 24, dtype), make_projector(dtype)
     wide = wide_tokens(hidden, projector, config)
     exact = project_and_aggregate(hidden, projector, config)
-    plain = projector_module._Layers.project_pooled
+    plain = projector_module._TorchLayers.project_pooled
     monkeypatch.setattr(
-        projector_module._Layers,
+        projector_module._TorchLayers,
         "project_pooled",
         lambda self, pooled, out: plain(self, pooled.bfloat16().to(pooled.dtype), out),
     )
