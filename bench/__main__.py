@@ -1,4 +1,4 @@
-"""python -m bench: the aggregator against its peers, on the CPU or a GPU; two results compared; a roofline."""
+"""python -m bench: the aggregator against its peers, the pipeline against the plain one; results compared; pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sfllava_fast.cli import add_bench_options
+from sfllava_fast.errors import SfllavaError
+
 from . import gpu, op
 from .compare import compare
 from .op import BEST_PEER, COPY
 from .plot import plot
-from .record import ROOT, ResultError, device_name, read_result, write_json
+from .record import ROOT, ResultError, device_name, passes, read_result, write_json
 
 _ROUNDS = {"cpu": 15, "cuda": 31}
 
@@ -23,7 +26,7 @@ def main() -> int:
     args = _parser().parse_args()
     try:
         return args.run(args)
-    except ResultError as error:
+    except (ResultError, SfllavaError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -41,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--slow-peers", action="store_true", help="also time the reference, and on the CPU the plain eager form")
     option("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+
+    command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
+    command.set_defaults(run=_pipeline)
+    add_bench_options(command)
 
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
@@ -66,7 +73,13 @@ def _op(args: argparse.Namespace) -> int:
     rounds = args.rounds or _ROUNDS[args.device]
     result = op.run(op.LABS[args.device](), rounds, args.slow_peers, args.only, save)
     _print(result)
-    return 1 if result["errors"] or args.gate is not None and not _passes(result, args.gate) else 0
+    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    from .report import main  # imports transformers, which nothing else here needs
+
+    return main(args)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -124,12 +137,6 @@ def _verdict(name: str, bar: dict, best_peer: str | None) -> str:
     word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
     stretch = f" (hoped for {bar['stretch']:.2f})" if "stretch" in bar else ""
     return f"against {name.replace(BEST_PEER, str(best_peer))}: {bar['ratio']:.2f} of {bar['bar']:.2f}{stretch}, {word}"
-
-
-def _passes(result: dict, margin: float) -> bool:
-    measured = [*result["works"].values(), result.get("host", {"bars": {}})]
-    bars = (bar for figures in measured for bar in figures["bars"].values() if bar["bar"] is not None)
-    return all(bar["ratio"] >= bar["bar"] * margin for bar in bars)
 
 
 if __name__ == "__main__":

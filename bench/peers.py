@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfllava_fast import SlowFastConfig
+
 from .works import GRID, PATCHES, Work
 
 Fill = Callable[[Tensor, Tensor], None]
@@ -33,24 +35,27 @@ def peers(work: Work, device: str, compile_mode: str | None) -> dict[str, Fill]:
 
 
 def plain_eager(work: Work, slow_frames: Tensor) -> Fill:
-    """As published: channels first, pool, channels last again."""
+    tokens = plain_tokens(work.layout, slow_frames, GRID)
+    return lambda features, out: out.copy_(tokens(features))
+
+
+def plain_tokens(layout: SlowFastConfig, slow_frames: Tensor, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Features [T, N, D] to tokens [S, D] as published: channels first, pool, channels last again."""
     pool = {
         "concat": lambda x: x,
         "spatial_1d_max_pool": lambda x: F.max_pool1d(x, 2, 2),
         "spatial_1d_avg_pool": lambda x: F.avg_pool1d(x, 2, 2),
-        "spatial_2d_max_pool": lambda x: F.max_pool2d(x.unflatten(2, GRID), 2, 2).flatten(2),
-        "spatial_2d_avg_pool": lambda x: F.avg_pool2d(x.unflatten(2, GRID), 2, 2).flatten(2),
-    }[work.layout.slow_pool]
-    fast_grid = work.layout.fast_grid
+        "spatial_2d_max_pool": lambda x: F.max_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
+        "spatial_2d_avg_pool": lambda x: F.avg_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
+    }[layout.slow_pool]
 
-    def fill(features: Tensor, out: Tensor) -> None:
+    def tokens(features: Tensor) -> Tensor:
         channels = features.shape[2]
         slow = pool(features[slow_frames].transpose(1, 2)).transpose(1, 2)
-        grid = features.unflatten(1, GRID).permute(0, 3, 1, 2)
-        fast = F.adaptive_avg_pool2d(grid, fast_grid).permute(0, 2, 3, 1)
-        out.copy_(torch.cat([slow.reshape(-1, channels), fast.reshape(-1, channels)]))
+        fast = F.adaptive_avg_pool2d(features.unflatten(1, grid).permute(0, 3, 1, 2), layout.fast_grid)
+        return torch.cat([slow.reshape(-1, channels), fast.permute(0, 2, 3, 1).reshape(-1, channels)])
 
-    return fill
+    return tokens
 
 
 def best_eager(slow_frames: list[int]) -> Fill:

@@ -25,7 +25,7 @@ def machine(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": _commit(),
     }
     if device == "cpu":
         return facts | {"allocator": "glibc malloc; outputs are allocated and touched before timing"}
@@ -67,6 +67,20 @@ def read_result(path: Path) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ResultError(f"{path} is not a result of python -m bench op") from error
     return result
+
+
+def passes(result: dict, margin: float) -> bool:
+    """Whether every ratio reaches `margin` times its bar."""
+    measured = [*result["works"].values(), result.get("host", {"bars": {}})]
+    bars = (bar for figures in measured for bar in figures["bars"].values() if bar["bar"] is not None)
+    return all(bar["ratio"] >= bar["bar"] * margin for bar in bars)
+
+
+def _commit() -> str:
+    """The source tree's; of an installed package its version, whatever repository it was installed into."""
+    if not (ROOT / ".git").exists():
+        return f"release {_version('sfllava_fast')}"
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
 
 
 def _cpu_name() -> str:

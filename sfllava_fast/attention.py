@@ -62,8 +62,8 @@ def resolve_attention(
     """The attention to load a model with.
 
     "auto" takes the flash-attn package (3, 4 or 2) that is installed and usable (GPU, 16 bits), else PyTorch's SDPA,
-    where the faster of its flash and cuDNN kernels is measured and taken for prefill. Raises BackendError where a choice
-    by name cannot serve.
+    where the faster of its flash and cuDNN kernels is measured and taken for prefill. Raises BackendError where a
+    choice by name cannot serve.
     """
     device = torch.device(device)
     if requested not in CHOICES:
@@ -115,7 +115,7 @@ def _sdpa_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tup
 
 @cache
 def _prefill_times(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[float, float]:
-    """Milliseconds of causal attention over the paper's tokens by SDPA's flash and cuDNN kernels; inf where one fails."""
+    """Milliseconds of causal attention over the paper's tokens by SDPA's flash and cuDNN kernels; inf if one fails."""
     times = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:

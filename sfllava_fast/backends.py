@@ -9,11 +9,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from . import reference
 from .config import Plan, SlowFastConfig
 from .errors import BackendError, first_line
+from .parts import import_part
 from .table import device_table, plan_table
 
 log = logging.getLogger("sfllava_fast")
@@ -82,21 +82,9 @@ def load_triton() -> str | None:
     return None
 
 
-@cache
 def triton_kernels() -> ModuleType:
-    """kernels/triton: installed as `sfllava_fast._triton`; in a source tree that is not installed, where it lies."""
-    name = f"{__package__}._triton"
-    if util.find_spec(name):
-        return import_module(name)
-    folder = Path(__file__).parents[1] / "kernels" / "triton"
-    spec = util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    sys.modules[name] = module = util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    """kernels/triton, installed as `sfllava_fast._triton`."""
+    return import_part("_triton", "kernels/triton")
 
 
 def cpu_library() -> ctypes.CDLL:

@@ -55,6 +55,14 @@ examples:
   multiple choice, frames already extracted:
     sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
 """
+_BENCH_EXAMPLES = """
+examples:
+  the model that ships, on a drawn 720p clip:
+    sfllava-fast bench
+
+  the shapes of LLaVA-NeXT-7B with random weights, nothing to download, everything written down:
+    sfllava-fast bench --config 7b --json pipeline.json --plot pipeline.png --trace trace.json
+"""
 _INSPECT_EXAMPLES = """
 examples:
   the paper's layout, 50 frames of 24x24 patches:
@@ -77,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     try:
         with _messages(getattr(args, "verbose", False)):
-            args.run(args)
+            code = args.run(args)
             sys.stdout.flush()
-        return 0
+        return code or 0
     except SfllavaError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -114,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands, style)
     _add_info(commands, style)
     _add_demo(commands, style)
+    _add_bench(commands, style)
     return parser
 
 
@@ -219,6 +228,41 @@ def _add_demo(commands: Any, style: dict[str, Any]) -> None:
     parser.set_defaults(run=demo)
 
 
+def _add_bench(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the pipeline here, stage by stage, against the plain one",
+        description="Measure where the time to an answer goes, against the plain pipeline on the same weights: the "
+        "same tokens first, then paired rounds. Exit code 1 where answers differ or the gate is missed.",
+        epilog=_BENCH_EXAMPLES,
+        **style,
+    )
+    add_bench_options(parser)
+    parser.set_defaults(run=bench)
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sfllava-fast bench` and of `python -m bench pipeline`."""
+    option = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a checkpoint (default: the one that ships)")
+    which.add_argument("--config", metavar="NAME", help="random weights of real shapes: 7b, 34b, small or tiny")
+    option("--video", type=Path, metavar="FILE", help="(default: a clip of 1280x720 that is drawn for the run)")
+    option("--question", action="append", metavar="TEXT", help="may be repeated; the first one is timed")
+    option("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
+    option("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
+    option("--new-tokens", type=_count, metavar="N", help="longest answer (default: 32)")
+    option("--rounds", type=_count, metavar="N", help="paired rounds (default: 9)")
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    option("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)")
+    option("--attention", metavar="NAME", help="of both pipelines: auto, eager, sdpa or flash_attention_2")
+    option("--backend", metavar="NAME", help="of our aggregator (default: auto)")
+    option("--json", type=Path, metavar="FILE", help="write the figures here")
+    option("--plot", type=Path, metavar="FILE.png", help="draw the stages of both as bars")
+    option("--trace", type=Path, metavar="FILE.json", help="write a profile of one answer, for ui.perfetto.dev")
+    option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+
+
 def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of image frames")
     parser.add_argument(
@@ -317,6 +361,18 @@ def demo(args: argparse.Namespace) -> None:
         render(clip, out, model.layout, model.frames, model.checkpoint.grid)
     _print_demo(answers, embedded.sample_answers())
     print(f"What each pathway took: {out}")
+
+
+def bench(args: argparse.Namespace) -> int:
+    from .parts import import_part
+
+    try:
+        import_part("_bench", "bench")
+        from ._bench.report import main
+    except ImportError as error:
+        needs = "pip install 'sfllava_fast[bench,llava,video]'"
+        raise BackendError(f"the benchmark lacks something ({error}): {needs}") from error
+    return main(args)
 
 
 def _print_demo(answers: list[Answer], expected: list[str]) -> None:

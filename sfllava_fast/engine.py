@@ -167,7 +167,10 @@ class SlowFastLlava:
         choices: Sequence[str] | None = None,
         on_token: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer one question about a video, greedily: `open` and `Session.ask`, whose arguments and errors these are."""
+        """Answer one question about a video, greedily.
+
+        The arguments and errors are those of `open` and `Session.ask`.
+        """
         clock = Stopwatch(self.device)
         with clock("decode"):
             session = self.open(video, frames, decoder)

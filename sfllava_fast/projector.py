@@ -2,8 +2,8 @@
 
 A mean commutes with Linear2, so its tokens can be pooled between GELU and Linear2, which then runs on tokens instead of
 patches: with the paper's layout on 6,560 rows instead of 28,800. Equal in real arithmetic, not bit for bit. What is
-pooled there stays in float32, or is split into two 16-bit halves: rounding it to 16 bits would make the error larger than
-the standard order's.
+pooled there stays in float32, or is split into two 16-bit halves: rounding it to 16 bits would make the error larger
+than the standard order's.
 """
 
 from __future__ import annotations
@@ -256,5 +256,6 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device has matrix products of this 16-bit type."""
     if device.type != "cpu":
         return True
-    found = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype is torch.bfloat16 else ("_is_amx_fp16_supported",)
-    return any(getattr(torch.cpu, name, lambda: False)() for name in found)
+    bfloat16 = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    names = bfloat16 if dtype is torch.bfloat16 else ("_is_amx_fp16_supported",)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

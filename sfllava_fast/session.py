@@ -193,7 +193,7 @@ class Session:
             raise InputError(f"{path} was saved with another model, dtype or layout: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.layout.plan(len(frames), model.checkpoint.grid))
-        session.turns = [Turn(question, answer, choices and tuple(choices)) for question, answer, choices in facts["turns"]]
+        session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
         with torch.inference_mode():
             embeds, rows = model.allocate(len(before), session.plan.tokens["total"])
             rows.copy_(tensors["tokens"])

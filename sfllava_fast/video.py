@@ -414,8 +414,8 @@ Source = str | os.PathLike[str] | torch.Tensor | np.ndarray | Video
 
 
 def open_video(video: Source, decoder: str = "pyav") -> Video:
-    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8 RGB
-    [T, H, W, 3]); an opened Video comes back as it is.
+    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8
+    RGB [T, H, W, 3]); an opened Video comes back as it is.
 
     Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
     decoder that is unknown or not installed; each in one line.

@@ -172,7 +172,8 @@ def test_a_captured_step_gives_the_same_tokens(language, monkeypatch, fails, cap
 
 def test_a_dynamic_rope_is_plain_within_its_positions():
     """And need not be asked for the longest position, which a capture could not do."""
-    text = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 64}
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    text = {"rope_parameters": rope, "max_position_embeddings": 64}
     language = LanguageModel(tiny_model(tiny_config(text=text)), Attention("sdpa", "cpu", "test"))
     assert language.rescales(65) and not language.rescales(64)
     embeds = embeddings(language, 20)

@@ -27,6 +27,15 @@ assert importlib.util.find_spec("sfllava_fast._triton").origin.startswith(sys.ar
 assert not importlib.util.find_spec("triton") or backends.load_triton() is None, backends.load_triton()
 print(report()["backends"]["cpu"])
 """
+# What is benchmarked is what is installed; the folder bench of a source tree is not needed.
+BENCH = """
+import sys
+from sfllava_fast import cli
+code = cli.main(["bench", "--config", "nosuch"])
+from sfllava_fast._bench import record
+assert record.__file__.startswith(sys.argv[1]), record.__file__
+print(code, record.machine("cpu")["commit"])
+"""
 
 pytestmark = pytest.mark.xdist_group("install")  # they share the build below
 
@@ -38,12 +47,16 @@ def pip(*arguments, **env):
     return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path} | env)
 
 
-def check(target, backend):
-    command = [sys.executable, "-c", CHECK, str(target), backend]
+def run_in(target, code, *arguments):
+    command = [sys.executable, "-c", code, str(target), *arguments]
     env = os.environ | {"PYTHONPATH": str(target)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=target, env=env)
     assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run
+
+
+def check(target, backend):
+    return run_in(target, CHECK, backend).stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +86,17 @@ def test_wheel_from_sdist_has_kernels_for_every_python(sdist, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "sfllava_fast/_C.so" in names
     assert "sfllava_fast/_triton/forward.py" in names
+    assert "sfllava_fast/_bench/report.py" in names
+    assert not [name for name in names if name.startswith("sfllava_fast/_bench/") and "/results/" in name]
+    assert "sfllava_fast/_bench/test_op.py" not in names
     assert "sfllava_fast/embedded/model/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "kernels"))]
     assert wheel.stat().st_size < 12e6
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--target", str(target), str(wheel))
     assert "ready" in check(target, "cpu")
+    told = run_in(target, BENCH)
+    assert told.stdout.startswith("2 release ") and "unknown config 'nosuch'" in told.stderr
 
 
 def test_without_compiler_it_installs_on_the_reference_and_says_so(sdist, tmp_path):

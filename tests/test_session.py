@@ -190,7 +190,7 @@ def test_an_interrupted_answer_leaves_the_session_as_it_was(model):
     assert session.ask(QUESTION, **ASK).token_ids == expected.token_ids
 
 
-HOST_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+HOST_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
 DEVICE_MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 3 GiB"
 
 

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 
-from ..config import SlowFastConfig, sample_frames
+from ..config import SlowFastConfig
 from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
 from .scenes import SPLITS, Scene, draw_scene, write_video
 from ..errors import SfllavaError

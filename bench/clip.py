@@ -1,0 +1,49 @@
+"""What the pipeline is shown: a drawn clip encoded as a camera's would be, and decoded frames that cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sfllava_fast.embedded.scenes import draw_scene, frame_times, render
+from sfllava_fast.video import Video
+
+HEIGHT, WIDTH, RATE, TOTAL = 720, 1280, 25, 250
+_GRAIN = 4.0  # standard deviation, of 255: a flat drawing would decode faster than any footage
+
+
+def write_clip(path: Path, total: int = TOTAL, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    """Encodes a drawn scene with a camera's grain as H.264, a key frame a second, as fast as x264 can."""
+    import av
+
+    scene, noise = draw_scene("bench"), np.random.default_rng(0)
+    grain = torch.from_numpy(noise.normal(0, _GRAIN, (8, *size, 1)).astype(np.float32))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "g": str(RATE)})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for i, moment in enumerate(frame_times(list(range(total)), total)):
+            drawn = torch.from_numpy(render(scene, [moment])).permute(0, 3, 1, 2).float()
+            frame = F.interpolate(drawn, size, mode="bilinear")[0].permute(1, 2, 0) + grain[i % len(grain)]
+            picture = frame.clamp_(0, 255).to(torch.uint8).numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+class DecodedVideo(Video):
+    """A video whose wanted frames are in memory: reading them back in order copies nothing."""
+
+    def __init__(self, video: Video, indices: list[int]) -> None:
+        super().__init__(video.path)
+        self.total, self.fps, self.size, self.decoder = video.total, video.fps, video.size, video.decoder
+        self._pictures = video.frames(indices)
+        self._row_of = {index: row for row, index in enumerate(indices)}
+
+    def frames(self, indices: Iterable[int]) -> torch.Tensor:
+        rows = [self._row_of[index] for index in indices]
+        first = rows[0] if rows else 0
+        together = rows == list(range(first, first + len(rows)))
+        return self._pictures[first : first + len(rows)] if together else self._pictures[rows]

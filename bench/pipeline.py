@@ -1,0 +1,425 @@
+"""The whole pipeline against the plain one: the same answers first, then paired rounds, stage by stage.
+
+Ours, the plain pipeline and the device's ceilings take turns in one process. What is measured is what `answer` and
+`open(...).ask(...)` say of themselves, so a caller sees the same figures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sfllava_fast import checkpoint as loading
+from sfllava_fast import embedded
+from sfllava_fast.checkpoint import Checkpoint
+from sfllava_fast.config import sample_frames
+from sfllava_fast.engine import Answer, SlowFastLlava
+from sfllava_fast.errors import InputError
+from sfllava_fast.video import Video, open_video
+
+from . import clip, costs, memory
+from .baseline import Baseline, PlainAnswer
+from .ceilings import Ceilings
+from .dummy import NAMES, dummy_checkpoint
+from .record import folder_name, machine
+from .timers import median_ratio, summary
+
+OURS, PLAIN = "ours", "plain"
+STAGES = ("preprocess", "vision", "projector", "aggregate", "prefill", "generate")
+TO_FIRST_TOKEN = ("decode", *STAGES[:-1])
+FROM_FRAMES, WITH_DECODING = "first token, from decoded frames", "first token, decoding included"
+SECOND, STEP = "second question's first token", "decode step"
+DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
+# Of 16-bit random weights many logits are nearly equal: so many units of the last place are a tie.
+_TIE_UNITS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. model: a checkpoint's directory or hub id; config: one of dummy.NAMES; neither: the embedded one."""
+
+    model: str | None = None
+    config: str | None = None
+    video: Path | None = None
+    questions: tuple[str, ...] = ()
+    frames: int = DEFAULT_FRAMES
+    new_tokens: int = DEFAULT_NEW_TOKENS
+    layout: str | None = None
+    rounds: int = DEFAULT_ROUNDS
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.model and self.config:
+            raise InputError("a checkpoint (--model) has shapes of its own: leave --config out")
+        if self.config and self.config not in NAMES:
+            raise InputError(f"unknown config {self.config!r}: choose one of {', '.join(NAMES)}")
+        if self.rounds < 2:
+            raise InputError("rounds must be at least 2: one has no spread")
+
+    @property
+    def name(self) -> str:
+        return self.config or self.model or "embedded"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What is to be reached; None: nothing is asked. Ratios are plain's time over ours."""
+
+    from_frames: float | None = None
+    with_decoding: float | None = None
+    first_token_ms: float | None = None
+    second_share: float | None = None  # of the first question's time
+    step_over_floor: float | None = None  # the floor: weights and cache over the copy's bandwidth
+    extra_bytes: float | None = None  # peak memory beyond the weights
+
+
+# By device (its folder in bench/results, any CPU as "cpu") and model, for the clip, frames and layout of the default.
+BARS = {
+    ("cpu", "embedded"): Bars(from_frames=2.5, with_decoding=1.6),
+    ("nvidia-h200", "7b"): Bars(first_token_ms=92, second_share=0.1, step_over_floor=1.4, extra_bytes=4e9),
+}
+
+
+def first_token_seconds(answer: Answer | PlainAnswer) -> float:
+    """Seconds from the call to the first token: as the answer says, else the sum of the stages before it."""
+    told = getattr(answer, "ttft", None)
+    return sum(answer.seconds.get(stage, 0.0) for stage in TO_FIRST_TOKEN) if told is None else told
+
+
+def ask_in_turn(
+    ours: SlowFastLlava, video: Video, questions: Sequence[str], frames: int, new_tokens: int
+) -> list[Answer] | None:
+    """Answers to questions about a video that is opened once; None where the engine keeps no video."""
+    if "frames" not in inspect.signature(ours.open).parameters:
+        return None
+    session = ours.open(video, frames=frames)
+    return [session.ask(question, max_new_tokens=new_tokens) for question in questions]
+
+
+def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, trace: Path | None = None) -> dict:
+    """Measures; a result with "errors" and no times where an answer differs from the plain pipeline's."""
+    with _video(settings) as path:
+        lab = Lab.set_up(settings, path)
+        result = {"kind": "pipeline", "machine": machine(lab.device.type), "settings": lab.describe()}
+        result |= {"unavailable": {}, "skipped": {}, "errors": {}, "works": {}}
+        result["answers"], result["errors"] = lab.compare_answers()
+        save(result)
+        if result["errors"]:
+            return result
+        result |= lab.figures(lab.rounds(), lab.memory())
+        save(result)
+        if trace:
+            lab.trace(trace)
+    return result
+
+
+@contextmanager
+def _video(settings: Settings) -> Iterator[Path]:
+    if settings.video:
+        yield settings.video
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        clip.write_clip(Path(folder) / "drawn.mp4")
+        yield Path(folder) / "drawn.mp4"
+
+
+def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
+    """The checkpoint, and its vision tower before it was cut."""
+    if settings.config:
+        return dummy_checkpoint(settings.config, settings.device, settings.dtype, settings.attention)
+    name = settings.model or embedded.model_dir()
+    checkpoint = loading.load_checkpoint(name, settings.dtype, settings.device, settings.attention)
+    path = loading.locate(name)
+    from transformers import AutoConfig
+
+    model, attention = checkpoint.model, checkpoint.attention.implementation
+    config = AutoConfig.from_pretrained(path)
+    raw, depth = loading.read_config(path), max(checkpoint.depths)
+    whole = loading.load_model(path, raw, config, model.dtype, attention, depth)
+    checkpoint = replace(checkpoint, name=settings.name)
+    return checkpoint, whole.model.vision_tower.to(model.device).requires_grad_(False).eval()
+
+
+@dataclass
+class Times:
+    """Seconds of each round; the same place in every list is the same round."""
+
+    stages: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
+    first: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
+
+    def add_stages(self, who: str, seconds: dict[str, float]) -> None:
+        for stage, value in seconds.items():
+            self.stages[who].setdefault(stage, []).append(value)
+
+    def add_first(self, who: str, what: str, seconds: float) -> None:
+        self.first[who].setdefault(what, []).append(seconds)
+
+
+@dataclass
+class Lab:
+    """Both pipelines on one device, the same video before them."""
+
+    settings: Settings
+    path: Path
+    ours: SlowFastLlava
+    plain: Baseline
+    decoded: clip.DecodedVideo
+    questions: tuple[str, ...]
+    ceilings: Ceilings
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def set_up(cls, settings: Settings, path: Path) -> Lab:
+        video = open_video(path)
+        checkpoint, tower = load(settings)
+        plain = Baseline(checkpoint.model, tower)
+        ours = SlowFastLlava(checkpoint, settings.layout, settings.backend)
+        decoded = clip.DecodedVideo(video, sample_frames(video.total, settings.frames))
+        questions = settings.questions or tuple(embedded.sample_questions()[:_QUESTIONS])
+        ceilings = Ceilings(ours.device, ours.dtype)
+        return cls(settings, path, ours, plain.stand_by(ours), decoded, questions, ceilings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ours.device
+
+    @property
+    def random(self) -> bool:
+        return self.settings.config is not None
+
+    @property
+    def indices(self) -> list[int]:
+        return sample_frames(self.decoded.total, self.settings.frames)
+
+    def describe(self) -> dict:
+        """The settings as they turned out."""
+        ours, plan = self.ours, self.job(1).plan
+        told = asdict(self.settings) | {
+            "model": self.settings.name,
+            "config": None,
+            "video": self.path.name,
+            "questions": list(self.questions),
+            "random_weights": self.random,
+            "layout": str(ours.layout),
+            "dtype": str(ours.dtype).removeprefix("torch."),
+            "device": str(ours.device),
+            "attention": ours.checkpoint.attention.describe(),
+            "backend": ours.backend,
+        }
+        size = list(self.decoded.size)
+        return told | {"frames": len(self.indices), "frame_size": size, "video_tokens": plan.offsets[-1],
+                       "prompt_tokens": self.job(1).prompt}
+
+    def job(self, new_tokens: int) -> costs.Job:
+        ours = self.ours
+        plan = ours.layout.plan(len(self.indices), ours.checkpoint.grid)
+        prompt = len(ours.prompt(self.questions[0]))
+        config, depths = ours.checkpoint.model.config, ours.checkpoint.depths
+        return costs.Job(config, plan, self.decoded.size, depths, prompt, new_tokens, ours.dtype.itemsize)
+
+    # --- correctness
+
+    def compare_answers(self) -> tuple[list[dict], dict[str, str]]:
+        """Every question's tokens by both; what differs, by question."""
+        answers, errors = [], {}
+        turns = self._ask_in_turn(self.questions)
+        for number, question in enumerate(self.questions):
+            plain = self._ask_plain(question)
+            ours = {"a call of its own": self._ask_ours(question)}
+            if turns:
+                ours["the video kept"] = turns[number]
+            ties = 0
+            for how, answer in ours.items():
+                wrong, tied = self._difference(plain, answer.token_ids)
+                ties += tied
+                if wrong:
+                    errors[f"{question} ({how})"] = wrong
+            self.steps.setdefault(OURS, len(answer.token_ids) - 1)
+            self.steps.setdefault(PLAIN, len(plain.token_ids) - 1)
+            answers.append({"question": question, "token_ids": plain.token_ids, "near_ties": ties})
+        return answers, errors
+
+    def _difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
+        """What differs (None: nothing that counts), and how many tokens of random weights were ties."""
+        if ids == plain.token_ids:
+            return None, 0
+        if not ids:
+            return "ours is empty", 0
+        logits = self.plain.logits(plain, ids)
+        best, chosen = logits.max(dim=1).values, logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+        unit = torch.finfo(self.ours.dtype).eps * best.abs()
+        short = (best - chosen) / unit
+        whole = self.plain.ends(ids, self.settings.new_tokens)
+        if self.random and self.ours.dtype.itemsize == 2 and whole and bool((short <= _TIE_UNITS).all()):
+            return None, int((short > 0).sum())
+        pairs = enumerate(zip([*ids, None], [*plain.token_ids, None]))
+        place, (our, their) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        gap = f", {short[place]:.1f} units of the last place below" if place < len(ids) else ""
+        return f"token {place} is {our}{gap}; the plain pipeline says {their}", 0
+
+    # --- times
+
+    def rounds(self) -> Times:
+        """Who begins alternates; one more round before the first is warm-up."""
+        times, turns = Times(), [self._time_ours, self._time_plain]
+        for round_ in range(-1, self.settings.rounds):
+            kept = times if round_ >= 0 else Times()
+            for turn in turns if round_ % 2 else turns[::-1]:
+                turn(kept)
+            if round_ >= 0:
+                self.ceilings.measure()
+        return times
+
+    def _time_ours(self, times: Times) -> None:
+        answer = self._ask_ours(self.questions[0])
+        times.add_stages(OURS, {stage: answer.seconds[stage] for stage in STAGES if stage in answer.seconds})
+        times.add_first(OURS, FROM_FRAMES, first_token_seconds(answer))
+        answer = self._ask_ours(self.questions[0], self.path)
+        times.add_stages(OURS, {"decode": answer.seconds["decode"]})
+        times.add_first(OURS, WITH_DECODING, first_token_seconds(answer))
+        if turns := self._ask_in_turn((self.questions[0], self.questions[-1])):
+            times.add_first(OURS, SECOND, first_token_seconds(turns[1]))
+
+    def _time_plain(self, times: Times) -> None:
+        answer = self._ask_plain(self.questions[0], self.path)
+        times.add_stages(PLAIN, answer.seconds)
+        first = first_token_seconds(answer)
+        times.add_first(PLAIN, WITH_DECODING, first)
+        times.add_first(PLAIN, FROM_FRAMES, first - answer.seconds["decode"])
+
+    def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
+        settings = self.settings
+        return self.ours.answer(
+            video or self.decoded, question, frames=settings.frames, max_new_tokens=settings.new_tokens
+        )
+
+    def _ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
+        return self.plain.answer(video or self.decoded, question, self.settings.frames, self.settings.new_tokens)
+
+    def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer] | None:
+        return ask_in_turn(self.ours, self.decoded, questions, self.settings.frames, self.settings.new_tokens)
+
+    # --- memory, trace
+
+    def memory(self) -> dict[str, dict[str, int | None]]:
+        """By pipeline: bytes of its weights, by how much a call grows, and on a GPU the peak of both together."""
+        question = self.questions[0]
+        models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
+        weights = {who: memory.size(model.parameters()) for who, model in models.items()}
+        grown = {OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
+                 PLAIN: memory.growth(self.device, lambda: self._ask_plain(question))}
+        peaks = dict.fromkeys(models)
+        if self.device.type == "cuda":
+            both = memory.size([*models[OURS].parameters(), *models[PLAIN].parameters()])
+            others = torch.cuda.memory_allocated(self.device) - both  # ours but for its weights: caches it keeps
+            peaks = {who: weights[who] + grown[who] + (others if who == OURS else 0) for who in models}
+        return {who: {"weights_bytes": weights[who], "growth_bytes": grown[who], "peak_bytes": peaks[who]}
+                for who in models}
+
+    def trace(self, path: Path) -> None:
+        """A profile of one of our answers, stages named, which Perfetto and chrome://tracing open."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=activities) as profiler, record_function("sfllava_fast.answer"):
+            self._ask_ours(self.questions[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+
+    # --- what it comes to
+
+    def figures(self, times: Times, memory_: dict) -> dict:
+        counted = {who: costs_of(self.job(self.steps[who] + 1)) for who, costs_of in
+                   ((OURS, costs.ours), (PLAIN, costs.plain))}
+        copy, gemm = statistics.median(self.ceilings.copy), statistics.median(self.ceilings.gemm)
+        works = {stage: _work(stage, times.stages, counted) for stage in ("decode", *STAGES)
+                 if all(stage in times.stages[who] for who in times.stages)}
+        works |= {name: _work(name, times.first, {}) for name in (FROM_FRAMES, WITH_DECODING)}
+        if SECOND in times.first[OURS]:
+            works[SECOND] = _work(SECOND, times.first, {})
+        if self.steps[OURS]:
+            works[STEP] = self._step(times, counted, copy)
+        bars = self.bars()
+        _set_bars(works, bars, memory_)
+        return {
+            "ceilings": {"gemm_flop_per_s": gemm, "copy_bytes_per_s": copy},
+            "works": works,
+            "rates": self._rates(works),
+            "memory": memory_,
+        }
+
+    def bars(self) -> Bars:
+        settings = self.settings
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        usual = settings.video is None and settings.layout is None and settings.frames == DEFAULT_FRAMES
+        return BARS.get((folder_name(name), settings.name), Bars()) if usual else Bars()
+
+    def _step(self, times: Times, counted: dict, copy: float) -> dict:
+        seconds = {who: {STEP: [t / self.steps[who] for t in times.stages[who]["generate"]]} for who in times.stages
+                   if self.steps[who]}
+        mean = {who: costs.Cost(*(n // self.steps[who] for n in (cost.flop, cost.bytes)))
+                for who in seconds for cost in [counted[who]["generate"]]}
+        work = _work(STEP, seconds, {who: {STEP: cost} for who, cost in mean.items()})
+        floor = mean[OURS].bytes / copy
+        return work | {"floor_ms": floor * 1e3, "over_floor": work["providers"][OURS]["p50_ms"] / floor / 1e3}
+
+    def _rates(self, works: dict) -> dict[str, dict[str, float]]:
+        """Tokens per second by pipeline, from the medians."""
+        job = self.job(1)
+        counts = {
+            "visual tokens/s of the aggregator": ("aggregate", job.plan.offsets[-1]),
+            "prefill tokens/s": ("prefill", job.tokens),
+            "decode tokens/s": (STEP, 1),
+        }
+        return {
+            name: {who: count / row["p50_ms"] * 1e3 for who, row in works[work]["providers"].items()}
+            for name, (work, count) in counts.items()
+            if work in works
+        }
+
+
+def _work(name: str, seconds: dict[str, dict[str, list[float]]], counted: dict[str, dict[str, costs.Cost]]) -> dict:
+    """Times by pipeline with what they were spent on, and the ratio of paired rounds."""
+    found = {who: by_name[name] for who, by_name in seconds.items() if name in by_name}
+    providers = {who: summary(times) for who, times in found.items()}
+    for who, row in providers.items():
+        if cost := counted.get(who, {}).get(name):
+            row |= asdict(cost)
+    bars = {f"{OURS}: {PLAIN}": _bar(median_ratio(found[PLAIN], found[OURS]))} if PLAIN in found else {}
+    return {"providers": providers, "best_peer": None, "bars": bars}
+
+
+def _bar(ratio: float, bar: float | None = None) -> dict:
+    return {"bar": bar, "ratio": ratio}
+
+
+def _set_bars(works: dict, bars: Bars, memory_: dict) -> None:
+    """Puts in what is asked for; a limit becomes the ratio limit / measured, of which 1 is asked."""
+    against = f"{OURS}: {PLAIN}"
+    works[FROM_FRAMES]["bars"][against]["bar"] = bars.from_frames
+    works[WITH_DECODING]["bars"][against]["bar"] = bars.with_decoding
+    first = works[FROM_FRAMES]["providers"][OURS]["p50_ms"]
+    limits = [(FROM_FRAMES, f"{bars.first_token_ms} ms", bars.first_token_ms, first)]
+    if SECOND in works:
+        works[SECOND]["share"] = share = works[SECOND]["providers"][OURS]["p50_ms"] / first
+        limits.append((SECOND, f"{bars.second_share} of the first", bars.second_share, share))
+    if STEP in works:
+        limits.append((STEP, f"{bars.step_over_floor} times its floor", bars.step_over_floor, works[STEP]["over_floor"]))
+    weights, peak = (memory_[OURS][name] for name in ("weights_bytes", "peak_bytes"))
+    if bars.extra_bytes and peak:
+        name = f"weights + {bars.extra_bytes / 1e9:g} GB"
+        limits.append((FROM_FRAMES, name, weights + bars.extra_bytes, peak))
+    for work, name, limit, measured in limits:
+        if limit:
+            works[work]["bars"][f"{OURS}: {name}"] = _bar(limit / measured, 1)
