@@ -169,13 +169,15 @@ class SlowFastLlava:
     ) -> Answer:
         """Answer one question about a video, greedily.
 
-        The arguments and errors are those of `open` and `Session.ask`.
+        The arguments and errors are those of `open` and `Session.ask`. The key/value buffers stay for the next call.
         """
         clock = Stopwatch(self.device)
         with clock("decode"):
             session = self.open(video, frames, decoder)
-        with session:
+        try:
             return session.ask(question, choices, max_new_tokens, on_token=on_token, clock=clock)
+        finally:
+            session.close(spare=True)
 
     def answer_batch(
         self,

@@ -117,7 +117,7 @@ class Session:
         room = 0 if fits else _rounded_up(capacity)
         self.model.sessions.touch(self, room * language.token_bytes)
         if not fits:
-            cache = language.new_cache(1, room)
+            cache = self.model.sessions.take_spare(room) or language.new_cache(1, room)
             if self._cache is None:
                 language.prefill(cache, self._embeds)
             else:
@@ -136,8 +136,11 @@ class Session:
         self._cache = None
         self.model.sessions.forget(self)
 
-    def close(self) -> None:
-        """Give everything back. A closed session can be asked nothing."""
+    def close(self, spare: bool = False) -> None:
+        """Give everything back, or with `spare` leave the cache's memory to the next session. A closed session can be
+        asked nothing."""
+        if spare and self._cache is not None:
+            self.model.sessions.spare = self._cache
         self.release()
         self._embeds = self._clip = None
         self.closed = True
@@ -216,6 +219,7 @@ class Residents:
 
     def __init__(self, most: int, most_bytes: int | None) -> None:
         self.most, self.most_bytes = most, most_bytes
+        self.spare: KvCache | None = None  # of a session that is over, with what was captured to decode in it
         self._sessions: list[weakref.ref[Session]] = []
 
     def __iter__(self):
@@ -228,6 +232,14 @@ class Residents:
         held = list(self)
         while len(held) > 1 and self._is_too_much(held, coming):
             held.pop(0).release()
+
+    def take_spare(self, room: int) -> KvCache | None:
+        """The spare cache, if it has room for so many tokens; else it is dropped."""
+        spare, self.spare = self.spare, None
+        if spare is None or spare.capacity < room:
+            return None
+        spare.length = 0
+        return spare
 
     def forget(self, session: Session) -> None:
         self._sessions = [ref for ref in self._sessions if ref() not in (None, session)]

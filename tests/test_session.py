@@ -172,6 +172,21 @@ def test_a_closed_session_gives_everything_back(load):
             use()
 
 
+def test_one_answer_after_another_uses_the_same_buffers(load):
+    """And what was captured in them; nothing of the last answer is seen."""
+    model = load()
+    alone = [load().answer(Clip(total), QUESTION, frames=9, **ASK).token_ids for total in (20, 9)]
+    first = model.answer(Clip(20), QUESTION, frames=9, **ASK)
+    spare = model.sessions.spare
+    second = model.answer(Clip(9), QUESTION, frames=9, **ASK)
+    assert [first.token_ids, second.token_ids] == alone and model.sessions.spare is spare
+    session = model.open(Clip(20), frames=9)
+    session.ask(QUESTION, max_new_tokens=spare.capacity)
+    assert model.sessions.spare is None and session._cache is not spare
+    session.close()
+    assert model.sessions.spare is None
+
+
 # --- faults
 
 
