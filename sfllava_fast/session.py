@@ -117,7 +117,8 @@ class Session:
         room = 0 if fits else _rounded_up(capacity)
         self.model.sessions.touch(self, room * language.token_bytes)
         if not fits:
-            cache = self.model.sessions.take_spare(room) or language.new_cache(1, room)
+            cache = self.model.sessions.take_spare(room)
+            cache = language.new_cache(1, room) if cache is None else cache
             if self._cache is None:
                 language.prefill(cache, self._embeds)
             else:
