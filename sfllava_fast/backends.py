@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .config import Plan, SlowFastConfig
-from .errors import BackendError
+from .errors import BackendError, first_line
 from .parts import import_part
 from .table import device_table, plan_table
 
@@ -66,7 +66,7 @@ def _load(library: Path, without: str) -> str | None:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return f"{library.name} could not be loaded: {_first_line(error)}"
+        return f"{library.name} could not be loaded: {first_line(error)}"
     return None
 
 
@@ -78,7 +78,7 @@ def load_triton() -> str | None:
     try:
         triton_kernels()
     except Exception as error:  # a package of another version, or half of one, fails in its own way
-        return f"the Triton kernels could not be imported: {_first_line(error)}"
+        return f"the Triton kernels could not be imported: {first_line(error)}"
     return None
 
 
@@ -167,7 +167,7 @@ def _try_on(name: str, device: torch.device) -> str | None:
         if not torch.equal(gradient, reference.aggregate_backward(tokens, features, plan)):
             return f"its gradients are wrong on {device}"
     except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
-        return f"it failed on {device}: {_first_line(error)}"
+        return f"it failed on {device}: {first_line(error)}"
     return None
 
 
@@ -205,10 +205,6 @@ def _time_on(name: str, device: torch.device) -> float:
         return start.elapsed_time(end)
     except Exception:  # no memory to measure in, a kernel that does not compile: the other one is preferred
         return math.inf
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _why_no_cuda(device: torch.device | None) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .attention import Attention, resolve_attention
-from .errors import BackendError, CheckpointError, InputError
+from .errors import BackendError, CheckpointError, InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -358,8 +358,7 @@ def _one_line(what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, CheckpointError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise CheckpointError(f"{what} ({lines[0] if lines else type(error).__name__})") from error
+        raise CheckpointError(f"{what} ({first_line(error)})") from error
 
 
 @contextlib.contextmanager

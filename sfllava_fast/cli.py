@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("sfllava_fast")
 
 PROGRAM = "sfllava-fast"
-_STAGES = ("decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate")
 
 _TOP_EXAMPLES = """
 examples:
@@ -49,6 +48,9 @@ examples:
 
   fewer frames and another layout, the answer as JSON:
     sfllava-fast ask clip.mp4 "Why?" --frames 32 --layout slowfast-slow_8frms_concat-fast_4x4 --json
+
+  several questions: the video is watched once; --follow-up lets each see the turns before it:
+    sfllava-fast ask clip.mp4 "What is on the table?" "Who takes it?" --follow-up
 
   multiple choice, frames already extracted:
     sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
@@ -127,13 +129,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser(
         "ask",
-        help="answer a question about a video",
-        description="Answer a question about a video.",
+        help="answer questions about a video",
+        description="Answer questions about a video, which is decoded, encoded and prefilled once.",
         epilog=_ASK_EXAMPLES,
         **style,
     )
     _add_video(parser)
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("questions", metavar="QUESTION", nargs="+")
+    parser.add_argument(
+        "--follow-up", action="store_true", help="each question after the first sees the earlier turns"
+    )
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
     parser.add_argument(
         "--model",
@@ -146,13 +151,20 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="what aggregates the tokens: auto, cpu or torch (default: auto)",
+        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)",
+    )
+    parser.add_argument(
+        "--projector",
+        default="exact",
+        metavar="MODE",
+        help="exact: the published order, bit for bit; commuted: its second layer runs on pooled tokens, several "
+        "times less work and no less accurate; auto: commuted where it can serve (default: exact)",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         metavar="NAME",
-        help="auto, eager, sdpa or flash_attention_2 (default: auto)",
+        help="auto, eager, sdpa, flash_attention_2, _3 or _4 (default: auto)",
     )
     parser.add_argument(
         "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)"
@@ -264,7 +276,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
 def ask(args: argparse.Namespace) -> None:
     from .config import SlowFastConfig
 
-    if not args.question.strip():
+    if not all(question.strip() for question in args.questions):
         raise InputError('the question is empty: ask something, such as "What happens in the video?"')
     layout = None if args.layout is None else SlowFastConfig.parse(args.layout)
     # Before the model, which may take long to load: a bad video should fail at once.
@@ -278,19 +290,25 @@ def ask(args: argparse.Namespace) -> None:
             device=args.device,
             backend=args.backend,
             attention=args.attention,
+            projector=args.projector,
         )
-        say("watching the video")
-        told = _Told(say)
-        answer = model.answer(
-            video,
-            args.question,
-            frames=args.frames,
-            max_new_tokens=args.max_new_tokens,
-            choices=args.choices,
-            on_token=told,
-        )
-    answer.seconds["decode"] += opened
-    if args.json:
+        session = model.open(video, args.frames)
+        for number, question in enumerate(args.questions):
+            say("thinking" if number else "watching the video")
+            answer = session.ask(
+                question,
+                args.choices,
+                args.max_new_tokens,
+                follow_up=args.follow_up and number > 0,
+                on_token=_Told(say),
+            )
+            if not number:
+                answer.seconds["decode"] += opened
+            _print_answer(answer, args.json)
+
+
+def _print_answer(answer: Answer, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
         return
     print(answer.text if answer.choice is None else answer.choice)
@@ -335,10 +353,10 @@ def demo(args: argparse.Namespace) -> None:
     with _progress() as say:
         say("loading the model")
         model = _load(None)
-        answers = []
+        session, answers = model.open(clip), []
         for question in embedded.sample_questions():
             say(question)
-            answers.append(model.answer(clip, question))
+            answers.append(session.ask(question))
         say("drawing")
         render(clip, out, model.layout, model.frames, model.checkpoint.grid)
     _print_demo(answers, embedded.sample_answers())
@@ -389,33 +407,35 @@ def _answer_table(answers: list[Answer], expected: list[str]) -> Any:
 
 
 def _stage_table(answers: list[Answer]) -> Any:
-    """Median milliseconds by stage over the answers."""
+    """Milliseconds by stage: the first answer's, and the medians of the others, which have the video behind them."""
     from statistics import median
 
     from rich import box
     from rich.table import Table
 
-    medians = {stage: 1e3 * median(a.seconds.get(stage, 0.0) for a in answers) for stage in _STAGES}
-    total = sum(medians.values())
+    from .stages import STAGES
+
+    first, later = answers[0], answers[1:]
     table = Table("Stage", box=box.SIMPLE_HEAD)
-    table.add_column("Milliseconds", justify="right")
-    table.add_column("Share", justify="right")
-    for stage, value in medians.items():
-        table.add_row(stage, f"{value:.2f}", f"{value / total:.0%}", end_section=stage == _STAGES[-1])
-    table.add_row("a question (medians)", f"{total:.2f}", "100%")
+    for name in ("First question, ms", "Later ones, ms"):
+        table.add_column(name, justify="right")
+    for stage in first.seconds:
+        after = [f"{1e3 * median(a.seconds[stage] for a in later):.2f}"] if stage in later[0].seconds else [""]
+        table.add_row(stage, f"{1e3 * first.seconds[stage]:.2f}", *after, end_section=stage == STAGES[-1])
+    table.add_row("to the first token", f"{1e3 * first.ttft:.2f}", f"{1e3 * median(a.ttft for a in later):.2f}")
     return table
 
 
 def _summary(answer: Answer) -> str:
     """Three lines about an answer: frames and tokens, seconds by stage, what ran."""
     seconds = answer.seconds
-    stages = "  ".join(f"{stage} {seconds[stage]:.3f}" for stage in _STAGES if stage in seconds)
+    stages = "  ".join(f"{stage} {value:.3f}" for stage, value in seconds.items())
     rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
     slow = len(set(answer.slow_frames))
     return "\n".join(
         [
             f"frames   {len(answer.frames)}, {slow} of them slow; tokens: {_tokens(answer)}",
-            f"seconds  {sum(seconds.values()):.3f}: {stages}",
+            f"seconds  {answer.ttft:.3f} to the first token: {stages}",
             f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
             f"attention {answer.attention}",
         ]

@@ -6,101 +6,50 @@ frames -> CLIP, stopped at the layer that is read -> projector -> aggregator, st
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from .answer import Answer
 from .backends import choose
-from .checkpoint import Checkpoint, load_checkpoint, rope_type
+from .checkpoint import Checkpoint, load_checkpoint
 from .config import SlowFastConfig, sample_frames
-from .errors import CheckpointError, ContextError, InputError
+from .errors import CheckpointError, ContextError, InputError, RenumberedError
 from .ops import slowfast_aggregate
+from .projector import MODES, Mode, project_and_aggregate
 from .prompts import (
     TEMPLATES,
     Prompt,
+    Turn,
     build_prompt,
     check_family,
     pick_option,
     prompt_family,
     unknown_words,
 )
+from .session import Residents, Session
+from .stages import Stopwatch, is_out_of_memory
+
+from .video import Source, Video, open_video
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
-    from .video import Video
+    from .kv_cache import KvCache
 
 log = logging.getLogger("sfllava_fast")
 
 DEFAULT_FRAMES = 50
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_SESSIONS = 8
 # Frames in one pass of the vision tower: enough to fill a GPU, few enough to bound its activations.
 FRAMES_PER_PASS = 16
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and how it came about; times in seconds, frames as indices into the video.
-
-    option is the index of the choice that the text names (None: none, or no choices were given). tokens
-    counts the video's tokens by pathway. tokens_per_second is the rate of the generate stage, None where
-    one token was enough.
-    """
-
-    text: str
-    video: str
-    question: str
-    model: str
-    layout: str
-    frames: list[int]
-    slow_frames: list[int]
-    tokens: dict[str, int]
-    backend: str
-    attention: str
-    dtype: str
-    device: str
-    prompt_tokens: int
-    token_ids: list[int]
-    seconds: dict[str, float]
-    tokens_per_second: float | None
-    choices: list[str] | None = None
-    option: int | None = None
-
-    @property
-    def choice(self) -> str | None:
-        """The choice that the text names."""
-        return self.choices[self.option] if self.choices and self.option is not None else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The answer as an object for json.dumps; the text is under "answer"."""
-        fields = asdict(self)
-        return {"answer": fields.pop("text"), **fields}
-
-
-class Stopwatch:
-    """Seconds by stage, measured with the device idle at both ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 class SlowFastLlava:
@@ -112,7 +61,11 @@ class SlowFastLlava:
         layout: str | SlowFastConfig | None = None,
         backend: str = "auto",
         prompt: str = "auto",
+        projector: Mode = "exact",
+        max_sessions: int = DEFAULT_SESSIONS,
+        max_session_bytes: int | None = None,
     ) -> None:
+        from .generation import LanguageModel
         from .preprocess import PreprocessSpec
 
         options = checkpoint.options or {}
@@ -121,6 +74,12 @@ class SlowFastLlava:
         self.model = checkpoint.model
         self.tokenizer = checkpoint.tokenizer
         self.device, self.dtype = self.model.device, self.model.dtype
+        self.language = LanguageModel(self.model, checkpoint.attention)
+        self.sessions = Residents(max_sessions, max_session_bytes)
+        self.frames_per_pass = FRAMES_PER_PASS
+        if projector not in MODES:
+            raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+        self.projector: Mode = projector
         self.layout = SlowFastConfig.parse(layout or options.get("layout") or SlowFastConfig())
         self.frames = options.get("frames", DEFAULT_FRAMES)
         self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -157,13 +116,17 @@ class SlowFastLlava:
         backend: str = "auto",
         attention: str = "auto",
         prompt: str = "auto",
+        projector: Mode = "exact",
+        max_sessions: int = DEFAULT_SESSIONS,
+        max_session_bytes: int | None = None,
     ) -> SlowFastLlava:
         """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format; None is the embedded model.
 
         layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
         aggregator, by name or "auto". attention: "auto", "eager", "sdpa" or "flash_attention_2". prompt:
-        "auto" or one of `prompts.FAMILIES`.
+        "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
+        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
@@ -173,12 +136,30 @@ class SlowFastLlava:
             checkpoint = replace(load_checkpoint(model_dir(), dtype, device, attention), name="embedded")
         else:
             checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
-        return cls(checkpoint, layout, backend, prompt)
+        return cls(checkpoint, layout, backend, prompt, projector, max_sessions, max_session_bytes)
 
-    @torch.inference_mode()
+    def open(self, video: Source, frames: int | None = None, decoder: str = "pyav") -> Session:
+        """A session of questions about a video: a file, a folder of frames, an opened Video, or frames in memory (uint8
+        RGB [T, H, W, 3]).
+
+        frames: how many to sample (fewer where the video is shorter); None takes the checkpoint's, else 50.
+        Raises VideoError, InputError, LayoutError or BackendError.
+        """
+        frames = self.frames if frames is None else frames
+        _check_count("frames", frames)
+        clip = open_video(video, decoder)
+        name = str(video if isinstance(video, (str, os.PathLike)) else clip.path)
+        indices = sample_frames(clip.total, frames)
+        plan = self.layout.plan(len(indices), self.checkpoint.grid)
+        return Session(self, name, clip, indices, plan)
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""
+        return Session.load(self, path)
+
     def answer(
         self,
-        video: str | Path | Video,
+        video: Source,
         question: str,
         frames: int | None = None,
         decoder: str = "pyav",
@@ -186,64 +167,47 @@ class SlowFastLlava:
         choices: Sequence[str] | None = None,
         on_token: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer a question about a video, greedily.
+        """Answer one question about a video, greedily.
 
-        video: a file, a folder of frames, or an opened Video. frames: how many to sample (fewer where the
-        video is shorter). max_new_tokens: None takes the checkpoint's, else 128. choices: makes it multiple
-        choice. on_token: called with each piece of text as it is generated.
-
-        Raises VideoError, InputError, LayoutError, ContextError or BackendError, before any computation
-        where possible.
+        The arguments and errors are those of `open` and `Session.ask`. The key/value buffers stay for the next call.
         """
-        frames = self.frames if frames is None else frames
-        max_new_tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        for name, count in (("frames", frames), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(count, int) or count < 1:
-                raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
         clock = Stopwatch(self.device)
-        prompt = self.prompt(question, choices)
         with clock("decode"):
-            clip = self.open(video, decoder)
-            indices = sample_frames(clip.total, frames)
-            plan = self.layout.plan(len(indices), self.checkpoint.grid)
-            self.check_context(prompt, plan.tokens["total"], len(indices), max_new_tokens)
-            pictures = clip.frames(indices)
-        embeds, video_rows = self.allocate(prompt, plan.tokens["total"])
-        self.write_video(pictures, video_rows, clock)
-        with clock("prefill"):
-            self.write_text(prompt, embeds)
-            cache = self.new_cache()
-            logits = self.prefill(embeds, cache)
-        with clock("generate"):
-            ids = self.generate(logits, cache, max_new_tokens, on_token)
-        text = self.decode_text(ids)
-        option = pick_option(text, choices) if choices is not None else None
-        steps, seconds = len(ids) - 1, clock.seconds["generate"]
-        return Answer(
-            text=text,
-            video=str(video if isinstance(video, (str, os.PathLike)) else clip.path),
-            question=question,
-            model=self.checkpoint.name,
-            layout=str(self.layout),
-            frames=indices,
-            slow_frames=[indices[i] for i in plan.slow_frames],
-            tokens=dict(plan.tokens),
-            backend=self.backend,
-            attention=self.checkpoint.attention.describe(),
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=str(self.device),
-            prompt_tokens=len(prompt),
-            token_ids=ids,
-            seconds=clock.seconds,
-            tokens_per_second=steps / seconds if steps else None,
-            choices=[str(choice) for choice in choices] if choices is not None else None,
-            option=option,
-        )
+            session = self.open(video, frames, decoder)
+        try:
+            return session.ask(question, choices, max_new_tokens, on_token=on_token, clock=clock)
+        finally:
+            session.close(spare=True)
 
-    def prompt(self, question: str, choices: Sequence[str] | None = None) -> Prompt:
+    def answer_batch(
+        self,
+        questions: Sequence[Sequence],
+        frames: int | None = None,
+        decoder: str = "pyav",
+        max_new_tokens: int | None = None,
+    ) -> list[Answer]:
+        """Answer questions about videos together, each (video, question) or (video, question, choices).
+
+        A video that several questions name is decoded, encoded and prefilled once. All prompts are in one forward pass,
+        and then all rows' next tokens: memory grows with their number. The seconds told are those of the whole batch.
+        Raises as `answer` does, before any computation where possible.
+        """
+        from .batch import answer_batch
+
+        return answer_batch(self, questions, frames, decoder, max_new_tokens)
+
+    def check_new_tokens(self, count: int | None) -> int:
+        """How many tokens to generate at most."""
+        count = self.max_new_tokens if count is None else count
+        _check_count("max_new_tokens", count)
+        return count
+
+    def prompt(
+        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
+    ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
         prompt = build_prompt(
-            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template
+            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template, turns
         )
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
@@ -255,14 +219,6 @@ class SlowFastLlava:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
 
-    def open(self, video: str | Path | Video, decoder: str = "pyav") -> Video:
-        """The video, opened; an opened one comes back as it is."""
-        if not isinstance(video, (str, os.PathLike)):
-            return video
-        from .video import open_video
-
-        return open_video(video, decoder=decoder)
-
     def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
@@ -273,83 +229,106 @@ class SlowFastLlava:
                 f"smaller layout than {self.layout}"
             )
 
-    def allocate(self, prompt: Prompt, video_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An empty inputs_embeds [1, S, D] for prompt and video, and the video's rows in it [S', D]."""
+    def allocate(self, before: int, video_tokens: int) -> tuple[Tensor, Tensor]:
+        """Empty embeddings [1, P, D] of so many prompt tokens and the video's, and the video's rows in them."""
         width = self.model.config.text_config.hidden_size
-        embeds = torch.empty(1, len(prompt) + video_tokens, width, dtype=self.dtype, device=self.device)
-        start = len(prompt.before)
-        return embeds, embeds[0, start : start + video_tokens]
+        embeds = torch.empty(1, before + video_tokens, width, dtype=self.dtype, device=self.device)
+        return embeds, embeds[0, before:]
 
-    def write_video(self, pictures: torch.Tensor, rows: torch.Tensor, clock: Stopwatch) -> None:
-        """Fill the rows [S, D] with the tokens of pictures, uint8 [T, H, W, 3]."""
-        from .preprocess import preprocess
-
-        with clock("preprocess"):
-            pixels = preprocess(pictures, self.preprocess_spec, self.dtype, self.device)
-        with clock("vision"):
-            patches = self.encode(pixels)
+    def write_video(self, clip: Video, frames: Sequence[int], rows: Tensor, clock: Stopwatch) -> None:
+        """Fill the rows [S, D] with the tokens of these frames; decoding goes on while the tower runs."""
+        try:
+            parts = self._encode_frames(clip, frames, clock)
+        except RenumberedError:  # damage shows late which frames there are: now their numbers are known
+            parts = self._encode_frames(clip, frames, clock)
         with clock("projector"):
+            patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            if self.projector != "exact":
+                self._project_and_aggregate(patches, rows)
+                return
             features = self.project(patches)
         with clock("aggregate"):
             slowfast_aggregate(
                 features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
             )
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`."""
-        parts = [self._run_tower(part) for part in pixels.split(FRAMES_PER_PASS)]
+    def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
+        """Patch features of these frames, in parts [t, N, C]."""
+        from .pixels import load_pixels
+
+        parts = []
+        with load_pixels(
+            clip, frames, self.preprocess_spec, self.dtype, self.device, self.frames_per_pass
+        ) as pixels:
+            batches = iter(pixels)
+            while True:
+                with clock("wait"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                with clock("vision"):
+                    parts.append(self.encode(batch))
+        clock.add("decode", pixels.decode_seconds)
+        clock.add("preprocess", pixels.preprocess_seconds)
+        return parts
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`.
+
+        Runs `frames_per_pass` frames at a time, and from then on half of that where they do not fit in memory.
+        """
+        while True:
+            try:
+                parts = [self._run_tower(part) for part in pixels.split(self.frames_per_pass)]
+                break
+            except RuntimeError as error:
+                if self.frames_per_pass == 1 or not is_out_of_memory(error):
+                    raise
+            self.frames_per_pass = min(self.frames_per_pass, len(pixels)) // 2 or 1
+            log.warning("out of memory in the vision tower: going on with %d frames a pass", self.frames_per_pass)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         return hidden[:, 1:] if self.checkpoint.drops_first else hidden
 
-    def project(self, patches: torch.Tensor) -> torch.Tensor:
+    def project(self, patches: Tensor) -> Tensor:
         """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
         return self.model.model.multi_modal_projector(patches)
 
-    def write_text(self, prompt: Prompt, embeds: torch.Tensor) -> None:
-        """Fill inputs_embeds [1, S, D] before and after the video with the prompt's embeddings."""
-        ids = torch.tensor([*prompt.before, *prompt.after], device=self.device)
-        text = self.model.get_input_embeddings()(ids)
-        before, after = len(prompt.before), len(prompt.after)
-        embeds[0, :before] = text[:before]
-        embeds[0, embeds.shape[1] - after :] = text[before:]
-
-    def new_cache(self) -> Cache:
-        """An empty key/value cache for one conversation."""
-        from transformers import DynamicCache
-
-        language_model = self.model.model.language_model
-        if rope_type(language_model.config) == "dynamic":
-            # It remembers the scale of the longest input it saw; a short input makes it forget.
-            first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            language_model.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
-        return DynamicCache(config=language_model.config)
-
-    def prefill(self, embeds: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Logits [V] after the last of embeddings [1, S, D], which are appended to the cache."""
-        return self.model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[0, -1]
+    def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
+        project_and_aggregate(
+            patches,
+            self.model.model.multi_modal_projector,
+            self.layout,
+            mode=self.projector,
+            out=rows,
+            backend=self.backend,
+            grid=self.checkpoint.grid,
+        )
 
     def generate(
         self,
-        logits: torch.Tensor,
-        cache: Cache,
+        cache: KvCache,
+        logits: Tensor,
+        lengths: Sequence[int],
         max_new_tokens: int,
         on_token: Callable[[str], None] | None = None,
-    ) -> list[int]:
-        """Greedy token ids from the logits [V] of a prefill on, up to a stop (included) or max_new_tokens."""
-        ids: list[int] = []
-        text, shown = "", 0
-        for token in self._tokens(logits, cache, max_new_tokens):
-            ids.append(token)
-            text = self.decode_text(ids, strip=False) if on_token is not None else ""
-            # A character may span tokens: what is not decodable yet waits.
-            if len(text) > shown and not text.endswith("\ufffd"):
-                on_token(text[shown:])
-                shown = len(text)
-        if len(text) > shown:
-            on_token(text[shown:])
-        return ids
+    ) -> list[list[int]]:
+        """Greedy token ids from the logits [rows, V] of each row, up to a stop (included) or max_new_tokens.
+
+        on_token: called with the pieces of the first row's text.
+        """
+        rows: list[list[int]] = [[] for _ in lengths]
+        going = set(range(len(rows)))
+        teller = _Teller(self, on_token)
+        for ids in self.language.tokens(cache, logits, lengths, max_new_tokens):
+            for row in sorted(going):
+                rows[row].append(ids[row])
+                if ids[row] in self.stop_ids or self._says_stop(rows[row]):
+                    going.remove(row)
+            teller.tell(rows[0])
+            if not going:
+                break
+        teller.finish()
+        return rows
 
     def decode_text(self, ids: Sequence[int], strip: bool = True) -> str:
         """The text of generated token ids, without special tokens and up to the family's stop text."""
@@ -358,17 +337,49 @@ class SlowFastLlava:
             text = text.partition(self.stop_text)[0]
         return text.strip() if strip else text
 
-    def _tokens(self, logits: torch.Tensor, cache: Cache, max_new_tokens: int) -> Iterator[int]:
-        ids: list[int] = []
-        while True:
-            ids.append(int(logits.argmax()))
-            yield ids[-1]
-            if ids[-1] in self.stop_ids or len(ids) == max_new_tokens or self._says_stop(ids):
-                return
-            step = torch.tensor([ids[-1:]], device=self.device)
-            logits = self.model(
-                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[0, -1]
+    def make_answer(
+        self,
+        session: Session,
+        question: str,
+        choices: Sequence[str] | None,
+        prompt: Prompt,
+        ids: list[int],
+        clock: Stopwatch,
+        ttft: float,
+    ) -> Answer:
+        """What is told of an answer of these token ids."""
+        text = self.decode_text(ids)
+        seconds, steps = clock.by_stage(), len(ids) - 1
+        return Answer(
+            text=text,
+            video=session.video,
+            question=question,
+            model=self.checkpoint.name,
+            layout=str(self.layout),
+            frames=session.frames,
+            slow_frames=[session.frames[i] for i in session.plan.slow_frames],
+            tokens=dict(session.plan.tokens),
+            backend=self.backend,
+            projector=self.projector,
+            attention=self.checkpoint.attention.describe(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            prompt_tokens=len(prompt),
+            token_ids=ids,
+            seconds=seconds,
+            ttft=ttft,
+            tokens_per_second=steps / seconds["generate"] if steps else None,
+            choices=[str(choice) for choice in choices] if choices is not None else None,
+            option=pick_option(text, choices) if choices is not None else None,
+        )
+
+    def fingerprint(self) -> str:
+        """Tells models apart: their config, dtype, and a few of their weights."""
+        told = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for weight in (self.language.embed.weight, self.language.head.weight, self.language.core.norm.weight):
+            told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
+        told.update(f"{self.dtype} {self.projector}".encode())
+        return told.hexdigest()
 
     def _run_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         tower, depths = self.model.model.vision_tower, self.checkpoint.depths
@@ -391,3 +402,29 @@ class SlowFastLlava:
         return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(
             ids[-16:], skip_special_tokens=True
         )
+
+
+class _Teller:
+    """Passes the text of growing token ids on, piece by piece."""
+
+    def __init__(self, model: SlowFastLlava, on_token: Callable[[str], None] | None) -> None:
+        self.model, self.on_token = model, on_token
+        self.text, self.shown = "", 0
+
+    def tell(self, ids: list[int]) -> None:
+        if self.on_token is None:
+            return
+        self.text = self.model.decode_text(ids, strip=False)
+        # A character may span tokens: what is not decodable yet waits.
+        if not self.text.endswith("\ufffd"):
+            self.finish()
+
+    def finish(self) -> None:
+        if len(self.text) > self.shown:
+            self.on_token(self.text[self.shown :])
+            self.shown = len(self.text)
+
+
+def _check_count(name: str, count: object) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

@@ -21,9 +21,22 @@ class VideoError(SfllavaError, ValueError):
     """A video that is missing, empty, truncated, without pictures, or undecodable."""
 
 
+class RenumberedError(VideoError):
+    """Frames of a damaged video that turned out, while it was read, to have other numbers: read it again."""
+
+
 class CheckpointError(SfllavaError, ValueError):
     """A checkpoint that is missing, incomplete, or of an architecture that is not LLaVA."""
 
 
 class ContextError(SfllavaError, ValueError):
     """Prompt and video tokens that do not fit the language model's context."""
+
+
+class OutOfMemoryError(SfllavaError, RuntimeError):
+    """A stage that needs more memory than there is; nothing that was there before is lost."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

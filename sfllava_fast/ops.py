@@ -121,7 +121,7 @@ def _aggregate(features, layout, height, width, frame_offsets, backend):
 
 def _aggregate_out(features, layout, height, width, frame_offsets, backend, out):
     plan = _plan(features, layout, height, width, frame_offsets)
-    _check_out(out, features, plan.offsets[-1])
+    check_out(out, features, plan.offsets[-1], features.shape[2])
     backends.choose(backend, features).run(features, plan, out)
 
 
@@ -164,6 +164,18 @@ torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_
 torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::pool_gpu", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, lib=_library)
+
+
+def resolve_plan(
+    features: Tensor,
+    config: SlowFastConfig | str,
+    grid: tuple[int, int] | None = None,
+    frame_offsets: Tensor | Sequence[int] | None = None,
+) -> Plan:
+    """What `slowfast_aggregate` would do with these arguments; its errors."""
+    _check_features(features)
+    offsets = None if frame_offsets is None else _as_offsets(frame_offsets)
+    return _plan(features, str(config), *_check_grid(grid, features.shape[1]), offsets)
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
@@ -212,8 +224,8 @@ def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
     return lengths
 
 
-def _check_out(out: Tensor, features: Tensor, tokens: int) -> None:
-    channels = features.shape[2]
+def check_out(out: Tensor, features: Tensor, tokens: int, channels: int) -> None:
+    """InputError unless `out` can take [tokens, channels] made of these features."""
     _check_same_kind(out, features)
     if out.shape != (tokens, channels):
         raise InputError(f"out must be [{tokens}, {channels}] for this layout, not {list(out.shape)}")

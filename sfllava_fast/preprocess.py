@@ -1,4 +1,4 @@
-"""Frames to pixel values as CLIP's image processor makes them, in one batch and without Pillow.
+"""Frames to pixel values as CLIP's image processor makes them, without Pillow and each while it is in cache.
 
 torch's uint8 antialiased resize is Pillow's, rows first and then columns: at most 1 away, on a few values in
 a thousand (2 away on some when it enlarges). Pillow 13 resizes tall frames columns first, and so differs from
@@ -8,9 +8,12 @@ its own earlier versions there; torch, and so this module, stays with those.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -18,6 +21,7 @@ from .errors import InputError
 
 Mode = Literal["stretch", "crop", "pad"]
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_SERIAL = 32767  # elements: torch starts threads for an operation on more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -105,6 +109,20 @@ class PreprocessSpec:
         edge = int(self.size * long / short)
         return (self.size, edge) if height <= width else (edge, self.size)
 
+    def made(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what a frame of this size becomes.
+
+        Raises InputError where that is smaller than the crop.
+        """
+        if self.mode == "pad":
+            height = width = max(height, width)
+        height, width = self.resized(height, width)
+        if self.crop and (self.crop[0] > height or self.crop[1] > width):
+            raise InputError(
+                f"cannot crop {self.crop[1]}x{self.crop[0]} out of frames of {width}x{height}: resize them first"
+            )
+        return self.crop or (height, width)
+
     def _edges(self) -> tuple[int, ...]:
         if self.size is None:
             return ()
@@ -123,19 +141,71 @@ def preprocess(
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
         raise InputError(f"frames must be uint8 [n, H, W, 3], not {_name(frames.dtype)} {list(frames.shape)}")
+    out = empty_pixels(len(frames), *spec.made(*frames.shape[1:3]), dtype, device)
+    workers = min(torch.get_num_threads(), len(frames)) if out.device.type == "cpu" else 1
+    if workers < 2:
+        for frame, pixels in zip(frames, out):
+            write_pixels(frame, spec, pixels)
+        return out
+    with ThreadPoolExecutor(workers, "sfllava-preprocess") as pool:
+        for _ in pool.map(write_pixels, frames, [spec] * len(frames), out):
+            pass
+    return out
+
+
+def empty_pixels(
+    count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """An empty [count, 3, height, width] for `write_pixels`."""
+    shape = (count, 3, height, width)
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # NumPy asks for huge pages and torch does not: touching small ones first costs more than the arithmetic.
+    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
+
+
+def write_pixels(frame: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) -> None:
+    """Resize and normalise a frame, uint8 RGB [H, W, 3], into out [3, h, w], on the device of out.
+
+    h and w are `spec.made(H, W)`. On a CPU the work is one thread's, whatever torch is allowed.
+    """
     # A view in channels-last memory: torch's fast path for three interleaved bytes.
-    pixels = frames.to(device).permute(0, 3, 1, 2)
+    pixels = _move(frame, out.device).permute(2, 0, 1)[None]
     if spec.mode == "pad":
         pixels = _pad_square(pixels, spec)
     size = spec.resized(*pixels.shape[-2:])
-    if not len(pixels):
-        pixels = pixels.new_empty(0, 3, *size)
-    elif size != tuple(pixels.shape[-2:]):
+    if size != tuple(pixels.shape[-2:]):
         pixels = _resize(pixels, size, spec.resample)
-    pixels = _crop_middle(pixels, spec.crop) if spec.crop else pixels
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    values = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return values.mul_(spec.rescale / std).sub_(mean / std).to(dtype)
+    _normalise(_crop_middle(pixels[0], out.shape[-2:]), spec, out)
+
+
+def _move(frame: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if frame.device == device or device.type != "cuda":
+        return frame.to(device)
+    # torch keeps pinned memory from being used again before its copy is over.
+    return frame.pin_memory().to(device, non_blocking=True)
+
+
+def _normalise(pixels: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) -> None:
+    scale, shift = _scale_and_shift(spec, out.device)
+    if out.device.type != "cpu":
+        out.copy_(pixels.float().mul_(scale).sub_(shift))
+        return
+    # NumPy: torch would start a team of threads in each thread that calls this.
+    values = out.numpy() if out.dtype == torch.float32 else np.empty(out.shape, np.float32)
+    np.copyto(values, pixels.numpy())
+    values *= scale.numpy()
+    values -= shift.numpy()
+    if out.dtype != torch.float32:
+        for part, full in zip(out.view(-1).split(_SERIAL), torch.from_numpy(values).view(-1).split(_SERIAL)):
+            part.copy_(full)
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(spec: PreprocessSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [3, 1, 1] each: a pixel becomes pixel * scale - shift."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    return (spec.rescale / std).to(device), (mean / std).to(device)
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
@@ -162,14 +232,10 @@ def _pad_square(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
     return square
 
 
-def _crop_middle(pixels: torch.Tensor, crop: tuple[int, int]) -> torch.Tensor:
+def _crop_middle(pixels: torch.Tensor, crop: Sequence[int]) -> torch.Tensor:
     height, width = pixels.shape[-2:]
-    if crop[0] > height or crop[1] > width:
-        raise InputError(
-            f"cannot crop {crop[1]}x{crop[0]} out of frames of {width}x{height}: resize them first"
-        )
     top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    return pixels[:, :, top : top + crop[0], left : left + crop[1]]
+    return pixels[..., top : top + crop[0], left : left + crop[1]]
 
 
 def _as_dict(processor: Any) -> Mapping[str, Any]:

@@ -49,10 +49,12 @@ _SYS = f"<<SYS>>\n{_LLAMA2_SYSTEM}\n<</SYS>>\n\n"
 
 @dataclass(frozen=True)
 class Template:
-    """Prompt texts of a model family, and the text that ends its answers besides the EOS token."""
+    """Prompt texts of a model family: the first turn's, what goes between an answer and the next one, and the text that
+    ends answers besides the EOS token."""
 
     open_ended: str
     multiple_choice: str
+    next_turn: str
     stop: str | None = None
 
 
@@ -64,24 +66,37 @@ TEMPLATES = {
     "vicuna": Template(
         f"USER: {MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}} \nASSISTANT:\n{_BEGIN_ANSWER}",
         f"{_EXPERT} USER: {MARKER}\n{_FRAMES}\n{_OPTIONS} \nASSISTANT:\n{_BEGIN_OPTION}",
+        "</s>USER: {words} ASSISTANT:",
     ),
     "chatml": Template(
         _chatml(
             "Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER
         ),
         _chatml(_EXPERT, f"{MARKER}\n{_FRAMES} {_OPTIONS}", _BEGIN_OPTION),
+        "<|im_end|>\n<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n",
         stop="<|im_end|>",
     ),
     "mistral": Template(
         f"[INST] {MARKER}\n{{question}} [/INST]",
         f"[INST] {_EXPERT} {MARKER}\n{_FRAMES}\n{_OPTIONS} [/INST] {_BEGIN_OPTION}",
+        "</s>[INST] {words} [/INST]",
     ),
     "llama2": Template(
         f"[INST] {_SYS}{MARKER}\n{{question}} [/INST]",
         f"[INST] {_SYS}{_EXPERT} {MARKER}\n{_FRAMES}\n{_OPTIONS} [/INST] {_BEGIN_OPTION}",
+        " </s><s>[INST] {words} [/INST]",
     ),
 }
 FAMILIES = (*TEMPLATES, "chat_template")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question that was asked, and its answer."""
+
+    question: str
+    answer: str
+    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,26 +152,36 @@ def build_prompt(
     family: str,
     choices: Sequence[str] | None = None,
     chat_template: str | None = None,
+    turns: Sequence[Turn] = (),
 ) -> Prompt:
     """The prompt of a question in a family's form, tokenised around the video's place.
 
-    chat_template: used by the family "chat_template"; None takes the tokenizer's own.
+    chat_template: used by the family "chat_template"; None takes the tokenizer's own. turns: earlier ones of the same
+    conversation, which come between the video and the question.
     Raises InputError for an empty question, one that holds MARKER, or choices that are not 2 to 26 texts.
     """
     question = question.strip() if isinstance(question, str) else ""
     if not question:
         raise InputError("the question is empty: ask something about the video")
-    options = format_options(choices) if choices is not None else ""
-    if MARKER in question + options:
+    asked = [*((turn.question, turn.choices) for turn in turns), (question, choices)]
+    if any(MARKER in part for text, options in asked for part in (text, *map(str, options or ()))):
         raise InputError(f"the question holds {MARKER}, which marks the place of the video: leave it out")
+    answers = [turn.answer for turn in turns]
     if family == "chat_template":
-        words = _OPTIONS if options else "{question}"
-        text = _render(tokenizer, chat_template, words.format(question=question, options=options))
+        text = _render(tokenizer, chat_template, [_words(*turn) for turn in asked], answers)
     else:
-        template = TEMPLATES[family]
-        words = template.multiple_choice if options else template.open_ended
-        text = words.format(question=question, options=options)
+        template, (first, options) = TEMPLATES[family], asked[0]
+        words = template.open_ended if options is None else template.multiple_choice
+        text = words.format(question=first, options=options and format_options(options))
+        for answer, turn in zip(answers, asked[1:]):
+            gap = "" if text.endswith(("\n", "(")) else " "
+            text += gap + answer + template.next_turn.format(words=_words(*turn))
     return encode_prompt(text, tokenizer)
+
+
+def _words(question: str, choices: Sequence[str] | None) -> str:
+    """What a user's turn says."""
+    return question if choices is None else _OPTIONS.format(question=question, options=format_options(choices))
 
 
 def format_options(choices: Sequence[str]) -> str:
@@ -209,21 +234,36 @@ def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [word for word in words if unk in tokenizer(word, add_special_tokens=False).input_ids]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words: str) -> str:
-    content: Any
+def _render(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words: Sequence[str], answers: Sequence[str]
+) -> str:
     # Templates of image models take a list of parts; plain text ones take a string.
-    for content in ([{"type": "image"}, {"type": "text", "text": words}], f"{MARKER}\n{words}"):
+    for parts in (True, False):
         try:
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
+                _messages(words, answers, parts),
                 chat_template=chat_template,
                 tokenize=False,
                 add_generation_prompt=True,
             )
         except Exception:  # whatever a template raises on content it does not know
             continue
-        if text.count(MARKER) == 1 and words in text:
+        if text.count(MARKER) == 1 and all(part in text for part in (*words, *answers)):
             return text
     raise CheckpointError(
         f"the chat template does not write {MARKER} once and the question: choose another prompt"
     )
+
+
+def _messages(words: Sequence[str], answers: Sequence[str], parts: bool) -> list[dict[str, Any]]:
+    """The turns so far and the question, the video in the first."""
+    messages = []
+    for turn, said in enumerate(words):
+        content: Any = [{"type": "text", "text": said}] if parts else said
+        if turn == 0:
+            content = [{"type": "image"}, *content] if parts else f"{MARKER}\n{said}"
+        messages.append({"role": "user", "content": content})
+        if turn < len(answers):
+            answer = [{"type": "text", "text": answers[turn]}] if parts else answers[turn]
+            messages.append({"role": "assistant", "content": answer})
+    return messages

@@ -11,19 +11,26 @@ import logging
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .errors import BackendError, InputError, VideoError
+from .errors import BackendError, InputError, RenumberedError, VideoError
 
 log = logging.getLogger("sfllava_fast")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+Numbered = Generator[tuple[int, torch.Tensor], None, None]  # (number, frame), as `Video.stream` gives them
+_DECORD_BATCH = 8
+_READERS = 8  # threads that read a folder of images, at most
 _OUTPUT_CORRUPT = 1 << 3  # AV_CODEC_FLAG_OUTPUT_CORRUPT: show what ffmpeg shows when a stream starts mid-GOP.
 
 
@@ -48,14 +55,27 @@ class Video:
         Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails.
         """
         wanted = [self._check(i) for i in indices]
-        unique = sorted(set(wanted))
-        if not unique:
-            return torch.empty(0, *self.size, 3, dtype=torch.uint8)
-        rows = self._read(unique)
-        if wanted == unique:
-            return rows
-        row_of = {frame: row for row, frame in enumerate(unique)}
-        return rows[[row_of[i] for i in wanted]]
+        rows = torch.empty(len(wanted), *self.size, 3, dtype=torch.uint8)
+        rows_of: dict[int, list[int]] = {}
+        for row, number in enumerate(wanted):
+            rows_of.setdefault(number, []).append(row)
+        try:
+            self._fill(rows, rows_of)
+        except RenumberedError:
+            self._fill(rows, rows_of)
+        return rows
+
+    def stream(self, indices: Iterable[int], stop: threading.Event | None = None) -> Numbered:
+        """(number, frame) of each number asked, once, in ascending order, as soon as it is decoded.
+
+        A frame is uint8 RGB [H, W, 3], to be read and not written: its memory may be the decoder's. Closing the
+        iterator frees the decoder; setting `stop`, from any thread, ends it at the next packet.
+
+        Raises InputError, at once, for a number outside 0 .. total - 1; VideoError where decoding fails;
+        RenumberedError where damage shows that frames already given go by other numbers: stream again.
+        """
+        unique = sorted({self._check(i) for i in indices})
+        return self._stream(unique, stop or threading.Event())
 
     def times(self, indices: Iterable[int]) -> list[float] | None:
         """Seconds from the first frame at which these frames are shown; None without a clock."""
@@ -67,7 +87,12 @@ class Video:
             raise InputError(f"frame {index} does not exist: {self.path} has frames 0 to {self.total - 1}")
         return index
 
-    def _read(self, unique: list[int]) -> torch.Tensor:
+    def _fill(self, rows: torch.Tensor, rows_of: dict[int, list[int]]) -> None:
+        for number, frame in self.stream(rows_of):
+            for row in rows_of[number]:
+                rows[row] = frame
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
         raise NotImplementedError
 
     def _time(self, index: int) -> float:
@@ -103,17 +128,48 @@ class FolderVideo(Video):
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise VideoError(f"cannot read the frame {file}: {_one_line(error)}") from error
 
-    def _read(self, unique: list[int]) -> torch.Tensor:
-        rows = torch.empty(len(unique), *self.size, 3, dtype=torch.uint8)
-        for row, index in enumerate(unique):
-            image = self._load(index)
-            if image.shape[:2] != self.size:
-                raise VideoError(
-                    f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
-                    "the frames of a folder must be of one size"
-                )
-            rows[row] = image
-        return rows
+    def _load_alike(self, index: int) -> torch.Tensor:
+        image = self._load(index)
+        if image.shape[:2] != self.size:
+            raise VideoError(
+                f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
+                "the frames of a folder must be of one size"
+            )
+        return image
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        workers = min(torch.get_num_threads(), _READERS)
+        pool, ahead = ThreadPoolExecutor(workers, "sfllava-read"), deque()
+        todo = iter(unique)
+        try:
+            for index in unique:
+                ahead.extend(pool.submit(self._load_alike, i) for i in islice(todo, workers + 1 - len(ahead)))
+                if stop.is_set():
+                    return
+                yield index, ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class MemoryVideo(Video):
+    """Frames that are decoded already: uint8 RGB [T, H, W, 3]."""
+
+    decoder = "memory"
+    fps = None
+
+    def __init__(self, frames: torch.Tensor) -> None:
+        super().__init__(Path("frames"))
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise InputError(
+                f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
+                f"{list(frames.shape)}"
+            )
+        self._frames = frames.cpu()
+        self.total, *size = frames.shape[:3]
+        self.size = tuple(size)
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        yield from ((number, self._frames[number]) for number in unique)
 
 
 @dataclass(frozen=True)
@@ -144,7 +200,7 @@ class PyavVideo(Video):
             self.fps = float(rate) if rate else None
             first, self._index = self._scan_packets(container, stream)
         if self._index is None:
-            first = self._scan_frames()
+            first = self._scan_frames(threading.Event())
         else:
             self._pts = self._index.pts
         if first is None:
@@ -171,12 +227,15 @@ class PyavVideo(Video):
             return None, None
         return first, _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
 
-    def _scan_frames(self) -> Any:
-        """Number the frames by decoding them all; the first one, or None."""
-        first, self._index, self._pts = None, None, []
+    def _scan_frames(self, stop: threading.Event) -> Any:
+        """Number the frames by decoding them all, unless stopped; the first one, or None."""
+        first, stamps = None, []
         for frame in self._decode_all(warn=True):
+            if stop.is_set():
+                return None
             first = first or frame
-            self._pts.append(frame.pts)
+            stamps.append(frame.pts)
+        self._index, self._pts = None, stamps
         return first
 
     def _decode_all(self, warn: bool = False) -> Iterator[Any]:
@@ -194,39 +253,58 @@ class PyavVideo(Video):
         if bad and warn:
             log.warning("%s is damaged: %d of its packets cannot be decoded", self.path, bad)
 
-    def _read(self, unique: list[int]) -> torch.Tensor:
-        rows = torch.empty(len(unique), *self.size, 3, dtype=torch.uint8)
-        if self._index is not None and self._read_segments(unique, rows):
-            return rows
-        if self._index is not None:
-            log.info("%s: time stamps do not match its frames, decoding from the start", self.path)
-            indexed = self.total
-            self._scan_frames()
-            if unique[-1] >= self.total:
-                raise VideoError(
-                    f"{self.path} is damaged: only {self.total} of {indexed} frames can be decoded; "
-                    "copy or download it again"
-                )
-        self._read_from_start(unique, rows)
-        return rows
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        given = 0
+        if self._index is not None and unique:
+            given = yield from self._from_segments(unique, stop)
+            if given < len(unique) and not stop.is_set():
+                self._renumber(unique, given, stop)
+        if given < len(unique) and not stop.is_set():
+            yield from self._from_start(unique[given:], stop)
 
-    def _read_segments(self, unique: list[int], rows: torch.Tensor) -> bool:
-        """Decode only what the wanted frames need; False where a frame did not come out as indexed."""
+    def _from_segments(
+        self, unique: list[int], stop: threading.Event
+    ) -> Generator[tuple[int, torch.Tensor], None, int]:
+        """Decode only what the wanted frames need, up to one that does not come out as indexed; how many did."""
         index = self._index
         segments = _merge((index.start[i], index.packet[i]) for i in unique)
-        missing = {index.pts[i]: row for row, i in enumerate(unique)}
+        missing = {index.pts[i]: i for i in unique}
+        todo, early = deque(unique), {}
         convert = self._converter()
         try:
             for start, frames in self._decode_segments(segments):
                 for frame in frames:
-                    row = missing.pop(frame.pts, None)
-                    if row is not None:
-                        if frame.is_corrupt and start:
-                            return False
-                        rows[row] = convert(frame)
-        except self._av.FFmpegError:
-            return False
-        return not missing
+                    number = missing.pop(frame.pts, None)
+                    if number is None:
+                        continue
+                    if frame.is_corrupt and start:
+                        return len(unique) - len(todo)
+                    early[number] = convert(frame)
+                    # Segments come in the order of the file, frames in the order shown.
+                    while todo and todo[0] in early:
+                        number = todo.popleft()
+                        yield number, early.pop(number)
+                if stop.is_set() or not todo:
+                    break
+        except self._av.FFmpegError as error:
+            log.debug("%s: %s", self.path, error)
+        return len(unique) - len(todo)
+
+    def _renumber(self, unique: list[int], given: int, stop: threading.Event) -> None:
+        """Number frames by decoding them all; the `given` first of `unique` must keep their numbers."""
+        log.info("%s: time stamps do not match its frames, decoding from the start", self.path)
+        indexed = self._pts
+        self._scan_frames(stop)
+        if unique[-1] >= self.total:
+            raise VideoError(
+                f"{self.path} is damaged: only {self.total} of {len(indexed)} frames can be decoded; "
+                "copy or download it again"
+            )
+        if any(self._pts[i] != indexed[i] for i in unique[:given]):
+            raise RenumberedError(
+                f"{self.path} is damaged and its frames are not those its packets announce: read it again, "
+                "by the numbers it has now"
+            )
 
     def _decode_segments(self, segments: list[tuple[int, int]]) -> Iterator[tuple[int, Iterable[Any]]]:
         """(first packet of the segment, frames) for runs of packets [first, last] in file order."""
@@ -246,12 +324,14 @@ class PyavVideo(Video):
                 if start is None:
                     return
 
-    def _read_from_start(self, unique: list[int], rows: torch.Tensor) -> None:
-        row_of = {index: row for row, index in enumerate(unique)}
+    def _from_start(self, unique: list[int], stop: threading.Event) -> Numbered:
+        wanted = set(unique)
         convert = self._converter()
         for index, frame in enumerate(self._decode_all()):
-            if index in row_of:
-                rows[row_of[index]] = convert(frame)
+            if stop.is_set():
+                return
+            if index in wanted:
+                yield index, convert(frame)
             if index == unique[-1]:
                 return
         raise VideoError(f"{self.path}: frame {unique[-1]} of {self.total} can no longer be decoded")
@@ -261,10 +341,12 @@ class PyavVideo(Video):
         from av.video.reformatter import VideoReformatter
 
         reformat = VideoReformatter().reformat
+        # The decoder's threads have the cores already; before version 17 there was one thread anyway.
+        threads = {"threads": 1} if int(self._av.__version__.split(".")[0]) >= 17 else {}
         height, width = self._coded_size
 
         def convert(frame: Any) -> torch.Tensor:
-            rgb = reformat(frame, width, height, "rgb24").to_ndarray()
+            rgb = reformat(frame, width, height, "rgb24", **threads).to_ndarray()
             return torch.from_numpy(np.rot90(rgb, self._rotation).copy() if self._rotation else rgb)
 
         return convert
@@ -299,13 +381,18 @@ class DecordVideo(Video):
         self.size = (height, width)
         self._error = decord.DECORDError
 
-    def _read(self, unique: list[int]) -> torch.Tensor:
-        try:
-            return torch.from_numpy(self._reader.get_batch(unique).asnumpy())
-        except (self._error, RuntimeError) as error:
-            raise VideoError(
-                f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav"
-            ) from error
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        for start in range(0, len(unique), _DECORD_BATCH):
+            numbers = unique[start : start + _DECORD_BATCH]
+            try:
+                frames = torch.from_numpy(self._reader.get_batch(numbers).asnumpy())
+            except (self._error, RuntimeError) as error:
+                raise VideoError(
+                    f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav"
+                ) from error
+            if stop.is_set():
+                return
+            yield from zip(numbers, frames)
 
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
@@ -323,15 +410,25 @@ def import_decoder(decoder: str) -> None:
         _import(module, decoder)
 
 
-def open_video(path: str | os.PathLike[str], decoder: str = "pyav") -> Video:
-    """Open a video file, or a folder of image frames (read with Pillow under every decoder).
+Source = str | os.PathLike[str] | torch.Tensor | np.ndarray | Video
 
-    Raises VideoError for anything without readable frames, BackendError for a decoder that is unknown or not
-    installed; each in one line.
+
+def open_video(video: Source, decoder: str = "pyav") -> Video:
+    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8
+    RGB [T, H, W, 3]); an opened Video comes back as it is.
+
+    Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
+    decoder that is unknown or not installed; each in one line.
     """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, (torch.Tensor, np.ndarray)):
+        return MemoryVideo(torch.as_tensor(video))
+    if not isinstance(video, (str, os.PathLike)):
+        raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
-    path = Path(path)
+    path = Path(video)
     if path.is_dir():
         return FolderVideo(path)
     if not path.exists():

@@ -1,5 +1,6 @@
 """What every test shares: one torch thread each, and property tests without deadlines."""
 
+import json
 import os
 
 import pytest
@@ -22,3 +23,34 @@ def torch_threads():
     """`torch.set_num_threads`, undone after the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Checkpoints by (family, next_, layout of keys), written once."""
+    from tiny_llava import write_checkpoint
+
+    made = {}
+
+    def make(family="vicuna", next_=False, layout="v4", **settings):
+        key = family, next_, layout, json.dumps(settings, sort_keys=True)
+        if key not in made:
+            made[key] = write_checkpoint(
+                tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def load(checkpoints):
+    """Loads one of them in the tests' small layout."""
+    from tiny_engine import LAYOUT
+
+    from sfllava_fast.engine import SlowFastLlava
+
+    def load(*args, options=None, **settings):
+        return SlowFastLlava.from_pretrained(checkpoints(*args, **settings), LAYOUT, **(options or {}))
+
+    return load

@@ -22,7 +22,7 @@ Image = pytest.importorskip("PIL.Image")
 
 LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
 SECONDS = dict.fromkeys(
-    ("decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate"), 0.5
+    ("decode", "preprocess", "wait", "vision", "projector", "aggregate", "prefill", "generate"), 0.5
 )
 JSON_FIELDS = {
     "answer",
@@ -36,6 +36,7 @@ JSON_FIELDS = {
     "backend",
     "attention",
     "seconds",
+    "ttft",
     "tokens_per_second",
 }
 
@@ -57,12 +58,20 @@ class StandIn:
         self.options = options | {"path": path}
         self.layout = SlowFastConfig.parse(options.get("layout") or LAYOUT)
         self.error = None
+        self.asked = []
 
-    def answer(self, video, question, frames=None, max_new_tokens=None, choices=None, on_token=None):
-        self.asked = dict(question=question, frames=frames, max_new_tokens=max_new_tokens, choices=choices)
+    def open(self, video, frames=None):
+        self.video, self.frames = video, frames
+        return self
+
+    def ask(self, question, choices=None, max_new_tokens=None, follow_up=False, on_token=None):
+        self.asked.append(
+            dict(question=question, max_new_tokens=max_new_tokens, choices=choices, follow_up=follow_up)
+        )
         if self.error:
             raise self.error
-        indices = sample_frames(video.total, frames or 8)
+        video = self.video
+        indices = sample_frames(video.total, self.frames or 8)
         plan = self.layout.plan(len(indices), (8, 8))
         on_token("a")
         fields = dict(
@@ -78,6 +87,7 @@ class StandIn:
             dtype="float32",
             device="cpu",
             seconds=dict(SECONDS),
+            ttft=2.5,
             tokens_per_second=12.5,
         )
         return SimpleNamespace(
@@ -135,6 +145,8 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
         "cpu",
         "--attention",
         "eager",
+        "--projector",
+        "commuted",
         "--max-new-tokens",
         "7",
         "--decoder",
@@ -152,9 +164,21 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
         dtype="bfloat16",
         device="cpu",
         attention="eager",
+        projector="commuted",
     )
-    assert model.asked == dict(question="what?", frames=5, max_new_tokens=7, choices=["a cat", "a dog"])
+    assert model.frames == 5
+    assert model.asked == [
+        dict(question="what?", max_new_tokens=7, choices=["a cat", "a dog"], follow_up=False)
+    ]
     assert capsys.readouterr().out == "a cat\n"
+
+
+@pytest.mark.parametrize("follow_up", [False, True])
+def test_several_questions_are_asked_of_one_session(folder, engine, capsys, follow_up):
+    assert run("ask", folder, "what is it?", "and why?", *["--follow-up"] * follow_up) == 0
+    assert capsys.readouterr().out == "a red circle\n" * 2
+    (model,) = engine.models
+    assert [(a["question"], a["follow_up"]) for a in model.asked] == [("what is it?", False), ("and why?", follow_up)]
 
 
 def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
@@ -171,6 +195,7 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
     [
         (["ask", "{folder}", ""], "the question is empty"),
         (["ask", "{folder}", "  \n"], "the question is empty"),
+        (["ask", "{folder}", "what?", ""], "the question is empty"),
         (["ask", "{folder}/none.mp4", "what?"], "does not exist"),
         (["ask", "{folder}", "what?", "--layout", "slowest"], "unknown layout 'slowest'"),
         (["ask", "{folder}", "what?", "--decoder", "vlc"], "unknown decoder 'vlc'"),
@@ -243,8 +268,8 @@ def test_a_bug_keeps_its_traceback(folder, engine):
 
 @pytest.mark.parametrize("argv", [["-v", "ask"], ["ask", "-v"]])
 def test_verbose_shows_information(argv, folder, engine, capsys, monkeypatch):
-    answer = StandIn.answer
-    monkeypatch.setattr(StandIn, "answer", lambda *a, **k: (cli.log.info("a detail"), answer(*a, **k))[1])
+    ask = StandIn.ask
+    monkeypatch.setattr(StandIn, "ask", lambda *a, **k: (cli.log.info("a detail"), ask(*a, **k))[1])
     assert run(*argv, folder, "what?") == 0
     assert "sfllava-fast: info: a detail" in capsys.readouterr().err
     assert run("ask", folder, "what?") == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_engine import LAYOUT, QUESTION, Clip, Unreadable
 from tiny_llava import (
     GRID,
     IMAGE_SIZE,
@@ -21,7 +22,6 @@ from tiny_llava import (
 )
 
 import sfllava_fast.engine as engine
-from sfllava_fast.attention import resolve_attention
 from sfllava_fast.config import sample_frames
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
@@ -34,57 +34,9 @@ from sfllava_fast.errors import (
     VideoError,
 )
 from sfllava_fast.preprocess import PreprocessSpec, preprocess
+from sfllava_fast.stages import STAGES
 
-LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
 LONG = {"text": {"max_position_embeddings": 4096}}
-QUESTION = "What is it?"
-STAGES = ["decode", "preprocess", "vision", "projector", "aggregate", "prefill", "generate"]
-
-
-class Clip:
-    """An opened video of noise, its frames told apart by their brightness."""
-
-    path, fps, size, decoder = "clip", 25.0, (30, 40), "memory"
-
-    def __init__(self, total=20):
-        self.total = total
-        generator = torch.Generator().manual_seed(total)
-        light = torch.linspace(1, 200, total).view(-1, 1, 1, 1)
-        self.pictures = (light + torch.randint(0, 55, (total, *self.size, 3), generator=generator)).to(
-            torch.uint8
-        )
-
-    def frames(self, indices):
-        return self.pictures[list(indices)]
-
-
-class Unreadable(Clip):
-    def frames(self, indices):
-        raise AssertionError("frames were decoded although the question cannot be answered")
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """Checkpoints by (family, next_, layout of keys), written once."""
-    made = {}
-
-    def make(family="vicuna", next_=False, layout="v4", **settings):
-        key = family, next_, layout, json.dumps(settings, sort_keys=True)
-        if key not in made:
-            made[key] = write_checkpoint(
-                tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings
-            )
-        return made[key]
-
-    return make
-
-
-@pytest.fixture
-def load(checkpoints):
-    def load(*args, options=None, **settings):
-        return SlowFastLlava.from_pretrained(checkpoints(*args, **settings), LAYOUT, **(options or {}))
-
-    return load
 
 
 def core(model):
@@ -209,7 +161,7 @@ def test_patches_are_a_view_behind_the_cls_token(load):
 
 
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 40])
-def test_frames_go_through_the_tower_in_passes(load, frames, monkeypatch):
+def test_frames_go_through_the_tower_in_passes(load, frames):
     model = load()
     pixels = torch.randn(frames, 3, IMAGE_SIZE, IMAGE_SIZE)
     seen = []
@@ -218,25 +170,21 @@ def test_frames_go_through_the_tower_in_passes(load, frames, monkeypatch):
     )
     patches = model.encode(pixels)
     handle.remove()
-    assert sum(seen) == frames and max(seen) <= engine.FRAMES_PER_PASS
-    monkeypatch.setattr(engine, "FRAMES_PER_PASS", frames)
+    assert sum(seen) == frames and max(seen) <= model.frames_per_pass
+    model.frames_per_pass = frames
     torch.testing.assert_close(patches, model.encode(pixels))
 
 
 def test_video_tokens_go_straight_into_the_embeddings(load):
     model, clip = load(), Clip(9)
     prompt = model.prompt(QUESTION)
-    embeds, rows = model.allocate(prompt, 3 * 18 + 9 * 4)
+    before = len(prompt.before)
+    embeds, rows = model.allocate(before, 3 * 18 + 9 * 4)
     embeds.fill_(float("nan"))
     with torch.inference_mode():
-        model.write_video(clip.frames(range(9)), rows, engine.Stopwatch(model.device))
-        assert rows.isfinite().all()
-        assert (
-            embeds[0, : len(prompt.before)].isnan().all()
-            and embeds[0, len(prompt.before) + len(rows) :].isnan().all()
-        )
-        model.write_text(prompt, embeds)
-    assert embeds.isfinite().all()
+        model.write_video(clip, range(9), rows, engine.Stopwatch(model.device))
+    assert rows.isfinite().all() and embeds[0, :before].isnan().all()
+    assert rows.data_ptr() == embeds[0, before].data_ptr()
 
 
 def test_the_answer_tells_how_it_came_about(load, checkpoints):
@@ -249,7 +197,9 @@ def test_the_answer_tells_how_it_came_about(load, checkpoints):
     assert record["tokens"] == {"slow": 54, "fast": 36, "total": 90}
     assert record["attention"] == "sdpa (cpu)" and record["device"] == "cpu" and record["dtype"] == "float32"
     assert record["backend"] not in ("", "auto")
-    assert list(record["seconds"]) == STAGES and all(seconds > 0 for seconds in record["seconds"].values())
+    assert tuple(record["seconds"]) == STAGES and all(seconds > 0 for seconds in record["seconds"].values())
+    assert record["ttft"] > record["seconds"]["vision"] + record["seconds"]["prefill"]
+    assert record["projector"] == "exact"
     assert record["tokens_per_second"] == pytest.approx(
         (len(record["token_ids"]) - 1) / record["seconds"]["generate"]
     )
@@ -506,50 +456,6 @@ def test_unknown_words_are_named(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "the model does not know these words and cannot use them: zebra"
     ]
-
-
-@pytest.mark.parametrize(
-    "requested, device, dtype, expected",
-    [
-        ("auto", "cpu", torch.float32, "sdpa (cpu)"),
-        ("sdpa", "cpu", torch.bfloat16, "sdpa (cpu)"),
-        ("eager", "cpu", torch.float32, "eager (cpu)"),
-    ],
-)
-def test_attention_on_a_cpu(requested, device, dtype, expected):
-    assert resolve_attention(requested, device, dtype).describe() == expected
-
-
-def test_attention_says_why():
-    assert "needs a CUDA GPU" in resolve_attention("auto").reason
-    with pytest.raises(
-        BackendError, match="flash_attention_2 cannot serve: it needs a CUDA GPU.*use attention='sdpa'"
-    ):
-        resolve_attention("flash_attention_2", "cpu", torch.bfloat16)
-    with pytest.raises(BackendError, match="unknown attention 'linear': choose one of auto, eager, sdpa"):
-        resolve_attention("linear")
-
-
-@pytest.mark.parametrize(
-    "installed, capability, dtype, outcome",
-    [
-        (True, (8, 0), torch.bfloat16, None),
-        (True, (8, 0), torch.float32, "needs float16 or bfloat16"),
-        (True, (7, 5), torch.float16, "compute capability 8.0"),
-        (False, (9, 0), torch.float16, "not installed"),
-    ],
-)
-def test_flash_attention_on_a_gpu(monkeypatch, installed, capability, dtype, outcome):
-    import transformers.utils
-
-    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: installed)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    if outcome is None:
-        assert resolve_attention("auto", "cuda", dtype).describe() == "flash_attention_2 (cuda)"
-        assert resolve_attention("flash_attention_2", "cuda", dtype).implementation == "flash_attention_2"
-    else:
-        with pytest.raises(BackendError, match=outcome):
-            resolve_attention("flash_attention_2", "cuda", dtype)
 
 
 def test_importing_the_engine_is_light():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sfllava_fast import preprocess as module
 from sfllava_fast.errors import InputError
@@ -60,6 +61,12 @@ def assert_near_pillow(got: torch.Tensor, want: torch.Tensor, most: int = 1, sha
     assert (distance > 0).float().mean() <= share
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU, for the code that runs there."""
+
+    device = torch.device("cuda")
+
+
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", SIZES)
 def test_stretch_is_pillows_resize(size, resample):
@@ -79,10 +86,6 @@ def test_stretch_of_ordinary_video_frames(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_resize_in_float_for_other_devices_is_pillows_too(size):
     frames = draw(*size)
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device("cuda")
-
     pixels = frames.permute(0, 3, 1, 2).as_subclass(Elsewhere)
     got = module._resize(pixels, (168, 168), "bicubic").as_subclass(torch.Tensor)
     assert got.dtype == torch.float32
@@ -147,6 +150,57 @@ def test_dtype_and_memory_of_the_result(dtype):
     assert got.dtype == dtype and got.is_contiguous()
     full = preprocess(draw(50, 60), PreprocessSpec(size=32, crop=(32, 32)))
     assert torch.equal(got, full.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_values_are_those_of_the_formula_bit_for_bit(threads, count, dtype):
+    spec, frames = PreprocessSpec(size=120, crop=(120, 118)), draw(90, 140, count)
+    scale = (spec.rescale / torch.tensor(spec.std)).view(3, 1, 1)
+    shift = (torch.tensor(spec.mean) / torch.tensor(spec.std)).view(3, 1, 1)
+    resized = F.interpolate(frames.permute(0, 3, 1, 2), (120, 120), mode="bicubic", antialias=True)
+    want = (resized[..., 1:119].float() * scale - shift).to(dtype)
+    allowed = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(preprocess(frames, spec, dtype), want)
+    finally:
+        torch.set_num_threads(allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_normalisation_for_other_devices_is_the_same(dtype, monkeypatch):
+    frames, spec = draw(40, 44), PreprocessSpec(size=None, crop=(40, 40))
+    tables = module._scale_and_shift(spec, torch.device("cpu"))
+    monkeypatch.setattr(module, "_scale_and_shift", lambda *args: tables)
+    monkeypatch.setattr(module, "_move", lambda frame, device: frame.as_subclass(Elsewhere))
+    out = torch.empty(2, 3, 40, 40, dtype=dtype)
+    for frame, pixels in zip(frames, out):
+        module.write_pixels(frame, spec, pixels.as_subclass(Elsewhere))
+    assert torch.equal(out, preprocess(frames, spec, dtype))
+
+
+def test_frames_go_to_a_gpu_through_pinned_memory_without_waiting():
+    calls = []
+
+    class Frame:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            calls.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            calls.append((device, non_blocking))
+            return self
+
+    gpu = torch.device("cuda", 0)
+    module._move(Frame(), gpu)
+    assert calls == ["pin", (gpu, True)]
+    calls.clear()
+    module._move(Frame(), torch.device("cpu"))
+    assert calls == [(torch.device("cpu"), False)]
 
 
 def test_input_is_left_as_it_was():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 
 import clips
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from sfllava_fast import video as video_module
 from sfllava_fast.config import sample_frames
-from sfllava_fast.errors import BackendError, InputError, VideoError
+from sfllava_fast.errors import BackendError, InputError, RenumberedError, VideoError
 from sfllava_fast.video import open_video
 
 EVERY_CLIP = [*clips.ENCODED, *clips.COPIED]
@@ -61,6 +63,111 @@ def test_pyav_gives_the_frames_of_ffmpeg(name, folder, true_frames):
     for ask in ASKS.values():
         indices = ask(video.total)
         assert_same_frames(video.frames(indices), indices, truth)
+
+
+def assert_streams(video, truth: np.ndarray) -> None:
+    """Each frame once, in the order shown, and good for as long as it is held."""
+    for ask in ASKS.values():
+        numbers, frames = zip(*video.stream(ask(video.total)))
+        assert list(numbers) == sorted(set(ask(video.total)))
+        assert_same_frames(torch.stack(frames), numbers, truth)
+        assert torch.equal(torch.stack(frames), video.frames(numbers))
+
+
+@pytest.mark.parametrize("name", EVERY_CLIP)
+def test_pyav_streams_the_frames_of_ffmpeg(name, folder, true_frames):
+    pytest.importorskip("av")
+    assert_streams(open_video(clips.make(folder, name)), true_frames(name))
+
+
+@pytest.mark.parametrize("name", DECORD_CLIPS)
+def test_decord_streams_the_frames_of_ffmpeg(name, folder, true_frames):
+    pytest.importorskip("decord")
+    assert_streams(open_video(clips.make(folder, name), "decord"), true_frames(name))
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Paths of the containers that were closed."""
+    seen, whole = [], video_module._open
+
+    @contextmanager
+    def count(av, path):
+        try:
+            with whole(av, path) as opened:
+                yield opened
+        finally:
+            seen.append(path)
+
+    monkeypatch.setattr(video_module, "_open", count)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "raw.h264"])
+def test_closing_a_stream_early_frees_the_decoder(name, folder, closed):
+    frames = open_video(clips.make(folder, name)).stream(range(50))
+    closed.clear()
+    assert [next(frames)[0], next(frames)[0]] == [0, 1] and not closed
+    frames.close()
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "raw.h264"])
+def test_a_stream_that_is_stopped_ends(name, folder, closed):
+    stop = threading.Event()
+    frames = open_video(clips.make(folder, name)).stream([0, 1, 50], stop)
+    closed.clear()
+    assert next(frames)[0] == 0
+    stop.set()
+    assert len(list(frames)) <= 1 and len(closed) == 1
+
+
+def test_a_folder_stops_reading_ahead_when_its_stream_is_closed(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for value in range(30):
+        Image.new("RGB", (6, 4), (value, 0, 0)).save(tmp_path / f"{value}.png")
+    before = threading.enumerate()
+    video = open_video(tmp_path)
+    assert [frame[0, 0, 0].item() for _, frame in video.stream(range(30))] == list(range(30))
+    frames = video.stream(range(30))
+    next(frames)
+    frames.close()
+    assert threading.enumerate() == before
+
+
+def misindexed(path, drop=()):
+    """A video whose packets announce frame 30 at a time it has not, and leave out frames."""
+    video = open_video(path)
+    index = video._index
+    index.pts[30] += 1
+    for column in (index.pts, index.packet, index.start):
+        for number in drop:
+            del column[number]
+    return video
+
+
+def test_a_stream_goes_on_where_the_index_fails(folder, true_frames):
+    numbers = [0, 10, 30, 50]
+    video = misindexed(clips.make(folder, "plain.mp4"))
+    got, frames = zip(*video.stream(numbers))
+    assert list(got) == numbers and video._index is None
+    assert_same_frames(torch.stack(frames), numbers, true_frames("plain.mp4"))
+    again = misindexed(clips.make(folder, "plain.mp4")).frames(numbers)
+    assert torch.equal(torch.stack(frames), again)
+
+
+def test_a_stream_says_when_what_it_gave_has_other_numbers(folder, true_frames):
+    numbers, given = [0, 10, 29, 50], []
+    video = misindexed(clips.make(folder, "plain.mp4"), drop=[5])
+    with pytest.raises(RenumberedError, match="read it again"):
+        for number, _ in video.stream(numbers):
+            given.append(number)
+    assert given == [0, 10]
+    got, frames = zip(*video.stream(numbers))
+    assert list(got) == numbers
+    assert_same_frames(torch.stack(frames), numbers, true_frames("plain.mp4"))
+    whole = misindexed(clips.make(folder, "plain.mp4"), drop=[5]).frames(numbers)
+    assert_same_frames(whole, numbers, true_frames("plain.mp4"))
 
 
 @pytest.mark.parametrize("name", DECORD_CLIPS)

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 
-from ..config import SlowFastConfig, sample_frames
+from ..config import SlowFastConfig
 from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
 from .scenes import SPLITS, Scene, draw_scene, write_video
 from ..errors import SfllavaError
@@ -60,28 +59,12 @@ _WHY = ("not there", "no sign", "unknown word", "off topic")
 KINDS = (*TYPES[:-1], *(f"unanswerable: {why}" for why in _WHY))
 
 
-@torch.inference_mode()
 def answer_all(
     model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None
 ) -> list[str]:
     """Answers to questions about one video, which is decoded and encoded once."""
-    from ..engine import Stopwatch
-
-    clip = model.open(video)
-    pictures = clip.frames(sample_frames(clip.total, frames or model.frames))
-    count = model.layout.plan(len(pictures), model.checkpoint.grid).tokens["total"]
-    prompts = [model.prompt(question.text) for question in questions]
-    seen, answers = None, []
-    for prompt in prompts:
-        embeds, rows = model.allocate(prompt, count)
-        if seen is None:
-            model.write_video(pictures, rows, Stopwatch(model.device))
-            seen = rows.clone()
-        rows.copy_(seen)
-        model.write_text(prompt, embeds)
-        cache = model.new_cache()
-        answers.append(model.decode_text(model.generate(model.prefill(embeds, cache), cache, MAX_NEW_TOKENS)))
-    return answers
+    with model.open(video, frames) as session:
+        return [session.ask(question.text, max_new_tokens=MAX_NEW_TOKENS).text for question in questions]
 
 
 def examine(

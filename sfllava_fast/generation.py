@@ -1,0 +1,192 @@
+"""The language model's side: prefill into a cache, extension by a question, greedy tokens.
+
+A video's tokens are prefilled once, without a logit; a question extends them, and only its last token gets logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import Attention
+from .checkpoint import rope_type
+from .errors import first_line
+from .kv_cache import Filled, KvCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("sfllava_fast")
+
+
+class LanguageModel:
+    """The language model inside a stock LLaVA model."""
+
+    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+        self.attention = attention
+        self.core, self.head, self.embed = model.model.language_model, model.lm_head, model.get_input_embeddings()
+        self.config, self.dtype, self.device = self.core.config, model.dtype, model.device
+        # Beyond this many tokens a dynamic rotary embedding rescales every position; None: it never does.
+        self.rescales_after = self.config.max_position_embeddings if rope_type(self.config) == "dynamic" else None
+
+    def new_cache(self, rows: int, capacity: int) -> KvCache:
+        return KvCache(self.config, rows, capacity, self.dtype, self.device)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return KvCache(self.config, 1, 1, self.dtype, torch.device("meta")).nbytes
+
+    def embed_tokens(self, ids: Sequence[int]) -> Tensor:
+        """Embeddings [n, D] of token ids."""
+        return self.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def rescales(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens has other rotary embeddings than a shorter one."""
+        return self.rescales_after is not None and tokens > self.rescales_after
+
+    def forget_scale(self) -> None:
+        """A dynamic rotary embedding keeps the scale of the longest input it saw; a short input makes it forget."""
+        if self.rescales_after is not None:
+            first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.core.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
+
+    def prefill(self, cache: KvCache, embeds: Tensor) -> None:
+        """Keys and values of embeds [rows, n, D], the same number of tokens in each row, without their logits.
+
+        The last layer stops when its keys and values are written: nothing reads what it would go on to compute.
+        """
+        cache.positions, cache.fill_only = None, True
+        try:
+            with self.attention.for_prefill():
+                self._run(cache, embeds)
+        except Filled:
+            pass
+        finally:
+            cache.fill_only = False
+        cache.length += embeds.shape[1]
+
+    def extend(self, cache: KvCache, embeds: Tensor) -> Tensor:
+        """Logits [1, V] behind embeds [1, n, D], which are appended to a cache of one row."""
+        cache.positions = None
+        hidden = self._run(cache, embeds)
+        cache.length += embeds.shape[1]
+        return self.head(hidden[:, -1])
+
+    def extend_rows(self, cache: KvCache, parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        """Logits [rows, V] behind parts [n_i, D], appended to rows of different lengths in one forward pass.
+
+        Parts are padded on the right: what a pad writes lies beyond its row's length, where nothing looks.
+        """
+        embeds = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        cache.positions = torch.tensor(lengths, device=self.device)
+        cache.stop = max(lengths) + embeds.shape[1]
+        hidden = self._run_masked(cache, embeds)
+        last = torch.tensor([len(part) - 1 for part in parts], device=self.device)
+        return self.head(hidden[torch.arange(len(parts), device=self.device), last])
+
+    def tokens(self, cache: KvCache, logits: Tensor, lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Greedy token ids from logits [rows, V] on: one for each row at a time, `most` times."""
+        ids, step = logits.argmax(-1), None
+        if cache.rows > 1 or (self.device.type == "cuda" and not self.rescales(max(lengths) + most)):
+            step = cache.step = cache.step or StaticStep(self, cache)
+            step.start(ids, lengths)
+        for made in range(most):
+            yield ids.tolist()
+            if made < most - 1:
+                ids = step() if step else self.extend(cache, self.embed(ids[:, None])).argmax(-1)
+
+    def _run(self, cache: KvCache, embeds: Tensor, **arguments: Tensor) -> Tensor:
+        return self.core(
+            inputs_embeds=embeds, past_key_values=cache, use_cache=True, **arguments
+        ).last_hidden_state
+
+    def _run_masked(self, cache: KvCache, embeds: Tensor) -> Tensor:
+        """Rows at `cache.positions`, each of which sees itself up to there and no more."""
+        queries = cache.positions[:, None] + torch.arange(embeds.shape[1], device=self.device)
+        columns = torch.arange(cache.stop, device=self.device)
+        seen = columns <= queries[..., None]
+        if window := getattr(self.config, "sliding_window", None):
+            seen &= columns > queries[..., None] - window
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[:, None]
+        with self._attention_that_takes_masks():
+            return self._run(cache, embeds, attention_mask=mask, position_ids=queries)
+
+    @contextmanager
+    def _attention_that_takes_masks(self) -> Iterator[None]:
+        chosen = self.config._attn_implementation
+        if not chosen.startswith("flash"):
+            yield
+            return
+        self.config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = chosen
+
+    @contextmanager
+    def unscaled_rope(self) -> Iterator[None]:
+        """Within its first positions a dynamic rotary embedding is a plain one, that need not look at them."""
+        if self.rescales_after is None:
+            yield
+            return
+        self.core.rotary_emb.rope_type = "default"
+        try:
+            yield
+        finally:
+            self.core.rotary_emb.rope_type = "dynamic"
+
+
+class StaticStep:
+    """One more token for every row, with all state in tensors that stay where they are: a CUDA graph on a GPU.
+
+    Launching a model's kernels one by one takes the host several times as long as a GPU takes to run them. The first
+    call runs as it is, which is the warm-up that a capture needs; the second is captured.
+    """
+
+    def __init__(self, model: LanguageModel, cache: KvCache) -> None:
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(cache.rows, dtype=torch.long, device=model.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.captures, self.warm, self.graph = model.device.type == "cuda", False, None
+
+    def start(self, ids: Tensor, lengths: Sequence[int]) -> None:
+        """Begin with token ids [rows] that follow so many tokens of each row."""
+        self.ids.copy_(ids)
+        self.positions.copy_(torch.tensor(lengths))
+        self.cache.positions, self.cache.stop = self.positions, self.cache.capacity
+
+    def __call__(self) -> Tensor:
+        """The next token ids [rows]; overwritten by the next call."""
+        if self.captures and self.warm and self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._run()
+            self.warm = True
+        return self.ids
+
+    def _run(self) -> None:
+        with self.model.unscaled_rope():
+            hidden = self.model._run_masked(self.cache, self.model.embed(self.ids[:, None]))
+        self.ids.copy_(self.model.head(hidden[:, -1]).argmax(-1))
+        self.positions += 1
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run()
+        except RuntimeError as error:
+            log.warning("the decode step cannot be captured in a CUDA graph (%s): going on without", first_line(error))
+            self.captures = False
+            return
+        self.graph = graph

@@ -1,0 +1,261 @@
+"""The projector and the aggregator together: tokens pooled from Linear2(GELU(Linear1(x))).
+
+A mean commutes with Linear2, so its tokens can be pooled between GELU and Linear2, which then runs on tokens instead of
+patches: with the paper's layout on 6,560 rows instead of 28,800. Equal in real arithmetic, not bit for bit. What is
+pooled there stays in float32, or is split into two 16-bit halves: rounding it to 16 bits would make the error larger
+than the standard order's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends
+from .config import Plan, Range, SlowFastConfig
+from .errors import InputError, first_line
+from .ops import check_out, resolve_plan, slowfast_aggregate
+
+log = logging.getLogger("sfllava_fast")
+
+Mode = Literal["exact", "commuted", "auto"]
+MODES = get_args(Mode)
+# auto commutes where Linear2 keeps at most this part of its rows.
+_WORTHWHILE = 0.8
+
+
+def project_and_aggregate(
+    hidden: Tensor,
+    projector: nn.Module,
+    config: SlowFastConfig | str = SlowFastConfig(),
+    *,
+    mode: Mode = "exact",
+    out: Tensor | None = None,
+    backend: str = "auto",
+    grid: tuple[int, int] | None = None,
+    frame_offsets: Tensor | Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SlowFast tokens [S, D] of the vision tower's features (arXiv 2407.15841, section 3.2, with the projector).
+
+    hidden: [T, N, C], what the projector takes, unit stride over C (`hidden[:, 1:]` as it is).
+    projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
+    mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
+        means before Linear2, for inference only: its error against float64 is no larger than the published order's.
+        "auto" commutes where that can serve and saves a fifth of Linear2's rows or more.
+    The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
+    "commuted" was asked for and cannot serve.
+    """
+    if mode not in MODES:
+        raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+    plan = resolve_plan(hidden, config, grid, frame_offsets)
+    if mode == "auto":
+        mode = "commuted" if _why_not(projector, hidden, plan) is None and _pays(plan) else "exact"
+    if mode == "exact":
+        features = projector(hidden)
+        return slowfast_aggregate(features, config, out=out, backend=backend, grid=grid, frame_offsets=frame_offsets)
+    if reason := _why_not(projector, hidden, plan):
+        raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
+    first, _, second = projector.children()
+    if out is None:
+        out = hidden.new_empty(plan.offsets[-1], second.out_features)
+    check_out(out, hidden, plan.offsets[-1], second.out_features)
+    with torch.no_grad():
+        _commuted(hidden, first, second, plan, out, backend)
+    return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
+
+
+def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
+    """Why pooling cannot go before this projector's second layer; None where it can."""
+    name, parts = type(projector).__name__, dict(projector.named_children())
+    if len(parts) != 3 or type(projector) is not nn.Sequential and list(parts) != ["linear_1", "act", "linear_2"]:
+        return f"{name} is not Linear, GELU, Linear"
+    first, act, second = parts.values()
+    for part in (first, second):
+        if type(part) is not nn.Linear:
+            return f"{type(part).__name__} is not a plain Linear"
+    if not _is_exact_gelu(act):
+        return f"its activation {act} is not the exact GELU"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (projector, first, act, second)):
+        return "hooks watch it"
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in projector.parameters())):
+        return "it needs gradients"
+    if hidden.dtype != first.weight.dtype:
+        return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
+    if any(stop - start > 1 for path in plan.pathways for video in path.frames for start, stop in video):
+        return "the layout pools several frames together"
+    return None
+
+
+def _is_exact_gelu(act: nn.Module) -> bool:
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return type(act).__name__ == "GELUActivation"  # transformers' name for it
+
+
+def _pays(plan: Plan) -> bool:
+    """Whether Linear2 is left with few enough rows: a maximum's patches and a mean's tokens."""
+    maxima, means = _split(plan)
+    patches = plan.grid[0] * plan.grid[1]
+    rows = len(maxima.frames) * patches + sum(stop - start for start, stop in means.rows)
+    return rows <= _WORTHWHILE * sum(plan.lengths) * patches
+
+
+@dataclass(frozen=True)
+class _Half:
+    """A plan's pathways of one reduction: the frames they read, sorted, and which rows of the tokens are theirs.
+
+    plan: these pathways alone on the frames they read, numbered anew; its tokens are those rows, in order. None where
+    there is no such pathway.
+    """
+
+    frames: tuple[int, ...]
+    rows: tuple[Range, ...]
+    plan: Plan | None
+
+
+@lru_cache(maxsize=64)
+def _split(plan: Plan) -> tuple[_Half, _Half]:
+    """The maxima, which need Linear2 of every patch, and the means."""
+    return _half(plan, "max"), _half(plan, "mean")
+
+
+def _half(plan: Plan, reduce: str) -> _Half:
+    paths = [path for path in plan.pathways if path.pathway.reduce == reduce]
+    if not paths:
+        return _Half((), (), None)
+    by_video = [sorted({start for path in paths for start, _ in path.frames[v]}) for v in range(len(plan.lengths))]
+    frames = tuple(frame for video in by_video for frame in video)
+    place = {frame: i for i, frame in enumerate(frames)}
+    renumbered = tuple(
+        replace(path, frames=tuple(tuple((place[f], place[f] + 1) for f, _ in video) for video in path.frames))
+        for path in paths
+    )
+    rows, at = [], 0
+    for video in range(len(plan.lengths)):
+        for path in plan.pathways:
+            count = len(path.frames[video]) * path.tokens_per_frame
+            if path.pathway.reduce == reduce:
+                begin = rows.pop()[0] if rows and rows[-1][1] == at else at
+                rows.append((begin, at + count))
+            at += count
+    return _Half(frames, tuple(rows), Plan(tuple(map(len, by_video)), plan.grid, renumbered))
+
+
+def _commuted(hidden: Tensor, first: nn.Linear, second: nn.Linear, plan: Plan, out: Tensor, backend: str) -> None:
+    """Fills out [S, D]: means are pooled before Linear2, maxima after it, on the frames that have any."""
+    layers = _FusedLayers(first, second) if _is_fused(hidden, backend) else _TorchLayers(first, second, hidden, backend)
+    maxima, means = _split(plan)
+    pooled, kept = layers.pool(hidden, plan)
+    for rows, part in zip(means.rows, pooled.split([stop - start for start, stop in means.rows])):
+        layers.project_pooled(part, out[slice(*rows)])
+    if maxima.plan:
+        features = layers.project(kept).to(out.dtype)
+        whole = len(maxima.rows) == 1
+        tokens = out[slice(*maxima.rows[0])] if whole else out.new_empty(maxima.plan.offsets[-1], out.shape[1])
+        backends.choose(backend, features).run(features, maxima.plan, tokens)
+        for rows, part in () if whole else zip(maxima.rows, tokens.split([b - a for a, b in maxima.rows])):
+            out[slice(*rows)] = part
+
+
+class _FusedLayers:
+    """Linear1, GELU and pooling in one Triton kernel, so that activations never reach memory; Linear2 in another."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        self.first, self.second, self.kernels = first, second, backends.triton_kernels()
+
+    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
+
+    def project(self, kept: Tensor) -> Tensor:
+        return self.second(kept)
+
+    def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
+        self.kernels.project_pooled(pooled, self.second.weight, self.second.bias, out)
+
+
+class _TorchLayers:
+    """The same on torch's operators.
+
+    Of 16-bit weights the products are 16-bit where the processor has those, and what is pooled is split into two
+    halves; elsewhere all is float32, which emulation would only slow down.
+    """
+
+    def __init__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, backend: str) -> None:
+        self.split = hidden.dtype in (torch.bfloat16, torch.float16) and _multiplies(hidden.dtype, hidden.device)
+        wide = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
+        self.first, self.first_bias = _parameters(first, wide)
+        self.second, self.second_bias = _parameters(second, wide)
+        self.backend = backend
+
+    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """(pooled, kept): the means' tokens [M, I] of GELU(Linear1) in float32, and the maxima's frames [F, N, I]."""
+        maxima, means = _split(plan)
+        values = F.linear(hidden.to(self.first.dtype), self.first, self.first_bias)
+        activations = torch.ops.aten.gelu_(values.float() if self.split else values)
+        pooled = activations.new_empty(means.plan.offsets[-1] if means.plan else 0, activations.shape[2])
+        if means.plan:
+            read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
+            backends.choose(self.backend, read).run(read, means.plan, pooled)
+        return pooled, activations[list(maxima.frames)]
+
+    def project(self, kept: Tensor) -> Tensor:
+        """Linear2 of patches [..., I]."""
+        return F.linear(kept.to(self.second.dtype), self.second, self.second_bias)
+
+    def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
+        """Linear2 of float32 tokens [M, I] into out [M, D], with no rounding but the last."""
+        weight = self.second
+        if self.split:
+            high = pooled.to(weight.dtype)
+            pooled = torch.cat([high, (pooled - high.float()).to(weight.dtype)], dim=1)
+            weight = torch.cat([weight, weight], dim=1)
+        out.copy_(F.linear(pooled, weight, self.second_bias))
+
+
+def _is_fused(hidden: Tensor, backend: str) -> bool:
+    """Whether the Triton kernels serve: on a GPU where they work, in 16 bits."""
+    if not hidden.is_cuda or backend not in ("auto", "triton") or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not backends.BACKENDS["triton"].why_unavailable(hidden.device) and _fused_works(hidden.device, hidden.dtype)
+
+
+@cache
+def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels' tokens on a device are those of torch's operators; says once where they are not."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False) for _ in range(2))
+    hidden = torch.randn(3, 64, 64, generator=generator).to(device, dtype)
+    plan = SlowFastConfig(2, fast_grid=(2, 2)).plan(3, (8, 8))
+    maxima, means = _split(plan)
+    try:
+        fused, plain = _FusedLayers(first, second), _TorchLayers(first, second, hidden, "torch")
+        for got, expected in zip(fused.pool(hidden, plan), plain.pool(hidden, plan)):
+            torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
+        tokens = [hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2)]
+        for layers, out in zip((fused, plain), tokens):
+            layers.project_pooled(plain.pool(hidden, plan)[0], out)
+        torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
+    except Exception as error:  # compilers and drivers fail in many ways; torch's operators serve then
+        log.warning("the fused projector is not used on %s: %s", device, first_line(error))
+        return False
+    return True
+
+
+def _parameters(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+
+
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has matrix products of this 16-bit type."""
+    if device.type != "cpu":
+        return True
+    bfloat16 = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    names = bfloat16 if dtype is torch.bfloat16 else ("_is_amx_fp16_supported",)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

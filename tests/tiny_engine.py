@@ -1,0 +1,28 @@
+"""What the tests of the whole system share: a clip in memory, a small layout, a question."""
+
+from pathlib import Path
+
+import torch
+
+from sfllava_fast.video import MemoryVideo
+
+LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
+QUESTION = "What is it?"
+
+
+class Clip(MemoryVideo):
+    """A video of noise, its frames told apart by their brightness."""
+
+    fps = 25.0
+
+    def __init__(self, total=20):
+        generator = torch.Generator().manual_seed(total)
+        light = torch.linspace(1, 200, total).view(-1, 1, 1, 1)
+        noise = torch.randint(0, 55, (total, 30, 40, 3), generator=generator)
+        super().__init__((light + noise).to(torch.uint8))
+        self.path, self.pictures = Path("clip"), self._frames
+
+
+class Unreadable(Clip):
+    def stream(self, *_):
+        raise AssertionError("frames were decoded although the question cannot be answered")
