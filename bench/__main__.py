@@ -13,7 +13,7 @@ from rich.table import Table
 from sfllava_fast.cli import add_bench_options
 from sfllava_fast.errors import SfllavaError
 
-from . import gpu, op
+from . import gpu, op, projector
 from .compare import compare
 from .op import BEST_PEER, COPY
 from .plot import plot
@@ -44,6 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     option("--slow-peers", action="store_true", help="also time the reference, and on the CPU the plain eager form")
     option("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+
+    command = commands.add_parser("projector", help="with the aggregator: the commuted order against the exact one")
+    command.set_defaults(run=_projector)
+    command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
+    command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
+    command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
 
     command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
     command.set_defaults(run=_pipeline)
@@ -80,6 +88,32 @@ def _pipeline(args: argparse.Namespace) -> int:
     from .report import main  # imports transformers, which nothing else here needs
 
     return main(args)
+
+
+def _projector(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ResultError("no CUDA device was found")
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    result = projector.run(args.device, args.rounds, args.only, save)
+    _print_projector(result)
+    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+
+
+def _print_projector(result: dict) -> None:
+    facts = result["machine"]
+    console = Console(width=110, highlight=False, markup=False)
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, commit {facts['commit']}")
+    table = Table(title="projector and aggregator, 50 frames of 24x24 patches, 1024 -> 4096", title_justify="left")
+    for name in ("work", "exact ms", "commuted ms", "exact / commuted", "bar", "error / exact's: slow", "fast"):
+        table.add_column(name, justify="left" if name == "work" else "right")
+    for work, figures in result["works"].items():
+        times = (f"{figures['providers'][mode]['p50_ms']:.4g}" for mode in (projector.EXACT, projector.COMMUTED))
+        (bar,), errors = figures["bars"].values(), figures["error_over_exact"]
+        asked = f"{bar['bar']:.2f}" if bar["bar"] else ""
+        table.add_row(work, *times, f"{bar['ratio']:.2f}", asked, f"{errors['slow']:.3f}", f"{errors['fast']:.3f}")
+    console.print(table)
+    for name, reason in result["errors"].items():
+        console.print(f"error: {name}: {reason}")
 
 
 def _compare(args: argparse.Namespace) -> int:

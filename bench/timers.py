@@ -28,9 +28,12 @@ class Sample:
 
 
 class CpuTimer:
-    """One call at a time, caches emptied before each; the first two rounds are warm-up."""
+    """One call at a time, caches emptied before each."""
 
     _EVICT_BYTES = 96 << 20
+
+    def __init__(self, warm_up: int = 2) -> None:
+        self._warm_up = warm_up  # rounds
 
     def sets(self, size: int) -> int:
         return 1
@@ -45,12 +48,12 @@ class CpuTimer:
         """Seconds of a call of each contender in each round."""
         evict = torch.zeros(self._EVICT_BYTES, dtype=torch.uint8)
         times: dict[str, list[float]] = {name: [] for name in samples}
-        for round_ in range(rounds + 2):
+        for round_ in range(-self._warm_up, rounds):
             for name, sample in samples.items():
                 evict.add_(1)
                 start = time.perf_counter()
                 sample.run()
-                if round_ >= 2:
+                if round_ >= 0:
                     times[name].append(time.perf_counter() - start)
         return times
 

@@ -56,7 +56,7 @@ def project_and_aggregate(
         raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
     plan = resolve_plan(hidden, config, grid, frame_offsets)
     if mode == "auto":
-        mode = "commuted" if _why_not(projector, hidden, plan) is None and _pays(plan) else "exact"
+        mode = "commuted" if _why_not(projector, hidden, plan) is None and _pays(plan, hidden) else "exact"
     if mode == "exact":
         features = projector(hidden)
         return slowfast_aggregate(features, config, out=out, backend=backend, grid=grid, frame_offsets=frame_offsets)
@@ -99,8 +99,10 @@ def _is_exact_gelu(act: nn.Module) -> bool:
     return type(act).__name__ == "GELUActivation"  # transformers' name for it
 
 
-def _pays(plan: Plan) -> bool:
+def _pays(plan: Plan, hidden: Tensor) -> bool:
     """Whether Linear2 is left with few enough rows: a maximum's patches and a mean's tokens."""
+    if hidden.is_cuda and hidden.dtype is torch.float32:  # its float64 products take longer on most GPUs
+        return False
     maxima, means = _split(plan)
     patches = plan.grid[0] * plan.grid[1]
     rows = len(maxima.frames) * patches + sum(stop - start for start, stop in means.rows)
@@ -184,7 +186,8 @@ class _TorchLayers:
     """The same on torch's operators.
 
     Of 16-bit weights the products are 16-bit where the processor has those, and what is pooled is split into two
-    halves; elsewhere all is float32, which emulation would only slow down.
+    halves; elsewhere all is float32, which emulation would only slow down. Of float32 weights, Linear2 of what is pooled
+    is float64: the standard order averages the errors of a float32 sum away, which this order makes once.
     """
 
     def __init__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, backend: str) -> None:
@@ -192,6 +195,7 @@ class _TorchLayers:
         wide = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
         self.first, self.first_bias = _parameters(first, wide)
         self.second, self.second_bias = _parameters(second, wide)
+        self.pooled = torch.float64 if hidden.dtype is torch.float32 else wide
         self.backend = backend
 
     def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -211,12 +215,12 @@ class _TorchLayers:
 
     def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
         """Linear2 of float32 tokens [M, I] into out [M, D], with no rounding but the last."""
-        weight = self.second
+        weight, bias = self.second.to(self.pooled), self.second_bias
         if self.split:
             high = pooled.to(weight.dtype)
             pooled = torch.cat([high, (pooled - high.float()).to(weight.dtype)], dim=1)
             weight = torch.cat([weight, weight], dim=1)
-        out.copy_(F.linear(pooled, weight, self.second_bias))
+        out.copy_(F.linear(pooled.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)))
 
 
 def _is_fused(hidden: Tensor, backend: str) -> bool:

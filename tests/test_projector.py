@@ -88,9 +88,9 @@ def test_exact_is_the_standard_order_bit_for_bit(config):
 
 
 @pytest.mark.parametrize("pool", SLOW_POOLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_commuted_is_no_less_accurate_than_exact(products, pool, dtype):
-    """By pathway, in 16 bits; the layout is the paper's in small."""
+    """By pathway; the layout is the paper's in small."""
     config = SlowFastConfig(4, pool, (4, 4))
     hidden, projector = make_hidden(24, 24, dtype), make_projector(dtype)
     wide = wide_tokens(hidden, projector, config)
