@@ -14,27 +14,27 @@ from triton_ahead import Target, resources
 from sfllava_fast import backends
 
 INNER = 4096
-# Whether patches are kept, units are tokens, some units are no whole box; patches of a unit.
+# Whether patches are kept, units are tokens, some units are no whole box; patches of a unit; the dtype.
 LAYOUTS = {
-    "the default layout": (True, False, False, 4),
-    "pairs that nest": (False, True, False, 2),
-    "overlapping boxes": (True, True, True, 4),
-    "single patches": (True, True, False, 1),
+    "the default layout": (True, False, False, 4, torch.bfloat16),
+    "pairs that nest": (False, True, False, 2, torch.float16),
+    "overlapping boxes": (True, True, True, 4, torch.bfloat16),
+    "single patches": (True, True, False, 1, torch.bfloat16),
 }
 
 
 def cases(launch, major):
     """Kernel, what is compiled, tensors' dtypes, the constants between the numbers and the tile, tile, its place."""
-    half, single = (torch.bfloat16, torch.float16), torch.float32
+    default, pairs, overlapping, single = LAYOUTS
     for place, tile in enumerate(launch.POOL_TILES[major]):
-        for name, layout in list(LAYOUTS.items())[: 3 if place else None]:
-            for dtype in half if not place and name == "the default layout" else half[:1]:
-                dtypes = (dtype, dtype, dtype, torch.int32, single, dtype)
-                yield launch.project_tiles, f"{name}, {dtype}", dtypes, (True, INNER, True, *layout), tile, place
+        for name in ((default, pairs, overlapping), (default, single))[place]:
+            *layout, dtype = LAYOUTS[name]
+            dtypes = (dtype, dtype, dtype, torch.int32, torch.float32, dtype)
+            yield launch.project_tiles, name, dtypes, (True, INNER, True, *layout), tile, place
     for place, tile in enumerate(launch.ROWS_TILES[major]):
-        for dtype in half[: 1 if place else 2]:
-            largest = torch.finfo(dtype).max
-            yield launch.project_rows, str(dtype), (single, dtype, dtype, dtype), (True, INNER, True, largest), tile, place
+        for dtype in (torch.bfloat16, torch.float16)[: 1 if place else 2]:
+            dtypes = (torch.float32, dtype, dtype, dtype)
+            yield launch.project_rows, str(dtype), dtypes, (True, INNER, True, torch.finfo(dtype).max), tile, place
 
 
 def compile_for(arch):

@@ -8,10 +8,11 @@ The table, int32: where its sections begin [8], then
     tokens, counts [tiles * units]   row of the unit's mean, or -1, and how many patches it has; empty without tokens
     sums [sums, 4]                   row, first row of its parts, how many, count that their sum is divided by
 A *unit* is 1, 2 or 4 patches that follow each other in the order. A box no larger is one unit; a larger one is a run of
-units, and has a *segment* in each tile that the run meets. Rows are the tokens, then the parts of boxes that several
-tiles share.
+units, of 2 patches at least, and has a *segment* in each tile that the run meets. Rows are the tokens, then the parts
+of boxes that several tiles share.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,7 +134,7 @@ def _order(plan, kind, unit):
         patch, np.array(real, bool), keep,
         np.array([small for _, small, _ in units], np.int32), np.array([large for _, _, large in units], np.int32),
         np.array([len(box) for box in boxes], np.int32), np.array(tokens, np.int32).reshape(-1, 3),
-        len(patch) + segments * (4 + 8 / unit),
+        len(patch) + segments * (4 + 8 / unit) if segments == 0 or unit > 1 else math.inf,
     )  # fmt: skip
 
 

@@ -116,17 +116,18 @@ def project_tiles(
     unit = tl.arange(0, PATCHES // UNIT)
     if SMALL:
         if tl.load(tile_at + 3):
-            token = tl.load(_section(table, _TOKENS) + tile * (PATCHES // UNIT) + unit)
-            count = tl.load(_section(table, _COUNTS) + tile * (PATCHES // UNIT) + unit)
+            here = tile * (PATCHES // UNIT) + unit
+            token = tl.load(_section(table, _TOKENS) + here)
             token_at = buffer + token.to(tl.int64)[None, :] * INNER + channel[:, None]
-            mean = units / count.to(tl.float32)[None, :]
+            mean = units / tl.load(_section(table, _COUNTS) + here).to(tl.float32)[None, :]
             tl.store(token_at, mean, mask=(token >= 0)[None, :] & present[:, None])
-    for segment in range(tl.load(tile_at), tl.load(tile_at + 1)):
-        segment_at = _section(table, _SEGMENTS) + segment * _SEGMENT
-        inside = (unit >= tl.load(segment_at)) & (unit < tl.load(segment_at + 1))
-        total = tl.sum(tl.where(inside[None, :], units, 0.0), 1)
-        mean = total / tl.load(segment_at + 3).to(tl.float32)
-        tl.store(buffer + tl.load(segment_at + 2).to(tl.int64) * INNER + channel, mean, mask=present)
+    if UNIT > 1:
+        for segment in range(tl.load(tile_at), tl.load(tile_at + 1)):
+            segment_at = _section(table, _SEGMENTS) + segment * _SEGMENT
+            inside = (unit >= tl.load(segment_at)) & (unit < tl.load(segment_at + 1))
+            total = tl.sum(tl.where(inside[None, :], units, 0.0), 1)
+            mean = total / tl.load(segment_at + 3).to(tl.float32)
+            tl.store(buffer + tl.load(segment_at + 2).to(tl.int64) * INNER + channel, mean, mask=present)
 
 
 @triton.jit(do_not_specialize=["chunks"])

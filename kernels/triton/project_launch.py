@@ -22,17 +22,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By compute capability's major number, each list in the order to try in; the first is taken.
-# Two programs of 128 x 128 share a multiprocessor, one's epilogue beside the other's product; 256 x 128 read less.
+# By compute capability's major number, to be tuned on a device. The first is taken, the second for means of single
+# patches, which are stored from as many registers as they are added up in. Tiles of 256 x 128 read least; two programs
+# of 128 x 128 x 64 share a multiprocessor, so that one's epilogue runs beside the other's product.
 POOL_TILES = {
     8: (Tile(128, 128, 32, 4, 4), Tile(256, 128, 32, 8, 3)),
-    9: (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(256, 64, 64, 8, 3)),
-    10: (Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    9: (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    10: (Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4)),
 }
 ROWS_TILES = {
     8: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4)),
     9: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3)),
-    10: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3)),
+    10: (Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 3)),
 }
 
 
@@ -46,7 +47,7 @@ def project_pool(hidden, weight, bias, plan, tile=None):
     kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.
     """
     with _device_of(hidden):
-        tile = tile or _tile(POOL_TILES, hidden)
+        tile = tile or _pool_tile(hidden, plan)
         order = gather(plan, tile.rows)
         table = on_device(order.table, hidden.device)
         width, inner = hidden.shape[2], weight.shape[0]
@@ -79,7 +80,7 @@ def project_pooled(pooled, weight, bias, out, tile=None):
     if not rows:
         return
     with _device_of(out):
-        tile = tile or _tile(ROWS_TILES, out)
+        tile = tile or _tiles(ROWS_TILES, out)[0]
         outer = out.shape[1]
         vector = _vector((pooled, weight, out), (weight.stride(0), out.stride(0), inner, outer))
         programs = -(-rows // tile.rows) * -(-outer // tile.channels)
@@ -95,9 +96,14 @@ def _device_of(tensor):
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
 
 
-def _tile(tiles, tensor):
+def _tiles(tiles, tensor):
     major = torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
-    return tiles.get(major, tiles[8])[0]
+    return tiles.get(major, tiles[8])
+
+
+def _pool_tile(hidden, plan):
+    first, second, *_ = _tiles(POOL_TILES, hidden)
+    return first if gather(plan, first.rows).unit > 1 else second
 
 
 def _vector(tensors, steps):
