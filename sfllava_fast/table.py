@@ -39,12 +39,17 @@ def plan_table(plan: Plan) -> Tensor:
 
 
 def device_table(plan: Plan, device: torch.device) -> Tensor:
-    """`plan_table(plan)` on `device`: uploaded by the first call and cached, so that later ones copy nothing.
+    """`plan_table(plan)` on `device`: see `on_device`."""
+    return on_device(plan_table(plan), device)
+
+
+def on_device(host_table: Tensor, device: torch.device) -> Tensor:
+    """A cached table on `device`: uploaded by the first call and cached, so that later ones copy nothing.
 
     Its memory stays as long as queued work may read it, in captured CUDA graphs as long as the process: they can be
     replayed at any time. Raises BackendError where the first call is inside a capture.
     """
-    table, streams = _upload(plan, device)
+    table, streams = _upload(host_table, device)
     if device.type == "cuda":
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         if stream not in streams:
@@ -59,11 +64,11 @@ _in_graphs: set[Tensor] = set()
 
 
 @lru_cache(maxsize=256)
-def _upload(plan: Plan, device: torch.device) -> tuple[Tensor, set[int]]:
+def _upload(host_table: Tensor, device: torch.device) -> tuple[Tensor, set[int]]:
     """The table, and the streams that have read it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("a CUDA graph cannot capture the first call of its kind: make it once before the capture")
-    return plan_table(plan).to(device), set()
+    return host_table.to(device), set()
 
 
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from triton_process import HERE, interpret, run
 
 from sfllava_fast import backends
 from sfllava_fast.config import Bins, Pathway, PathwayTables, Plan, SlowFastConfig
@@ -18,27 +15,13 @@ from sfllava_fast.config import Bins, Pathway, PathwayTables, Plan, SlowFastConf
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-HERE = Path(__file__).parent
 _REGISTERS, _MOST_WARPS, _BLOCK_BYTES = 65536, 32, 512  # of a multiprocessor; of programs on it, each one warp; a patch
 # A multiprocessor's share of bandwidth x latency: 8 TB/s x 0.8 us / 148 on the largest device that is compiled for.
 _BYTES_IN_FLIGHT = 44 << 10
 
 
-def run(*command: str, **env: str) -> str:
-    """Output of a process of its own: Triton reads TRITON_INTERPRET, or is given a target, once for all."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent, env=environment | env
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-20000:]
-    return done.stdout
-
-
 def test_in_the_interpreter():
-    tests = str(HERE / "triton_interpreted.py")
-    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests, TRITON_INTERPRET="1")
-    assert re.search(r"\d+ passed", out) and "skipped" not in out
+    interpret("triton_interpreted.py")
 
 
 # --- compiled ahead of time

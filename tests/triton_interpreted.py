@@ -6,15 +6,13 @@ takes tens of milliseconds here, so everything is small.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from kernel_cases import (
     DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
 )  # fmt: skip
-from triton.runtime import interpreter
+from triton_repairs import repaired_interpreter as repaired_interpreter
 
 from sfllava_fast import backends, reference
 from sfllava_fast.config import SLOW_POOLS, Bins, Pathway, PathwayTables, Plan, SlowFastConfig
@@ -24,33 +22,6 @@ CHANNELS = (1, 8, 33)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pools = pytest.mark.parametrize("pool", SLOW_POOLS)
 sources = pytest.mark.parametrize("make", SOURCES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def repaired_interpreter():
-    """Two faults of the interpreter, which no kernel can help.
-
-    It holds scalars in arrays of one element, which NumPy >= 2.4 does not take for an index. And between float32 and
-    bfloat16 it drops bits instead of rounding, and loses denormals; processors, like torch, do neither.
-    """
-    patch = pytest.MonkeyPatch()
-    patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
-
-    def patched_tensor(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def converted(data, source, target, rounding):
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return data.astype(np.uint32) << 16
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
-        return convert_float(data, source, target, rounding)
-
-    patch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
-    patch.setattr(interpreter, "_convert_float", converted)
-    yield
-    patch.undo()
 
 
 def run(x: torch.Tensor, plan: Plan, out: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
+from .project_launch import project_pool as project_pool, project_pooled as project_pooled
 from .tiling import find_tiling
 
 _WARPS = 1

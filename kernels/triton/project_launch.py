@@ -1,0 +1,131 @@
+"""Launches of the projector's kernels (project.py), in the style of the aggregator's beside them."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..table import on_device
+from .gather import gather
+from .project import add_parts, project_rows, project_tiles
+
+_PART_BLOCK = 1024
+
+
+class Tile(NamedTuple):
+    """What a program computes, and how: of `project_tiles` rows are gathered patches."""
+
+    rows: int
+    channels: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By compute capability's major number, to be tuned on a device. The first is taken, the second for means of single
+# patches, which are stored from as many registers as they are added up in. Tiles of 256 x 128 read least; two programs
+# of 128 x 128 x 64 share a multiprocessor, so that one's epilogue runs beside the other's product.
+POOL_TILES = {
+    8: (Tile(128, 128, 32, 4, 4), Tile(256, 128, 32, 8, 3)),
+    9: (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    10: (Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4)),
+}
+ROWS_TILES = {
+    8: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4)),
+    9: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3)),
+    10: (Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 3)),
+}
+
+
+def project_pool(hidden, weight, bias, plan, tile=None):
+    """(pooled, kept): the mean pathways' tokens of GELU(hidden @ weight.T + bias), and what the maxima read of it.
+
+    GELU is the exact one, in float32; hidden [T, N, C] is bfloat16 or float16 on a CUDA device (on the CPU under
+    TRITON_INTERPRET=1) with unit stride over C, weight [I, C] and bias [I] or None are of its dtype.
+    plan: sfllava_fast.config.Plan of T frames of N patches, every bin of frames one frame, else ValueError.
+    pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
+    kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.
+    """
+    with _device_of(hidden):
+        tile = tile or _pool_tile(hidden, plan)
+        order = gather(plan, tile.rows)
+        table = on_device(order.table, hidden.device)
+        width, inner = hidden.shape[2], weight.shape[0]
+        buffer = torch.empty(order.tokens + order.parts, inner, dtype=torch.float32, device=hidden.device)
+        kept = hidden.new_empty(len(order.kept_frames), hidden.shape[1], inner)
+        vector = _vector((hidden, weight), (*hidden.stride()[:2], weight.stride(0), width, inner))
+        chunks = -(-inner // tile.channels)
+        _launch(
+            project_tiles, order.tiles * chunks, (hidden, weight, bias, table, buffer, kept),
+            (*[stride // vector for stride in (*hidden.stride()[:2], weight.stride(0))], width, chunks),
+            (width % tile.depth == 0, inner, bias is not None, bool(order.kept_frames), order.has_small, order.padded, order.unit,
+             tile.rows, tile.channels, tile.depth, vector),
+            tile.warps, tile.stages,
+        )  # fmt: skip
+        if order.sums:
+            chunks = -(-inner // _PART_BLOCK)
+            tensors = buffer, table[order.sums_at :]
+            _launch(add_parts, order.sums * chunks, tensors, (chunks,), (inner, _PART_BLOCK), warps=4, stages=1)
+    return buffer[: order.tokens], kept
+
+
+def project_pooled(pooled, weight, bias, out, tile=None):
+    """out[:] = pooled @ weight.T + bias as if in float32, rounded once to out's dtype.
+
+    pooled: [M, I] float32, contiguous, on out's device. weight: [D, I] of out's dtype, unit stride over I.
+    bias: [D] of out's dtype, or None. out: [M, D] bfloat16 or float16, unit stride over D, such as rows of a language
+    model's embeddings.
+    """
+    rows, inner = pooled.shape
+    if not rows:
+        return
+    with _device_of(out):
+        tile = tile or _tiles(ROWS_TILES, out)[0]
+        outer = out.shape[1]
+        vector = _vector((pooled, weight, out), (weight.stride(0), out.stride(0), inner, outer))
+        programs = -(-rows // tile.rows) * -(-outer // tile.channels)
+        _launch(
+            project_rows, programs, (pooled, weight, bias, out),
+            (weight.stride(0) // vector, out.stride(0) // vector, rows, inner // vector),
+            (inner % tile.depth == 0, outer, bias is not None, torch.finfo(out.dtype).max, tile.rows, tile.channels, tile.depth, vector),
+            tile.warps, tile.stages,
+        )  # fmt: skip
+
+
+def _device_of(tensor):
+    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+
+
+def _tiles(tiles, tensor):
+    major = torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+    return tiles.get(major, tiles[8])
+
+
+def _pool_tile(hidden, plan):
+    first, second, *_ = _tiles(POOL_TILES, hidden)
+    return first if gather(plan, first.rows).unit > 1 else second
+
+
+def _vector(tensors, steps):
+    """Elements in 16 bytes of a 16-bit dtype where every address that a kernel forms is a multiple of that; else 1."""
+    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    return 8 if aligned and not any(step % 8 for step in steps) else 1
+
+
+def _launch(kernel, programs, tensors, numbers, constants, warps, stages):
+    """A bias that is None is never read."""
+    tensors = [tensors[0] if tensor is None else tensor for tensor in tensors]
+    device = tensors[0].device.index
+    if device is None:  # the interpreter
+        kernel[(programs,)](*tensors, *numbers, *constants)
+        return
+    compiled = compile_kernel(kernel, tuple(tensor.dtype for tensor in tensors), constants, warps, stages, device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled[(programs, 1, 1)](*[tensor.data_ptr() for tensor in tensors], *numbers, *constants, stream=stream)
+
+
+@lru_cache(maxsize=256)
+def compile_kernel(kernel, dtypes, constants, warps, stages, device):
+    """The kernel for tensors of these dtypes, on a device, which must be the current one."""
+    numbers = len(kernel.arg_names) - len(dtypes) - len(constants)
+    return kernel.warmup(*dtypes, *[0] * numbers, *constants, grid=(1,), num_warps=warps, num_stages=stages)
