@@ -31,6 +31,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 Numbered = Generator[tuple[int, torch.Tensor], None, None]  # (number, frame), as `Video.stream` gives them
 _DECORD_BATCH = 8
 _READERS = 8  # threads that read a folder of images, at most
+_PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
 _OUTPUT_CORRUPT = 1 << 3  # AV_CODEC_FLAG_OUTPUT_CORRUPT: show what ffmpeg shows when a stream starts mid-GOP.
 
 
@@ -272,7 +273,7 @@ class PyavVideo(Video):
         todo, early = deque(unique), {}
         convert = self._converter()
         try:
-            for start, frames in self._decode_segments(segments):
+            for start, frames in self._decode_segments(segments, {index.packet[i] for i in unique}):
                 for frame in frames:
                     number = missing.pop(frame.pts, None)
                     if number is None:
@@ -306,14 +307,22 @@ class PyavVideo(Video):
                 "by the numbers it has now"
             )
 
-    def _decode_segments(self, segments: list[tuple[int, int]]) -> Iterator[tuple[int, Iterable[Any]]]:
-        """(first packet of the segment, frames) for runs of packets [first, last] in file order."""
+    def _decode_segments(
+        self, segments: list[tuple[int, int]], wanted: set[int]
+    ) -> Iterator[tuple[int, Iterable[Any]]]:
+        """(first packet of the segment, frames) for runs of packets [first, last] in file order.
+
+        Frames of packets not wanted may be left out.
+        """
         todo = iter(segments)
         start, stop = next(todo)
         with _open(self._av, self.path) as (container, stream):
+            skips = _can_skip(stream.codec_context)
             packets = (p for p in container.demux(stream) if p.size)
             for position, packet in enumerate(packets):
                 if position >= start:
+                    if skips:
+                        stream.codec_context.skip_frame = "DEFAULT" if position in wanted else "NONREF"
                     yield start, packet.decode()
                 if position < stop:
                     continue
@@ -487,6 +496,14 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
     if not shown:
         return None
     return _Index(*(list(column) for column in zip(*sorted(shown))))
+
+
+def _can_skip(context: Any) -> bool:
+    """Whether a packet is a frame, and one marked as no reference is none to any other.
+
+    HEVC marks by temporal layer only; the two fields of an interlaced frame may be packets of their own.
+    """
+    return context.name == "h264" and getattr(context, "field_order", None) == _PROGRESSIVE
 
 
 def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -207,14 +207,43 @@ def test_decodes_only_the_groups_that_hold_a_wanted_frame(folder, monkeypatch):
     decoded = []
     whole = video_module.PyavVideo._decode_segments
 
-    def count(self, segments):
-        for start, frames in whole(self, segments):
+    def count(self, *arguments):
+        for start, frames in whole(self, *arguments):
             decoded.extend(frames := list(frames))
             yield start, frames
 
     monkeypatch.setattr(video_module.PyavVideo, "_decode_segments", count)
     video.frames([25, 51])
     assert len(decoded) <= 6
+
+
+@pytest.mark.parametrize("name", EVERY_CLIP)
+def test_reading_by_the_index_is_decoding_everything_bit_for_bit(name, folder):
+    pytest.importorskip("av")
+    video, whole = open_video(clips.make(folder, name)), open_video(clips.make(folder, name))
+    whole._index = None
+    every = whole.frames(range(whole.total))
+    for step in (1, 2, 3, 5, 7):
+        indices = range(step // 2, video.total, step)
+        assert torch.equal(video.frames(indices), every[list(indices)])
+
+
+def test_frames_that_nobody_needs_are_not_decoded(folder, monkeypatch):
+    video, decoded = open_video(clips.make(folder, "plain.mp4")), 0
+    whole = video_module.PyavVideo._decode_segments
+
+    def count(self, *arguments):
+        nonlocal decoded
+        for start, frames in whole(self, *arguments):
+            decoded += len(frames)
+            yield start, frames
+
+    monkeypatch.setattr(video_module.PyavVideo, "_decode_segments", count)
+    video.frames(range(clips.FRAMES))
+    assert decoded == clips.FRAMES
+    decoded = 0
+    video.frames(range(4, clips.FRAMES, 5))
+    assert clips.FRAMES / 5 < decoded < clips.FRAMES * 0.8
 
 
 def test_times_follow_the_clock_of_the_file(folder):
