@@ -35,6 +35,11 @@ class PlainAnswer:
     seconds: dict[str, float]
     embeds: Tensor = field(repr=False)
 
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token: one stage comes after the other."""
+        return sum(seconds for stage, seconds in self.seconds.items() if stage != "generate")
+
 
 class Baseline:
     """Answers as `ours` should: same weights, prompt, layout, attention and stops; nothing else is shared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sfllava_fast.embedded.scenes import draw_scene, frame_times, render
-from sfllava_fast.video import Video
+from sfllava_fast.video import Numbered, Video
 
 HEIGHT, WIDTH, RATE, TOTAL = 720, 1280, 25, 250
 _GRAIN = 4.0  # standard deviation, of 255: a flat drawing would decode faster than any footage
@@ -34,7 +35,7 @@ def write_clip(path: Path, total: int = TOTAL, size: tuple[int, int] = (HEIGHT, 
 
 
 class DecodedVideo(Video):
-    """A video whose wanted frames are in memory: reading them back in order copies nothing."""
+    """A video whose wanted frames are in memory: reading them back copies nothing, as a whole or one by one."""
 
     def __init__(self, video: Video, indices: list[int]) -> None:
         super().__init__(video.path)
@@ -47,3 +48,9 @@ class DecodedVideo(Video):
         first = rows[0] if rows else 0
         together = rows == list(range(first, first + len(rows)))
         return self._pictures[first : first + len(rows)] if together else self._pictures[rows]
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        for index in unique:
+            if stop.is_set():
+                return
+            yield index, self._pictures[self._row_of[index]]

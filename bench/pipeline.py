@@ -6,7 +6,6 @@ Ours, the plain pipeline and the device's ceilings take turns in one process. Wh
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ from torch import nn
 
 from sfllava_fast import checkpoint as loading
 from sfllava_fast import embedded
+from sfllava_fast.answer import Answer
 from sfllava_fast.checkpoint import Checkpoint
 from sfllava_fast.config import sample_frames
-from sfllava_fast.engine import Answer, SlowFastLlava
+from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.video import Video, open_video
 
@@ -28,7 +28,7 @@ from . import clip, costs, memory
 from .baseline import Baseline, PlainAnswer
 from .ceilings import Ceilings
 from .dummy import NAMES, dummy_checkpoint
-from .figures import BARS, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, TO_FIRST_TOKEN, WITH_DECODING, Bars, Times, figures
+from .figures import BARS, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, WITH_DECODING, Bars, Times, figures
 from .record import folder_name, machine
 
 DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
@@ -64,22 +64,6 @@ class Settings:
     @property
     def name(self) -> str:
         return self.config or self.model or "embedded"
-
-
-def first_token_seconds(answer: Answer | PlainAnswer) -> float:
-    """Seconds from the call to the first token: as the answer says, else the sum of the stages before it."""
-    told = getattr(answer, "ttft", None)
-    return sum(answer.seconds.get(stage, 0.0) for stage in TO_FIRST_TOKEN) if told is None else told
-
-
-def ask_in_turn(
-    ours: SlowFastLlava, video: Video, questions: Sequence[str], frames: int, new_tokens: int
-) -> list[Answer] | None:
-    """Answers to questions about a video that is opened once; None where the engine keeps no video."""
-    if "frames" not in inspect.signature(ours.open).parameters:
-        return None
-    session = ours.open(video, frames=frames)
-    return [session.ask(question, max_new_tokens=new_tokens) for question in questions]
 
 
 def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, trace: Path | None = None) -> dict:
@@ -196,9 +180,7 @@ class Lab:
         turns = self._ask_in_turn(self.questions)
         for number, question in enumerate(self.questions):
             plain = self._ask_plain(question)
-            ours = {"a call of its own": self._ask_ours(question)}
-            if turns:
-                ours["the video kept"] = turns[number]
+            ours = {"a call of its own": self._ask_ours(question), "the video kept": turns[number]}
             ties = 0
             for how, answer in ours.items():
                 wrong, tied = self._difference(plain, answer.token_ids)
@@ -243,19 +225,17 @@ class Lab:
     def _time_ours(self, times: Times) -> None:
         answer = self._ask_ours(self.questions[0])
         times.add_stages(OURS, {stage: answer.seconds[stage] for stage in STAGES if stage in answer.seconds})
-        times.add_first(OURS, FROM_FRAMES, first_token_seconds(answer))
+        times.add_first(OURS, FROM_FRAMES, answer.ttft)
         answer = self._ask_ours(self.questions[0], self.path)
-        times.add_stages(OURS, {"decode": answer.seconds["decode"]})
-        times.add_first(OURS, WITH_DECODING, first_token_seconds(answer))
-        if turns := self._ask_in_turn((self.questions[0], self.questions[-1])):
-            times.add_first(OURS, SECOND, first_token_seconds(turns[1]))
+        times.add_stages(OURS, {"decode": answer.seconds["decode"], "wait": answer.seconds["wait"]})
+        times.add_first(OURS, WITH_DECODING, answer.ttft)
+        times.add_first(OURS, SECOND, self._ask_in_turn((self.questions[0], self.questions[-1]))[1].ttft)
 
     def _time_plain(self, times: Times) -> None:
         answer = self._ask_plain(self.questions[0], self.path)
         times.add_stages(PLAIN, answer.seconds)
-        first = first_token_seconds(answer)
-        times.add_first(PLAIN, WITH_DECODING, first)
-        times.add_first(PLAIN, FROM_FRAMES, first - answer.seconds["decode"])
+        times.add_first(PLAIN, WITH_DECODING, answer.ttft)
+        times.add_first(PLAIN, FROM_FRAMES, answer.ttft - answer.seconds["decode"])
 
     def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
         settings = self.settings
@@ -266,8 +246,13 @@ class Lab:
     def _ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
         return self.plain.answer(video or self.decoded, question, self.settings.frames, self.settings.new_tokens)
 
-    def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer] | None:
-        return ask_in_turn(self.ours, self.decoded, questions, self.settings.frames, self.settings.new_tokens)
+    def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer]:
+        """Answers to questions about the video, which is opened once."""
+        session = self.ours.open(self.decoded, frames=self.settings.frames)
+        try:
+            return [session.ask(question, max_new_tokens=self.settings.new_tokens) for question in questions]
+        finally:
+            session.close(spare=True)
 
     def bars(self) -> Bars:
         settings = self.settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 from bench import __main__ as bench_cli
 from bench import clip, costs, dummy, figures, memory, pipeline
+from bench.baseline import PlainAnswer
 from bench.compare import compare
 from bench.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
 from bench.pipeline import Lab, Settings
@@ -25,6 +25,7 @@ from sfllava_fast import SlowFastConfig, cli, engine, slowfast_aggregate
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.preprocess import preprocess
+from sfllava_fast.session import Session
 from sfllava_fast.video import open_video
 
 FRAMES, NEW_TOKENS = 12, 5
@@ -233,8 +234,6 @@ def test_the_plain_tower_runs_whole_on_all_frames_at_once(lab):
 
 def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    # TODO(engine): drop this patch where the engine's Stopwatch names its ranges itself.
-    monkeypatch.setattr(engine.Stopwatch, "__call__", named_ranges(engine.Stopwatch.__call__))
     names = {"json": "pipeline.json", "plot": "pipeline.png", "trace": "trace.json"}
     files = {option: tmp_path / "out" / name for option, name in names.items()}
     written = [word for name, path in files.items() for word in (f"--{name}", str(path))]
@@ -246,11 +245,11 @@ def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     result = read_result(files["json"])
     assert result["kind"] == "pipeline" and result["machine"]["commit"] and not result["errors"]
     assert result["settings"]["video_tokens"] == 10 * 32 + FRAMES * 16 and result["settings"]["random_weights"]
-    assert list(result["works"])[:7] == ["decode", *STAGES]
-    assert {FROM_FRAMES, WITH_DECODING, STEP} <= set(result["works"])
+    assert list(result["works"])[:7] == ["decode", "wait", *STAGES][:7]
+    assert {FROM_FRAMES, WITH_DECODING, SECOND, STEP} <= set(result["works"])
     for name, work in result["works"].items():
         assert name.split(",")[0][:10] in out
-        assert set(work["providers"]) == {OURS, PLAIN} or name == SECOND
+        assert set(work["providers"]) == ({OURS} if name in ("wait", SECOND) else {OURS, PLAIN})
         assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in work["providers"].values())
     rows = result["works"]["prefill"]["providers"]
     assert rows[PLAIN]["flop"] > rows[OURS]["flop"] > 0
@@ -265,16 +264,7 @@ def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     assert bench_cli.main() == 0 and again.read_bytes() == files["plot"].read_bytes()
     events = json.loads(files["trace"].read_text())["traceEvents"]
     names = {event.get("name") for event in events}
-    assert {"sfllava_fast.answer", *(f"sfllava_fast.{stage}" for stage in ("decode", *STAGES))} <= names
-
-
-def named_ranges(call):
-    @contextmanager
-    def watch(self, stage):
-        with torch.profiler.record_function(f"sfllava_fast.{stage}"), call(self, stage):
-            yield
-
-    return watch
+    assert {f"sfllava_fast.{stage}" for stage in ("answer", "decode", *STAGES[1:])} <= names
 
 
 def test_the_embedded_model_by_the_packages_own_command(video, capsys):
@@ -324,40 +314,21 @@ def test_near_ties_count_only_for_random_weights_of_16_bits(lab, settings, monke
     assert difference([7, 6], 0.1, settings=replace(settings, config=None))[0]
 
 
-# --- the engine's two ways to say when its first token came
+def test_a_kept_videos_answers_are_compared_too(options, monkeypatch, capsys):
+    right = Session.ask
+
+    def wrong(self, question, *args, **kwargs):
+        return right(self, "Another one?" if kwargs.get("clock") is None else question, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "ask", wrong)
+    assert cli.main(["bench", *options]) == 1
+    out = capsys.readouterr().out
+    assert out.count("WRONG") == out.count("(the video kept)") == 3
 
 
-def test_the_first_token_is_where_the_engine_says_or_where_the_stages_end():
+def test_the_plain_first_token_comes_when_its_stages_end():
     seconds = dict(zip(("decode", *STAGES), (1, 2, 4, 8, 16, 32, 64)))
-    assert pipeline.first_token_seconds(SimpleNamespace(seconds=seconds)) == 63
-    assert pipeline.first_token_seconds(SimpleNamespace(seconds=seconds, ttft=40)) == 40
-
-
-def test_questions_in_turn_where_the_engine_keeps_a_video(lab):
-    class Session:
-        def ask(self, question, max_new_tokens):
-            return question, max_new_tokens
-
-    engine_ = SimpleNamespace(open=lambda video, frames=None: Session())
-    assert pipeline.ask_in_turn(engine_, None, ["a", "b"], 9, 4) == [("a", 4), ("b", 4)]
-
-
-def in_turn(ours, video, questions, frames, new_tokens):
-    return [ours.answer(video, question, frames=frames, max_new_tokens=new_tokens) for question in questions]
-
-
-def test_a_kept_videos_answers_are_compared_and_timed(options, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "kept.json"
-    monkeypatch.setattr(pipeline, "ask_in_turn", in_turn)
-    monkeypatch.setattr(sys, "argv", ["bench", "pipeline", *options, "--json", str(file)])
-    assert bench_cli.main() == 0
-    result = read_result(file)
-    assert set(result["works"][SECOND]["providers"]) == {OURS} and result["works"][SECOND]["share"] > 0
-    assert "second question's first token: " in capsys.readouterr().out
-    monkeypatch.setattr(pipeline, "ask_in_turn", lambda ours, video, questions, *more:
-                        in_turn(ours, video, ["Another one?"] * len(questions), *more))
-    assert bench_cli.main() == 1
-    assert "(the video kept)" in capsys.readouterr().out
+    assert PlainAnswer([1], seconds, torch.empty(0)).ttft == 63
 
 
 # --- bars
@@ -405,6 +376,8 @@ def test_the_drawn_clip_and_its_decoded_frames(video):
     assert decoded.frames([8, 20]).data_ptr() == every[1:].data_ptr()
     assert torch.equal(decoded.frames([20, 3]), every[[2, 0]])
     assert len(decoded.frames([])) == 0
+    streamed = list(decoded.stream([20, 3]))
+    assert [index for index, _ in streamed] == [3, 20] and streamed[1][1].data_ptr() == every[2].data_ptr()
 
 
 def test_memory_of_a_call():
