@@ -1,4 +1,4 @@
-"""The projector's Triton kernels without a GPU: the interpreter, the order of the patches, ahead-of-time compilation."""
+"""The projector's Triton kernels: interpreted, the order of the patches, compiled ahead of time, and on a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from kernel_cases import slowfast_calls
-from projector_oracle import boxes
+from projector_oracle import boxes, project
 from triton_process import HERE, interpret, run
 
 from sfllava_fast import backends
@@ -128,3 +128,38 @@ def test_gelu_costs_one_exponential(compiled):
             rows, channels, _, warps, _ = kernel["tile"]
             elements = rows * channels // (warps * 32)
             assert kernel["ptx"].count("ex2.approx") == elements and "tanh" not in kernel["ptx"]
+
+
+# --- on a device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", [0, 1], ids=["the first tile", "the second"])
+@pytest.mark.parametrize("pool", SLOW_POOLS)
+@pytest.mark.parametrize(
+    "grid, fast, channels", [((24, 24), (4, 4), 1024), ((27, 27), (5, 5), 1001), ((8, 8), (8, 8), 64)]
+)
+def test_on_a_device(kernels, dtype, place, pool, grid, fast, channels):
+    """Real sizes and odd ones against float64; the same bits twice. Tensor cores drop the last bits of long sums."""
+    launch, inner, outer = kernels.project_launch, 4 * channels, 4 * channels
+    plan = SlowFastConfig(3, pool, fast).plan((5, 2), grid)
+    hidden = torch.randn(7, grid[0] * grid[1] + 1, channels, dtype=dtype, device="cuda")[:, 1:]
+    weights = [(torch.randn(n, m, device="cuda") / m**0.5).to(dtype) for n, m in ((inner, channels), (outer, inner))]
+    biases = [torch.randn(n, dtype=dtype, device="cuda") for n in (inner, outer)]
+    tile = launch._tiles(launch.POOL_TILES, hidden)[place]
+    pooled, kept = launch.project_pool(hidden, weights[0], biases[0], plan, tile)
+    again = launch.project_pool(hidden, weights[0], biases[0], plan, tile)
+    assert torch.equal(pooled, again[0]) and torch.equal(kept, again[1])
+    tokens, patches = project(hidden, weights[0], biases[0], plan)
+    torch.testing.assert_close(pooled.double(), tokens, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(kept.double(), patches, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-5)
+
+    out = torch.full((len(pooled) + 2, outer), torch.nan, dtype=dtype, device="cuda")
+    tile = launch._tiles(launch.ROWS_TILES, out)[place]
+    launch.project_pooled(pooled, weights[1], biases[1], out[1:-1], tile)
+    exact = pooled.double() @ weights[1].double().T + biases[1].double()
+    least = (exact.to(dtype).double() - exact).abs()
+    assert (out[1:-1].double() - exact).abs().max() <= 1.05 * least.max()
+    assert out[0].isnan().all() and out[-1].isnan().all()

@@ -1,6 +1,6 @@
 """python tests/triton_ahead_project.py ARCH FILE: as triton_ahead.py, the projector's kernels at their real sizes.
 
-Writes a list of {kernel, name, tile, first, ptx, sass, registers, stack, local} as JSON; `first`: the tile that is used.
+Writes a list of {kernel, name, tile, first, ptx, sass, registers, stack, local} as JSON; first: the tile in use.
 """
 
 import json

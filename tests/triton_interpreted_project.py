@@ -170,7 +170,9 @@ def linear_2(pooled, weight, bias, left=8):
 
 
 @dtypes
-@pytest.mark.parametrize("rows, inner, outer, left", [(1, 16, 32, 8), (16, 256, 32, 8), (37, 40, 72, 8), (20, 33, 45, 3)])
+@pytest.mark.parametrize(
+    "rows, inner, outer, left", [(1, 16, 32, 8), (16, 256, 32, 8), (37, 40, 72, 8), (20, 33, 45, 3)]
+)
 def test_an_error_of_one_rounding(dtype, rows, inner, outer, left):
     pooled, (weight, bias) = gelu(3 * torch.randn(rows, inner)), linear(outer, inner, dtype)
     for bias in (bias, None):
@@ -182,8 +184,7 @@ def test_an_error_of_one_rounding(dtype, rows, inner, outer, left):
 
 @dtypes
 def test_what_one_16_bit_number_does_not_hold(dtype):
-    """Numbers that cancel in their first part; float16 beyond its largest; a NaN and an infinity in rows of their own.
-    """
+    """Numbers that cancel in their first part; beyond float16's largest; a NaN and an infinity in their own rows."""
     weight = torch.zeros(32, 16, dtype=dtype)
     weight[:, 0], weight[:, 1] = 0.5, -0.5
     pooled = torch.zeros(5, 16)

@@ -23,10 +23,10 @@ def _section(table, i):
 
 @triton.jit
 def _gelu(x):
-    """x / 2 (1 + erf(x / sqrt(2))), the exact GELU, with half the error of torch's own in float32.
+    """x / 2 (1 + erf(x / sqrt(2))), the exact GELU, closer to it than torch's own in float32.
 
     log2(erfc(t / sqrt(2)) / 2) is smooth on all of t >= 0: one polynomial serves, fitted so that the tail keeps its
-    leading digits, which 1 + erf cancels. erff has two of them and needs twice the instructions and spills.
+    leading digits, which 1 + erf cancels. libdevice's erff picks between two: twice the instructions, and spills.
     """
     t = tl.abs(x)
     tail = -8.16835893e-07 * t + 1.41190685e-05

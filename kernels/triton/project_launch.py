@@ -58,8 +58,8 @@ def project_pool(hidden, weight, bias, plan, tile=None):
         _launch(
             project_tiles, order.tiles * chunks, (hidden, weight, bias, table, buffer, kept),
             (*[stride // vector for stride in (*hidden.stride()[:2], weight.stride(0))], width, chunks),
-            (width % tile.depth == 0, inner, bias is not None, bool(order.kept_frames), order.has_small, order.padded, order.unit,
-             tile.rows, tile.channels, tile.depth, vector),
+            (width % tile.depth == 0, inner, bias is not None, bool(order.kept_frames), order.has_small, order.padded,
+             order.unit, tile.rows, tile.channels, tile.depth, vector),
             tile.warps, tile.stages,
         )  # fmt: skip
         if order.sums:
@@ -87,7 +87,8 @@ def project_pooled(pooled, weight, bias, out, tile=None):
         _launch(
             project_rows, programs, (pooled, weight, bias, out),
             (weight.stride(0) // vector, out.stride(0) // vector, rows, inner // vector),
-            (inner % tile.depth == 0, outer, bias is not None, torch.finfo(out.dtype).max, tile.rows, tile.channels, tile.depth, vector),
+            (inner % tile.depth == 0, outer, bias is not None, torch.finfo(out.dtype).max,
+             tile.rows, tile.channels, tile.depth, vector),
             tile.warps, tile.stages,
         )  # fmt: skip
 
