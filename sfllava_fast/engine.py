@@ -48,7 +48,7 @@ log = logging.getLogger("sfllava_fast")
 DEFAULT_FRAMES = 50
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_SESSIONS = 8
-# Frames in one pass of the vision tower: enough to fill a GPU, few enough to bound its activations.
+# Frames in one pass of the vision tower at most: enough to fill a GPU, few enough to begin while others are decoded.
 FRAMES_PER_PASS = 16
 
 
@@ -76,7 +76,7 @@ class SlowFastLlava:
         self.device, self.dtype = self.model.device, self.model.dtype
         self.language = LanguageModel(self.model, checkpoint.attention)
         self.sessions = Residents(max_sessions, max_session_bytes)
-        self.frames_per_pass = FRAMES_PER_PASS
+        self.frames_per_pass = self._frames_that_fit()
         if projector not in MODES:
             raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
         self.projector: Mode = projector
@@ -236,7 +236,7 @@ class SlowFastLlava:
         return embeds, embeds[0, before:]
 
     def write_video(self, clip: Video, frames: Sequence[int], rows: Tensor, clock: Stopwatch) -> None:
-        """Fill the rows [S, D] with the tokens of these frames; decoding goes on while the tower runs."""
+        """Fill the rows [S, D] with the tokens of these frames."""
         try:
             parts = self._encode_frames(clip, frames, clock)
         except RenumberedError:  # damage shows late which frames there are: now their numbers are known
@@ -253,7 +253,7 @@ class SlowFastLlava:
             )
 
     def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
-        """Patch features of these frames, in parts [t, N, C]."""
+        """Patch features of these frames, in parts [t, N, C]; on a GPU decoding goes on while the tower runs."""
         from .pixels import load_pixels
 
         parts = []
@@ -261,6 +261,9 @@ class SlowFastLlava:
             clip, frames, self.preprocess_spec, self.dtype, self.device, self.frames_per_pass
         ) as pixels:
             batches = iter(pixels)
+            if self.device.type == "cpu":  # decoding has its cores: a tower beside it only slows both
+                with clock("wait"):
+                    batches = iter(list(batches))
             while True:
                 with clock("wait"):
                     batch = next(batches, None)
@@ -380,6 +383,15 @@ class SlowFastLlava:
             told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
         told.update(f"{self.dtype} {self.projector}".encode())
         return told.hexdigest()
+
+    def _frames_that_fit(self) -> int:
+        """Frames in one pass of the vision tower, whose activations take at most a quarter of what memory is free."""
+        if self.device.type == "cpu":
+            return FRAMES_PER_PASS
+        vision, (rows, columns) = self.model.config.vision_config, self.checkpoint.grid
+        values = (rows * columns + 1) * (2 * vision.intermediate_size + 8 * vision.hidden_size)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(FRAMES_PER_PASS, free // (4 * values * self.dtype.itemsize)))
 
     def _run_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         tower, depths = self.model.model.vision_tower, self.checkpoint.depths
