@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 SETUP  := $(VENV)/.ready
 
-.PHONY: demo test sanitize bench gpu test-torch clean
+.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -25,11 +25,15 @@ sanitize: $(SETUP)
 bench: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench op
 
-# All that needs a GPU, under the Python and the torch that are there, without a network: less than 9 minutes.
+# All of the aggregator that needs a GPU, under the Python and the torch that are there, without a network: less than 9 minutes.
 gpu:
 	@$(PYTHON) -c 'import rich, torch' 2>/dev/null || \
 	  { echo 'make gpu: $(PYTHON) needs torch and rich; name another with PYTHON=' >&2; exit 2; }
 	$(PYTHON) -m bench gpu $(ARGS)
+
+# The same for the whole pipeline: projector, sessions, 7B shapes with random weights. Less than 9 minutes, too.
+gpu-pipeline:
+	@$(MAKE) --no-print-directory gpu ARGS='--part pipeline $(ARGS)'
 
 # The built wheel on an older and a newer torch, in environments of their own: gigabytes, so not in CI.
 test-torch: $(SETUP)

@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
 
     command = commands.add_parser("gpu", help="build, test, sanitize and measure on this machine's GPU")
-    command.set_defaults(run=lambda args: gpu.run(args.out))
+    command.set_defaults(run=lambda args: gpu.run(args.out, args.part))
+    command.add_argument("--part", choices=gpu.PARTS, default="op", help="the aggregator (default), or all around it")
     command.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
     return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,34 @@ _GRAIN = 4.0  # standard deviation, of 255: a flat drawing would decode faster t
 
 
 def write_clip(path: Path, total: int = TOTAL, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
-    """Encodes a drawn scene with a camera's grain as H.264, a key frame a second, as fast as x264 can."""
+    """Encodes a drawn scene as H.264, a key frame a second, as fast as x264 can."""
     import av
 
-    scene, noise = draw_scene("bench"), np.random.default_rng(0)
-    grain = torch.from_numpy(noise.normal(0, _GRAIN, (8, *size, 1)).astype(np.float32))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "g": str(RATE)})
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        for i, moment in enumerate(frame_times(list(range(total)), total)):
-            drawn = torch.from_numpy(render(scene, [moment])).permute(0, 3, 1, 2).float()
-            frame = F.interpolate(drawn, size, mode="bilinear")[0].permute(1, 2, 0) + grain[i % len(grain)]
-            picture = frame.clamp_(0, 255).to(torch.uint8).numpy()
+        for picture in draw(total, size):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def write_images(folder: Path, total: int, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    """The same scene as JPEG frames, for machines without PyAV."""
+    from PIL import Image
+
+    folder.mkdir()
+    for number, picture in enumerate(draw(total, size)):
+        Image.fromarray(picture).save(folder / f"{number}.jpg")
+
+
+def draw(total: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """uint8 RGB frames [H, W, 3] of a scene with a camera's grain."""
+    scene, noise = draw_scene("bench"), np.random.default_rng(0)
+    grain = torch.from_numpy(noise.normal(0, _GRAIN, (8, *size, 1)).astype(np.float32))
+    for i, moment in enumerate(frame_times(list(range(total)), total)):
+        drawn = torch.from_numpy(render(scene, [moment])).permute(0, 3, 1, 2).float()
+        frame = F.interpolate(drawn, size, mode="bilinear")[0].permute(1, 2, 0) + grain[i % len(grain)]
+        yield frame.clamp_(0, 255).to(torch.uint8).numpy()
 
 
 class DecodedVideo(Video):

@@ -27,13 +27,14 @@ class Cost:
 @dataclass(frozen=True)
 class Job:
     """One answer. config: a LlavaConfig. depths: encoder layers to run for each feature that is read. prompt: tokens
-    besides the video's. itemsize: bytes of a weight."""
+    besides the video's, `after` of them behind it. itemsize: bytes of a weight."""
 
     config: Any
     plan: Plan
     frame_size: tuple[int, int]
     depths: tuple[int, ...]
     prompt: int
+    after: int
     new_tokens: int
     itemsize: int
 
@@ -47,8 +48,12 @@ class Job:
 
 
 def ours(job: Job) -> dict[str, Cost]:
-    """Each stage where only what is read is computed: the tower's first layers, one row of logits."""
-    return _stages(job, max(job.depths), len(job.depths), logits=1)
+    """Each stage where only what is read is computed: the tower's first layers, one row of logits, and of the video's
+    last layer its keys and values."""
+    stages = _stages(job, max(job.depths), len(job.depths), logits=1)
+    prefill = stages["prefill"]
+    stages["prefill"] = Cost(prefill.flop - unread(job.config.text_config, job.tokens - job.after), prefill.bytes)
+    return stages
 
 
 def plain(job: Job) -> dict[str, Cost]:
@@ -110,6 +115,13 @@ def prefill(text: Any, tokens: int, logits: int, itemsize: int) -> Cost:
     flop = 2 * tokens * linear + 2 * logits * head + _attention(text, range(1, tokens + 1))
     moved = tokens * (text.hidden_size + _cached(text)) + logits * text.vocab_size
     return Cost(flop, itemsize * (language_weights(text) + moved))
+
+
+def unread(text: Any, tokens: int) -> int:
+    """FLOP of the last layer behind the keys and values of a prompt's first tokens: attention and what comes after."""
+    heads = text.num_attention_heads * _head_dim(text)
+    products = text.hidden_size * (heads + 3 * text.intermediate_size)
+    return 2 * tokens * products + _attention(text, range(1, tokens + 1)) // text.num_hidden_layers
 
 
 def step(text: Any, context: int, itemsize: int) -> Cost:

@@ -1,7 +1,8 @@
-"""Everything that needs a GPU, in steps: build, tests, compute-sanitizer, benchmarks, roofline.
+"""Everything that needs a GPU, in two parts, each in steps: the op (build, tests, compute-sanitizer, benchmark,
+roofline) and the whole pipeline (tests, the projector, 7B shapes, the embedded model).
 
 It installs nothing and needs no network: it runs under the Python and the torch that are there. A step that fails does
-not stop the others; each has a limit, and all together end in time.
+not stop the others; each has a limit, and a part ends in time.
 """
 
 from __future__ import annotations
@@ -45,25 +46,24 @@ class Step:
     optional: bool = False
 
 
-def run(results: Path) -> int:
+def run(results: Path, part: str = "op") -> int:
     """0 where no step failed; ResultError without a GPU."""
     if not torch.cuda.is_available():
         raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
     folder = results / folder_name(torch.cuda.get_device_name())
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
-    return run_steps(steps(folder, capability, min(8, max(1, workers))), folder)
+    return run_steps(PARTS[part](folder, capability, min(8, max(1, workers))), folder, f"{part}-steps.json")
 
 
-def steps(folder: Path, capability: str, workers: int) -> list[Step]:
+def op_steps(folder: Path, capability: str, workers: int) -> list[Step]:
     """In order: what needs no GPU, and runs alike without one, comes last."""
     python, report, result = sys.executable, folder / "tests.xml", str(folder / "op.json")
     tests = [*_pytest(workers), "tests/test_gpu.py", f"--junitxml={report}"]
     other = [f"tests/test_{name}.py" for name in _OTHER_TESTS]
-    build = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
     return [
-        Step("build", [*build, python, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build),
-        Step("tests on the device", tests, 145, _why_no_tests, lambda: why_no_proof(report)),
+        _build(capability),
+        Step("tests on the device", tests, 145, _why_no_tests, lambda: why_no_proof(report, ("cuda", "triton"))),
         Step("small calls", _SMALL_CALLS, 40),
         *_sanitizer_steps(),
         Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
@@ -72,8 +72,36 @@ def steps(folder: Path, capability: str, workers: int) -> list[Step]:
     ]
 
 
-def run_steps(steps: list[Step], folder: Path) -> int:
-    """Runs them all and says how each went, here and in steps.json."""
+def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
+    """In the order of what would be missed most, but for the tests, without which nothing counts."""
+    report, bench = folder / "tests.xml", [sys.executable, "-m", "bench"]
+    files = ("test_gpu_system", "test_triton_project")
+    tests = [*_pytest(min(4, workers)), *(f"tests/{name}.py" for name in files), "-m", "gpu", f"--junitxml={report}"]
+    pipeline = [*bench, "pipeline", "--device", "cuda"]
+
+    def written(name: str) -> list[str]:
+        return ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
+
+    projector = [*bench, "projector", "--device", "cuda", "--json", str(folder / "projector.json")]
+    return [
+        _build(capability),
+        Step("tests on the device", tests, 150, _why_no_system, lambda: why_no_proof(report, files)),
+        Step("projector", projector, 60),
+        Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 150, _why_no_system),
+        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 60, _why_no_system),
+    ]
+
+
+PARTS = {"op": op_steps, "pipeline": pipeline_steps}
+
+
+def _build(capability: str) -> Step:
+    settings = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
+    return Step("build", [*settings, sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build)
+
+
+def run_steps(steps: list[Step], folder: Path, file: str = "steps.json") -> int:
+    """Runs them all and says how each went, here and in a file of the folder."""
     deadline = time.monotonic() + _SECONDS
     outcomes = []
     for step in steps:
@@ -81,7 +109,7 @@ def run_steps(steps: list[Step], folder: Path) -> int:
         start = time.monotonic()
         status, reason = _run(step, deadline - start)
         outcomes.append({"step": step.name, "status": status, "reason": reason, "seconds": time.monotonic() - start})
-    write_json(folder / "steps.json", outcomes)
+    write_json(folder / file, outcomes)
     table = Table("step", "status", "seconds", "reason", title=f"results are in {folder}", title_justify="left")
     for outcome in outcomes:
         table.add_row(outcome["step"], outcome["status"], f"{outcome['seconds']:.0f}", outcome["reason"])
@@ -123,16 +151,17 @@ def _pytest(workers: int) -> list[str]:
     return [*command, "-n", str(workers), "--dist", "loadgroup"] if util.find_spec("xdist") else command
 
 
-def why_no_proof(report: Path) -> str | None:
-    """None where tests on the device passed and no backend's were all skipped, else the reason."""
+def why_no_proof(report: Path, needed: tuple[str, ...]) -> str | None:
+    """None where for each word some test ran that has it in its name, else the reason."""
     if not report.exists():
         return "the tests did not run to their end"
-    ran = {"cuda": 0, "triton": 0}
+    ran = dict.fromkeys(needed, 0)
     for case in xml.parse(report).iter("testcase"):
-        for backend in ran:
-            ran[backend] += backend in case.get("name", "") and case.find("skipped") is None
+        name = f"{case.get('classname', '')}.{case.get('name', '')}"
+        for word in ran:
+            ran[word] += word in name and case.find("skipped") is None
     report.unlink()
-    idle = [backend for backend, count in ran.items() if not count]
+    idle = [word for word, count in ran.items() if not count]
     return f"every test of {' and '.join(idle)} was skipped" if idle else None
 
 
@@ -146,6 +175,11 @@ def _why_no_build() -> str | None:
 def _why_no_tests() -> str | None:
     missing = [name for name in ("pytest", "hypothesis") if not util.find_spec(name)]
     return f"missing: {', '.join(missing)}" if missing else None
+
+
+def _why_no_system() -> str | None:
+    missing = [name for name in ("transformers", "tokenizers", "safetensors", "PIL") if not util.find_spec(name)]
+    return f"missing: {', '.join(missing)}" if missing else _why_no_tests()
 
 
 def _sanitizer_steps() -> list[Step]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import util
 from pathlib import Path
 
 import torch
@@ -89,8 +90,12 @@ def _video(settings: Settings) -> Iterator[Path]:
         yield settings.video
         return
     with tempfile.TemporaryDirectory() as folder:
-        clip.write_clip(Path(folder) / "drawn.mp4")
-        yield Path(folder) / "drawn.mp4"
+        path = Path(folder) / ("drawn.mp4" if util.find_spec("av") else "drawn images")
+        if path.suffix:
+            clip.write_clip(path)
+        else:
+            clip.write_images(path, settings.frames)
+        yield path
 
 
 def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
@@ -168,9 +173,11 @@ class Lab:
     def job(self) -> costs.Job:
         ours = self.ours
         plan = ours.layout.plan(len(self.indices), ours.checkpoint.grid)
-        prompt = len(ours.prompt(self.questions[0]))
+        prompt = ours.prompt(self.questions[0])
         config, depths = ours.checkpoint.model.config, ours.checkpoint.depths
-        return costs.Job(config, plan, self.decoded.size, depths, prompt, 1, ours.dtype.itemsize)
+        return costs.Job(
+            config, plan, self.decoded.size, depths, len(prompt), len(prompt.after), 1, ours.dtype.itemsize
+        )
 
     # --- correctness
 

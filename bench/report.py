@@ -83,7 +83,9 @@ def _show_figures(console: Console, result: dict) -> None:
                   f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s of copy_")
     for name, rates in result["rates"].items():
         console.print(f"{name}: " + ", ".join(f"{who} {rate:,.0f}" for who, rate in rates.items()))
-    console.print(f"{SECOND}: {works[SECOND]['share']:.1%} of the first's")
+    second = works[SECOND]
+    console.print(f"{SECOND}: {second['share']:.1%} of the first's; five questions take "
+                  f"{second['five_over_one']:.2f} times the prefill of one")
     if STEP in works:
         console.print(f"{STEP}: {works[STEP]['over_floor']:.2f} times its floor of {works[STEP]['floor_ms']:.4g} ms "
                       "(weights and cache over the copy's bandwidth)")

@@ -10,6 +10,7 @@ _HOMES = {
     "SlowFastAggregator": "modules",
     "SlowFastLlava": "engine",
     "SfllavaError": "errors",
+    "project_and_aggregate": "projector",
     "sample_frames": "config",
     "slowfast_aggregate": "ops",
 }
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import SfllavaError as SfllavaError
     from .modules import SlowFastAggregator as SlowFastAggregator
     from .ops import slowfast_aggregate as slowfast_aggregate
+    from .projector import project_and_aggregate as project_and_aggregate
 
 
 def __getattr__(name: str):

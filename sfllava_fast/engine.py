@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -257,9 +258,9 @@ class SlowFastLlava:
         from .pixels import load_pixels
 
         parts = []
-        with load_pixels(
-            clip, frames, self.preprocess_spec, self.dtype, self.device, self.frames_per_pass
-        ) as pixels:
+        passes = math.ceil(len(frames) / self.frames_per_pass)
+        batch = math.ceil(len(frames) / passes)  # alike: a pass of two frames takes as long as one of several
+        with load_pixels(clip, frames, self.preprocess_spec, self.dtype, self.device, batch) as pixels:
             batches = iter(pixels)
             if self.device.type == "cpu":  # decoding has its cores: a tower beside it only slows both
                 with clock("wait"):

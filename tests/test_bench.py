@@ -445,7 +445,7 @@ def test_no_time_left_is_a_failure(tmp_path, monkeypatch):
 
 
 def test_the_steps(tmp_path):
-    found = gpu.steps(tmp_path / "nvidia-h200", "90", 4)
+    found = gpu.op_steps(tmp_path / "nvidia-h200", "90", 4)
     sanitizers = ["memcheck", "racecheck", "initcheck"]
     names = ["build", "tests on the device", "small calls", *sanitizers, "benchmark", "roofline", "other tests"]
     assert [step.name for step in found] == names
@@ -461,6 +461,19 @@ def test_the_steps(tmp_path):
     assert cli._parser().parse_args(by_name["roofline"].command[3:]).results == [written]
 
 
+def test_the_steps_of_the_pipeline(tmp_path):
+    found = gpu.PARTS["pipeline"](tmp_path / "nvidia-h200", "90", 4)
+    assert [step.name for step in found] == ["build", "tests on the device", "projector", "7B shapes", "embedded model"]
+    assert sum(step.limit for step in found) <= gpu._SECONDS
+    for step in found:
+        assert all((ROOT / word).exists() for word in step.command if word.startswith("tests/") or word == "setup.py")
+    for step in found[2:]:
+        args = cli._parser().parse_args(step.command[3:])
+        assert args.json.parent == tmp_path / "nvidia-h200" and args.device == "cuda"
+    assert found[3].command[found[3].command.index("--config") + 1] == "7b"
+
+
+BACKENDS = ("cuda", "triton")
 REPORT = '<testsuites><testsuite>{}</testsuite></testsuites>'
 RAN = '<testcase classname="tests.test_gpu" name="test_views[{}-one]"/>'
 SKIPPED = '<testcase classname="tests.test_gpu" name="test_views[{}-one]"><skipped/></testcase>'
@@ -478,8 +491,8 @@ SKIPPED = '<testcase classname="tests.test_gpu" name="test_views[{}-one]"><skipp
 def test_skipped_tests_prove_nothing(tmp_path, cases, reason):
     report = tmp_path / "tests.xml"
     report.write_text(REPORT.format("".join(cases)))
-    assert gpu.why_no_proof(report) == reason
-    assert gpu.why_no_proof(report) == "the tests did not run to their end"  # the report is gone with its run
+    assert gpu.why_no_proof(report, BACKENDS) == reason
+    assert gpu.why_no_proof(report, BACKENDS) == "the tests did not run to their end"  # the report is gone with its run
 
 
 def test_a_sanitizer_that_refuses_is_told_from_one_that_finds(tmp_path):
@@ -502,4 +515,4 @@ def test_the_reports_names_are_those_of_pytest(tmp_path):
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert ended.returncode in (0, 5)
     assert "test_no_channels[cuda]" in report.read_text()
-    assert gpu.why_no_proof(report) == "every test of cuda and triton was skipped"
+    assert gpu.why_no_proof(report, BACKENDS) == "every test of cuda and triton was skipped"

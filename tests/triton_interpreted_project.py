@@ -7,15 +7,17 @@ several of them.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 from kernel_cases import VIEWS, GuardedRows, bits, normal
 from projector_oracle import project
+from torch import nn
 from torch.nn.functional import gelu
 from triton_repairs import repaired_interpreter as repaired_interpreter
 
-from sfllava_fast import backends
+from sfllava_fast import backends, projector
 from sfllava_fast.config import Plan, SlowFastConfig
 
 kernels = backends.triton_kernels()
@@ -198,3 +200,23 @@ def test_what_one_16_bit_number_does_not_hold(dtype):
 
 def test_no_rows():
     linear_2(torch.empty(0, 16), *linear(8, 16, torch.bfloat16))
+
+
+@dtypes
+@pytest.mark.parametrize("pool", ["spatial_1d_max_pool", "spatial_1d_avg_pool", "concat"])
+@pytest.mark.parametrize("lengths", [(4,), (1, 3)], ids=str)
+def test_project_and_aggregate_by_the_kernels(monkeypatch, dtype, pool, lengths):
+    """What the package makes of them: equal to torch's operators but for one rounding."""
+    layers = nn.Sequential(nn.Linear(32, INNER), nn.GELU(), nn.Linear(INNER, 24)).to(dtype).requires_grad_(False)
+    hidden, config = normal((4, 37, 32), dtype)[:, 1:], SlowFastConfig(2, pool, (2, 2))
+    ends = [0, *accumulate(lengths)]
+    tokens = {}
+    for fused in (False, True):
+        monkeypatch.setattr(projector, "_is_fused", lambda *_: fused)
+        monkeypatch.setattr(projector, "_multiplies", lambda *_: True)
+        out = torch.full((config.plan(lengths, (6, 6)).offsets[-1], 40), torch.nan, dtype=dtype)[:, 8:32]
+        call = {"mode": "commuted", "out": out, "frame_offsets": ends}
+        tokens[fused], offsets = projector.project_and_aggregate(hidden, layers, config, **call)
+    near = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(tokens[True], tokens[False], rtol=near, atol=near)
+    assert offsets[-1] == len(out)
