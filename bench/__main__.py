@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
     command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
 
     command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
     command.set_defaults(run=_pipeline)
@@ -103,7 +103,7 @@ def _projector(args: argparse.Namespace) -> int:
 def _print_projector(result: dict) -> None:
     facts = result["machine"]
     console = Console(width=110, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, commit {facts['commit']}")
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
     table = Table(title="projector and aggregator, 50 frames of 24x24 patches, 1024 -> 4096", title_justify="left")
     for name in ("work", "exact ms", "commuted ms", "exact / commuted", "bar", "error / exact's: slow", "fast"):
         table.add_column(name, justify="left" if name == "work" else "right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,16 +118,13 @@ def _errors(work: Work, projector: nn.Sequential, device: str) -> dict[str, floa
     tokens = {mode: project_and_aggregate(hidden, projector, layout, mode=mode) for mode in (EXACT, COMMUTED)}
     slow = layout.plan(_CHECKED_FRAMES, GRID).tokens["slow"]
     parts = {"slow": slice(0, slow), "fast": slice(slow, None)}
-    off = {mode: {name: _rms(found[rows] - wide[rows]) for name, rows in parts.items()} for mode, found in tokens.items()}
+    off = {mode: {name: _rms(got[rows] - wide[rows]) for name, rows in parts.items()} for mode, got in tokens.items()}
     return {name: off[COMMUTED][name] / off[EXACT][name] for name in parts}
 
 
 def make_wide(projector: nn.Sequential) -> nn.Sequential:
     """The same weights in float64."""
-    wide = nn.Sequential(*(nn.Linear(p.in_features, p.out_features) if isinstance(p, nn.Linear) else p for p in projector))
-    wide = wide.to(next(projector.parameters()).device, torch.float64).requires_grad_(False)
-    wide.load_state_dict(projector.state_dict())
-    return wide
+    return copy.deepcopy(projector).double()
 
 
 def _rms(error: Tensor) -> float:

@@ -186,8 +186,8 @@ class _TorchLayers:
     """The same on torch's operators.
 
     Of 16-bit weights the products are 16-bit where the processor has those, and what is pooled is split into two
-    halves; elsewhere all is float32, which emulation would only slow down. Of float32 weights, Linear2 of what is pooled
-    is float64: the standard order averages the errors of a float32 sum away, which this order makes once.
+    halves; elsewhere all is float32, which emulation would only slow down. Of float32 weights, Linear2 of what is
+    pooled is float64: the standard order averages the errors of a float32 sum away, which this order makes once.
     """
 
     def __init__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, backend: str) -> None:

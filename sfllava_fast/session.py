@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,9 @@ from .prompts import Prompt, Turn
 from .stages import Stopwatch
 
 if TYPE_CHECKING:
-    from .engine import Answer, SlowFastLlava
+    from .answer import Answer
     from .kv_cache import KvCache
+    from .pipeline import Pipeline
     from .video import Video
 
 _FORMAT = "sfllava_fast session 1"
@@ -35,7 +35,7 @@ class Session:
     turns: the conversation so far, which a follow-up sees.
     """
 
-    def __init__(self, model: SlowFastLlava, video: str, clip: Video | None, frames: Sequence[int], plan: Plan) -> None:
+    def __init__(self, model: Pipeline, video: str, clip: Video | None, frames: Sequence[int], plan: Plan) -> None:
         self.model, self.video, self.frames, self.plan = model, video, list(frames), plan
         self.turns: list[Turn] = []
         self.closed = False
@@ -190,7 +190,7 @@ class Session:
         return path
 
     @classmethod
-    def load(cls, model: SlowFastLlava, path: str | Path) -> Session:
+    def load(cls, model: Pipeline, path: str | Path) -> Session:
         """A saved session, for the model that wrote it. Raises InputError for any other file or model."""
         tensors, facts = _read(Path(path))
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
@@ -209,45 +209,6 @@ class Session:
                 session._cache = cache
                 model.sessions.touch(session)
         return session
-
-
-class Residents:
-    """The sessions whose keys and values are in memory, the least recently used first.
-
-    Beyond `most` of them, or `most_bytes` together, the first are released; they can still be asked. The one in use
-    stays whatever it takes.
-    """
-
-    def __init__(self, most: int, most_bytes: int | None) -> None:
-        self.most, self.most_bytes = most, most_bytes
-        self.spare: KvCache | None = None  # of a session that is over, with what was captured to decode in it
-        self._sessions: list[weakref.ref[Session]] = []
-
-    def __iter__(self):
-        return iter([session for ref in self._sessions if (session := ref()) is not None])
-
-    def touch(self, session: Session, coming: int = 0) -> None:
-        """This session is in use, and about to take so many bytes more."""
-        self.forget(session)
-        self._sessions.append(weakref.ref(session))
-        held = list(self)
-        while len(held) > 1 and self._is_too_much(held, coming):
-            held.pop(0).release()
-
-    def take_spare(self, room: int) -> KvCache | None:
-        """The spare cache, if it has room for so many tokens; else it is dropped."""
-        spare, self.spare = self.spare, None
-        if spare is None or spare.capacity < room:
-            return None
-        spare.length = 0
-        return spare
-
-    def forget(self, session: Session) -> None:
-        self._sessions = [ref for ref in self._sessions if ref() not in (None, session)]
-
-    def _is_too_much(self, held: list[Session], coming: int) -> bool:
-        total = coming + sum(session.nbytes for session in held)
-        return len(held) > self.most or self.most_bytes is not None and total > self.most_bytes
 
 
 def _rounded_up(tokens: int) -> int:

@@ -21,7 +21,6 @@ from tiny_llava import (
     write_checkpoint,
 )
 
-import sfllava_fast.engine as engine
 from sfllava_fast.config import sample_frames
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
@@ -34,7 +33,8 @@ from sfllava_fast.errors import (
     VideoError,
 )
 from sfllava_fast.preprocess import PreprocessSpec, preprocess
-from sfllava_fast.stages import STAGES
+from sfllava_fast.prompts import pick_option
+from sfllava_fast.stages import STAGES, Stopwatch
 
 LONG = {"text": {"max_position_embeddings": 4096}}
 
@@ -182,7 +182,7 @@ def test_video_tokens_go_straight_into_the_embeddings(load):
     embeds, rows = model.allocate(before, 3 * 18 + 9 * 4)
     embeds.fill_(float("nan"))
     with torch.inference_mode():
-        model.write_video(clip, range(9), rows, engine.Stopwatch(model.device))
+        model.write_video(clip, range(9), rows, Stopwatch(model.device))
     assert rows.isfinite().all() and embeds[0, :before].isnan().all()
     assert rows.data_ptr() == embeds[0, before].data_ptr()
 
@@ -210,7 +210,7 @@ def test_multiple_choice(load, monkeypatch):
     model = load()
     choices = ["left", "right"]
     answer = model.answer(Clip(), QUESTION, frames=4, max_new_tokens=2, choices=choices)
-    assert answer.choices == choices and answer.option == engine.pick_option(answer.text, choices)
+    assert answer.choices == choices and answer.option == pick_option(answer.text, choices)
     monkeypatch.setattr(model, "decode_text", lambda ids, strip=True: "B) right")
     answer = model.answer(Clip(), QUESTION, frames=4, max_new_tokens=2, choices=choices)
     assert (answer.option, answer.choice) == (1, "right")

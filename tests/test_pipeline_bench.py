@@ -21,7 +21,7 @@ from bench.compare import compare
 from bench.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
 from bench.pipeline import Lab, Settings
 from bench.record import passes, read_result
-from sfllava_fast import SlowFastConfig, cli, engine, slowfast_aggregate
+from sfllava_fast import SlowFastConfig, cli, prompts, slowfast_aggregate
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.generation import LanguageModel
@@ -171,8 +171,8 @@ def test_dummies_have_the_real_shapes(name, billions, family):
         model = LlavaNextForConditionalGeneration(dummy._config(name))
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
     tokenizer = dummy._tokenizer(family)
-    prompt = engine.build_prompt("What happens?", tokenizer, family)
-    assert engine.prompt_family("llama", None, tokenizer.get_vocab()) == family
+    prompt = prompts.build_prompt("What happens?", tokenizer, family)
+    assert prompts.prompt_family("llama", None, tokenizer.get_vocab()) == family
     assert 40 < len(prompt) < 100 and (prompt.before[0] == 1) == (family == "vicuna")
     assert max(prompt.before + prompt.after) < 1024
     assert tokenizer.decode(prompt.after).endswith("In the video,")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_engine import LAYOUT, QUESTION, Clip, Unreadable
 
-import sfllava_fast.engine as engine
-from sfllava_fast import SlowFastLlava
+import sfllava_fast.pipeline as pipeline
+from sfllava_fast import SlowFastConfig, SlowFastLlava
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.errors import ContextError, InputError, OutOfMemoryError, VideoError
 from sfllava_fast.prompts import Turn
@@ -112,7 +112,7 @@ def test_positions_that_are_rescaled_are_prefilled_afresh(load):
     """Beyond 4096 tokens a dynamic rotary embedding depends on the prompt's length."""
     path_text = {"text": {"max_position_embeddings": 4096}}
     model = load(**path_text)
-    model.layout = engine.SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
+    model.layout = SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
     ask = {"max_new_tokens": 4}
     session = model.open(Clip(56), frames=56)  # 4032 tokens
     short, long = QUESTION[:2], QUESTION * 30
@@ -214,7 +214,7 @@ DEVICE_MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a to
     [
         ("vision", "model", "_run_tower", "lower frames"),
         ("projector", "model", "project", "projector='commuted'"),
-        ("aggregate", "engine", "slowfast_aggregate", "smaller layout"),
+        ("aggregate", "pipeline", "slowfast_aggregate", "smaller layout"),
         ("prefill", "language", "prefill", "close other sessions"),
         ("prefill", "language", "extend", "fewer frames"),
         ("generate", "language", "tokens", "lower max_new_tokens"),
@@ -233,7 +233,7 @@ def test_out_of_memory_names_the_stage_the_bytes_and_the_setting(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr({"model": model, "engine": engine, "language": model.language}[owner], name, fail)
+        patch.setattr({"model": model, "pipeline": pipeline, "language": model.language}[owner], name, fail)
         with pytest.raises(OutOfMemoryError) as caught:
             session.ask(QUESTION, **ASK)
     message = str(caught.value)
@@ -377,7 +377,7 @@ def test_rows_that_stop_early_wait_for_the_others(load):
 
 def test_rows_whose_positions_are_rescaled_are_answered_alone(load):
     model = load(text={"max_position_embeddings": 4096})
-    model.layout = engine.SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
+    model.layout = SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
     asked = [(Clip(56), QUESTION * 30), (Clip(9), QUESTION)]
     together = model.answer_batch(asked, frames=56, max_new_tokens=4)
     alone = [model.answer(clip, question, frames=56, max_new_tokens=4) for clip, question in asked]

@@ -1,0 +1,350 @@
+"""The stages of an answer.
+
+frames -> CLIP, stopped at the layer that is read -> projector -> aggregator, straight into the rows of
+`inputs_embeds` -> language model. SlowFast-LLaVA (arXiv 2407.15841) on the stock transformers models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .answer import Answer
+from .backends import choose
+from .checkpoint import Checkpoint
+from .config import SlowFastConfig
+from .errors import CheckpointError, ContextError, InputError, RenumberedError
+from .ops import slowfast_aggregate
+from .projector import MODES, Mode, project_and_aggregate
+from .prompts import (
+    TEMPLATES,
+    Prompt,
+    Turn,
+    build_prompt,
+    check_family,
+    pick_option,
+    prompt_family,
+    unknown_words,
+)
+from .residents import DEFAULT_SESSIONS, Residents
+from .stages import Stopwatch, is_out_of_memory
+from .video import Video
+
+if TYPE_CHECKING:
+    from .kv_cache import KvCache
+    from .session import Session
+
+log = logging.getLogger("sfllava_fast")
+
+DEFAULT_FRAMES = 50
+DEFAULT_NEW_TOKENS = 128
+# Frames in one pass of the vision tower at most: enough to fill a GPU, few enough to begin while others are decoded.
+FRAMES_PER_PASS = 16
+
+
+class Pipeline:
+    """A checkpoint's stages, each a method, and the settings that they share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: str | SlowFastConfig | None = None,
+        backend: str = "auto",
+        prompt: str = "auto",
+        projector: Mode = "exact",
+        max_sessions: int = DEFAULT_SESSIONS,
+        max_session_bytes: int | None = None,
+    ) -> None:
+        from .generation import LanguageModel
+        from .preprocess import PreprocessSpec
+
+        options = checkpoint.options or {}
+        text = checkpoint.model.config.text_config
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.tokenizer = checkpoint.tokenizer
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.language = LanguageModel(self.model, checkpoint.attention)
+        self.sessions = Residents(max_sessions, max_session_bytes)
+        self.frames_per_pass = self._frames_that_fit()
+        if projector not in MODES:
+            raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+        self.projector: Mode = projector
+        self.layout = SlowFastConfig.parse(layout or options.get("layout") or SlowFastConfig())
+        self.frames = options.get("frames", DEFAULT_FRAMES)
+        self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.backend = choose(
+            backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
+        ).name
+        self.preprocess_spec = PreprocessSpec.from_processor(checkpoint.preprocessor)
+        side = self.model.config.vision_config.image_size
+        made = self.preprocess_spec.crop or self.preprocess_spec.resized(side, side)
+        if made != (side, side):
+            raise CheckpointError(
+                f"the image processor makes {made[1]}x{made[0]} pictures and the vision tower takes "
+                f"{side}x{side}: set size and crop_size in preprocessor_config.json"
+            )
+        self.prompt_family = (
+            prompt_family(
+                text.model_type,
+                checkpoint.chat_template,
+                self.tokenizer.get_vocab(),
+                checkpoint.options,
+            )
+            if prompt == "auto"
+            else check_family(prompt)
+        )
+        self.stop_ids, self.stop_text = self._find_stops()
+
+    def check_new_tokens(self, count: int | None) -> int:
+        """How many tokens to generate at most."""
+        count = self.max_new_tokens if count is None else count
+        check_count("max_new_tokens", count)
+        return count
+
+    def prompt(
+        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
+    ) -> Prompt:
+        """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
+        prompt = build_prompt(
+            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template, turns
+        )
+        rows = self.model.get_input_embeddings().num_embeddings
+        if max(prompt.before + prompt.after, default=0) >= rows:
+            raise CheckpointError(
+                f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
+            )
+        unknown = unknown_words(" ".join([question, *map(str, choices or ())]), self.tokenizer)
+        if unknown:
+            log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
+        return prompt
+
+    def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
+        """Raise ContextError where prompt, video and answer together exceed the language model's context."""
+        total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
+        if total > context:
+            raise ContextError(
+                f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
+                f"exceed the context of {context}: lower frames (now {frames}), max_new_tokens, or take a "
+                f"smaller layout than {self.layout}"
+            )
+
+    def allocate(self, before: int, video_tokens: int) -> tuple[Tensor, Tensor]:
+        """Empty embeddings [1, P, D] of so many prompt tokens and the video's, and the video's rows in them."""
+        width = self.model.config.text_config.hidden_size
+        embeds = torch.empty(1, before + video_tokens, width, dtype=self.dtype, device=self.device)
+        return embeds, embeds[0, before:]
+
+    def write_video(self, clip: Video, frames: Sequence[int], rows: Tensor, clock: Stopwatch) -> None:
+        """Fill the rows [S, D] with the tokens of these frames."""
+        try:
+            parts = self._encode_frames(clip, frames, clock)
+        except RenumberedError:  # damage shows late which frames there are: now their numbers are known
+            parts = self._encode_frames(clip, frames, clock)
+        with clock("projector"):
+            patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            if self.projector != "exact":
+                self._project_and_aggregate(patches, rows)
+                return
+            features = self.project(patches)
+        with clock("aggregate"):
+            slowfast_aggregate(
+                features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
+            )
+
+    def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
+        """Patch features of these frames, in parts [t, N, C]; on a GPU decoding goes on while the tower runs."""
+        from .pixels import load_pixels
+
+        parts = []
+        passes = math.ceil(len(frames) / self.frames_per_pass)
+        batch = math.ceil(len(frames) / passes)  # alike: a pass of two frames takes as long as one of several
+        with load_pixels(clip, frames, self.preprocess_spec, self.dtype, self.device, batch) as pixels:
+            batches = iter(pixels)
+            if self.device.type == "cpu":  # decoding has its cores: a tower beside it only slows both
+                with clock("wait"):
+                    batches = iter(list(batches))
+            while True:
+                with clock("wait"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                with clock("vision"):
+                    parts.append(self.encode(batch))
+        clock.add("decode", pixels.decode_seconds)
+        clock.add("preprocess", pixels.preprocess_seconds)
+        return parts
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`.
+
+        Runs `frames_per_pass` frames at a time, and from then on half of that where they do not fit in memory.
+        """
+        while True:
+            try:
+                parts = [self._run_tower(part) for part in pixels.split(self.frames_per_pass)]
+                break
+            except RuntimeError as error:
+                if self.frames_per_pass == 1 or not is_out_of_memory(error):
+                    raise
+            self.frames_per_pass = min(self.frames_per_pass, len(pixels)) // 2 or 1
+            log.warning("out of memory in the vision tower: going on with %d frames a pass", self.frames_per_pass)
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return hidden[:, 1:] if self.checkpoint.drops_first else hidden
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
+        return self.model.model.multi_modal_projector(patches)
+
+    def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
+        project_and_aggregate(
+            patches,
+            self.model.model.multi_modal_projector,
+            self.layout,
+            mode=self.projector,
+            out=rows,
+            backend=self.backend,
+            grid=self.checkpoint.grid,
+        )
+
+    def generate(
+        self,
+        cache: KvCache,
+        logits: Tensor,
+        lengths: Sequence[int],
+        max_new_tokens: int,
+        on_token: Callable[[str], None] | None = None,
+    ) -> list[list[int]]:
+        """Greedy token ids from the logits [rows, V] of each row, up to a stop (included) or max_new_tokens.
+
+        on_token: called with the pieces of the first row's text.
+        """
+        rows: list[list[int]] = [[] for _ in lengths]
+        going = set(range(len(rows)))
+        teller = _Teller(self, on_token)
+        for ids in self.language.tokens(cache, logits, lengths, max_new_tokens):
+            for row in sorted(going):
+                rows[row].append(ids[row])
+                if ids[row] in self.stop_ids or self._says_stop(rows[row]):
+                    going.remove(row)
+            teller.tell(rows[0])
+            if not going:
+                break
+        teller.finish()
+        return rows
+
+    def decode_text(self, ids: Sequence[int], strip: bool = True) -> str:
+        """The text of generated token ids, without special tokens and up to the family's stop text."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        if self.stop_text:
+            text = text.partition(self.stop_text)[0]
+        return text.strip() if strip else text
+
+    def make_answer(
+        self,
+        session: Session,
+        question: str,
+        choices: Sequence[str] | None,
+        prompt: Prompt,
+        ids: list[int],
+        clock: Stopwatch,
+        ttft: float,
+    ) -> Answer:
+        """What is told of an answer of these token ids."""
+        text = self.decode_text(ids)
+        seconds, steps = clock.by_stage(), len(ids) - 1
+        return Answer(
+            text=text,
+            video=session.video,
+            question=question,
+            model=self.checkpoint.name,
+            layout=str(self.layout),
+            frames=session.frames,
+            slow_frames=[session.frames[i] for i in session.plan.slow_frames],
+            tokens=dict(session.plan.tokens),
+            backend=self.backend,
+            projector=self.projector,
+            attention=self.checkpoint.attention.describe(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            prompt_tokens=len(prompt),
+            token_ids=ids,
+            seconds=seconds,
+            ttft=ttft,
+            tokens_per_second=steps / seconds["generate"] if steps else None,
+            choices=[str(choice) for choice in choices] if choices is not None else None,
+            option=pick_option(text, choices) if choices is not None else None,
+        )
+
+    def fingerprint(self) -> str:
+        """Tells models apart: their config, dtype, and a few of their weights."""
+        told = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for weight in (self.language.embed.weight, self.language.head.weight, self.language.core.norm.weight):
+            told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
+        told.update(f"{self.dtype} {self.projector}".encode())
+        return told.hexdigest()
+
+    def _frames_that_fit(self) -> int:
+        """Frames in one pass of the vision tower, whose activations take at most a quarter of what memory is free."""
+        if self.device.type == "cpu":
+            return FRAMES_PER_PASS
+        vision, (rows, columns) = self.model.config.vision_config, self.checkpoint.grid
+        values = (rows * columns + 1) * (2 * vision.intermediate_size + 8 * vision.hidden_size)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(FRAMES_PER_PASS, free // (4 * values * self.dtype.itemsize)))
+
+    def _run_tower(self, pixels: torch.Tensor) -> torch.Tensor:
+        tower, depths = self.model.model.vision_tower, self.checkpoint.depths
+        if len(depths) == 1:
+            return tower(pixels).last_hidden_state
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        return torch.cat([states[depth] for depth in depths], dim=-1)
+
+    def _find_stops(self) -> tuple[frozenset[int], str | None]:
+        """Token ids that end an answer, and a text that does where it is no token of its own."""
+        named = [self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id]
+        ids = {i for eos in named if eos is not None for i in (eos if isinstance(eos, list) else [eos])}
+        template = TEMPLATES.get(self.prompt_family)
+        stop = template.stop if template else None
+        if stop in self.tokenizer.get_vocab():
+            ids.add(self.tokenizer.convert_tokens_to_ids(stop))
+        return frozenset(ids), stop
+
+    def _says_stop(self, ids: list[int]) -> bool:
+        return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(
+            ids[-16:], skip_special_tokens=True
+        )
+
+
+class _Teller:
+    """Passes the text of growing token ids on, piece by piece."""
+
+    def __init__(self, model: Pipeline, on_token: Callable[[str], None] | None) -> None:
+        self.model, self.on_token = model, on_token
+        self.text, self.shown = "", 0
+
+    def tell(self, ids: list[int]) -> None:
+        if self.on_token is None:
+            return
+        self.text = self.model.decode_text(ids, strip=False)
+        # A character may span tokens: what is not decodable yet waits.
+        if not self.text.endswith("\ufffd"):
+            self.finish()
+
+    def finish(self) -> None:
+        if len(self.text) > self.shown:
+            self.on_token(self.text[self.shown :])
+            self.shown = len(self.text)
+
+
+def check_count(name: str, count: object) -> None:
+    """InputError unless it is a whole number of at least 1."""
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
