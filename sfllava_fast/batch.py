@@ -66,7 +66,7 @@ def _answer_together(
     lengths = [length + len(after) for length, after in zip(lengths, afters)]
     with clock("generate"):
         ids = model.generate(cache, logits, lengths, max_new_tokens)
-    return [model.make_answer(*row, row_ids, clock, first) for row, row_ids in zip(asked, ids)]
+    return [session.make_answer(*row, row_ids, clock, first) for (session, *row), row_ids in zip(asked, ids)]
 
 
 def _prefill(model: Pipeline, prefixes: list[Tensor], source: list[int], capacity: int) -> KvCache:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .answer import Answer
 from .backends import choose
 from .checkpoint import Checkpoint
 from .config import SlowFastConfig
@@ -29,7 +28,6 @@ from .prompts import (
     Turn,
     build_prompt,
     check_family,
-    pick_option,
     prompt_family,
     unknown_words,
 )
@@ -39,7 +37,6 @@ from .video import Video
 
 if TYPE_CHECKING:
     from .kv_cache import KvCache
-    from .session import Session
 
 log = logging.getLogger("sfllava_fast")
 
@@ -246,42 +243,6 @@ class Pipeline:
         if self.stop_text:
             text = text.partition(self.stop_text)[0]
         return text.strip() if strip else text
-
-    def make_answer(
-        self,
-        session: Session,
-        question: str,
-        choices: Sequence[str] | None,
-        prompt: Prompt,
-        ids: list[int],
-        clock: Stopwatch,
-        ttft: float,
-    ) -> Answer:
-        """What is told of an answer of these token ids."""
-        text = self.decode_text(ids)
-        seconds, steps = clock.by_stage(), len(ids) - 1
-        return Answer(
-            text=text,
-            video=session.video,
-            question=question,
-            model=self.checkpoint.name,
-            layout=str(self.layout),
-            frames=session.frames,
-            slow_frames=[session.frames[i] for i in session.plan.slow_frames],
-            tokens=dict(session.plan.tokens),
-            backend=self.backend,
-            projector=self.projector,
-            attention=self.checkpoint.attention.describe(),
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=str(self.device),
-            prompt_tokens=len(prompt),
-            token_ids=ids,
-            seconds=seconds,
-            ttft=ttft,
-            tokens_per_second=steps / seconds["generate"] if steps else None,
-            choices=[str(choice) for choice in choices] if choices is not None else None,
-            option=pick_option(text, choices) if choices is not None else None,
-        )
 
     def fingerprint(self) -> str:
         """Tells models apart: their config, dtype, and a few of their weights."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .answer import Answer
 from .config import Plan
 from .errors import InputError, first_line
-from .prompts import Prompt, Turn
+from .prompts import Prompt, Turn, pick_option
 from .stages import Stopwatch
 
 if TYPE_CHECKING:
-    from .answer import Answer
     from .kv_cache import KvCache
     from .pipeline import Pipeline
     from .video import Video
@@ -74,10 +74,46 @@ class Session:
             first = clock.elapsed()
             with clock("generate"):
                 (ids,) = model.generate(cache, logits, [cache.length], max_new_tokens, on_token)
-        answer = model.make_answer(self, question, choices, prompt, ids, clock, first)
+        answer = self.make_answer(question, choices, prompt, ids, clock, first)
         turn = Turn(question, answer.text, None if choices is None else tuple(map(str, choices)))
         self.turns = [*self.turns, turn] if follow_up else [turn]
         return answer
+
+    def make_answer(
+        self,
+        question: str,
+        choices: Sequence[str] | None,
+        prompt: Prompt,
+        ids: list[int],
+        clock: Stopwatch,
+        ttft: float,
+    ) -> Answer:
+        """What is told of an answer of these token ids."""
+        model = self.model
+        text = model.decode_text(ids)
+        seconds, steps = clock.by_stage(), len(ids) - 1
+        return Answer(
+            text=text,
+            video=self.video,
+            question=question,
+            model=model.checkpoint.name,
+            layout=str(model.layout),
+            frames=self.frames,
+            slow_frames=[self.frames[i] for i in self.plan.slow_frames],
+            tokens=dict(self.plan.tokens),
+            backend=model.backend,
+            projector=model.projector,
+            attention=model.checkpoint.attention.describe(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            prompt_tokens=len(prompt),
+            token_ids=ids,
+            seconds=seconds,
+            ttft=ttft,
+            tokens_per_second=steps / seconds["generate"] if steps else None,
+            choices=[str(choice) for choice in choices] if choices is not None else None,
+            option=pick_option(text, choices) if choices is not None else None,
+        )
 
     def encode(self, before: tuple[int, ...], clock: Stopwatch) -> Tensor:
         """The embeddings [1, P, D] of the prompt before the video and of the video, which is encoded only once."""
