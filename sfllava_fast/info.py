@@ -10,7 +10,8 @@ import torch
 from . import __version__, backends
 from .errors import BackendError
 
-_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "av", "decord", "numpy", "safetensors")
+_FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_PACKAGES = ("torch", "triton", "transformers", *_FLASH_ATTN, "av", "decord", "numpy", "safetensors")
 _CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
 
 
@@ -71,4 +72,5 @@ def _attention() -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return resolve_attention("auto", device, dtype).describe()
+    chosen = resolve_attention("auto", device, dtype)
+    return f"{chosen.describe()}: {chosen.reason}"

@@ -21,7 +21,7 @@ from sfllava_fast import SlowFastConfig, backends
 
 pytest.importorskip("rich")
 from bench import __main__ as cli  # noqa: E402
-from bench import gpu, op, peers, plot, sanitize, timers, works  # noqa: E402
+from bench import gpu, op, peers, plot, projector, sanitize, timers, works  # noqa: E402
 from bench.compare import compare  # noqa: E402
 from bench.record import ROOT, ResultError, folder_name, read_result  # noqa: E402
 from bench.works import Work  # noqa: E402
@@ -516,3 +516,37 @@ def test_the_reports_names_are_those_of_pytest(tmp_path):
     assert ended.returncode in (0, 5)
     assert "test_no_channels[cuda]" in report.read_text()
     assert gpu.why_no_proof(report, BACKENDS) == "every test of cuda and triton was skipped"
+
+
+# --- projector
+
+
+@pytest.fixture
+def small_projector(monkeypatch):
+    for name, value in {"FRAMES": 6, "GRID": (8, 8), "VISION": 32, "LANGUAGE": 64, "_CHECKED_FRAMES": 3}.items():
+        monkeypatch.setattr(projector, name, value)
+
+
+def test_the_projector_is_measured_after_its_errors(small_projector, tmp_path, monkeypatch, capsys):
+    written = tmp_path / "projector.json"
+    assert main(monkeypatch, "projector", "--rounds", "2", "--only", "float", "--json", written) == 0
+    result = read_result(written)
+    assert list(result["works"]) == [str(work) for work in projector.WORKS] and not result["errors"]
+    for figures in result["works"].values():
+        assert set(figures["providers"]) == {"exact", "commuted"}
+        assert 0 < max(figures["error_over_exact"].values()) <= 1.01
+    bars = [figures["bars"]["commuted: exact"]["bar"] for figures in result["works"].values()]
+    assert bars == [2.3, 2.9, None, None]
+    assert "error / exact's" in capsys.readouterr().out
+
+
+def test_a_projector_that_errs_more_is_not_timed(small_projector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(projector, "_MOST_ERROR", 0.1)
+    assert main(monkeypatch, "projector", "--rounds", "2", "--only", "float32") == 1
+    assert "the commuted order's error is" in capsys.readouterr().out
+
+
+def test_the_projector_on_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(monkeypatch, "projector", "--device", "cuda") == 2
+    assert capsys.readouterr().err == "bench: no CUDA device was found\n"
