@@ -246,3 +246,50 @@ def test_gradients_flow_through_exact():
     hidden = make_hidden().clone().requires_grad_()
     project_and_aggregate(hidden, make_projector(), CONFIGS[1], mode="auto").sum().backward()
     assert hidden.grad.abs().sum() > 0
+
+
+class StandIn:
+    """The fused kernels, by torch's operators; `off` is added to what they make."""
+
+    def __init__(self, off=0.0):
+        self.off = off
+
+    def project_pool(self, hidden, weight, bias, plan):
+        first = nn.Linear(weight.shape[1], weight.shape[0], device=hidden.device, dtype=hidden.dtype)
+        first.weight.data, first.bias.data = weight, bias
+        layers = projector_module._TorchLayers(first, first, hidden, "torch")
+        pooled, kept = layers.pool(hidden, plan)
+        return pooled + self.off, (kept + self.off).to(hidden.dtype)
+
+    def project_pooled(self, pooled, weight, bias, out):
+        out.copy_(F.linear(pooled.to(weight.dtype), weight, bias) + self.off)
+
+
+@pytest.mark.parametrize("off, works", [(0.0, True), (0.5, False), (math.nan, False), (None, False)])
+def test_fused_kernels_must_agree_with_torch_before_they_serve(monkeypatch, caplog, off, works):
+    def kernels():
+        if off is None:
+            raise RuntimeError("no compiler\nand more")
+        return StandIn(off)
+
+    monkeypatch.setattr(projector_module.backends, "triton_kernels", kernels)
+    fits = projector_module._fused_works.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert fits is works
+    assert ("the fused projector is not used on cpu" in caplog.text) is not works
+    assert "more" not in caplog.text
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("offsets", [None, [0, 4, 5, 12]], ids=["one video", "three videos"])
+def test_what_the_fused_kernels_make_is_put_in_its_place(monkeypatch, config, offsets):
+    hidden, projector = make_hidden(12, dtype=torch.bfloat16), make_projector(torch.bfloat16)
+    monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: True)
+    arguments = {"mode": "commuted", "frame_offsets": offsets}
+    expected = project_and_aggregate(hidden, projector, config, **arguments)
+    monkeypatch.setattr(projector_module, "_is_fused", lambda *_: True)
+    monkeypatch.setattr(projector_module.backends, "triton_kernels", lambda: StandIn())
+    got = project_and_aggregate(hidden, projector, config, **arguments)
+    if offsets:
+        assert torch.equal(got[1], expected[1])
+        got, expected = got[0], expected[0]
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)

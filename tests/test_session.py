@@ -259,6 +259,14 @@ def test_the_tower_goes_on_with_fewer_frames_a_pass(load, monkeypatch, caplog):
     assert "going on with 2 frames a pass" in caplog.text
 
 
+@pytest.mark.parametrize("free, frames", [(1 << 40, 16), (3 * 4 * 37 * 192 * 4, 3), (100, 1)])
+def test_passes_of_the_tower_fit_a_gpus_free_memory(load, monkeypatch, free, frames):
+    model = load()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    model.device = torch.device("cuda")
+    assert model._frames_that_fit() == frames
+
+
 def test_other_errors_pass_as_they_are(load, monkeypatch):
     model = load()
 
