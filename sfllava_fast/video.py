@@ -431,8 +431,10 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     """
     if isinstance(video, Video):
         return video
-    if isinstance(video, (torch.Tensor, np.ndarray)):
-        return MemoryVideo(torch.as_tensor(video))
+    if isinstance(video, np.ndarray):
+        video = torch.as_tensor(np.ascontiguousarray(video))  # torch has no negative strides
+    if isinstance(video, torch.Tensor):
+        return MemoryVideo(video)
     if not isinstance(video, (str, os.PathLike)):
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
     if decoder not in DECODERS:

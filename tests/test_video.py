@@ -428,3 +428,37 @@ def test_one_image_is_a_video_of_one_frame(tmp_path):
     video = open_video(tmp_path / "one.png")
     assert video.total == 1
     assert video.frames([0])[0, 8, 8].tolist() == [200, 10, 30]
+
+
+# --- frames in memory
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "reversed array"])
+def test_frames_in_memory(kind):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    frames = frames[::-1] if kind == "reversed array" else frames
+    video = open_video(torch.from_numpy(frames) if kind == "tensor" else frames)
+    assert (video.total, video.size, video.decoder, video.times([1])) == (5, (4, 6), "memory", None)
+    assert torch.equal(video.frames([4, 0, 4]), torch.from_numpy(frames[[4, 0, 4]]))
+    assert open_video(video) is video
+    with pytest.raises(InputError, match="frame 5 does not exist"):
+        video.frames([5])
+
+
+@pytest.mark.parametrize(
+    "frames, found",
+    [
+        (torch.zeros(2, 4, 6, 3), r"float32 \[2, 4, 6, 3\]"),
+        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), r"uint8 \[2, 3, 4, 6\]"),
+        (torch.zeros(0, 4, 6, 3, dtype=torch.uint8), r"uint8 \[0, 4, 6, 3\]"),
+        (np.zeros((4, 6, 3), np.uint8), r"uint8 \[4, 6, 3\]"),
+    ],
+)
+def test_frames_of_another_kind(frames, found):
+    with pytest.raises(InputError, match=rf"\Aframes must be uint8 RGB \[T, H, W, 3\], not {found}\Z"):
+        open_video(frames)
+
+
+def test_what_is_no_video():
+    with pytest.raises(InputError, match="a video is a file, a folder or frames .*, not list"):
+        open_video([1, 2])
