@@ -43,7 +43,7 @@ class SlowFastLlava(Pipeline):
 
         layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
-        aggregator, by name or "auto". attention: "auto", "eager", "sdpa" or "flash_attention_2". prompt:
+        aggregator, by name or "auto". attention: one of `attention.CHOICES`. prompt:
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
         max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
 

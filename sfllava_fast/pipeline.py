@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .config import SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError
 from .ops import slowfast_aggregate
-from .projector import MODES, Mode, project_and_aggregate
+from .projector import MODES, Mode, project_and_aggregate, why_not_commuted
 from .prompts import (
     TEMPLATES,
     Prompt,
@@ -74,6 +74,9 @@ class Pipeline:
         if projector not in MODES:
             raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
         self.projector: Mode = projector
+        reason = why_not_commuted(self.model.model.multi_modal_projector) if projector == "commuted" else None
+        if reason:
+            raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
         self.layout = SlowFastConfig.parse(layout or options.get("layout") or SlowFastConfig())
         self.frames = options.get("frames", DEFAULT_FRAMES)
         self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS

@@ -71,8 +71,8 @@ def project_and_aggregate(
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
 
 
-def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
-    """Why pooling cannot go before this projector's second layer; None where it can."""
+def why_not_commuted(projector: nn.Module) -> str | None:
+    """Why pooling can never go before this projector's second layer; None where it can."""
     name, parts = type(projector).__name__, dict(projector.named_children())
     if len(parts) != 3 or type(projector) is not nn.Sequential and list(parts) != ["linear_1", "act", "linear_2"]:
         return f"{name} is not Linear, GELU, Linear"
@@ -84,6 +84,14 @@ def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
         return f"its activation {act} is not the exact GELU"
     if any(part._forward_hooks or part._forward_pre_hooks for part in (projector, first, act, second)):
         return "hooks watch it"
+    return None
+
+
+def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
+    """Why pooling cannot go before the second layer in this call; None where it can."""
+    if reason := why_not_commuted(projector):
+        return reason
+    first = next(projector.children())
     if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in projector.parameters())):
         return "it needs gradients"
     if hidden.dtype != first.weight.dtype:
