@@ -109,17 +109,20 @@ def test_a_conversation_longer_than_the_context_is_refused(load):
 
 
 def test_positions_that_are_rescaled_are_prefilled_afresh(load):
-    """Beyond 4096 tokens a dynamic rotary embedding depends on the prompt's length."""
-    path_text = {"text": {"max_position_embeddings": 4096}}
-    model = load(**path_text)
-    model.layout = SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
-    ask = {"max_new_tokens": 4}
-    session = model.open(Clip(56), frames=56)  # 4032 tokens
+    """Beyond 4096 tokens a dynamic rotary embedding depends on the prompt's length: the stock model is the oracle."""
+    model = load(text={"max_position_embeddings": 4096})
+    model.layout = SlowFastConfig.parse("slowfast-slow_50frms_concat-fast_6x6")
+    session = model.open(Clip(50), frames=50)  # 3600 tokens
     short, long = QUESTION[:2], QUESTION * 30
     for question in (short, long, short, long):
-        expected = model.answer(Clip(56), question, frames=56, **ask).token_ids
-        assert session.ask(question, **ask).token_ids == expected
-    assert model.language.rescales(len(model.prompt(long)) + 4032)
+        _, logits = logits_of(model, lambda: session.ask(question, max_new_tokens=2))
+        after = model.language.embed_tokens(model.prompt(question).after)[None]
+        embeds = torch.cat([session._embeds, after], dim=1)
+        assert model.language.rescales(embeds.shape[1]) == (question == long)
+        model.language.forget_scale()
+        with torch.inference_mode():
+            expected = model.model(inputs_embeds=embeds, logits_to_keep=1).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- bounds
