@@ -386,11 +386,14 @@ def test_rows_that_stop_early_wait_for_the_others(load):
     assert [answer.token_ids for answer in together] == alone
 
 
-def test_rows_whose_positions_are_rescaled_are_answered_alone(load):
+def test_rows_whose_positions_are_rescaled_are_answered_alone(load, monkeypatch):
     model = load(text={"max_position_embeddings": 4096})
     model.layout = SlowFastConfig.parse("slowfast-slow_56frms_concat-fast_6x6")
     asked = [(Clip(56), QUESTION * 30), (Clip(9), QUESTION)]
+    extended = count_calls(monkeypatch, model.language, "extend_rows")
     together = model.answer_batch(asked, frames=56, max_new_tokens=4)
+    ((_, parts, _),) = extended
+    assert len(parts) == 1  # the other row's tokens would be the same here, its logits would not
     alone = [model.answer(clip, question, frames=56, max_new_tokens=4) for clip, question in asked]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
 
