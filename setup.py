@@ -78,7 +78,8 @@ class Modules(build_py):
     """Without the tests among the benchmarks."""
 
     def find_package_modules(self, package, package_dir):
-        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "test_op"]
+        modules = super().find_package_modules(package, package_dir)
+        return [found for found in modules if not found[1].startswith("test_")]
 
 
 class StableWheel(bdist_wheel):
