@@ -50,6 +50,10 @@ class Bins:
         return tuple((i * width, (i + 1) * width) for i in range(n // width))
 
 
+    def __str__(self) -> str:
+        return self.rule if self.rule == "each" else f"{self.rule}{self.size}"
+
+
 @dataclass(frozen=True)
 class Pathway:
     """Separable box pooling of [T, H, W, D] patches; tokens come out frame by frame, row by row.
@@ -78,6 +82,10 @@ class Pathway:
         rows = self.rows.count(height)
         return rows * self.cols.count(width)
 
+    def __str__(self) -> str:
+        flat = ",flat" if self.flat else ""
+        return f"{self.name}:{self.frames},{self.rows},{self.cols},{self.reduce}{flat}"
+
 
 _EACH, _PAIRS = Bins("each"), Bins("stride", 2)
 _SLOW_POOLS = {  # name -> rows, columns, reduction, flat
@@ -91,12 +99,73 @@ SLOW_POOLS = tuple(_SLOW_POOLS)
 _NUMBER = "([0-9]{1,9})"
 _STRING = re.compile(rf"slowfast(?:-slow_{_NUMBER}frms_(\w+?))?(?:-fast_{_NUMBER}x{_NUMBER})?", re.ASCII)
 _EXAMPLE = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
+_PATHWAY_EXAMPLE = "pool:each,stride2,stride2,mean"
+_BINS = "(?:each|(?:stride|adaptive|linspace)[0-9]{1,7})"
+_PATHWAY = re.compile(rf"(\w+):({_BINS}),({_BINS}),({_BINS}),(max|mean)(,flat)?", re.ASCII)
 # Kernels hold frame, row and token numbers in int32.
 _MAX_COUNT = 2**20
 
 
+class Layout:
+    """What every layout has: `pathways`, in token order, and a text form, which `parse` reads and the op carries."""
+
+    pathways: tuple[Pathway, ...]
+
+    @staticmethod
+    def parse(layout: str | Layout) -> Layout:
+        """The layout that a text names: SlowFastConfig's or Pathways' form; a layout comes back as it is."""
+        if isinstance(layout, Layout):
+            return layout
+        if isinstance(layout, str) and ":" in layout:
+            return _parse_pathways(layout)
+        return SlowFastConfig.parse(layout)
+
+    def count_tokens(self, frames: int, grid: tuple[int, int], videos: int = 1) -> int:
+        """Tokens of `videos` videos of `frames` frames together; either count may be symbolic."""
+        total = 0
+        for path in self.pathways:
+            bins = frames if path.frames.rule == "each" else videos * path.frames.size
+            total = total + bins * path.tokens_per_frame(grid)
+        return total
+
+    def plan(self, frames: int | Sequence[int], grid: tuple[int, int]) -> Plan:
+        """Everything that (layout, frames, grid) decides, computed once and cached.
+
+        frames: T, or the frame counts of several videos packed one after the other.
+        Raises LayoutError where the layout leaves no token of this grid.
+        """
+        lengths = (frames,) if isinstance(frames, int) else tuple(frames)
+        return _plan(self, lengths, tuple(grid))
+
+
 @dataclass(frozen=True)
-class SlowFastConfig:
+class Pathways(Layout):
+    """Any layout, pathway by pathway; as text `name:frames,rows,cols,reduce`, flat ones with `,flat` behind it, joined by
+    "+": `pool:each,stride2,stride2,mean` averages 2 x 2 patches of every frame.
+
+    Raises LayoutError for no pathway or two of one name, for unknown bins, and for frames by stride: the tokens of
+    several videos would not be those of their frames together.
+    """
+
+    pathways: tuple[Pathway, ...]
+
+    def __post_init__(self) -> None:
+        for path in self.pathways:
+            counts = (bins.size for bins in (path.frames, path.rows, path.cols))
+            if not _PATHWAY.fullmatch(str(path)) or not all(_is_count(count, least=1) for count in counts):
+                raise LayoutError(f"unknown pathway {str(path)!r}: write it like {_PATHWAY_EXAMPLE}")
+            if path.frames.rule == "stride":
+                raise LayoutError(f"pathway {path.name} takes frames by stride: choose each, adaptive or linspace")
+        if not self.pathways or len({path.name for path in self.pathways}) < len(self.pathways):
+            raise LayoutError("a layout needs one pathway or more, each of another name")
+        object.__setattr__(self, "_string", "+".join(map(str, self.pathways)))
+
+    def __str__(self) -> str:
+        return self._string
+
+
+@dataclass(frozen=True)
+class SlowFastConfig(Layout):
     """The SlowFast-LLaVA layout; the defaults are the paper's (3680 tokens from 50 frames of 24 x 24).
 
     slow_frames: frames of the slow pathway; 0 leaves it out.
@@ -153,23 +222,6 @@ class SlowFastConfig:
             rows, cols = (Bins("adaptive", n) for n in self.fast_grid)
             paths.append(Pathway("fast", Bins("each"), rows, cols, "mean"))
         return tuple(paths)
-
-    def count_tokens(self, frames: int, grid: tuple[int, int], videos: int = 1) -> int:
-        """Tokens of `videos` videos of `frames` frames together; either count may be symbolic."""
-        total = 0
-        for path in self.pathways:
-            bins = frames if path.frames.rule == "each" else videos * path.frames.size
-            total = total + bins * path.tokens_per_frame(grid)
-        return total
-
-    def plan(self, frames: int | Sequence[int], grid: tuple[int, int]) -> Plan:
-        """Everything that (layout, frames, grid) decides, computed once and cached.
-
-        frames: T, or the frame counts of several videos packed one after the other.
-        Raises LayoutError where the layout leaves no token of this grid.
-        """
-        lengths = (frames,) if isinstance(frames, int) else tuple(frames)
-        return _plan(self, lengths, tuple(grid))
 
 
 @dataclass(frozen=True)
@@ -250,7 +302,22 @@ def _parse(layout: str) -> SlowFastConfig:
 
 
 @lru_cache(maxsize=256)
-def _plan(config: SlowFastConfig, lengths: tuple[int, ...], grid: tuple[int, int]) -> Plan:
+def _parse_pathways(layout: str) -> Pathways:
+    matches = [_PATHWAY.fullmatch(part) for part in layout.split("+")]
+    if not all(matches):
+        raise LayoutError(f"unknown layout {layout!r}: write its pathways like {_PATHWAY_EXAMPLE}")
+    return Pathways(tuple(
+        Pathway(match[1], *map(_bins, match.group(2, 3, 4)), match[5], flat=match[6] is not None) for match in matches
+    ))  # fmt: skip
+
+
+def _bins(text: str) -> Bins:
+    rule = text.rstrip("0123456789")
+    return Bins(rule, int(text[len(rule) :] or 1))
+
+
+@lru_cache(maxsize=256)
+def _plan(config: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Plan:
     if not lengths or min(lengths) < 1 or min(grid) < 1:
         raise InputError(f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "
                          "each needs at least one frame and one patch")

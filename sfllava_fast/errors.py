@@ -33,6 +33,10 @@ class ContextError(SfllavaError, ValueError):
     """Prompt and video tokens that do not fit the language model's context."""
 
 
+class PatchError(SfllavaError, TypeError):
+    """A model, class or library that a drop-in does not know, or cannot undo; nothing of it was changed."""
+
+
 class OutOfMemoryError(SfllavaError, RuntimeError):
     """A stage that needs more memory than there is; nothing that was there before is lost."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .config import SlowFastConfig
+from .config import Layout, SlowFastConfig
 from .ops import slowfast_aggregate
 
 
@@ -16,12 +16,12 @@ class SlowFastAggregator(nn.Module):
 
     def __init__(
         self,
-        config: SlowFastConfig | str = SlowFastConfig(),
+        config: Layout | str = SlowFastConfig(),
         backend: str = "auto",
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.backend, self.grid = SlowFastConfig.parse(config), backend, grid
+        self.config, self.backend, self.grid = Layout.parse(config), backend, grid
 
     def forward(self, features: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
         return slowfast_aggregate(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .config import Plan, SlowFastConfig, square_grid
+from .config import Layout, Plan, SlowFastConfig, square_grid
 from .errors import InputError
 
 _library = torch.library.Library("sfllava_fast", "DEF")
@@ -32,7 +32,7 @@ _library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Te
 
 def slowfast_aggregate(
     features: Tensor,
-    config: SlowFastConfig | str = SlowFastConfig(),
+    config: Layout | str = SlowFastConfig(),
     *,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -44,7 +44,7 @@ def slowfast_aggregate(
 
     features: [T, N, D], floating, unit stride over D, any other strides (`hidden[:, 1:]` as it is); N = rows *
         columns of `grid`, row-major. 16-bit input is accumulated in float32 and rounded once.
-    config: the layout, or its published string.
+    config: any layout, or its text; a string such as slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4 is one.
     out: [S, D] of the features' dtype and device with unit stride over D, written in place and returned; for
         example the rows of a language model's `inputs_embeds`. Not differentiable.
     backend: "auto", or one of `sfllava_fast.backends.BACKENDS` by name.
@@ -136,7 +136,7 @@ def _aggregate_backward(grad, features, layout, height, width, frame_offsets, ba
 
 def _token_offsets(frame_offsets, layout, height, width):
     """Where each video's tokens begin: affine in the frame offsets, so no value has to be read."""
-    config, grid = SlowFastConfig.parse(layout), (height, width)
+    config, grid = Layout.parse(layout), (height, width)
     per_video = config.count_tokens(0, grid)
     per_frame = config.count_tokens(1, grid) - per_video
     videos = torch.arange(frame_offsets.shape[0], device=frame_offsets.device)
@@ -145,7 +145,7 @@ def _token_offsets(frame_offsets, layout, height, width):
 
 def _fake_aggregate(features, layout, height, width, frame_offsets, backend):
     videos = 1 if frame_offsets is None else frame_offsets.shape[0] - 1
-    tokens = SlowFastConfig.parse(layout).count_tokens(features.shape[0], (height, width), videos)
+    tokens = Layout.parse(layout).count_tokens(features.shape[0], (height, width), videos)
     return features.new_empty(tokens, features.shape[2])
 
 
@@ -168,7 +168,7 @@ torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, 
 
 def resolve_plan(
     features: Tensor,
-    config: SlowFastConfig | str,
+    config: Layout | str,
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
 ) -> Plan:
@@ -186,7 +186,7 @@ def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets:
 @lru_cache(maxsize=256)
 def _cached_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int) -> Plan:
     """Saves a call from hashing a config."""
-    return SlowFastConfig.parse(layout).plan(frames, (height, width))
+    return Layout.parse(layout).plan(frames, (height, width))
 
 
 def _check_features(features: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfllava_fast.config import SLOW_POOLS, Bins, SlowFastConfig, sample_frames, square_grid
+from sfllava_fast.config import SLOW_POOLS, Bins, Layout, Pathways, SlowFastConfig, sample_frames, square_grid
 from sfllava_fast.errors import InputError, LayoutError
 
 PAPER = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
@@ -275,3 +275,45 @@ def test_square_grids():
         square_grid(577)
     with pytest.raises(InputError, match="grid="):
         square_grid(575)
+
+
+@pytest.mark.parametrize(
+    ("text", "frames", "tokens"),
+    [
+        ("pool:each,stride2,stride2,mean", 5, 5 * 3 * 3),
+        ("pool:adaptive16,adaptive12,adaptive12,mean", 5, 16 * 12 * 12),
+        ("mean:adaptive1,each,each,mean", 5, 36),
+        ("slow:linspace2,each,stride2,max,flat+fast:each,adaptive4,adaptive3,mean", 5, 2 * 18 + 5 * 12),
+    ],
+)
+def test_layouts_of_any_pathways(text, frames, tokens):
+    layout = Layout.parse(text)
+    assert str(layout) == text and Layout.parse(str(layout)) == layout
+    assert layout.count_tokens(frames, (6, 6)) == layout.plan(frames, (6, 6)).tokens["total"] == tokens
+
+
+def test_slowfast_is_two_pathways():
+    config = SlowFastConfig(3, "spatial_2d_avg_pool", (2, 5))
+    same = Pathways(config.pathways)
+    assert str(same) == "slow:linspace3,stride2,stride2,mean+fast:each,adaptive2,adaptive5,mean"
+    assert same.plan((4, 7), (6, 6)).pathways == config.plan((4, 7), (6, 6)).pathways
+    assert Layout.parse(str(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pool:each,stride2,stride2", "pool:each,stride2,stride0,mean", "pool:each,stride2,stride2,median", ":each,each,each,max",
+        "pool:stride2,each,each,mean", "a:each,each,each,max+a:each,each,each,max", "a:each,each,each,max+", "a b:each,each,each,max",
+        "pool:each3,each,each,max", f"pool:each,stride{2**20 + 1},each,max", ":",
+    ],
+)  # fmt: skip
+def test_bad_pathways(text):
+    with pytest.raises(LayoutError) as error:
+        Layout.parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layout_needs_a_pathway():
+    with pytest.raises(LayoutError):
+        Pathways(())

@@ -237,6 +237,18 @@ def test_compiled_packed_videos(graphs):
         assert torch.equal(tokens, expected) and torch.equal(offsets, expected_offsets)
 
 
+def test_any_pathways_are_a_layout_of_the_op(graphs):
+    text = "pool:adaptive3,adaptive2,stride2,mean+rest:each,each,adaptive1,max"
+    fn = torch.compile(lambda x: slowfast_aggregate(x, text), fullgraph=True, dynamic=True, backend=graphs)
+    for frames in (5, 2, 9):
+        x = torch.randn(frames, 16, 8, dtype=torch.float64)
+        grid = x.view(frames, 4, 4, 8).permute(3, 0, 1, 2)
+        pooled = F.adaptive_avg_pool3d(grid[None], (3, 2, 2))[0].permute(1, 2, 3, 0).reshape(-1, 8)
+        rest = grid.amax(3).permute(1, 2, 0).reshape(-1, 8)
+        torch.testing.assert_close(fn(x), torch.cat([pooled, rest]))
+    assert graphs.frame_count == 1
+
+
 def test_export_with_dynamic_frames():
     frames = torch.export.Dim("frames", min=1, max=512)
     program = torch.export.export(

@@ -1,0 +1,20 @@
+"""Drop-ins for other people's code: each replaces a few attributes, imports nothing before it has to, and can be undone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .replacement import Patch, undo
+
+_HOMES = {
+    "patch_llava_next": "llava_next",
+    "patch_slowfast_llava": "slowfast_llava",
+    "patch_transformers": "transformers",
+}
+__all__ = ["Patch", "undo", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
