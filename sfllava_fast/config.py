@@ -140,8 +140,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pathways(Layout):
-    """Any layout, pathway by pathway; as text `name:frames,rows,cols,reduce`, flat ones with `,flat` behind it, joined by
-    "+": `pool:each,stride2,stride2,mean` averages 2 x 2 patches of every frame.
+    """Any layout; as text its pathways `name:frames,rows,cols,reduce`, flat ones with `,flat` behind it, joined by "+":
+    `pool:each,stride2,stride2,mean` averages 2 x 2 patches of every frame.
 
     Raises LayoutError for no pathway or two of one name, for unknown bins, and for frames by stride: the tokens of
     several videos would not be those of their frames together.

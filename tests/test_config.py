@@ -303,9 +303,10 @@ def test_slowfast_is_two_pathways():
 @pytest.mark.parametrize(
     "text",
     [
-        "pool:each,stride2,stride2", "pool:each,stride2,stride0,mean", "pool:each,stride2,stride2,median", ":each,each,each,max",
-        "pool:stride2,each,each,mean", "a:each,each,each,max+a:each,each,each,max", "a:each,each,each,max+", "a b:each,each,each,max",
-        "pool:each3,each,each,max", f"pool:each,stride{2**20 + 1},each,max", ":",
+        "pool:each,stride2,stride2", "pool:each,stride2,stride0,mean", "pool:each,stride2,stride2,median",
+        "pool:stride2,each,each,mean", "a:each,each,each,max+a:each,each,each,max", "a:each,each,each,max+",
+        "a b:each,each,each,max", ":each,each,each,max", "pool:each3,each,each,max",
+        f"pool:each,stride{2**20 + 1},each,max", ":",
     ],
 )  # fmt: skip
 def test_bad_pathways(text):

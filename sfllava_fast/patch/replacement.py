@@ -30,8 +30,8 @@ class _Replaced:
 class Patch:
     """What was replaced on a target. `undo`, or leaving it as a context, puts back what was there.
 
-    replacements: (owner, attribute, new value); owners are instances, classes or modules. An earlier patch of the target
-    is undone first, so that a notebook's cell may run twice.
+    replacements: (owner, attribute, new value); owners are instances, classes or modules. An earlier patch of the
+    target is undone first, so that a notebook's cell may run twice.
     """
 
     def __init__(self, target: Any, replacements: Iterable[tuple[Any, str, Any]]) -> None:
@@ -83,7 +83,7 @@ def warn_once(message: str) -> None:
 
 
 def _own(owner: Any, name: str) -> Any:
-    """What the owner itself holds under a name: an inherited attribute must not be pinned by putting it back."""
+    """What the owner itself holds under a name: putting an inherited attribute back would pin it."""
     held = vars(owner)
     for kind in ("_modules", "_parameters", "_buffers"):  # where an nn.Module keeps what it is made of
         if not isinstance(owner, type) and name in held.get(kind, ()):
