@@ -1,4 +1,4 @@
-"""Drop-ins for other people's code: a few attributes replaced, nothing imported before it is needed, all of it undone."""
+"""Drop-ins for other people's code: attributes replaced, nothing imported before it is needed, all of it undone."""
 
 from __future__ import annotations
 

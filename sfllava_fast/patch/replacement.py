@@ -70,7 +70,7 @@ class Patch:
 
 
 def undo(target: Any) -> None:
-    """Undo the patch of a target, for those who did not keep it; nothing where there is none. Errors: `Patch.undo`'s."""
+    """Undo a target's patch, for those who did not keep it; nothing where there is none. Errors: `Patch.undo`'s."""
     patch = _own(target, _HANDLE)
     if patch is not _Inherited:
         patch.undo()
