@@ -257,12 +257,15 @@ def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again"
         )
-    if original_llava.is_original(raw) and (path / SENTENCEPIECE).is_file():
+    original = original_llava.is_original(raw)
+    if original and (path / SENTENCEPIECE).is_file():
         return load_llama_tokenizer(path)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer reads config.json, and the original format's wrongly.
+    kind = PreTrainedTokenizerFast if original else AutoTokenizer
     with one_line(f"{path}: the tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(path)
+        return kind.from_pretrained(path)
 
 
 def read_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

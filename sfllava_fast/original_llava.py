@@ -39,8 +39,6 @@ _TEXT_KEYS = (
     "hidden_act",
     "max_position_embeddings",
     "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
     "attention_bias",
     "mlp_bias",
     "sliding_window",
@@ -90,10 +88,13 @@ def stock_config(path: Path, config: dict[str, Any]) -> PreTrainedConfig:
                 f"{path}: config.json has {key} {config.get(key)!r}; only {known[0]!r} can be read: use another checkpoint"
             )
     text_class = getattr(transformers, ARCHITECTURES[config["architectures"][0]])
+    text = {key: config[key] for key in _TEXT_KEYS if key in config}
     newline = "unpad" in (config.get("mm_patch_merge_type") or "")
     with one_line(f"{path}: config.json is not usable"):
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        rope = {**scaling, "rope_theta": config.get("rope_theta", 10000.0)}
         return (transformers.LlavaNextConfig if newline else transformers.LlavaConfig)(
-            text_config=text_class(**{key: config[key] for key in _TEXT_KEYS if key in config}),
+            text_config=text_class(rope_parameters=rope, **text),
             vision_config=transformers.CLIPVisionConfig.from_dict(tower_config(path, config)),
             vision_feature_layer=config["mm_vision_select_layer"],
             vision_feature_select_strategy="default",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -50,9 +51,16 @@ def stages(model):
         return seen, tokens, model(inputs_embeds=embeds).logits
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("pickled, shards", [(False, 1), (False, 3), (True, 1), (True, 2)])
-@pytest.mark.parametrize("family, next_", FAMILIES)
+FILES = [(False, 1), (False, 3), (True, 1), (True, 2)]
+
+
+@pytest.mark.parametrize(
+    "family, next_, pickled, shards, tower",
+    [
+        *(("vicuna", True, *files, tower) for files in FILES for tower in TOWERS),
+        *((*family, *files, tower) for family, files, tower in zip(FAMILIES, FILES, TOWERS)),
+    ],
+)
 def test_every_weight_is_the_written_one(tmp_path, family, next_, pickled, shards, tower):
     path = write_original(tmp_path / "model", family, next_, tower, pickled=pickled, shards=shards)
     drawn = torch.random.get_rng_state()
@@ -116,9 +124,18 @@ def test_the_context_is_stretched_as_published(tmp_path):
 
 def test_entries_of_the_language_model_are_kept(tmp_path):
     text = {"rope_theta": 5e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 4}
-    config = load_checkpoint(write_original(tmp_path / "model", text=text)).model.config.text_config
+    path = write_original(tmp_path / "model", text=text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_checkpoint(path).model.config.text_config
     assert config.rope_parameters["rope_theta"] == 5e6
     assert (config.rms_norm_eps, config.num_key_value_heads, config.head_dim) == (1e-5, 2, 4)
+    edit_config(path, rope_scaling={"type": "linear", "factor": 2.0})
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.context == 4096
+    # Every position counts half.
+    frequencies = checkpoint.model.model.language_model.rotary_emb.inv_freq
+    assert torch.allclose(frequencies, torch.tensor([0.5, 0.5 * 5e6**-0.5]))
 
 
 def test_what_the_vision_tower_brings(inside):
