@@ -12,8 +12,6 @@ from . import original_llava
 from .attention import Attention, resolve_attention
 from .checkpoint_files import locate, one_line, read_json
 from .errors import BackendError, CheckpointError, InputError
-from .llama_tokenizer import MODEL as SENTENCEPIECE
-from .llama_tokenizer import load_llama_tokenizer
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
 if TYPE_CHECKING:
@@ -186,8 +184,8 @@ def feature_depths(layers: int | list[int], count: int) -> tuple[int, ...]:
 
     Entry i names `hidden_states[i]` of the stock tower: count + 1 states, the first before any layer.
     """
-    named = [layers] if isinstance(layers, int) else list(layers)
-    if not named or not all(-count - 1 <= i <= count for i in named):
+    named = layers if isinstance(layers, list) else [layers]
+    if not named or not all(isinstance(i, int) and -count - 1 <= i <= count for i in named):
         raise CheckpointError(f"vision_feature_layer {layers} is outside of a vision tower of {count} layers")
     return tuple(i if i >= 0 else count + 1 + i for i in named)
 
@@ -253,17 +251,13 @@ def patch_grid(tower: torch.nn.Module, config: Any, drops_first: bool) -> tuple[
 
 def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory."""
+    from transformers import AutoTokenizer
+
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(
             f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again"
         )
-    original = original_llava.is_original(raw)
-    if original and (path / SENTENCEPIECE).is_file():
-        return load_llama_tokenizer(path)
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # AutoTokenizer reads config.json, and the original format's wrongly.
-    kind = PreTrainedTokenizerFast if original else AutoTokenizer
+    kind = original_llava.tokenizer_class(path) if original_llava.is_original(raw) else AutoTokenizer
     with one_line(f"{path}: the tokenizer cannot be loaded"):
         return kind.from_pretrained(path)
 

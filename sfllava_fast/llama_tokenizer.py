@@ -1,95 +1,90 @@
-"""Llama tokenizers that are a SentencePiece model alone, as the original LLaVA format has them.
+"""Llama's slow tokenizer, a SentencePiece model and no more, as SlowFast-LLaVA's published code loads it.
 
-The ids are those of the slow tokenizer that SlowFast-LLaVA's published code loads (transformers 4.38.2): transformers 5
-has none, and its own conversion leaves out the pieces' scores and the "legacy" rule for text behind a special token.
+That is transformers 4.38.2. Release 5 dropped it, and converts such a model without the pieces' scores, the symbols
+that the model defines, and the "legacy" rule for text behind a special token.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .checkpoint_files import one_line, read_json
-from .errors import BackendError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizer
 
 MODEL = "tokenizer.model"
 _SPACE = "\u2581"
-_SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
+# A message of the model file's format that follows it is merged into it: normalizer_spec.add_dummy_prefix = false.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
-def load_llama_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory with tokenizer.model, and tokenizer_config.json beside it.
+class LlamaTokenizer(PreTrainedTokenizer):
+    """A SentencePiece model, and special tokens that are cut out before it sees the text.
 
-    Raises BackendError without the package sentencepiece, CheckpointError for a file that is none of its models.
+    legacy: every stretch of text between special tokens begins with a space of the model's; else the text does.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise BackendError(f"no sentencepiece to read {path / MODEL} with: pip install sentencepiece") from error
-    from transformers import PreTrainedTokenizerFast
 
-    settings = (read_json(path / "special_tokens_map.json") or {}) | (read_json(path / "tokenizer_config.json") or {})
-    with one_line(f"{path}: the tokenizer cannot be loaded"):
-        specials = {role: _text(settings.get(role, default)) for role, default in _SPECIALS.items()}
-        tokenizer = _convert(SentencePieceProcessor(model_file=str(path / MODEL)), settings.get("legacy", True))
-        _add_tokens(tokenizer, path, settings, [text for text in specials.values() if text])
-        if settings.get("add_bos_token", True):
-            _add_bos(tokenizer, specials["bos_token"])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, chat_template=settings.get("chat_template"), **specials
-        )
+    vocab_files_names = {"vocab_file": MODEL}
+    model_input_names = ["input_ids", "attention_mask"]
 
+    def __init__(
+        self,
+        vocab_file: str,
+        legacy: bool | None = True,
+        add_bos_token: bool = True,
+        unk_token: Any = "<unk>",
+        bos_token: Any = "<s>",
+        eos_token: Any = "</s>",
+        **settings: Any,
+    ) -> None:
+        self.legacy, self.add_bos_token = legacy is None or legacy, add_bos_token
+        suffix = b"" if self.legacy else _NO_PREFIX
+        self.pieces = SentencePieceProcessor(model_proto=Path(vocab_file).read_bytes() + suffix)
+        super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, **settings)
 
-def _convert(model: Any, legacy: bool) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the model; `len` counts added tokens too."""
+        return self.pieces.get_piece_size()
 
-    ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    tokenizer = Tokenizer(
-        models.BPE(ids, _merges(model, ids), unk_token=model.id_to_piece(model.unk_id()), fuse_unk=True, byte_fallback=True)
-    )
-    if legacy:  # every stretch between special tokens begins with a space
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
-    )
-    return tokenizer
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id."""
+        return {self.pieces.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
+    def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        """The ids with BOS before each text, where the tokenizer adds any."""
+        bos = [self.bos_token_id] if self.add_bos_token else []
+        return bos + ids + (bos + pair if pair is not None else [])
 
-def _merges(model: Any, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, best first."""
-    ranked = []
-    for piece, i in ids.items():
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        pairs = sorted((ids[left], ids[right], left, right) for left, right in pairs if left in ids and right in ids)
-        ranked += [(-model.get_score(i), i, rank, left, right) for rank, (_, _, left, right) in enumerate(pairs)]
-    return [(left, right) for *_, left, right in sorted(ranked)]
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens, without the space that encoding put before it."""
+        if tokens and tokens[0].startswith(_SPACE):
+            tokens = [tokens[0][1:], *tokens[1:]]
+        added, text, stretch = self.added_tokens_encoder, "", []
+        for token in tokens:
+            if token in added:
+                text, stretch = text + self.pieces.decode(stretch) + token, []
+            else:
+                stretch.append(token)
+        return text + self.pieces.decode(stretch)
 
+    def tokenize(self, text: str, **settings: Any) -> list[str]:
+        """The tokens of a text."""
+        if self.legacy or not text:
+            return super().tokenize(text, **settings)
+        tokens = super().tokenize(_SPACE + text.replace(_SPACE, " "), **settings)
+        redundant = len(tokens) > 1 and tokens[0] == _SPACE and tokens[1] in self.all_special_tokens
+        return tokens[redundant:]
 
-def _add_tokens(tokenizer: Tokenizer, path: Path, settings: dict[str, Any], specials: list[str]) -> None:
-    """Tokens that are matched before the model sees the text, each with the id that the files give it."""
-    from tokenizers import AddedToken
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        if self.legacy or not text.startswith((_SPACE, " ")):
+            return self.pieces.encode(text, out_type=str)
+        # Without its own prefix the model drops a space that begins a text.
+        unknown = str(self.unk_token)
+        return self.pieces.encode(unknown + text, out_type=str)[len(self.pieces.encode(unknown)) :]
 
-    listed = {text: i for text, i in (read_json(path / "added_tokens.json") or {}).items()}
-    listed |= {_text(token): int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    for text in sorted([*listed, *(text for text in specials if text not in listed)], key=lambda text: listed.get(text, -1)):
-        tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-        if listed.get(text, tokenizer.token_to_id(text)) != tokenizer.token_to_id(text):
-            raise ValueError(f"{text} cannot have the id {listed[text]}")
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.piece_to_id(token)
 
-
-def _add_bos(tokenizer: Tokenizer, bos: str) -> None:
-    from tokenizers import processors
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-
-
-def _text(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces.id_to_piece(index)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint_files import locate, one_line, read_json
-from .errors import CheckpointError
+from .errors import BackendError, CheckpointError
 from .weights import Renaming, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 ARCHITECTURES = {"LlavaLlamaForCausalLM": "LlamaConfig", "LlavaMistralForCausalLM": "MistralConfig"}
 
@@ -85,7 +85,7 @@ def stock_config(path: Path, config: dict[str, Any]) -> PreTrainedConfig:
     for key, known in _ONLY.items():
         if config.get(key) not in known:
             raise CheckpointError(
-                f"{path}: config.json has {key} {config.get(key)!r}; only {known[0]!r} can be read: use another checkpoint"
+                f"{path}: config.json has {key} {config.get(key)!r}, and only {known[0]!r} can be read: use another one"
             )
     text_class = getattr(transformers, ARCHITECTURES[config["architectures"][0]])
     text = {key: config[key] for key in _TEXT_KEYS if key in config}
@@ -124,6 +124,23 @@ def tower_preprocessor(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not settings:
         raise CheckpointError(f"{folder} has no preprocessor_config.json: download the vision tower again")
     return settings
+
+
+def tokenizer_class(path: Path) -> type[PreTrainedTokenizerBase]:
+    """What reads the tokenizer; not AutoTokenizer, which asks config.json, and takes it for Hugging Face's format.
+
+    Raises BackendError where tokenizer.model needs a package that is not there.
+    """
+    model = path / "tokenizer.model"
+    if not model.is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    try:
+        from .llama_tokenizer import LlamaTokenizer
+    except ImportError as error:
+        raise BackendError(f"no sentencepiece to read {model} with: pip install sentencepiece") from error
+    return LlamaTokenizer
 
 
 def tensors(path: Path, config: dict[str, Any]) -> list[StoredTensor]:

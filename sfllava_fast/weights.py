@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint_files import one_line, read_json
 from .errors import CheckpointError
@@ -105,14 +105,17 @@ def load_weights(
     everything stored is a weight, or known to be unread.
     """
     matched = _match(model, tensors, path, layers)
-    dtype = model.dtype
-    weights = {}
+    own, dtype = model.state_dict(keep_vars=True), model.dtype
+    values: dict[int, Tensor] = {}  # by the model's tensor: tied weights are one
     with one_line(f"{path}: the weights cannot be read"):
         for name, tensor in matched.items():
             # A copy: the files may change while the model is in use.
-            weights[name] = tensor.read().to(device, dtype, copy=True)
-    _check_tied(model, weights, path)
-    model.load_state_dict(weights, strict=False, assign=True)
+            value = tensor.read().to(device, dtype, copy=True)
+            first = values.setdefault(id(own[name]), value)
+            if first is not value and not torch.equal(first, value):
+                raise CheckpointError(f"{path}: config.json ties {name} to a weight that differs: correct it")
+    given = {name: values[id(weight)] for name, weight in own.items() if id(weight) in values}
+    model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
     _compute_buffers(model, device)
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -161,17 +164,7 @@ def _unread(name: str, layers: int) -> bool:
     return cut or name.startswith(_VISION_POST_NORM) or _COMPUTED.search(name) is not None
 
 
-def _check_tied(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError where weights that the config ties are stored apart and differ."""
-    tensors = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        other = first.setdefault(id(tensors[name]), name)
-        if other != name and not torch.equal(weight, weights[other]):
-            raise CheckpointError(f"{path}: config.json ties {other} and {name}, which differ: correct it")
-
-
-def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Buffers that are not stored, from fresh copies of the modules that compute them."""
     for module in model.modules():
         absent = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

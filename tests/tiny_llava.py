@@ -278,8 +278,8 @@ def write_clip(
         return
     tensors = {key if kind == "bare" else f"vision_model.{key}": tensor for key, tensor in vision.items()}
     if whole:
-        text_side = ("text_model.final_layer_norm.bias", "text_projection.weight", "visual_projection.weight", "logit_scale")
-        tensors |= dict.fromkeys(text_side, torch.zeros(2)) | {
+        text_side = "text_model.final_layer_norm.bias", "text_projection.weight", "visual_projection.weight"
+        tensors |= dict.fromkeys([*text_side, "logit_scale"], torch.zeros(2)) | {
             "text_model.embeddings.position_ids": torch.arange(5)[None],
             "vision_model.embeddings.position_ids": torch.arange(GRID * GRID + 1)[None],
         }
