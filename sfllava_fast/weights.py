@@ -123,9 +123,7 @@ def load_weights(
         raise CheckpointError(f"{path}: nothing gives {', '.join(empty[:3])} a value: try another transformers release")
 
 
-def _match(
-    model: PreTrainedModel, tensors: Iterable[StoredTensor], path: Path, layers: int
-) -> dict[str, StoredTensor]:
+def _match(model: PreTrainedModel, tensors: Iterable[StoredTensor], path: Path, layers: int) -> dict[str, StoredTensor]:
     """The stored tensor of each of the model's weights, by the model's own names for them."""
     expected = model.state_dict(keep_vars=True)
     own_names = {_renamed(name, HUGGING_FACE_NAMES): name for name in expected}
@@ -138,10 +136,8 @@ def _match(
                 unknown.append(tensor.key)
         elif name in matched:
             first = matched[name]
-            raise CheckpointError(
-                f"{path} holds a weight twice ({first.key} in {first.file.name}, {tensor.key} in {tensor.file.name}): "
-                "remove one"
-            )
+            both = f"{first.key} in {first.file.name}, {tensor.key} in {tensor.file.name}"
+            raise CheckpointError(f"{path} holds a weight twice ({both}): remove one")
         else:
             matched[name] = tensor
             if tensor.shape != expected[name].shape:
@@ -150,11 +146,14 @@ def _match(
     missing = [name for name, weight in expected.items() if id(weight) not in given]
     for what, keys in (("lacks", missing), ("holds unknown", unknown), ("holds misshapen", misshapen)):
         if keys:
-            shown = "; ".join(sorted(keys)[:3]) + ("; ..." if len(keys) > 3 else "")
             raise CheckpointError(
-                f"{path} {what} weights ({len(keys)}: {shown}): it is damaged, or not what its config.json says"
+                f"{path} {what} weights ({_shown(keys)}): it is damaged, or not what its config.json says"
             )
     return matched
+
+
+def _shown(keys: list[str]) -> str:
+    return f"{len(keys)}: {'; '.join(sorted(keys)[:3])}{'; ...' if len(keys) > 3 else ''}"
 
 
 def _unread(name: str, layers: int) -> bool:

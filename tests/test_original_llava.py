@@ -167,6 +167,28 @@ def test_the_known_tower_is_clip_vit_large_at_336():
     assert {key: stock[key] for key in ours if key in stock and key != "vocab_size"} == ours
 
 
+def test_the_published_index_counts_the_same_bytes(tmp_path):
+    """liuhaotian/llava-v1.5-7b: 16-bit weights, no vision tower, and every layer's rotary frequencies in 32 bits."""
+    import transformers
+
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+    }
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(original_llava.stock_config(tmp_path, config))
+    stored = sum(weight.numel() * 2 for name, weight in model.named_parameters() if "vision_tower" not in name)
+    assert stored + 32 * 64 * 4 == 13_518_798_848
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_vision_tower_in_another_place(tmp_path, outside, monkeypatch, relative):
     shutil.move(outside / "clip", tmp_path / "elsewhere")
