@@ -42,6 +42,7 @@ _TEXT_KEYS = (
     "attention_bias",
     "mlp_bias",
     "sliding_window",
+    "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",

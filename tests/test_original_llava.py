@@ -138,6 +138,13 @@ def test_entries_of_the_language_model_are_kept(tmp_path):
     assert torch.allclose(frequencies, torch.tensor([0.5, 0.5 * 5e6**-0.5]))
 
 
+def test_tied_embeddings(tmp_path):
+    path = write_original(tmp_path / "model", tower="bare", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    model = load_checkpoint(path).model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def test_what_the_vision_tower_brings(inside):
     checkpoint = load_checkpoint(inside)
     assert checkpoint.grid == config_grid(inside, read_config(inside)) == (GRID, GRID)
