@@ -54,7 +54,7 @@ def dummy_checkpoint(
     model = _random_model(config, device, dtype, chosen.implementation)
     tower = on_the_same_weights(model.model.vision_tower)
     depths = loading.feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
-    core = loading.cut_tower(model.model.vision_tower, max(depths))
+    loading.cut_tower(model.model.vision_tower, max(depths))
     checkpoint = Checkpoint(
         f"{name} (random weights)",
         model,
@@ -64,7 +64,7 @@ def dummy_checkpoint(
         chosen,
         depths,
         True,
-        loading.patch_grid(core, config.vision_config, True),
+        loading.patch_grid(model.model.vision_tower, config.vision_config, True),
         context,
         None,
     )

@@ -105,14 +105,11 @@ def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
     name = settings.model or embedded.model_dir()
     checkpoint = loading.load_checkpoint(name, settings.dtype, settings.device, settings.attention)
     path = loading.locate(name)
-    from transformers import AutoConfig
-
-    model, attention = checkpoint.model, checkpoint.attention.implementation
-    config = AutoConfig.from_pretrained(path)
-    raw, depth = loading.read_config(path), max(checkpoint.depths)
-    whole = loading.load_model(path, raw, config, model.dtype, attention, depth)
+    raw, model = loading.read_config(path), checkpoint.model
+    attention = checkpoint.attention.implementation
+    whole = loading.load_model(path, raw, loading.stock_config(path, raw), model.dtype, model.device, attention)
     checkpoint = replace(checkpoint, name=settings.name)
-    return checkpoint, whole.model.vision_tower.to(model.device).requires_grad_(False).eval()
+    return checkpoint, whole.model.vision_tower
 
 
 @dataclass

@@ -143,7 +143,7 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
-        help="LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format (default: the one that ships)",
+        help="LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face or original format (default: the one that ships)",
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the model's)")
@@ -465,13 +465,13 @@ def _open(path: str, decoder: str) -> tuple[Video, float]:
 
 def _defaults_of(model: str) -> tuple[str, int, tuple[int, int]]:
     """Layout, frames and grid of a checkpoint, from its config alone."""
-    from .checkpoint import locate, read_config
+    from .checkpoint import config_grid, locate, read_config
     from .config import SlowFastConfig
 
-    config = read_config(locate(model))
-    options, vision = config.get("sfllava_fast") or {}, config.get("vision_config") or {}
-    side = vision.get("image_size", 336) // vision.get("patch_size", 14)
-    return options.get("layout", str(SlowFastConfig())), options.get("frames", 50), (side, side)
+    path = locate(model)
+    config = read_config(path)
+    options = config.get("sfllava_fast") or {}
+    return options.get("layout", str(SlowFastConfig())), options.get("frames", 50), config_grid(path, config)
 
 
 class _Told:

@@ -39,7 +39,7 @@ class SlowFastLlava(Pipeline):
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
     ) -> SlowFastLlava:
-        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face format; None is the embedded model.
+        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face's format or the original; None is the embedded model.
 
         layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the

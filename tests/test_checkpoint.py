@@ -169,7 +169,7 @@ def test_stored_buffers_are_no_unknown_weights(copy):
 
 def test_misshapen_weights_are_loud(copy):
     edit_weights(copy, lambda tensors: tensors.update({"language_model.lm_head.weight": torch.zeros(7, 32)}))
-    with one_line(CheckpointError, "holds misshapen weights .1: lm_head.weight"):
+    with one_line(CheckpointError, r"holds misshapen weights .1: .*lm_head.weight \[7, 32\], not \[262, 32\]"):
         load_checkpoint(copy)
 
 
@@ -229,7 +229,9 @@ def test_damaged_files(copy, name, damage):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"architectures": ["LlavaLlamaForCausalLM"]}, "holds LlavaLlamaForCausalLM: only LlavaFor"),
+        ({"architectures": ["LlavaQwenForCausalLM"]}, "holds LlavaQwenForCausalLM: only LlavaFor"),
+        ({"architectures": ["LlavaLlamaForCausalLM"]}, "names no mm_vision_tower|has mm_projector_type None"),
+        ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "holds BertModel"),
         ({"architectures": None, "model_type": "llama"}, "holds llama"),
         ({"architectures": None, "model_type": None}, "holds None"),
@@ -266,7 +268,7 @@ def test_feature_depths(layers, depths):
     assert feature_depths(layers, 3) == depths
 
 
-@pytest.mark.parametrize("layers", [4, -5, [], [0, 4]])
+@pytest.mark.parametrize("layers", [4, -5, [], [0, 4], None, ["-2"]])
 def test_feature_depths_out_of_range(layers):
     with one_line(CheckpointError, "outside of a vision tower of 3 layers"):
         feature_depths(layers, 3)

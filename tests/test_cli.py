@@ -298,6 +298,18 @@ def test_inspect_takes_the_layout_of_a_checkpoint(folder, tmp_path, capsys):
     assert "30 video tokens" in text and "6\u00d76 patches" in text
 
 
+def test_inspect_takes_the_grid_of_a_checkpoint_in_the_original_format(folder, tmp_path):
+    model = tmp_path / "model"
+    (model / "clip").mkdir(parents=True)
+    vision = {"model_type": "clip_vision_model", "image_size": 84, "patch_size": 14}
+    (model / "clip" / "config.json").write_text(json.dumps(vision))
+    config = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "clip"}
+    (model / "config.json").write_text(json.dumps(config))
+    command = "inspect", folder, "--out", tmp_path / "a.html", "--layout", LAYOUT, "--frames", 6, "--model", model
+    assert run(*command) == 0
+    assert "6\u00d76 patches" in (tmp_path / "a.html").read_text()
+
+
 def test_info_as_a_table_and_as_json(capsys):
     assert run("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)

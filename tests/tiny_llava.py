@@ -42,6 +42,15 @@ PREPROCESSOR = {
 }
 
 
+_ORIGINAL_KEYS = {
+    "model.language_model.": "model.",
+    "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+}
+_TOWER_KEY = _ORIGINAL_KEYS["model.vision_tower."]
+
+
 def byte_tokenizer(family: str = "vicuna") -> Any:
     """A byte-level tokenizer without merges: every byte is an id; BOS as the family has it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -143,10 +152,10 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
 
 
 def stored_keys(model: Any, layout: str) -> dict[str, torch.Tensor]:
-    """The weights under the keys of a release of transformers.
+    """The weights under the keys of a release of transformers, or of the original format.
 
     "v4": language_model.model.*, as real checkpoints are stored; "v5.0": the modules' names of 5.0; "v5":
-    those of later releases, whose vision tower has lost the level .vision_model (5.0 cannot read them).
+    those of later releases, whose vision tower has lost the level .vision_model; "original": model.mm_projector.*.
     """
     tensors = {}
     for key, value in model.state_dict().items():
@@ -158,6 +167,9 @@ def stored_keys(model: Any, layout: str) -> dict[str, torch.Tensor]:
                 "lm_head", "language_model.lm_head"
             )
             key = key.removeprefix("model.") if not key.startswith("language_model.") else key
+        if layout == "original":
+            for ours, theirs in _ORIGINAL_KEYS.items():
+                key = key.replace(ours, theirs)
         tensors[key] = value.detach().clone().contiguous()
     if model.config.tie_word_embeddings:
         tensors = {key: value for key, value in tensors.items() if "lm_head" not in key}
@@ -175,14 +187,100 @@ def write_checkpoint(
     **settings: Any,
 ) -> Path:
     """Write a whole checkpoint directory; extra keys go into config.json, settings into `tiny_config`."""
-    from safetensors.torch import save_file
-
     path.mkdir(parents=True, exist_ok=True)
     config = tiny_config(family, next_, **settings)
     model = tiny_model(config, seed)
-    save_file(stored_keys(model, layout), path / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(path, stored_keys(model, layout))
     stored = config.to_dict() | {"architectures": [type(model).__name__]} | (extra or {})
     (path / "config.json").write_text(json.dumps(stored))
     (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (tokenizer or byte_tokenizer(family)).save_pretrained(path)
     return path
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], pickled: bool = False, shards: int = 1) -> None:
+    """Write weight files as transformers names them: safetensors or pickles, one or several with an index."""
+    from safetensors.torch import save_file
+
+    stem, suffix = ("pytorch_model", ".bin") if pickled else ("model", ".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" if shards > 1 else stem + suffix for i in range(shards)]
+    where = {key: names[i % shards] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        part = {key: tensors[key] for key in tensors if where[key] == name}
+        if pickled:
+            torch.save(part, path / name)
+        else:
+            save_file(part, path / name, metadata={"format": "pt"})
+    if shards > 1:
+        (path / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def write_original(
+    path: Path,
+    family: str = "vicuna",
+    next_: bool = False,
+    tower: str | None = None,
+    seed: int = 0,
+    pickled: bool = False,
+    shards: int = 1,
+    extra: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Path:
+    """Write a checkpoint of the original format, the weights of `write_checkpoint` in it.
+
+    tower: None stores the vision tower's weights in the checkpoint; else they are in a CLIP checkpoint in the directory
+    "clip" beside the others, written by "CLIPModel", "CLIPVisionModel", or today's CLIPVisionModel, "bare".
+    """
+    config = tiny_config(family, next_, **settings)
+    model = tiny_model(config, seed)
+    tensors = stored_keys(model, "original")
+    (path / "clip").mkdir(parents=True, exist_ok=True)
+    vision = {key.removeprefix(_TOWER_KEY): tensors.pop(key) for key in list(tensors) if key.startswith(_TOWER_KEY)}
+    write_clip(path / "clip", config.vision_config, vision if tower else None, tower or "CLIPModel", pickled)
+    if not tower:
+        tensors |= {_TOWER_KEY + key: tensor for key, tensor in vision.items()}
+    write_tensors(path, tensors, pickled, shards)
+    mistral = family == "mistral"
+    text = {key: value for key, value in config.text_config.to_dict().items() if key != "rope_parameters"}
+    stored = text | {
+        "architectures": ["LlavaMistralForCausalLM" if mistral else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_mistral" if mistral else "llava",
+        "rope_theta": config.text_config.rope_parameters["rope_theta"],
+        "rope_scaling": None,
+        "mm_vision_tower": "clip",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "spatial_unpad" if next_ else "flat",
+        "mm_use_im_start_end": False,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": "float16",
+    }
+    (path / "config.json").write_text(json.dumps(stored | (extra or {})))
+    byte_tokenizer(family).save_pretrained(path)
+    return path
+
+
+def write_clip(
+    path: Path, config: Any, vision: dict[str, torch.Tensor] | None, kind: str = "CLIPModel", pickled: bool = False
+) -> None:
+    """Write a CLIP checkpoint with OpenAI's old preprocessor_config.json; no weights where vision is None."""
+    whole = kind == "CLIPModel"
+    vision_config = config.to_dict() | {"model_type": "clip_vision_model"}
+    stored = {"model_type": "clip", "vision_config": vision_config, "text_config": {}} if whole else vision_config
+    (path / "config.json").write_text(json.dumps(stored))
+    preprocessor = {key: value for key, value in PREPROCESSOR.items() if "rescale" not in key and "rgb" not in key}
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor | {"size": config.image_size, "crop_size": config.image_size})
+    )
+    if vision is None:
+        return
+    tensors = {key if kind == "bare" else f"vision_model.{key}": tensor for key, tensor in vision.items()}
+    if whole:
+        text_side = "text_model.final_layer_norm.bias", "text_projection.weight", "visual_projection.weight"
+        tensors |= dict.fromkeys([*text_side, "logit_scale"], torch.zeros(2)) | {
+            "text_model.embeddings.position_ids": torch.arange(5)[None],
+            "vision_model.embeddings.position_ids": torch.arange(GRID * GRID + 1)[None],
+        }
+    write_tensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, pickled)
