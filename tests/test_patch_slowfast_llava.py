@@ -139,7 +139,7 @@ def test_tokens_in_float64(model, name, frames, patches):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*NAMES, *slowfasts, PAPER])
-def test_equal_bits_on_any_strides(model, name, dtype):
+def test_equal_bits_on_any_strides(model, name, dtype, caplog):
     """All but the two averages for which the docstring promises the error budget alone."""
     for view in VIEWS.values():
         features = view(lambda shape: torch.randn(shape).to(dtype), 6, 49, 5)
@@ -153,6 +153,16 @@ def test_equal_bits_on_any_strides(model, name, dtype):
         else:
             exact = loops(features, name)
             assert error(got, exact) <= 2 * max(error(expected, exact), torch.finfo(dtype).eps)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["concat", "spatial_1d_max_pool", "spatial_1d_avg_pool", "temporal_global_pool"])
+def test_frames_that_are_no_square(model, name, caplog):
+    features = torch.randn(4, 15, 3)
+    with patch_slowfast_llava(model):
+        got = model.temporal_aggregation(features, name)
+    torch.testing.assert_close(got, published(features, name))
+    assert not caplog.records
 
 
 def test_sixteen_bit_spatial_temporal_pool_is_nearer_than_published(model):
