@@ -171,7 +171,7 @@ def test_pooling_in_float64(mode, side, stride):
     with patch_llava_next(model):
         got = model.get_2dPool(features, stride)
     size = math.ceil(side / stride) if mode == "bilinear" else side // stride
-    assert got.shape == (3, size * size, 2) and got.is_contiguous()
+    assert got.shape == (3, size * size, 2)
     np.testing.assert_allclose(got.numpy(), pool_loops(features, side, mode, stride), rtol=1e-13, atol=1e-14)
 
 
@@ -179,20 +179,16 @@ def test_pooling_in_float64(mode, side, stride):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 def test_pooling_has_the_published_bits(mode, stride, dtype, caplog):
-    """But for averages over a stride that is no power of two: those are within the error budget."""
-    model = Model(9, mm_spatial_pool_mode=mode)
+    """But for averages over a stride that is no power of two, which are divided twice."""
+    model, eps = Model(9, mm_spatial_pool_mode=mode), torch.finfo(dtype).eps
     for view in VIEWS.values():
         features = view(lambda shape: torch.randn(shape).to(dtype), 4, 81, 5)
         expected = model.get_2dPool(features, stride)
         with patch_llava_next(model):
             got = model.get_2dPool(features, stride)
         assert got.dtype == dtype and got.shape == expected.shape
-        if (mode, stride) != ("average", 3):
-            assert torch.equal(got, expected)
-        else:
-            exact = pool_loops(features, 9, mode, stride)
-            ours, theirs = (np.abs(x.double().numpy() - exact).max() for x in (got, expected))
-            assert ours <= 2 * max(theirs, torch.finfo(dtype).eps)
+        tolerance = 1.5 * eps if (mode, stride) == ("average", 3) else 0
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
     assert not caplog.records
 
 

@@ -26,10 +26,11 @@ def patch_llava_next(
 ) -> Patch:
     """Replace how LLaVA-NeXT / LLaVA-Video code pools videos and lays out their tokens.
 
-    pooling: `get_2dPool`, [T, N, D] to [T, n, D], contiguous. `average` and `max` drop what does not fill a box and are
-        our op; `bilinear` makes ceil(side / stride) rows and columns, no boxes in general, and is PyTorch's without
-        the copies to and from channels first. On a CPU bit for bit the published ones in float64, float32, bfloat16
-        and float16, but for averages over strides that are no power of two, which are within the error budget.
+    pooling: `get_2dPool`, [T, N, D] to [T, n, D]. `average` and `max` are our op, and drop what does not fill a box.
+        `bilinear` makes ceil(side / stride) rows and columns, which is no box pooling: it is PyTorch's, without the
+        copies to and from channels first. On a CPU bit for bit as published in float64, float32, bfloat16 and float16,
+        but for averages over strides that are no power of two: divided by rows and columns in turn, they may differ by
+        1 ulp.
     newline: `add_token_per_grid`, a newline behind each row, and `add_token_per_frame`, one behind each frame: one copy
         each, bit for bit.
     faster: `prepare_inputs_labels_for_multimodal` where `config.add_faster_video` is set, patches merge spatially, and

@@ -35,10 +35,10 @@ def patch_slowfast_llava(
     backend: that of `slowfast_aggregate`.
 
     Tokens are [1, S, D] in the features' dtype, and differentiable. On a CPU they equal the published ones bit for bit
-    in float64, float32, bfloat16 and float16, but for two averages within the error budget: `temporal_global_pool` adds
-    the frames in another order; 16-bit `spatial_temporal_pool` adds in float32 here, in 16 bits there. Features of any
-    strides serve, with a gradient or without. The published `.view` raises where a pooling left the channels first:
-    on a CPU without a gradient for `spatial_1d_max_pool`, its default, and for many a slice of a larger tensor.
+    in float64, float32, bfloat16 and float16, but for two means of 16-bit features, which are within the error budget:
+    `spatial_temporal_pool` adds in float32, not in 16 bits, and `temporal_global_pool` in another order.
+    Features of any strides serve, with a gradient or without. The published code raises on a CPU without a gradient for
+    `spatial_1d_max_pool`, the default, and for many slices of larger tensors: it views what is not contiguous.
 
     A name, slow method, dtype or grid that the op does not know runs as published, raises what is published, and is
     named in the log once.
@@ -85,10 +85,13 @@ def _both_pathways(name: str) -> SlowFastConfig:
 
 
 def _aggregate(features: Tensor, name: str, backend: str) -> Tensor:
-    if name == "concat" and features.dim() == 3:
+    _, patches, _ = features.shape
+    if name == "concat":
         return features.flatten(0, 1)
+    if name == "temporal_global_pool" and features.dtype.itemsize > 2:
+        return features.mean(0)  # PyTorch adds pairs of frames, which is more exact than one frame after the other
     if name in _FLATTENED:
-        return pool(features, _FLATTENED[name], (1, features.shape[1]), backend)
+        return pool(features, _FLATTENED[name], (1, patches), backend)
     if name in _ON_THE_GRID:
         return pool(features, _ON_THE_GRID[name], None, backend)
     raise LayoutError(f"unknown aggregation {name!r}")
