@@ -1,0 +1,30 @@
+"""The op in place of a published pooling, which stays behind it for what the op cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..config import Layout
+from ..errors import InputError, LayoutError
+from ..ops import slowfast_aggregate
+from .replacement import warn_once
+
+
+def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, backend: str) -> Tensor:
+    """`slowfast_aggregate` of patches [T, N, D] of any strides: tokens [S, D]."""
+    if features.stride(-1) != 1:
+        features = features.contiguous()
+    return slowfast_aggregate(features, layout, grid=grid, backend=backend)
+
+
+def or_published(ours: Callable[[], Tensor], published: Callable[[], Tensor], name: str) -> Tensor:
+    """What the op makes; what is published, or its exception, where the op refuses the layout or the features."""
+    try:
+        return ours()
+    except (InputError, LayoutError) as error:
+        reason = str(error)
+    tokens = published()
+    warn_once(f"{name} runs as published: {reason}")
+    return tokens
