@@ -26,7 +26,7 @@ from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS
 from ..preprocess import PreprocessSpec, preprocess
 from ..projector import MODES, Mode, project_and_aggregate
 from ..video import open_video
-from .replacement import Patch, warn_once
+from .replacement import Patch, undo, warn_once
 
 _SUFFIX = "ForConditionalGeneration"
 _IMAGE_MODELS = ("Llava", "LlavaNext")
@@ -68,13 +68,16 @@ def patch_transformers(
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
     layout = layout or named.get("layout") or (SlowFastConfig() if family in _IMAGE_MODELS else None)
+    layout = None if layout is None or not generate else Layout.parse(layout)
+    if processor is not None:
+        _check_processor(processor, family, target)
+    undo(target)  # what is replaced now, and what it calls, are the stock attributes
     replacements: list[Replacement] = []
-    if generate and layout is not None:
-        tokens = _Tokens(Layout.parse(layout), projector, backend)
-        replacements += (_into_prompts if family in _IMAGE_MODELS else _as_features)(target, base, tokens)
+    if layout is not None:
+        token = "image_token_id" if family in _IMAGE_MODELS else "video_token_id"
+        replacements += _prompts(target, _Tokens(layout, projector, backend, token))
         if processor is not None:
-            _check_processor(processor, family, target)
-            replacements += _placeholders(processor, tokens.layout, frames or named.get("frames", DEFAULT_FRAMES))
+            replacements += _placeholders(processor, layout, frames or named.get("frames", DEFAULT_FRAMES))
     if pooling and family in _VIDEO_MODELS:
         replacements += _pooling(base, family, backend)
     if not replacements:
@@ -125,7 +128,7 @@ def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str
     def method(self, *args, **kwargs):
         return wrapper(self, own or held.__get__(self, type(self)), *settings, *args, **kwargs)
 
-    if extra:
+    if extra and extra not in inspect.signature(function).parameters:
         parameters = list(inspect.signature(function).parameters.values())
         at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
         parameters.insert(at, inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=None))
@@ -141,19 +144,24 @@ class _Tokens:
     layout: Layout
     projector: Mode
     backend: str
+    placeholder: str  # what the config calls the id that they take the place of
 
     def count(self, model: Any, video: Tensor) -> int:
         return self.layout.count_tokens(len(video), _grid(model.config))
 
+    def places(self, model: Any, input_ids: Tensor) -> Tensor:
+        """Where the placeholders are, a mask like input_ids."""
+        return input_ids == getattr(model.config, self.placeholder)
+
     def make(
-        self, base: Any, videos: Sequence[Tensor], out: Tensor | None = None, layer: Any = None, select: Any = None
+        self, base: Any, videos: Sequence[Tensor], select: dict[str, Any], out: Tensor | None = None
     ) -> list[Tensor]:
         """Tokens [S, D] of each video of pixels [T, 3, h, w], in one launch; written into out, where given."""
         offsets = [0]
         for video in videos:
             offsets.append(offsets[-1] + len(video))
         tokens, ends = project_and_aggregate(
-            _patches(base, torch.cat(list(videos)) if len(videos) > 1 else videos[0], layer, select),
+            _patches(base, torch.cat(list(videos)) if len(videos) > 1 else videos[0], **select),
             base.multi_modal_projector,
             self.layout,
             mode=self.projector,
@@ -171,10 +179,10 @@ def _grid(config: Any) -> tuple[int, int]:
     return side, side
 
 
-def _patches(base: Any, pixels: Tensor, layer: int | list[int] | None, select: str | None) -> Tensor:
-    """Patch features [F, N, C] as the config selects them of pixels [F, 3, h, w], in passes that fit memory."""
-    layer = base.config.vision_feature_layer if layer is None else layer
-    first = (select or base.config.vision_feature_select_strategy) == "default"
+def _patches(base: Any, pixels: Tensor, vision_feature_layer: Any, vision_feature_select_strategy: Any) -> Tensor:
+    """Patch features [F, N, C] of pixels [F, 3, h, w], in passes that fit memory; the config's choice for None."""
+    layer = base.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+    first = (vision_feature_select_strategy or base.config.vision_feature_select_strategy) == "default"
     passes = math.ceil(len(pixels) / FRAMES_PER_PASS)
     parts = []
     for part in pixels.split(math.ceil(len(pixels) / passes)):
@@ -184,44 +192,49 @@ def _patches(base: Any, pixels: Tensor, layer: int | list[int] | None, select: s
     return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
-def _into_prompts(target: Any, base: Any, tokens: _Tokens) -> list[Replacement]:
-    """Videos for a model that knows images only: their tokens take the place of image placeholders."""
-    video = "pixel_values_videos"
+def _prompts(target: Any, tokens: _Tokens) -> list[Replacement]:
+    """What takes videos from `generate` to the prompt's embeddings."""
     _need(target, "forward", "input_ids", "pixel_values", "inputs_embeds", "vision_feature_layer")
     _need(target, "prepare_inputs_for_generation", "is_first_iteration")
     _need(target, "_expand_inputs_for_generation", "expand_size", "input_ids")
-    return [
-        _around(target, "forward", _forward, tokens, extra=video),
+    replacements = [
+        _around(target, "forward", _forward, tokens, extra="pixel_values_videos"),
         _around(target, "prepare_inputs_for_generation", _prepare_inputs),
         _around(target, "_expand_inputs_for_generation", _expand_inputs, tokens),
     ]
+    if "video" in target.input_modalities:  # else later releases encode videos before they call forward
+        replacements.append((target, "input_modalities", tuple(m for m in target.input_modalities if m != "video")))
+    return replacements
 
 
-def _forward(self, stock, tokens: _Tokens, input_ids=None, *args, pixel_values_videos=None, **kwargs):
-    if pixel_values_videos is None or not len(pixel_values_videos):
-        return stock(input_ids, *args, **kwargs)
-    if args or kwargs.get("pixel_values") is not None:
-        raise InputError("a prompt has images or videos, not both: this model has one placeholder for the two")
+def _forward(self, stock, tokens: _Tokens, input_ids=None, *args, **kwargs):
+    if args:
+        kwargs |= zip(list(inspect.signature(stock).parameters)[1:], args)
+    videos = kwargs.pop("pixel_values_videos", None)
+    if videos is None or not len(videos):
+        return stock(input_ids, **kwargs)
+    images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    if images and tokens.placeholder == "image_token_id":
+        raise InputError("prompts have images or videos, not both: this model has one placeholder for the two")
     if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
         raise InputError("pixel_values_videos go with input_ids, not with inputs_embeds: the placeholders are ids")
-    layer, select = kwargs.get("vision_feature_layer"), kwargs.get("vision_feature_select_strategy")
-    embeds = _embed(self, input_ids, list(pixel_values_videos), tokens, layer, select)
-    return stock(None, inputs_embeds=embeds, **kwargs)
+    select = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+    return stock(None, inputs_embeds=_embed(self, input_ids, list(videos), tokens, select), **kwargs)
 
 
-def _embed(model, input_ids: Tensor, videos: list[Tensor], tokens: _Tokens, layer: Any, select: Any) -> Tensor:
+def _embed(model, input_ids: Tensor, videos: list[Tensor], tokens: _Tokens, select: dict[str, Any]) -> Tensor:
     """The prompts' embeddings [B, P, D], the videos' tokens in their places."""
     _by_row(model, input_ids, videos, tokens)  # before anything is encoded
     embeds = model.get_input_embeddings()(input_ids)
-    mask = input_ids == model.config.image_token_id
+    mask = tokens.places(model, input_ids)
     places = mask.flatten().nonzero().flatten().tolist()
     seen = {id(video): video for video in videos}  # a prompt that is repeated is encoded once
     adjoin = len(seen) == len(videos) and places[-1] - places[0] == len(places) - 1
     if adjoin and not torch.is_grad_enabled() and not torch.is_autocast_enabled(embeds.device.type):
         rows = embeds.view(-1, embeds.shape[-1])[places[0] : places[-1] + 1]
-        tokens.make(model.model, videos, rows, layer, select)
+        tokens.make(model.model, videos, select, rows)
         return embeds
-    made = dict(zip(seen, tokens.make(model.model, list(seen.values()), None, layer, select)))
+    made = dict(zip(seen, tokens.make(model.model, list(seen.values()), select)))
     packed = torch.cat([made[id(video)] for video in videos]).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(mask[..., None].to(embeds.device), packed)
 
@@ -230,7 +243,7 @@ def _by_row(model: Any, input_ids: Tensor, videos: Sequence[Tensor], tokens: _To
     """Each prompt's videos, which its placeholders tell. InputError unless there are as many as tokens."""
     rows: list[list[Tensor]] = []
     left = list(videos)
-    counts = (input_ids == model.config.image_token_id).sum(1).tolist()
+    counts = tokens.places(model, input_ids).sum(1).tolist()
     for number, count in enumerate(counts):
         row, made = [], 0
         while made < count and left:
@@ -257,36 +270,11 @@ def _prepare_inputs(self, stock, *args, is_first_iteration=False, **kwargs):
 
 def _expand_inputs(self, stock, tokens: _Tokens, expand_size=1, *, input_ids=None, pixel_values_videos=None, **kwargs):
     """Beams and several answers: each copy of a prompt has all of the prompt's videos."""
-    expanded, others = stock(expand_size=expand_size, input_ids=input_ids, **kwargs)
-    if pixel_values_videos is not None:
+    if pixel_values_videos is not None and expand_size > 1:
         rows = _by_row(self, input_ids, list(pixel_values_videos), tokens)
-        others["pixel_values_videos"] = [video for row in rows for video in row * expand_size]
-    return expanded, others
-
-
-def _as_features(target: Any, base: Any, tokens: _Tokens) -> list[Replacement]:
-    """SlowFast tokens in place of what a video variant makes of a video."""
-    _need(base, "get_video_features", "pixel_values_videos")
-    return [_around(base, "get_video_features", _video_features, tokens)]
-
-
-def _video_features(
-    self,
-    stock,
-    tokens: _Tokens,
-    pixel_values_videos,
-    vision_feature_layer=None,
-    vision_feature_select_strategy=None,
-    return_dict=None,
-    **_,
-):
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    made = tokens.make(self, list(pixel_values_videos), None, vision_feature_layer, vision_feature_select_strategy)
-    if len({len(video) for video in made}) == 1:
-        made = torch.stack(made)
-    output = BaseModelOutputWithPooling(pooler_output=made)
-    return output.to_tuple() if return_dict is False else output
+        pixel_values_videos = [video for row in rows for video in row * expand_size]
+    expanded, others = stock(expand_size=expand_size, input_ids=input_ids, **kwargs)
+    return expanded, others | {"pixel_values_videos": pixel_values_videos}
 
 
 def _check_processor(processor: Any, family: str, target: Any) -> None:
@@ -306,6 +294,8 @@ def _check_processor(processor: Any, family: str, target: Any) -> None:
 def _placeholders(processor: Any, layout: Layout, frames: int) -> list[Replacement]:
     """The processor's part: as many placeholders as tokens, and for an image model's the videos themselves."""
     replacements = [_around(processor, "replace_video_token", _replace_video_token, layout)]
+    if isinstance(getattr(processor, "video_processor", None), _VideoProcessor):
+        raise PatchError("the processor is patched already, with another model: undo that, or load another processor")
     if not hasattr(processor, "video_processor"):
         spec = PreprocessSpec.from_processor(processor.image_processor)
         replacements += [
