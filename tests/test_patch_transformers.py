@@ -48,6 +48,8 @@ def make(family, **overrides):
 
 def processor_of(family, tokenizer="vicuna"):
     """The family's processor; tests have no torchvision, which transformers' own video processors need."""
+    if not hasattr(transformers.ProcessorMixin, "_process_videos"):
+        pytest.skip("this release's processors are not patched")
     tokenizer = byte_tokenizer(tokenizer)
     tokenizer.pad_token = "</s>"
     image = transformers.CLIPImageProcessorPil(**PREPROCESSOR)
