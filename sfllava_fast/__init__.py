@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FusedProjectorAggregator": "modules",
     "SlowFastConfig": "config",
     "SlowFastAggregator": "modules",
     "SlowFastLlava": "engine",
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .config import sample_frames as sample_frames
     from .engine import SlowFastLlava as SlowFastLlava
     from .errors import SfllavaError as SfllavaError
+    from .modules import FusedProjectorAggregator as FusedProjectorAggregator
     from .modules import SlowFastAggregator as SlowFastAggregator
     from .ops import slowfast_aggregate as slowfast_aggregate
     from .projector import project_and_aggregate as project_and_aggregate

@@ -1,4 +1,4 @@
-"""The aggregator as a module, for pipelines built of modules."""
+"""The aggregator, alone and with the projector, as modules, for pipelines built of modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .config import Layout, SlowFastConfig
 from .ops import slowfast_aggregate
+from .projector import Mode, project_and_aggregate, why_not_commuted
 
 
 class SlowFastAggregator(nn.Module):
@@ -30,3 +31,40 @@ class SlowFastAggregator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend}"
+
+
+class FusedProjectorAggregator(nn.Module):
+    """`project_and_aggregate` with a projector and its settings kept: [T, N, C] -> [S, D].
+
+    projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
+        LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
+    The module itself may be wrapped as any other. Errors are those of `project_and_aggregate`.
+    """
+
+    def __init__(
+        self,
+        projector: nn.Module,
+        config: Layout | str = SlowFastConfig(),
+        mode: Mode = "auto",
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.projector = projector
+        self.config, self.mode, self.backend, self.grid = Layout.parse(config), mode, backend, grid
+
+    def forward(self, hidden: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
+        return project_and_aggregate(
+            hidden,
+            self.projector,
+            self.config,
+            mode=self.mode,
+            out=out,
+            backend=self.backend,
+            grid=self.grid,
+            frame_offsets=frame_offsets,
+        )
+
+    def extra_repr(self) -> str:
+        reason = why_not_commuted(self.projector) if self.mode != "exact" else None
+        return f"{self.config}, mode={self.mode}" + (f" (never commuted: {reason})" if reason else "")

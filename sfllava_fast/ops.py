@@ -57,8 +57,8 @@ def slowfast_aggregate(
     """
     _check_features(features)
     layout = str(config)  # the op parses it: a trace holds nothing but the string
-    height, width = _check_grid(grid, features.shape[1])
-    offsets = None if frame_offsets is None else _as_offsets(frame_offsets)
+    height, width = check_grid(grid, features.shape[1])
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
     call = (features, layout, height, width, offsets)
     needs_grad = torch.is_grad_enabled() and features.requires_grad
     if out is not None:
@@ -174,8 +174,8 @@ def resolve_plan(
 ) -> Plan:
     """What `slowfast_aggregate` would do with these arguments; its errors."""
     _check_features(features)
-    offsets = None if frame_offsets is None else _as_offsets(frame_offsets)
-    return _plan(features, str(config), *_check_grid(grid, features.shape[1]), offsets)
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
+    return _plan(features, str(config), *check_grid(grid, features.shape[1]), offsets)
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
@@ -200,7 +200,7 @@ def _check_features(features: Tensor) -> None:
         raise InputError("features need unit stride over channels: call .contiguous() on them, once")
 
 
-def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
+def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     if grid is None:
         return square_grid(int(patches))
     height, width = grid
@@ -209,7 +209,7 @@ def _check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     return height, width
 
 
-def _as_offsets(frame_offsets: Tensor | Sequence[int]) -> Tensor:
+def as_offsets(frame_offsets: Tensor | Sequence[int]) -> Tensor:
     offsets = torch.as_tensor(frame_offsets)
     if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
         raise InputError("frame_offsets must be [videos + 1] int32 or int64: 0, ..., frames")

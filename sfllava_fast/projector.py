@@ -12,16 +12,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .config import Plan, Range, SlowFastConfig
+from .config import Layout, Plan, Range, SlowFastConfig
 from .errors import InputError, first_line
-from .ops import check_out, resolve_plan, slowfast_aggregate
+from .ops import as_offsets, check_grid, check_out, resolve_plan, slowfast_aggregate
 
 log = logging.getLogger("sfllava_fast")
 
@@ -30,11 +30,18 @@ MODES = get_args(Mode)
 # auto commutes where Linear2 keeps at most this part of its rows.
 _WORTHWHILE = 0.8
 
+# A trace sees one op, whose plan is made when it runs: the number of frames stays open.
+_library = torch.library.Library("sfllava_fast", "FRAGMENT")
+_library.define(
+    "commuted(Tensor hidden, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str layout, int height, "
+    "int width, Tensor? frame_offsets, str backend) -> Tensor"
+)
+
 
 def project_and_aggregate(
     hidden: Tensor,
     projector: nn.Module,
-    config: SlowFastConfig | str = SlowFastConfig(),
+    config: Layout | str = SlowFastConfig(),
     *,
     mode: Mode = "exact",
     out: Tensor | None = None,
@@ -48,27 +55,67 @@ def project_and_aggregate(
     projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
     mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
         means before Linear2, for inference only: its error against float64 is no larger than the published order's.
-        "auto" commutes where that can serve and saves a fifth of Linear2's rows or more.
+        "auto" commutes where that can serve and saves a fifth of Linear2's rows or more; traced (torch.compile,
+        torch.export) it is "exact", for the number of frames, which decides that, stays open.
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
     """
     if mode not in MODES:
         raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
-    plan = resolve_plan(hidden, config, grid, frame_offsets)
+    traced = torch.compiler.is_compiling()
+    plan = None if traced else resolve_plan(hidden, config, grid, frame_offsets)
     if mode == "auto":
-        mode = "commuted" if _why_not(projector, hidden, plan) is None and _pays(plan, hidden) else "exact"
+        commutes = not traced and _why_not(projector, hidden, config) is None and _pays(plan, hidden)
+        mode = "commuted" if commutes else "exact"
     if mode == "exact":
         features = projector(hidden)
         return slowfast_aggregate(features, config, out=out, backend=backend, grid=grid, frame_offsets=frame_offsets)
-    if reason := _why_not(projector, hidden, plan):
+    if reason := _why_not(projector, hidden, config):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
     first, _, second = projector.children()
+    first, second = _Layer(first.weight, first.bias), _Layer(second.weight, second.bias)
+    if traced:
+        return _trace_commuted(hidden, first, second, str(config), out, backend, grid, frame_offsets)
     if out is None:
-        out = hidden.new_empty(plan.offsets[-1], second.out_features)
-    check_out(out, hidden, plan.offsets[-1], second.out_features)
+        out = hidden.new_empty(plan.offsets[-1], len(second.weight))
+    check_out(out, hidden, plan.offsets[-1], len(second.weight))
     with torch.no_grad():
         _commuted(hidden, first, second, plan, out, backend)
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
+
+
+class _Layer(NamedTuple):
+    """What is read of a Linear."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_offsets):
+    height, width = check_grid(grid, hidden.shape[1])
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
+    tokens = torch.ops.sfllava_fast.commuted(hidden, *first, *second, layout, height, width, offsets, backend)
+    tokens = tokens if out is None else out.copy_(tokens)
+    if offsets is None:
+        return tokens
+    return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
+
+
+def _run_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width, frame_offsets, backend):
+    plan = resolve_plan(hidden, layout, (height, width), frame_offsets)
+    out = hidden.new_empty(plan.offsets[-1], weight2.shape[0])
+    _commuted(hidden, _Layer(weight1, bias1), _Layer(weight2, bias2), plan, out, backend)
+    return out
+
+
+def _fake_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width, frame_offsets, backend):
+    videos = 1 if frame_offsets is None else frame_offsets.shape[0] - 1
+    tokens = Layout.parse(layout).count_tokens(hidden.shape[0], (height, width), videos)
+    return hidden.new_empty(tokens, weight2.shape[0])
+
+
+_library.impl("commuted", _run_commuted, "CompositeExplicitAutograd")
+torch.library.register_fake("sfllava_fast::commuted", _fake_commuted, lib=_library)
 
 
 def why_not_commuted(projector: nn.Module) -> str | None:
@@ -80,14 +127,17 @@ def why_not_commuted(projector: nn.Module) -> str | None:
     for part in (first, second):
         if type(part) is not nn.Linear:
             return f"{type(part).__name__} is not a plain Linear"
+        if type(part.weight).__name__ not in ("Tensor", "Parameter", "FakeTensor"):  # the last while it is exported
+            return f"its weights are {type(part.weight).__name__}"
     if not _is_exact_gelu(act):
         return f"its activation {act} is not the exact GELU"
-    if any(part._forward_hooks or part._forward_pre_hooks for part in (projector, first, act, second)):
-        return "hooks watch it"
+    for part in (projector, first, act, second):
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return "hooks watch it"
     return None
 
 
-def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
+def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str | None:
     """Why pooling cannot go before the second layer in this call; None where it can."""
     if reason := why_not_commuted(projector):
         return reason
@@ -96,7 +146,9 @@ def _why_not(projector: nn.Module, hidden: Tensor, plan: Plan) -> str | None:
         return "it needs gradients"
     if hidden.dtype != first.weight.dtype:
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
-    if any(stop - start > 1 for path in plan.pathways for video in path.frames for start, stop in video):
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast chooses the dtypes"
+    if any(path.frames.rule == "adaptive" for path in Layout.parse(config).pathways):
         return "the layout pools several frames together"
     return None
 
@@ -158,7 +210,7 @@ def _half(plan: Plan, reduce: str) -> _Half:
     return _Half(frames, tuple(rows), Plan(tuple(map(len, by_video)), plan.grid, renumbered))
 
 
-def _commuted(hidden: Tensor, first: nn.Linear, second: nn.Linear, plan: Plan, out: Tensor, backend: str) -> None:
+def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Tensor, backend: str) -> None:
     """Fills out [S, D]: means are pooled before Linear2, maxima after it, on the frames that have any."""
     layers = _FusedLayers(first, second) if _is_fused(hidden, backend) else _TorchLayers(first, second, hidden, backend)
     maxima, means = _split(plan)
@@ -177,14 +229,14 @@ def _commuted(hidden: Tensor, first: nn.Linear, second: nn.Linear, plan: Plan, o
 class _FusedLayers:
     """Linear1, GELU and pooling in one Triton kernel, so that activations never reach memory; Linear2 in another."""
 
-    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+    def __init__(self, first: _Layer, second: _Layer) -> None:
         self.first, self.second, self.kernels = first, second, backends.triton_kernels()
 
     def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
 
     def project(self, kept: Tensor) -> Tensor:
-        return self.second(kept)
+        return F.linear(kept, *self.second)
 
     def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
         self.kernels.project_pooled(pooled, self.second.weight, self.second.bias, out)
@@ -198,7 +250,7 @@ class _TorchLayers:
     pooled is float64: the standard order averages the errors of a float32 sum away, which this order makes once.
     """
 
-    def __init__(self, first: nn.Linear, second: nn.Linear, hidden: Tensor, backend: str) -> None:
+    def __init__(self, first: _Layer, second: _Layer, hidden: Tensor, backend: str) -> None:
         self.split = hidden.dtype in (torch.bfloat16, torch.float16) and _multiplies(hidden.dtype, hidden.device)
         wide = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
         self.first, self.first_bias = _parameters(first, wide)
@@ -242,7 +294,8 @@ def _is_fused(hidden: Tensor, backend: str) -> bool:
 def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernels' tokens on a device are those of torch's operators; says once where they are not."""
     generator = torch.Generator().manual_seed(0)
-    first, second = (nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False) for _ in range(2))
+    layers = (nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False) for _ in range(2))
+    first, second = (_Layer(layer.weight, layer.bias) for layer in layers)
     hidden = torch.randn(3, 64, 64, generator=generator).to(device, dtype)
     plan = SlowFastConfig(2, fast_grid=(2, 2)).plan(3, (8, 8))
     maxima, means = _split(plan)
@@ -260,7 +313,7 @@ def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _parameters(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _parameters(layer: _Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
 
 

@@ -13,6 +13,7 @@ IMAGE_SIZE, PATCH = 24, 4
 VISION_LAYERS = 3
 LAYOUTS = ("v4", "v5.0", "v5")
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
+VIDEO_ID = len(SPECIALS) + 256
 _PARTS = (
     "{% for part in message['content'] %}"
     "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
@@ -97,15 +98,31 @@ def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) ->
 
     `text` and `vision` among the settings are dicts that override keys of the two sub-configs.
     """
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaNextConfig,
-        MistralConfig,
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig
+
+    vision = CLIPVisionConfig(**_vision(settings.pop("vision", {})))
+    text = _text(family, settings.pop("text", {}))
+    kind = LlavaNextConfig if next_ else LlavaConfig
+    return kind(vision_config=vision, text_config=text, image_token_index=3, **settings)
+
+
+def tiny_video_config(kind: str, family: str = "vicuna", **settings: Any) -> Any:
+    """A config of LlavaNextVideo or LlavaOnevision; video placeholders are the one id behind those of the bytes."""
+    import transformers
+
+    siglip = kind == "LlavaOnevision"
+    tower = transformers.SiglipVisionConfig if siglip else transformers.CLIPVisionConfig
+    defaults = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"} if siglip else {}
+    vision = tower(**_vision(settings.pop("vision", {})))
+    text = _text(family, {"vocab_size": VIDEO_ID + 1} | settings.pop("text", {}))
+    names = {"image_token_index": 3, "video_token_index": VIDEO_ID}
+    return getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, **names, **defaults, **settings
     )
 
-    vision = dict(
+
+def _vision(vision: dict[str, Any]) -> dict[str, Any]:
+    return dict(
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=VISION_LAYERS,
@@ -113,7 +130,12 @@ def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) ->
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
         projection_dim=8,
-    ) | settings.pop("vision", {})
+    ) | vision
+
+
+def _text(family: str, text: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig, MistralConfig
+
     text = dict(
         vocab_size=len(SPECIALS) + 256,
         hidden_size=32,
@@ -125,22 +147,18 @@ def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) ->
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-    ) | settings.pop("text", {})
+    ) | text
     if family == "mistral":
         text = {"sliding_window": None} | text
-    language = (MistralConfig if family == "mistral" else LlamaConfig)(**text)
-    kind = LlavaNextConfig if next_ else LlavaConfig
-    return kind(
-        vision_config=CLIPVisionConfig(**vision), text_config=language, image_token_index=3, **settings
-    )
+    return (MistralConfig if family == "mistral" else LlamaConfig)(**text)
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
     """The stock model with random weights, large enough that its greedy answers vary."""
     import transformers
 
-    kind = "LlavaNext" if config.model_type == "llava_next" else "Llava"
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    name = type(config).__name__.replace("Config", "ForConditionalGeneration")
+    model = getattr(transformers, name)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
