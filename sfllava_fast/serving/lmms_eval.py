@@ -1,4 +1,4 @@
-"""The model `sfllava_fast` of lmms-eval, which finds `manifest` by its entry point.
+"""The model `sfllava_fast` of lmms-eval.
 
 It is what lmms-eval calls a simple model, not a chat model: those get a .webm file as audio.
 """
@@ -18,7 +18,6 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from ..answer import Answer
@@ -35,11 +34,6 @@ PROTOCOLS = ("published", "task")
 _GREEDY = {"do_sample": False, "temperature": 0, "num_beams": 1}
 # Settings that are kept to, or change nothing in a greedy answer.
 _KEPT = {"max_new_tokens", "until", "top_p", "top_k", "image_aspect_ratio"}
-
-
-def manifest() -> ModelManifest:
-    """What lmms-eval registers."""
-    return ModelManifest("sfllava_fast", simple_class_path=f"{__name__}.{SfllavaFast.__name__}")
 
 
 class Asked(NamedTuple):
@@ -165,7 +159,7 @@ class SfllavaFast(lmms):
                 try:
                     session = session or self.model.open(one.video, self.frames, self.decoder)
                     answer = session.ask(one.question, one.choices, one.max_new_tokens)
-                except (VideoError, ContextError, OutOfMemoryError) as error:
+                except (InputError, VideoError, ContextError, OutOfMemoryError) as error:
                     log.error("%s: a question has no answer: %s", one.task, error)
                     answer = error
                 yield answer
