@@ -21,6 +21,12 @@ def test_a_heading_of_the_options_is_no_part_of_the_question():
     assert read_task_text("Options\nA. a cat\nB. a dog")[0] == "Options", "a question is never empty"
 
 
+def test_labels_that_the_prompts_have_are_left_out():
+    assert read_task_text("Question:What is it?\nOption:\n(A) a cat\n(B) a dog\n") == ("What is it?", ["a cat", "a dog"], "")
+    assert read_task_text("question : What is it?") == ("What is it?", None, "")
+    assert read_task_text("Which question: A or B?").question == "Which question: A or B?"
+
+
 @pytest.mark.parametrize(
     "text",
     [

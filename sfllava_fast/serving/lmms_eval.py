@@ -135,8 +135,8 @@ class SfllavaFast(lmms):
         question, choices = context, None
         if self.protocol == "published":
             question, choices, instruction = read_task_text(context)
-            if instruction:
-                self._say_once(f"{task}: asked as published, without {instruction!r} (protocol=task keeps it)")
+            left_out = f", without {instruction!r}" if instruction else ""
+            self._say_once(f"{task}: asked {'multiple choice' if choices else 'open-ended'} as published{left_out}")
         ignored = {name: value for name, value in settings.items() if name not in _KEPT}
         ignored = {name: value for name, value in ignored.items() if value not in (None, _GREEDY.get(name))}
         if ignored:
