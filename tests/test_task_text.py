@@ -22,7 +22,8 @@ def test_a_heading_of_the_options_is_no_part_of_the_question():
 
 
 def test_labels_that_the_prompts_have_are_left_out():
-    assert read_task_text("Question:What is it?\nOption:\n(A) a cat\n(B) a dog\n") == ("What is it?", ["a cat", "a dog"], "")
+    text = "Question:What is it?\nOption:\n(A) a cat\n(B) a dog\n"
+    assert read_task_text(text) == ("What is it?", ["a cat", "a dog"], "")
     assert read_task_text("question : What is it?") == ("What is it?", None, "")
     assert read_task_text("Which question: A or B?").question == "Which question: A or B?"
 
