@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 SETUP  := $(VENV)/.ready
 
-.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch clean
+.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch test-lmms clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -39,6 +39,18 @@ gpu-pipeline:
 test-torch: $(SETUP)
 	$(BIN)/python tests/other_torch.py 2.10.0 2.15.0
 
+# The model of lmms-eval under lmms-eval itself, in an environment of its own: 130 packages, so not in CI.
+test-lmms: .venv-lmms/.ready
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/test_lmms_eval.py tests/test_task_text.py $(ARGS)
+
+# PyPI's torchvision is built for CUDA's torch: beside another it cannot be imported, and timm needs it. Nothing here does.
+.venv-lmms/.ready: pyproject.toml constraints.txt
+	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install -q -c constraints.txt torch
+	.venv-lmms/bin/python -m pip install -q -c constraints.txt -e '.[lmms,bench]' hypothesis
+	.venv-lmms/bin/python -m pip uninstall -q -y torchvision timm
+	touch $@
+
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' cmake ninja
@@ -46,4 +58,4 @@ $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	touch $@
 
 clean:
-	rm -rf build out $(VENV) sfllava_fast/_C*.so sfllava_fast.egg-info
+	rm -rf build out $(VENV) .venv-lmms sfllava_fast/_C*.so sfllava_fast.egg-info

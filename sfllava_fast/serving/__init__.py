@@ -1,0 +1,1 @@
+"""SlowFast-LLaVA under other people's engines and evaluations."""
