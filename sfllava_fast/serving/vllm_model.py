@@ -126,12 +126,14 @@ class _VideoProcessor:
         return super()._get_hf_mm_text({"image": mm_counts.get("image", 0)})
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        if "videos" not in hf_data:
-            return super()._call_hf_processor(hf_data, hf_kwargs)
-        spec, dtype = self.info.preprocess_spec, self.info.ctx.model_config.dtype
-        pixels = [preprocess(torch.as_tensor(frames), spec, dtype) for frames, _ in hf_data["videos"]]
-        counts = torch.tensor([len(video) for video in pixels])
-        return BatchFeature({"pixel_values_videos": torch.cat(pixels), "video_frames": counts})
+        videos, rest = hf_data.get("videos"), {key: data for key, data in hf_data.items() if key != "videos"}
+        processed = super()._call_hf_processor(rest, hf_kwargs) if "images" in rest else BatchFeature()
+        if videos:
+            spec, dtype = self.info.preprocess_spec, self.info.ctx.model_config.dtype
+            pixels = [preprocess(torch.as_tensor(frames), spec, dtype) for frames, _ in videos]
+            processed["pixel_values_videos"] = torch.cat(pixels)
+            processed["video_frames"] = torch.tensor([len(video) for video in pixels])
+        return processed
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
