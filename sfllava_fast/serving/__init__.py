@@ -13,8 +13,8 @@ TEMPLATE_FAMILIES = tuple(sorted(path.stem for path in _TEMPLATES.glob("*.jinja"
 def chat_template(family: str) -> Path:
     """The chat template of a prompt family, a file for vLLM's --chat-template.
 
-    A first message of a video and a question becomes the prompt of `prompts.build_prompt`. Raises InputError for a family
-    that has no template.
+    A first message of a video and a question becomes the prompt of `prompts.build_prompt`, behind BOS where the family
+    has it. Raises InputError for a family that has no template.
     """
     if family not in TEMPLATE_FAMILIES:
         raise InputError(f"no chat template for {family!r}: choose one of {', '.join(TEMPLATE_FAMILIES)}")

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..config import SlowFastConfig
 from ..errors import CheckpointError, InputError
+from ..pipeline import DEFAULT_FRAMES, check_count
 
-DEFAULT_FRAMES = 50
-_KEYS = ("layout", "frames", "prompt")
+_KEYS = {"layout", "frames", "prompt"}
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,16 @@ class VideoSettings:
 
     @classmethod
     def from_config(cls, config: Any) -> VideoSettings:
-        """The settings in a transformers LLaVA config, whose "sfllava_fast" entry (--hf-overrides) holds layout and frames.
+        """The settings in a transformers LLaVA config: "layout" and "frames" of its entry "sfllava_fast", if any.
 
-        Raises InputError or LayoutError for an entry that means nothing, CheckpointError where the vision tower's tokens
-        are not a grid.
+        Raises InputError or LayoutError for an entry that means nothing, CheckpointError where the vision tower's
+        tokens are not a grid.
         """
         options = getattr(config, "sfllava_fast", None) or {}
-        if not isinstance(options, dict) or set(options) - set(_KEYS):
-            raise InputError(f"config entry sfllava_fast must be an object with {' and '.join(_KEYS[:2])}, not {options!r}")
+        if not isinstance(options, dict) or set(options) - _KEYS:
+            raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
         frames = options.get("frames", DEFAULT_FRAMES)
-        if type(frames) is not int or frames < 1:
-            raise InputError(f"frames in the config entry sfllava_fast must be an integer of at least 1, not {frames!r}")
+        check_count("frames", frames)
         settings = cls(SlowFastConfig.parse(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
         settings.count_tokens(frames)
         return settings
@@ -48,8 +47,8 @@ def _patch_grid(config: Any) -> tuple[int, int]:
     has_class_token = vision.model_type == "clip_vision_model"
     if has_class_token != (strategy == "default"):
         raise CheckpointError(
-            f"vision_feature_select_strategy {strategy!r} does not leave a {vision.model_type}'s patches alone: set it to "
-            f"{'default' if has_class_token else 'full'!r}"
+            f"vision_feature_select_strategy {strategy!r} does not give a {vision.model_type}'s patches and no more: "
+            f"set it to {'default' if has_class_token else 'full'!r}"
         )
     side = vision.image_size // vision.patch_size
     return side, side

@@ -8,25 +8,22 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..errors import CheckpointError
 from .settings import VideoSettings
-from .vllm_plugin import VIDEO_BACKEND
+from .vllm_plugin import ARCHITECTURES, VIDEO_BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-_MODEL_TYPES = {"SlowFastLlavaForConditionalGeneration": "llava", "SlowFastLlavaNextForConditionalGeneration": "llava_next"}
-
 
 class SlowFastModelConfig(VerifyAndUpdateConfig):
-    """Checks the "sfllava_fast" entry of the config; has videos decoded and sampled by us unless the user says otherwise."""
+    """Checks the config; has videos decoded and sampled by us unless --media-io-kwargs says otherwise."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        config, architecture = model_config.hf_config, model_config.architecture
-        if config.model_type != _MODEL_TYPES[architecture]:
-            fitting = [name for name, model_type in _MODEL_TYPES.items() if model_type == config.model_type]
+        config, fitting = model_config.hf_config, ARCHITECTURES.get(model_config.hf_config.model_type)
+        if model_config.architecture != fitting:
+            remedy = f"name {fitting} in --hf-overrides" if fitting else "take a LLaVA-1.5 or LLaVA-NeXT one"
             raise CheckpointError(
-                f"{architecture} does not serve a {config.model_type} checkpoint: "
-                + (f"name {fitting[0]} in --hf-overrides" if fitting else "use a LLaVA-1.5 or LLaVA-NeXT one")
+                f"{model_config.architecture} does not serve a {config.model_type} checkpoint: {remedy}"
             )
         settings = VideoSettings.from_config(config)
         if model_config.multimodal_config is not None:

@@ -69,8 +69,8 @@ class _VideoInfo:
         side = self.get_hf_config().vision_config.image_size
         if spec.made(side, side) != (side, side):
             raise CheckpointError(
-                f"the image processor does not make the {side}x{side} pictures that the vision tower takes: set size and "
-                "crop_size in preprocessor_config.json"
+                f"the image processor does not make the {side}x{side} pictures that the vision tower takes: "
+                "set size and crop_size in preprocessor_config.json"
             )
         return spec
 

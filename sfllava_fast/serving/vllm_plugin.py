@@ -8,8 +8,11 @@ log = logging.getLogger("sfllava_fast")
 
 # What tests/test_vllm.py ran against: the interface that models are written to moves with every minor release.
 SUPPORTED = ((0, 31), (0, 32))
-# A checkpoint's own architecture with SlowFast before it.
-ARCHITECTURES = ("SlowFastLlavaForConditionalGeneration", "SlowFastLlavaNextForConditionalGeneration")
+# By the checkpoint's model type: its own architecture with SlowFast before it.
+ARCHITECTURES = {
+    "llava": "SlowFastLlavaForConditionalGeneration",
+    "llava_next": "SlowFastLlavaNextForConditionalGeneration",
+}
 VIDEO_BACKEND = "sfllava_fast"
 
 
@@ -31,7 +34,7 @@ def register() -> None:
     from .vllm_video import SlowFastVideoLoader
 
     VIDEO_LOADER_REGISTRY.register(VIDEO_BACKEND)(SlowFastVideoLoader)
-    for architecture in ARCHITECTURES:
+    for architecture in ARCHITECTURES.values():
         MODELS_CONFIG_MAP[architecture] = SlowFastModelConfig
         vllm.ModelRegistry.register_model(architecture, f"sfllava_fast.serving.vllm_model:{architecture}")
 

@@ -11,8 +11,8 @@ from vllm.multimodal.video import VideoLoader
 
 from ..config import sample_frames
 from ..errors import InputError, VideoError
+from ..pipeline import DEFAULT_FRAMES, check_count
 from ..video import open_video
-from .settings import DEFAULT_FRAMES
 from .vllm_plugin import VIDEO_BACKEND
 
 
@@ -31,9 +31,8 @@ class SlowFastVideoLoader(VideoLoader):
         Raises VideoError, InputError or BackendError, which vLLM answers with status 400.
         """
         if unknown:
-            raise InputError(f"unknown video options {', '.join(unknown)}: {VIDEO_BACKEND} takes num_frames and decoder")
-        if type(num_frames) is not int:
-            raise InputError(f"num_frames must be an integer of at least 1, not {num_frames!r}")
+            raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
+        check_count("num_frames", num_frames)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "video")
             file.write_bytes(data)

@@ -1,6 +1,6 @@
-"""On the path of the processes that tests/test_vllm.py starts: lets PyPI's torchvision be imported beside a CPU-only torch.
+"""On the path of tests/test_vllm.py and of what it starts: PyPI's torchvision beside a CPU-only torch.
 
-Its operators are compiled against a CUDA torch and cannot be loaded; it then fails to import for want of their schemas.
+Its operators are compiled against a CUDA torch and cannot be loaded, and it fails to import for want of their schemas.
 """
 
 import torch
