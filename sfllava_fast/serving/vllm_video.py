@@ -28,7 +28,7 @@ class SlowFastVideoLoader(VideoLoader):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The sampled frames of a video file, uint8 RGB [n, H, W, 3], and what vLLM wants to know about them.
 
-        Raises VideoError, InputError or BackendError, which vLLM answers with status 400.
+        Raises VideoError or InputError, which vLLM answers with status 400, and BackendError for an unusable decoder.
         """
         if unknown:
             raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
