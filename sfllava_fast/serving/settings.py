@@ -1,0 +1,54 @@
+"""What a served checkpoint's config says about its videos: layout, frames, and so placeholders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import SlowFastConfig
+from ..errors import CheckpointError, InputError
+from ..pipeline import DEFAULT_FRAMES, check_count
+
+_KEYS = {"layout", "frames", "prompt"}
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """layout: of every video. frames: sampled of a video unless its request says otherwise. grid: (rows, columns) of a
+    frame's patches."""
+
+    layout: SlowFastConfig
+    frames: int
+    grid: tuple[int, int]
+
+    @classmethod
+    def from_config(cls, config: Any) -> VideoSettings:
+        """The settings in a transformers LLaVA config: "layout" and "frames" of its entry "sfllava_fast", if any.
+
+        Raises InputError or LayoutError for an entry that means nothing, CheckpointError where the vision tower's
+        tokens are not a grid.
+        """
+        options = getattr(config, "sfllava_fast", None) or {}
+        if not isinstance(options, dict) or set(options) - _KEYS:
+            raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
+        frames = options.get("frames", DEFAULT_FRAMES)
+        check_count("frames", frames)
+        settings = cls(SlowFastConfig.parse(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
+        settings.count_tokens(frames)
+        return settings
+
+    def count_tokens(self, frames: int) -> int:
+        """Placeholders of a video of so many sampled frames; LayoutError where the layout leaves no token."""
+        return self.layout.plan(frames, self.grid).tokens["total"]
+
+
+def _patch_grid(config: Any) -> tuple[int, int]:
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    has_class_token = vision.model_type == "clip_vision_model"
+    if has_class_token != (strategy == "default"):
+        raise CheckpointError(
+            f"vision_feature_select_strategy {strategy!r} does not give a {vision.model_type}'s patches and no more: "
+            f"set it to {'default' if has_class_token else 'full'!r}"
+        )
+    side = vision.image_size // vision.patch_size
+    return side, side

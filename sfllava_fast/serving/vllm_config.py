@@ -1,0 +1,32 @@
+"""What vLLM sets up for our architectures before it loads anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ..errors import CheckpointError
+from .settings import VideoSettings
+from .vllm_plugin import ARCHITECTURES, VIDEO_BACKEND
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+
+class SlowFastModelConfig(VerifyAndUpdateConfig):
+    """Checks the config; has videos decoded and sampled by us unless --media-io-kwargs says otherwise."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        config, fitting = model_config.hf_config, ARCHITECTURES.get(model_config.hf_config.model_type)
+        if model_config.architecture != fitting:
+            remedy = f"name {fitting} in --hf-overrides" if fitting else "take a LLaVA-1.5 or LLaVA-NeXT one"
+            raise CheckpointError(
+                f"{model_config.architecture} does not serve a {config.model_type} checkpoint: {remedy}"
+            )
+        settings = VideoSettings.from_config(config)
+        if model_config.multimodal_config is not None:
+            video = model_config.multimodal_config.media_io_kwargs.setdefault("video", {})
+            video.setdefault("video_backend", VIDEO_BACKEND)
+            video.setdefault("num_frames", settings.frames)

@@ -1,0 +1,47 @@
+"""The entry point that vLLM calls in each of its processes (group vllm.general_plugins)."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("sfllava_fast")
+
+# What tests/test_vllm.py ran against: the interface that models are written to moves with every minor release.
+SUPPORTED = ((0, 31), (0, 32))
+# By the checkpoint's model type: its own architecture with SlowFast before it.
+ARCHITECTURES = {
+    "llava": "SlowFastLlavaForConditionalGeneration",
+    "llava_next": "SlowFastLlavaNextForConditionalGeneration",
+}
+VIDEO_BACKEND = "sfllava_fast"
+
+
+def register() -> None:
+    """Make the models and the video backend known to vLLM, without importing the models.
+
+    With a vLLM that is not supported, nothing is registered and the log says why: raising would take vLLM itself down,
+    for models of every kind.
+    """
+    import vllm
+
+    if reason := why_unsupported(vllm.__version__):
+        log.error("%s", reason)
+        return
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    from .vllm_config import SlowFastModelConfig
+    from .vllm_video import SlowFastVideoLoader
+
+    VIDEO_LOADER_REGISTRY.register(VIDEO_BACKEND)(SlowFastVideoLoader)
+    for architecture in ARCHITECTURES.values():
+        MODELS_CONFIG_MAP[architecture] = SlowFastModelConfig
+        vllm.ModelRegistry.register_model(architecture, f"sfllava_fast.serving.vllm_model:{architecture}")
+
+
+def why_unsupported(version: str) -> str | None:
+    """Why this version of vLLM is not served; None where it is."""
+    if tuple(version.split(".")[:2]) in [tuple(map(str, minor)) for minor in SUPPORTED]:
+        return None
+    known = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    return f"sfllava_fast is not registered with vLLM {version}: it serves vLLM {known}; install one of them"
