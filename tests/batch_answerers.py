@@ -27,6 +27,9 @@ class Obedient:
         word, *rest = question.question.split()
         if word == "die":
             os.kill(os.getpid(), getattr(signal, rest[0]))
+        if word == "murder":
+            for other in {process for _, process in asked(self.log)} - {os.getpid()}:
+                os.kill(other, signal.SIGKILL)
         if word == "hang":
             time.sleep(600)
         if word == "wait":

@@ -1,4 +1,4 @@
-"""Batches in real worker processes: what becomes of questions that fail, kill, hang; what a kill of the batch leaves."""
+"""Batches in real worker processes: questions that fail, kill or hang, and what a kill of the batch leaves."""
 
 import json
 import os
@@ -121,6 +121,11 @@ def test_a_question_that_hangs_is_ended(answer, out, log):
     for _, process in asked(log):
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+def test_a_worker_that_dies_idle_is_missed_by_no_question(answer, out, log):
+    _, complete = answer([*rows("wait 1", "murder", "wait 0.2", "ok"), *rows("ok", video="w")], workers=2)
+    assert complete and len(read(out)) == 5 and len({process for _, process in asked(log)}) == 2
 
 
 def test_errors_are_kept_until_they_are_asked_again(answer, out, log, tmp_path):

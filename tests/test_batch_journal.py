@@ -161,7 +161,9 @@ def test_removing_the_output_begins_again(out):
         assert journal.attempts == {} and journal.done == {}
 
 
-@pytest.mark.parametrize("content", [b"notes\nof mine\n", b"notes", b'{"id": 1}\n{"id": 2}', b"\x89PNG\n", b"{}\nx", b"\n"])
+@pytest.mark.parametrize(
+    "content", [b"notes\nof mine\n", b"notes", b'{"id": 1}\n{"id": 2}', b"\x89PNG\n", b"{}\nx", b"\n"]
+)
 def test_a_file_that_is_not_a_batchs_is_refused_and_left_alone(content, out):
     out.write_bytes(content)
     with pytest.raises(InputError, match="is not an answer of a batch: name another file"):

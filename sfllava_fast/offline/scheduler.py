@@ -95,7 +95,7 @@ class Scheduler:
         elif reply is Reply.REFUSED:
             self._finish(asked, {"ok": False, "error": value}, seconds)
             group.questions.popleft()
-        else:
+        elif asked:
             worker.group = None
             self._again_or_give_up(group, value, seconds)
         if reply in (Reply.BROKEN, Reply.DIED):

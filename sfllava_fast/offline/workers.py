@@ -36,6 +36,7 @@ MakeAnswerer = Callable[[int, int], Answerer]
 
 # What a terminal or a cluster's scheduler ends a batch with.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_TO_DIE = 5
 
 
 class Reply(enum.Enum):
@@ -112,7 +113,7 @@ class Worker:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join()
+        self._process.join(_SECONDS_TO_DIE)  # on a file system that hangs, not even a kill ends it
         self.connection.close()
 
     def _start(self, theirs: Connection, make: MakeAnswerer, number: int, count: int) -> None:
