@@ -74,7 +74,7 @@ examples:
     sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --server http://host:8000/v1 --workers 32
 
   what ended as an error, once more:
-    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --retry-errors
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --workers 8 --model DIR --retry-errors
 
 exit code: 0 every question is answered, 1 some ended as errors, 2 the batch could not go on, 130 interrupted.
 """
@@ -423,34 +423,26 @@ def batch(args: argparse.Namespace) -> int:
 
 
 def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
-    """What makes the answerer of a worker, and the settings that decide its answers."""
-    from functools import partial
-
-    from .offline.answerers import make_model
+    from .offline.answerers import model_answerer
 
     if args.upload:
         raise InputError("--upload is for a server: name it with --server")
-    videos = args.videos.absolute()  # an actor of a cluster is somewhere else
-    options = _model_options(args) | {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
-    model = os.path.abspath(args.model) if args.model and os.path.exists(args.model) else args.model
-    decide = ("layout", "frames", "dtype", "projector", "decoder", "max_new_tokens")
-    settings = {"model": model or "embedded", **{name: options[name] and str(options[name]) for name in decide}}
-    return partial(make_model, model=model, videos=videos, **options), settings
+    options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
+    return model_answerer(args.model, args.videos, **_model_options(args), **options)
 
 
 def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
-    from functools import partial
-
-    from .offline.answerers import make_client
+    from .offline.answerers import server_answerer
 
     defaults = {"backend": "auto", "attention": "auto", "projector": "exact", "decoder": "pyav", "ray": False}
-    own = ("layout", "frames", "dtype", "device", *defaults)
-    given = [f"--{name}" for name in own if getattr(args, name) != defaults.get(name)]
+    given = [
+        f"--{name}"
+        for name in ("layout", "frames", "dtype", "device", *defaults)
+        if getattr(args, name) != defaults.get(name)
+    ]
     if given:
         raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
-    told = {"url": args.server, "timeout": args.timeout, "videos": args.videos, "upload": args.upload}
-    decide = {"model": args.model, "max_new_tokens": args.max_new_tokens or 128}
-    return partial(make_client, **told, **decide), {"server": True, **decide}
+    return server_answerer(args.server, args.model, args.videos, args.max_new_tokens, args.timeout, args.upload)
 
 
 def score(args: argparse.Namespace) -> None:

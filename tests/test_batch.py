@@ -258,6 +258,11 @@ def test_stopped_it_says_so_and_counts_no_attempt(number, start, out, log):
     assert list(read(out)) == ["v0"]
 
 
+def test_a_worker_is_ended_by_its_batch_alone(start, out, log):
+    process = start(rows("die SIGINT", "die SIGTERM", "die SIGHUP"))
+    assert process.wait(60) == 0 and len(read(out)) == 3 and len({worker for _, worker in asked(log)}) == 1
+
+
 def test_two_batches_do_not_write_one_file(start, answer, log):
     start(rows("hang"))
     wait_for(lambda: asked(log))
@@ -395,7 +400,7 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
 
     def make(device, count):
         for number in range(count):
-            make_model(number, count, None, device, Path(), None, "pyav", None)
+            make_model(number, count, None, Path(), device, None, "pyav", None)
 
     make(None, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import mimetypes
-from functools import lru_cache
+import os
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,14 @@ from ..errors import InputError, VideoError
 from ..prompts import pick_option, user_words
 from .chat import Chat
 from .questions import Question, find_video
+from .workers import MakeAnswerer
 
 if TYPE_CHECKING:
     from ..engine import SlowFastLlava
     from ..session import Session
+
+_NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
+_DECIDE = ("layout", "frames", "dtype", "projector", "decoder", "max_new_tokens")
 
 
 class ModelAnswerer:
@@ -57,12 +62,37 @@ class ServerAnswerer:
         return _answer(text, question.choices)
 
 
+def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[MakeAnswerer, dict[str, Any]]:
+    """What makes the answerer of each worker, and the settings that decide its answers.
+
+    options: those of `SlowFastLlava.from_pretrained`, `SlowFastLlava.open` and max_new_tokens.
+    """
+    # Workers may be somewhere else: actors of a cluster are.
+    model = os.path.abspath(model) if model and os.path.exists(model) else model
+    told = {name: options[name] and str(options[name]) for name in _DECIDE}
+    return partial(make_model, model=model, videos=videos.absolute(), **options), {"model": model or "embedded", **told}
+
+
+def server_answerer(
+    url: str,
+    model: str | None,
+    videos: Path,
+    max_new_tokens: int | None = None,
+    timeout: float | None = None,
+    upload: bool = False,
+) -> tuple[MakeAnswerer, dict[str, Any]]:
+    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster."""
+    decide = {"model": model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
+    make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, **decide)
+    return make, {"server": True, **decide}
+
+
 def make_model(
     number: int,
     count: int,
     model: str | None,
-    device: str | None,
     videos: Path,
+    device: str | None,
     frames: int | None,
     decoder: str,
     max_new_tokens: int | None,
