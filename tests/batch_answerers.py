@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sfllava_fast.errors import BackendError, InputError, VideoError
+from sfllava_fast.errors import BackendError, InputError, OutOfMemoryError, VideoError
 from sfllava_fast.offline.questions import Question
 
 
@@ -36,6 +36,8 @@ class Obedient:
             time.sleep(float(rest[0]))
         if word == "bug":
             raise ZeroDivisionError("a bug")
+        if word == "fill":
+            raise OutOfMemoryError("out of memory")
         if word == "refuse":
             raise InputError("a wrong\nquestion")
         if word == "stop":

@@ -85,6 +85,7 @@ def test_a_question_that_fails_is_asked_again_behind_the_others(answer, out, log
         ("die SIGSEGV", "the worker was killed by SIGSEGV"),
         ("bug", "ZeroDivisionError: a bug"),
         ("fail", "a bad video"),
+        ("fill", "out of memory"),
     ],
 )
 def test_a_video_that_keeps_failing_is_quarantined_alone(word, error, answer, out, log):
@@ -97,7 +98,8 @@ def test_a_video_that_keeps_failing_is_quarantined_alone(word, error, answer, ou
     assert f"quarantined v (3 questions): {error}" in table and "quarantined w" not in table
     assert Counter(key for key, _ in asked(log)) == {"v0": 2, "w0": 1, "w1": 1}
     processes = dict.fromkeys(process for _, process in asked(log))
-    assert len(processes) == (1 if word == "fail" else 2)  # and none for the last failure: nothing is left to ask
+    # None is made for the last failure: nothing is left to ask.
+    assert len(processes) == (1 if word in ("fail", "fill") else 2)
 
 
 def test_a_question_that_kills_does_not_take_its_answered_video_along(answer, out):

@@ -162,7 +162,8 @@ def test_removing_the_output_begins_again(out):
 
 
 @pytest.mark.parametrize(
-    "content", [b"notes\nof mine\n", b"notes", b'{"id": 1}\n{"id": 2}', b"\x89PNG\n", b"{}\nx", b"\n"]
+    "content",
+    [b"notes\nmine\n", b"notes", b'{"id": 1}\n{"id": 2}', b'{"id": [], "ok": true}\n', b"\x89PNG\n", b"{}\nx", b"\n"],
 )
 def test_a_file_that_is_not_a_batchs_is_refused_and_left_alone(content, out):
     out.write_bytes(content)

@@ -131,7 +131,7 @@ def _answer(text: str, choices: list[Any] | None) -> dict[str, Any]:
 
 
 def _file_url(video: Path) -> str:
-    return video.resolve().as_uri()
+    return video.absolute().as_uri()
 
 
 def _data_url(video: Path) -> str:

@@ -100,7 +100,7 @@ class Journal:
             os.ftruncate(self._state, 0)
             return
         for number, line in enumerate(_read_lines(self.path), 1):
-            if not isinstance(line, dict) or not isinstance(line.get("ok"), bool) or "id" not in line:
+            if not _is_answer(line):
                 raise InputError(f"{self.path}, line {number} is not an answer of a batch: name another file")
             self._note(line)
         lines = [line for line in _read_lines(self._state_path) if isinstance(line, dict)]
@@ -206,6 +206,11 @@ def _read_lines(path: Path) -> list[Any]:
         return lines
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _is_answer(line: Any) -> bool:
+    kinds = {"id": (str, int), "video": str, "ok": bool}
+    return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
 
 
 def _parse(line: bytes) -> Any:
