@@ -1,4 +1,4 @@
-"""The command line: ask a question, inspect a layout, show what runs here, or see the demo.
+"""The command line: ask a question, answer a file of them, inspect a layout, show what runs here, or see the demo.
 
 Answers go to stdout; progress, summaries, warnings and errors to stderr. Exit codes: 0 done, 2 bad usage or
 input (one line says what), 130 interrupted.
@@ -33,6 +33,8 @@ _TOP_EXAMPLES = """
 examples:
   sfllava-fast demo                              the small model that ships answers about its sample video
   sfllava-fast ask clip.mp4 "What happens?"      ask about your own video, file or folder of frames
+  sfllava-fast batch FILE --out answers.jsonl    answer a file of questions, and go on after any kill
+  sfllava-fast score answers.jsonl               see how many answers are right
   sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
   sfllava-fast info                              see what is built and used on this machine, and why
 
@@ -54,6 +56,35 @@ examples:
 
   multiple choice, frames already extracted:
     sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
+"""
+_BATCH_EXAMPLES = """
+questions.jsonl has a line for each question, and videos lie in one folder:
+  {"id": 1, "video": "clip.mp4", "question": "What happens?"}
+  {"id": 2, "video": "clip.mp4", "question": "What is in the box?", "choices": ["a cat", "a dog"], "answer": "a dog"}
+
+examples:
+  on every GPU of this machine; the same command again goes on where a kill left it:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --workers 8 --model DIR
+
+  a published question file, as CSV or as the lists made of it:
+    sfllava-fast batch MSVD_QA.csv --videos MSVD/videos --out msvd.jsonl --model DIR
+    sfllava-fast batch val_q.json --truths val_a.json --videos MSVD/videos --out msvd.jsonl --model DIR
+
+  32 requests at a time to a vLLM server that sees the same files:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --server http://host:8000/v1 --workers 32
+
+  what ended as an error, once more:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --workers 8 --model DIR --retry-errors
+
+exit code: 0 every question is answered, 1 some ended as errors, 2 the batch could not go on, 130 interrupted.
+"""
+_SCORE_EXAMPLES = """
+examples:
+  multiple choice, overall and by type:
+    sfllava-fast score intentqa.jsonl --by question_type
+
+  open-ended, judged by an OpenAI-compatible server (its key in OPENAI_API_KEY):
+    sfllava-fast score msvd.jsonl --judge http://host:8000/v1
 """
 _BENCH_EXAMPLES = """
 examples:
@@ -91,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SfllavaError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader left (`| head`): nothing to say, and nothing for Python to flush into the closed pipe.
@@ -119,6 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_ask(commands, style)
+    _add_batch(commands, style)
+    _add_score(commands, style)
     _add_inspect(commands, style)
     _add_info(commands, style)
     _add_demo(commands, style)
@@ -140,6 +173,15 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
         "--follow-up", action="store_true", help="each question after the first sees the earlier turns"
     )
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
+    _add_model_options(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the answer alone"
+    )
+    parser.set_defaults(run=ask)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `ask` and `batch` that say what answers, and how."""
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
@@ -175,10 +217,53 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument(
         "--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the answer alone"
+
+
+def _add_batch(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "batch",
+        help="answer a file of questions about many videos",
+        description="Answer a file of questions, each video watched once, in worker processes or through a server. "
+        "The output is appended to, a line a question: run it again to go on after any kill.",
+        epilog=_BATCH_EXAMPLES,
+        **style,
     )
-    parser.set_defaults(run=ask)
+    option = parser.add_argument
+    option("questions", type=Path, metavar="QUESTIONS", help="JSON lines, or a published file (JSON list or CSV)")
+    option("--truths", type=Path, metavar="FILE", help="the published list of true answers that belongs to it")
+    option("--videos", type=Path, default=Path(), metavar="DIR", help="folder of the videos (default: here)")
+    option("--out", type=Path, required=True, metavar="FILE.jsonl", help="where answers are appended")
+    option("--workers", type=_count, default=1, metavar="N", help="processes, or requests at a time (default: 1)")
+    option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
+    option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
+    option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
+    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer, its video included (default: none)")
+    option("--retry-errors", action="store_true", help="ask again what ended as an error")
+    option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
+    _add_model_options(parser)
+    _add_decoder(parser)
+    parser.set_defaults(run=batch)
+
+
+def _add_score(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="count the right answers of a batch",
+        description="Count the right answers of a batch: multiple choice by the published option rule, open-ended ones "
+        "by a judge. Verdicts are kept: run it again to go on after any kill.",
+        epilog=_SCORE_EXAMPLES,
+        **style,
+    )
+    option = parser.add_argument
+    option("answers", type=Path, metavar="ANSWERS.jsonl", help="what `sfllava-fast batch` wrote")
+    option("--judge", metavar="URL", help="an OpenAI-compatible server that judges open-ended answers")
+    option("--judge-model", metavar="NAME", help="(default: the first that the server has)")
+    option("--out", type=Path, metavar="FILE.jsonl", help="verdicts (default: beside the answers, .judged.jsonl)")
+    option("--workers", type=_count, default=4, metavar="N", help="requests at a time (default: 4)")
+    option("--by", metavar="FIELD", help="also by the values of this field, such as question_type")
+    option("--retry-errors", action="store_true", help="ask the judge again where it gave no verdict")
+    option("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=score)
 
 
 def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
@@ -265,6 +350,10 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of image frames")
+    _add_decoder(parser)
+
+
+def _add_decoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder",
         default="pyav",
@@ -274,24 +363,14 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
-    from .config import SlowFastConfig
-
     if not all(question.strip() for question in args.questions):
         raise InputError('the question is empty: ask something, such as "What happens in the video?"')
-    layout = None if args.layout is None else SlowFastConfig.parse(args.layout)
+    options = _model_options(args)
     # Before the model, which may take long to load: a bad video should fail at once.
     video, opened = _open(args.video, args.decoder)
     with _progress() as say:
         say("loading the model")
-        model = _load(
-            args.model,
-            layout=layout,
-            dtype=args.dtype,
-            device=args.device,
-            backend=args.backend,
-            attention=args.attention,
-            projector=args.projector,
-        )
+        model = _load(args.model, **options)
         session = model.open(video, args.frames)
         for number, question in enumerate(args.questions):
             say("thinking" if number else "watching the video")
@@ -307,6 +386,15 @@ def ask(args: argparse.Namespace) -> None:
             _print_answer(answer, args.json)
 
 
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `SlowFastLlava.from_pretrained` takes, beside the model."""
+    from .config import SlowFastConfig
+
+    names = ("dtype", "device", "backend", "attention", "projector")
+    layout = None if args.layout is None else SlowFastConfig.parse(args.layout)
+    return {"layout": layout, **{name: getattr(args, name) for name in names}}
+
+
 def _print_answer(answer: Answer, as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -314,6 +402,58 @@ def _print_answer(answer: Answer, as_json: bool) -> None:
     print(answer.text if answer.choice is None else answer.choice)
     sys.stdout.flush()
     print(_summary(answer), file=sys.stderr)
+
+
+def batch(args: argparse.Namespace) -> int:
+    from .offline.questions import by_video, read_questions
+    from .offline.run import run
+
+    groups = by_video(read_questions(args.questions, args.truths))
+    make, settings = _server_answerer(args) if args.server else _model_answerer(args)
+    limits = {"workers": args.workers, "attempts": args.attempts, "retry_errors": args.retry_errors}
+    if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
+        limits["timeout"] = args.timeout
+    if args.ray:
+        from .offline.ray_workers import RayWorker
+
+        limits["start"] = RayWorker
+    summary, complete = run(groups, args.out, settings, make, **limits)
+    print(summary, file=sys.stderr)
+    return 0 if complete else 1
+
+
+def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
+    from .offline.answerers import model_answerer
+
+    if args.upload:
+        raise InputError("--upload is for a server: name it with --server")
+    options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
+    return model_answerer(args.model, args.videos, **_model_options(args), **options)
+
+
+def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
+    from .offline.answerers import server_answerer
+
+    defaults = {"backend": "auto", "attention": "auto", "projector": "exact", "decoder": "pyav", "ray": False}
+    given = [
+        f"--{name}"
+        for name in ("layout", "frames", "dtype", "device", *defaults)
+        if getattr(args, name) != defaults.get(name)
+    ]
+    if given:
+        raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
+    return server_answerer(args.server, args.model, args.videos, args.max_new_tokens, args.timeout, args.upload)
+
+
+def score(args: argparse.Namespace) -> None:
+    from .offline.score import score, table
+
+    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors")
+    figures = score(args.answers, **{name: getattr(args, name) for name in options})
+    if args.json:
+        print(json.dumps({name: of.to_json() for name, of in figures.items()}, ensure_ascii=False))
+        return
+    print(table(figures))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -535,6 +675,13 @@ def _count(text: str) -> int:
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -41,6 +41,10 @@ class OutOfMemoryError(SfllavaError, RuntimeError):
     """A stage that needs more memory than there is; nothing that was there before is lost."""
 
 
+class ServerError(SfllavaError, RuntimeError):
+    """A server that failed on this request; another attempt may succeed."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -168,19 +168,19 @@ def build_prompt(
         raise InputError(f"the question holds {MARKER}, which marks the place of the video: leave it out")
     answers = [turn.answer for turn in turns]
     if family == "chat_template":
-        text = _render(tokenizer, chat_template, [_words(*turn) for turn in asked], answers)
+        text = _render(tokenizer, chat_template, [user_words(*turn) for turn in asked], answers)
     else:
         template, (first, options) = TEMPLATES[family], asked[0]
         words = template.open_ended if options is None else template.multiple_choice
         text = words.format(question=first, options=options and format_options(options))
         for answer, turn in zip(answers, asked[1:]):
             gap = "" if text.endswith(("\n", "(")) else " "
-            text += gap + answer + template.next_turn.format(words=_words(*turn))
+            text += gap + answer + template.next_turn.format(words=user_words(*turn))
     return encode_prompt(text, tokenizer)
 
 
-def _words(question: str, choices: Sequence[str] | None) -> str:
-    """What a user's turn says."""
+def user_words(question: str, choices: Sequence[str] | None) -> str:
+    """What a user's turn says; InputError for choices that are not 2 to 26 texts."""
     return question if choices is None else _OPTIONS.format(question=question, options=format_options(choices))
 
 

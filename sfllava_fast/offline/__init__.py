@@ -1,0 +1,1 @@
+"""Question files answered at scale: read, handed out to workers, journaled, scored."""

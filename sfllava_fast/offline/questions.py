@@ -1,0 +1,166 @@
+"""Question files: our own JSON lines, and the published files of SlowFast-LLaVA's and IG-VLM's evaluations.
+
+All of them say the same under other names. The published ones are `question_id`, `video_name` and `candidates` (in CSV
+the columns a0, a1, ...), and `answer` is the true one, which is `truth` here: an answer is what the model says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+Id = str | int
+Row = dict[str, Any]
+
+# What batch itself writes about a question.
+RESERVED = ("ok", "choice", "option", "error", "quarantined", "attempts", "seconds")
+_NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
+_SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+_TOLD = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a video; extra: every other field of its line, such as the truth."""
+
+    id: Id
+    video: str
+    question: str
+    choices: list[Any] | None = None
+    extra: Row = field(default_factory=dict)
+
+    def to_json(self) -> Row:
+        """What an output line repeats of it, so that scoring needs no other file."""
+        choices = {} if self.choices is None else {"choices": self.choices}
+        return {"id": self.id, "video": self.video, "question": self.question, **choices, **self.extra}
+
+
+@dataclass
+class Group:
+    """Questions that are answered one after another by the same worker, and given up together."""
+
+    name: str
+    questions: deque[Question]
+
+
+def read_questions(path: Path, truths: Path | None = None) -> list[Question]:
+    """The questions of a file of JSON lines, a JSON list or a CSV file with a header.
+
+    truths: the published file of true answers that belongs to a published list of questions, entry by entry.
+    Raises InputError that names the first wrong lines: nothing of a wrong file is answered.
+    """
+    rows = list(_rows(path))
+    if truths is not None:
+        rows = _with_truths(rows, list(_rows(truths)), path, truths)
+    questions, wrong = [], []
+    repeated: Counter[Id] = Counter()
+    seen: dict[Id, str] = {}
+    for place, row in rows:
+        try:
+            question = _question(row, repeated)
+            if question.id in seen:
+                raise InputError(f"has the id {question.id!r} of {seen[question.id]}")
+            seen[question.id] = place
+            questions.append(question)
+        except InputError as error:
+            wrong.append(f"{place} {error}")
+    if wrong:
+        more = f"; and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+        raise InputError(f"{path}: {'; '.join(wrong[:_TOLD])}{more}")
+    if not questions:
+        raise InputError(f"{path} has no questions")
+    return questions
+
+
+def by_video(questions: Iterable[Question]) -> list[Group]:
+    """One group a video, in the order of their first questions."""
+    groups: dict[str, Group] = {}
+    for question in questions:
+        groups.setdefault(question.video, Group(question.video, deque())).questions.append(question)
+    return list(groups.values())
+
+
+def find_video(folder: Path, name: str) -> Path:
+    """The video of that name in the folder; published files leave the suffix out."""
+    path = folder / name
+    return next((Path(f"{path}{suffix}") for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}")), path)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place in the file, row) of each."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+    if path.suffix.lower() == ".csv":
+        return _csv_rows(text)
+    if text.lstrip().startswith("["):
+        return ((f"entry {i}", row) for i, row in enumerate(_json(text, str(path)), 1))
+    # Not splitlines: JSON may hold U+2028 as it is.
+    lines = ((f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+    return ((place, _json(line, f"{path}, {place}")) for place, line in lines)
+
+
+def _csv_rows(text: str) -> Iterator[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        choices = {}
+        while (column := f"a{len(choices)}") in row:
+            choices[column] = row.pop(column)
+        row.pop("", None)  # the published files number their rows
+        if row.get("answer_number"):
+            row["answer_number"] = int(row["answer_number"]) if row["answer_number"].isdecimal() else None
+        whole = None not in row and None not in (*row.values(), *choices.values())
+        candidates = {"candidates": list(choices.values())} if choices else {}
+        yield f"line {reader.line_num}", row | candidates if whole else {}
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{place} is not JSON ({error}): write one object a line, or a list of objects") from error
+
+
+def _with_truths(
+    rows: list[tuple[str, Row]], truths: list[tuple[str, Row]], path: Path, truths_path: Path
+) -> list[tuple[str, Row]]:
+    def key(row: Any) -> Any:
+        return row.get("question_id") if isinstance(row, dict) else None
+
+    if [key(row) for _, row in rows] != [key(row) for _, row in truths]:
+        raise InputError(f"{truths_path} does not have the question_ids of {path}, entry by entry: name its own file")
+    return [(place, truth | row) for (place, row), (_, truth) in zip(rows, truths)]
+
+
+def _question(row: Any, repeated: Counter[Id]) -> Question:
+    """The question of a row; repeated counts the published ids so far."""
+    if not isinstance(row, dict) or not row:
+        raise InputError("is no object with the fields id, video and question")
+    clash = [name for name in RESERVED if name in row]
+    if clash:
+        raise InputError(f"has the field {clash[0]!r}, which the output writes itself: rename it")
+    fields = {_NAMES.get(name, name): value for name, value in row.items()}
+    key, video, text = (fields.pop(name, None) for name in ("id", "video", "question"))
+    if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
+        raise InputError("has no id, a text or a whole number")
+    for name, value in (("video", video), ("question", text)):
+        if not isinstance(value, str) or not (value or name == "question"):
+            raise InputError(f"has no {name}, a text")
+    choices = fields.pop("choices", None)
+    if choices is not None and not isinstance(choices, list):
+        raise InputError("has choices that are no list")
+    if "question_id" in row:
+        repeated[key] += 1
+        # TGIF-QA's file gives all questions about a clip one id.
+        key = key if repeated[key] == 1 else f"{key}#{repeated[key]}"
+    return Question(key, video, text, choices, fields)

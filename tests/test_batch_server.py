@@ -1,0 +1,233 @@
+"""Batches through an OpenAI-compatible server: what is sent, and what each kind of failure comes to."""
+
+import base64
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from openai_server import serving
+
+from sfllava_fast import cli
+from sfllava_fast.errors import BackendError, InputError, ServerError
+from sfllava_fast.offline import chat as chat_module
+from sfllava_fast.offline.chat import Chat
+from sfllava_fast.prompts import build_prompt
+
+
+def words_of(body):
+    return body["messages"][-1]["content"][-1]["text"]
+
+
+def video_of(body):
+    return body["messages"][-1]["content"][0]["video_url"]["url"]
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    """Makes a client whose pauses take no time; `chat.pauses` has them."""
+    pauses, clock = [], [0.0]
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(chat_module.time, "sleep", sleep)
+    monkeypatch.setattr(chat_module.time, "monotonic", lambda: clock[0])
+
+    def make(server, **options):
+        return Chat(server.url, **options)
+
+    make.pauses = pauses
+    return make
+
+
+def ask(client, text="hello"):
+    return client.reply([{"role": "user", "content": text}], 7)
+
+
+def test_a_request_and_its_reply(chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(lambda body: f" {body['messages'][0]['content']}! ") as server:
+        assert ask(chat(server)) == "hello!" and server.headers["Authorization"] == "Bearer secret"
+        assert ask(Chat(server.url.removesuffix("/v1") + "/", "second"), "you") == "you!"
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert ask(chat(server)) == "hello!" and "Authorization" not in server.headers
+        assert server.requests[0] == {
+            "model": "first",
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 7,
+            "temperature": 0,
+        }
+        assert server.requests[1]["model"] == "second"
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        ((400, {"error": {"message": "bad\nvideo"}}), InputError, "says 400 bad video"),
+        ((422, {"message": "too long"}), InputError, "says 422 too long"),
+        ((413, b"<html>"), InputError, "says 413 <html>"),
+        ((500, {"error": "broken"}), ServerError, "says 500 broken"),
+        ((401, {"error": {"message": "no key"}}), BackendError, "says 401 no key: check URL, model and OPENAI_API_KEY"),
+        ((404, {}), BackendError, "says 404 .*: check URL"),
+        ((200, {"choices": []}), ServerError, "a reply without a message"),
+        ((200, b"<html>"), ServerError, "broke off"),
+        (None, ServerError, "broke off"),
+    ],
+)
+def test_a_request_that_fails_is_sent_once(reply, error, message, chat):
+    with serving(lambda body: reply) as server:
+        with pytest.raises(error, match=message) as raised:
+            ask(chat(server))
+        assert type(raised.value) is error and "\n" not in str(raised.value)
+        assert len(server.requests) == 1 and chat.pauses == []
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_a_busy_server_is_waited_for_in_longer_and_longer_pauses(status, chat):
+    replies = iter([(status, {"error": "busy"})] * 7 + ["at last"])
+    with serving(lambda body: next(replies)) as server:
+        assert ask(chat(server)) == "at last"
+    assert chat.pauses == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_server_that_is_gone_is_waited_for_so_long(chat):
+    with serving(lambda body: "here") as server:
+        client = chat(server, patience=60)
+        ask(client)
+    with pytest.raises(BackendError, match="cannot be used .*refused.*: see to it, then run again"):
+        ask(client)
+    assert 30 <= sum(chat.pauses) <= 60
+    with pytest.raises(BackendError, match="cannot be used"):
+        chat(server)
+    assert sum(chat.pauses) <= 60  # and not at all before it was ever seen
+
+
+def test_a_server_that_comes_back_goes_on(chat, monkeypatch):
+    with serving(lambda body: "here") as server:
+        client = chat(server)
+    sleep, back = chat_module.time.sleep, []
+
+    def restart(seconds):
+        sleep(seconds)
+        if len(chat.pauses) == 3:
+            back.append(serving(lambda body: "again", server.server_port))
+            back[0].__enter__()
+
+    monkeypatch.setattr(chat_module.time, "sleep", restart)
+    try:
+        assert ask(client) == "again"
+    finally:
+        back[0].__exit__(None, None, None)
+
+
+def test_a_reply_that_does_not_come(chat):
+    end = threading.Event()
+    with serving(lambda body: end.wait(30) and "late") as server:
+        with pytest.raises(ServerError, match="no reply in time"):
+            ask(chat(server, timeout=0.3))
+        end.set()
+
+
+@pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", ""])
+def test_wrong_urls(url):
+    with pytest.raises(InputError, match="is not the URL of a server"):
+        Chat(url)
+
+
+# From the command line, with real client processes.
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a b.mp4", "c.webm", "bad.mp4"):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+@pytest.fixture
+def batch(tmp_path, videos):
+    """Runs a batch of (video, question, choices) with ids 0, 1, ...: exit code and output by id."""
+
+    def batch(server, rows, *options):
+        path, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+        names = ("video", "question", "choices")
+        lines = [{"id": i} | {k: v for k, v in zip(names, row) if v} for i, row in enumerate(rows)]
+        path.write_text("".join(f"{json.dumps(line | {'question': line.get('question', '')})}\n" for line in lines))
+        argv = [path, "--videos", videos, "--out", out, "--server", server.url, *options]
+        code = cli.main(["batch", *map(str, argv)])
+        answers = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        assert len({line["id"] for line in answers}) == len(answers)
+        return code, {line["id"]: line for line in answers}
+
+    return batch
+
+
+def test_questions_are_sent_with_their_video(batch, videos):
+    rows = [("a b", "What is it?", None), ("c.webm", "Which?", ["a cat", "a dog"]), ("a b", "Why?", None)]
+    with serving(lambda body: "B: it is" if "Options" in words_of(body) else words_of(body).upper()) as server:
+        code, lines = batch(server, rows, "--workers", 2)
+        assert code == 0 and [lines[i]["answer"] for i in range(3)] == ["WHAT IS IT?", "B: it is", "WHY?"]
+        assert (lines[1]["choice"], lines[1]["option"]) == ("a dog", 1)
+        sent = {words_of(body): body for body in server.requests}
+        assert video_of(sent["Why?"]) == (videos / "a b.mp4").as_uri() and "%20" in video_of(sent["Why?"])
+        assert all(body["max_tokens"] == 128 and body["temperature"] == 0 for body in server.requests)
+
+
+def test_choices_are_in_the_words_of_our_own_prompt(batch, checkpoints):
+    from transformers import AutoTokenizer
+
+    with serving(lambda body: "A") as server:
+        batch(server, [("c", " Which one? ", ["a cat", "a dog"])])
+    prompt = build_prompt("Which one?", AutoTokenizer.from_pretrained(checkpoints()), "vicuna", ["a cat", "a dog"])
+    assert words_of(server.requests[0]) in prompt.text and "(B) a dog" in words_of(server.requests[0])
+
+
+def test_videos_are_uploaded_on_request(batch, videos):
+    (videos / "frames").mkdir()
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [("a b", "x", None), ("frames", "x", None), ("none", "x", None)], "--upload")
+    assert code == 1 and lines[0]["ok"] and len(server.requests) == 1
+    head, data = video_of(server.requests[0]).split(",")
+    assert head == "data:video/mp4;base64" and base64.b64decode(data) == b"a b.mp4"
+    assert "is a folder of frames" in lines[1]["error"] and lines[1]["attempts"] == 1
+    assert "cannot be read" in lines[2]["error"]
+
+
+def test_a_video_that_the_server_refuses_is_its_own_error(batch):
+    def answer(body):
+        return (400, {"error": {"message": "cannot decode"}}) if "bad" in video_of(body) else "fine"
+
+    rows = [("bad", "1", None), ("bad", "2", None), ("c", "3", None), ("c", "", None), ("c", "5", ["one"])]
+    with serving(answer) as server:
+        code, lines = batch(server, rows)
+        assert code == 1 and [lines[i]["ok"] for i in range(5)] == [False, False, True, False, False]
+        assert lines[0]["error"] == f"{server.url} says 400 cannot decode"
+        assert Counter(video_of(body)[-7:] for body in server.requests) == {"bad.mp4": 2, "/c.webm": 1}
+    assert "the question is empty" in lines[3]["error"] and "2 to 26" in lines[4]["error"]
+
+
+def test_a_request_that_breaks_the_server_is_tried_again_and_then_given_up(batch):
+    with serving(lambda body: (500, {}) if "bad" in video_of(body) else "fine") as server:
+        code, lines = batch(server, [("bad", "1", None), ("bad", "2", None), ("c", "3", None)], "--attempts", 2)
+    assert code == 1 and lines[2]["ok"] and lines[0]["attempts"] == 2 and lines[1]["quarantined"]
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_refuses_us_ends_the_batch_and_quarantines_nothing(batch, capsys):
+    with serving(lambda body: (401, {"error": "no key"})) as server:
+        for _ in range(2):
+            assert batch(server, [("c", "1", None)], "--attempts", 1) == (2, {})
+    assert "check URL, model and OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_a_server_cannot_be_resumed_as_a_model(batch, tmp_path, capsys):
+    with serving(lambda body: "yes") as server:
+        assert batch(server, [("c", "1", None)])[0] == 0
+        assert batch(server, [("c", "1", None)], "--max-new-tokens", "5")[0] == 2
+    assert cli.main(["batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]) == 2
+    assert "was begun with" in capsys.readouterr().err and Path(tmp_path / "a.jsonl").read_text().count("\n") == 1
