@@ -139,7 +139,8 @@ def test_entries_of_the_language_model_are_kept(tmp_path):
 
 
 def test_tied_embeddings(tmp_path):
-    path = write_original(tmp_path / "model", tower="bare", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    tied = {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True}
+    path = write_original(tmp_path / "model", tower="bare", **tied)
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
     model = load_checkpoint(path).model
     assert model.lm_head.weight is model.get_input_embeddings().weight
