@@ -36,11 +36,15 @@ class Instance:
 
 class lmms:
     def __init__(self):
-        self._rank, self.task_dict = 0, {}
+        self._rank, self._world_size, self.task_dict = 0, 1, {}
 
     @property
     def rank(self):
         return self._rank
+
+    @property
+    def world_size(self):
+        return self._world_size
 
     def clean(self):
         pass

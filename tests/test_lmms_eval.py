@@ -97,13 +97,14 @@ def test_answers_are_those_of_the_engine_in_the_order_of_the_requests(make, chec
     lm = make()
     asked = zip((0, 1, 2, 1, 2, 0), ("Why?", "Why?", "Why?", "How many?", "How many?", "a"))
     rows = [(videos[number], text) for number, text in asked]
-    opened = record(monkeypatch, lm.model, "open")
+    sessions, open_ = [], lm.model.open
+    monkeypatch.setattr(lm.model, "open", lambda *args: sessions.append(open_(*args)) or sessions[-1])
     results = lm.generate_until(requests(lm, rows))
     direct = SlowFastLlava.from_pretrained(checkpoints(), LAYOUT, device="cpu")
     answers = [direct.answer(video, text, frames=8, max_new_tokens=6) for video, text in rows]
     assert texts(results) == [answer.text for answer in answers] and len(set(texts(results))) == len(rows)
-    assert [call[0] for call in opened] == videos, "a video is opened once"
-    assert not list(lm.model.sessions), "and its session closed"
+    assert [session.video for session in sessions] == videos, "a video is opened once"
+    assert all(session.closed for session in sessions)
     for result, answer in zip(results, answers):
         assert result.token_counts.output_tokens == len(answer.token_ids)
         assert result.token_counts.input_tokens == answer.prompt_tokens + answer.tokens["total"]
@@ -203,6 +204,12 @@ def test_where_nothing_is_answered_the_first_error_is_raised(make, videos):
     with pytest.raises(ContextError, match="lower frames"):
         lm.generate_until(requests(lm, [(videos[0], "What is it?" * 300)]))
     assert lm.generate_until([]) == []
+
+
+def test_a_process_among_others_does_not_raise_for_they_would_wait(make):
+    lm = make()
+    lm._world_size = 2
+    assert texts(lm.generate_until(requests(lm, [("no/such.mp4", "What is it?")]))) == [""]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,8 @@ class SfllavaFast(lmms):
     def _log_outcome(self, answers: Sequence[Answer | SfllavaError], seconds: float) -> None:
         """Tell lmms-eval the speed and the user the failures; raises the first of them where nothing was answered."""
         failures = [answer for answer in answers if isinstance(answer, SfllavaError)]
-        if failures and len(failures) == len(answers):
+        # Other processes would wait for one that raised.
+        if failures and len(failures) == len(answers) and self.world_size == 1:
             raise failures[0]
         if failures:
             log.error("%d of %d questions have no answer and count as wrong", len(failures), len(answers))
