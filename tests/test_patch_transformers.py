@@ -185,6 +185,17 @@ def test_tokens_are_written_where_they_are_read(monkeypatch):
     assert torch.equal(inside, outside)
 
 
+def test_parts_of_two_dtypes():
+    model, pixels = make("Llava"), pixels_of(9, 5)
+    model.model.multi_modal_projector.bfloat16()
+    model.model.vision_tower.bfloat16()
+    patch_transformers(model, layout=LAYOUT)
+    ids, _ = ids_with(count(5))
+    with torch.no_grad():
+        expected = expected_embeds(model, ids, 3, expected_tokens(model, pixels.bfloat16()).float())
+        assert torch.equal(model(ids, pixel_values_videos=pixels[None]).logits, model(inputs_embeds=expected).logits)
+
+
 def test_it_can_be_trained():
     model, pixels = make("Llava"), pixels_of(9, 5)
     ids, _ = ids_with(count(5))
@@ -587,6 +598,7 @@ def test_what_cannot_be_patched_is_left_whole(monkeypatch):
     refuse("LlavaNextProcessor is not the processor of LlavaFor", model, processor_of("LlavaNext"))
     refuse("nothing of LlavaForConditionalGeneration is left", model, generate=False)
     refuse("unknown projector mode 'fast'", model, projector="fast")
+    refuse("frames must be an integer of at least 1", model, frames=0)
     refuse("unknown layout 'none'", model, layout="none")
     with monkeypatch.context() as patched:
         patched.setattr(model.config.vision_config, "patch_size", 8)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import Layout, SlowFastConfig, sample_frames
 from ..errors import InputError, PatchError
 from ..ops import slowfast_aggregate
-from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS
+from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
 from ..preprocess import PreprocessSpec, preprocess
 from ..projector import MODES, Mode, project_and_aggregate
 from ..video import open_video
@@ -54,9 +54,9 @@ def patch_transformers(
         every instance of it. Weights, config and what `save_pretrained` writes stay as they are.
     processor: this model's, to be patched with it, so that `processor(text=..., videos=...)` takes files, folders and
         uint8 RGB frames [T, H, W, 3], and writes as many placeholders as there will be tokens.
-    layout: of the tokens. None is what the checkpoint names, else the paper's; the video variants then keep their own.
-    frames: how many the processor samples of a video (fewer where it is shorter); None is what the checkpoint names,
-        else 50. The video variants' own video processors sample by themselves.
+    layout: of the tokens. None is what the model's config names, else the paper's; the video variants then keep theirs.
+    frames: how many the processor samples of a video (fewer where it is shorter); None is what the config names, else
+        50. The video variants' own video processors sample by themselves.
     projector, backend: as in `project_and_aggregate`.
     generate: whether `forward` and `generate` take `pixel_values_videos`: [V, T, 3, h, w], or a list of [T, 3, h, w].
     pooling: whether the video variants' own pooling is replaced by a faster one of the same bits.
@@ -67,6 +67,8 @@ def patch_transformers(
         raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
+    frames = named.get("frames", DEFAULT_FRAMES) if frames is None else frames
+    check_count("frames", frames)
     layout = layout or named.get("layout") or (SlowFastConfig() if family in _IMAGE_MODELS else None)
     layout = None if layout is None or not generate else Layout.parse(layout)
     if processor is not None:
@@ -77,7 +79,7 @@ def patch_transformers(
         token = "image_token_id" if family in _IMAGE_MODELS else "video_token_id"
         replacements += _prompts(target, _Tokens(layout, projector, backend, token))
         if processor is not None:
-            replacements += _placeholders(processor, layout, frames or named.get("frames", DEFAULT_FRAMES))
+            replacements += _placeholders(processor, layout, frames)
     if pooling and family in _VIDEO_MODELS:
         replacements += _pooling(base, family, backend)
     if not replacements:
@@ -230,13 +232,20 @@ def _embed(model, input_ids: Tensor, videos: list[Tensor], tokens: _Tokens, sele
     places = mask.flatten().nonzero().flatten().tolist()
     seen = {id(video): video for video in videos}  # a prompt that is repeated is encoded once
     adjoin = len(seen) == len(videos) and places[-1] - places[0] == len(places) - 1
-    if adjoin and not torch.is_grad_enabled() and not torch.is_autocast_enabled(embeds.device.type):
+    if adjoin and not torch.is_grad_enabled() and _is_alike(model.model.multi_modal_projector, embeds):
         rows = embeds.view(-1, embeds.shape[-1])[places[0] : places[-1] + 1]
         tokens.make(model.model, videos, select, rows)
         return embeds
     made = dict(zip(seen, tokens.make(model.model, list(seen.values()), select)))
     packed = torch.cat([made[id(video)] for video in videos]).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(mask[..., None].to(embeds.device), packed)
+
+
+def _is_alike(projector: torch.nn.Module, embeds: Tensor) -> bool:
+    """Whether the projector makes what the embeddings are made of: it may be elsewhere, quantized or offloaded."""
+    weight = next(projector.parameters())
+    same = weight.dtype == embeds.dtype and weight.device == embeds.device
+    return same and not torch.is_autocast_enabled(embeds.device.type)
 
 
 def _by_row(model: Any, input_ids: Tensor, videos: Sequence[Tensor], tokens: _Tokens) -> list[list[Tensor]]:
