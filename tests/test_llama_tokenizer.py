@@ -96,6 +96,13 @@ def test_prompts_have_the_published_ids(tmp_path, model, family, legacy, choices
             assert [1, *prompt.after] == slow(after)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("text", ["", " what", "  what", "</s>what", "</s> what </s>  is", "what</s>"])
+def test_spaces_at_the_edges_are_the_published_ones(tmp_path, model, legacy, text):
+    path = write(tmp_path / "llama", model, legacy=legacy)
+    assert load(path)(text).input_ids == Slow(path, legacy)(text)
+
+
 def test_prompts_of_a_tokenizer_with_added_tokens(tmp_path, model):
     """Yi's: no BOS, and tokens behind the model's own."""
     added = ["<|im_start|>", "<|im_end|>"]
