@@ -425,8 +425,11 @@ def batch(args: argparse.Namespace) -> int:
 def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
     from .offline.answerers import model_answerer
 
+    from .video import import_decoder
+
     if args.upload:
         raise InputError("--upload is for a server: name it with --server")
+    import_decoder(args.decoder)  # rather than when every worker has loaded its model
     options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
     return model_answerer(args.model, args.videos, **_model_options(args), **options)
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_llava import byte_tokenizer, tiny_config
 
 from sfllava_fast.errors import CheckpointError, InputError, LayoutError
-from sfllava_fast.prompts import MARKER, TEMPLATES, Turn, build_prompt
+from sfllava_fast.prompts import MARKER, TEMPLATES, Turn, build_prompt, user_words
 from sfllava_fast.serving import TEMPLATE_FAMILIES, chat_template
 from sfllava_fast.serving.settings import VideoSettings
 from sfllava_fast.serving.vllm_plugin import register, why_unsupported
@@ -46,6 +46,19 @@ def test_a_question_about_a_video_is_the_engines_prompt(family, parts):
     assert rendered == bos(family) + prompt.text
     ids = tokenizer(rendered, add_special_tokens=False).input_ids
     assert ids == [*prompt.before, tokenizer.convert_tokens_to_ids(MARKER), *prompt.after]
+
+
+CHOICES = ("a cat", "a dog")
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_question_with_options_is_the_engines_prompt(family):
+    tokenizer = byte_tokenizer(family)
+    messages = [{"role": "user", "content": [VIDEO, text(user_words(QUESTION, CHOICES))]}]
+    assert render(family, messages) == bos(family) + build_prompt(QUESTION, tokenizer, family, CHOICES).text
+    messages += [{"role": "assistant", "content": "A) a cat"}, {"role": "user", "content": "Why?"}]
+    prompt = build_prompt("Why?", tokenizer, family, turns=[Turn(QUESTION, "A) a cat", CHOICES)])
+    assert render(family, messages) == bos(family) + prompt.text
 
 
 @pytest.mark.parametrize("family", TEMPLATES)

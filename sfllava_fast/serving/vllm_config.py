@@ -8,10 +8,16 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..errors import CheckpointError
 from .settings import VideoSettings
-from .vllm_plugin import ARCHITECTURES, VIDEO_BACKEND
+from .vllm_video import VIDEO_BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+# By the checkpoint's model type: its own architecture with SlowFast before it.
+ARCHITECTURES = {
+    "llava": "SlowFastLlavaForConditionalGeneration",
+    "llava_next": "SlowFastLlavaNextForConditionalGeneration",
+}
 
 
 class SlowFastModelConfig(VerifyAndUpdateConfig):

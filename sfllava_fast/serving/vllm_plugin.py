@@ -8,12 +8,6 @@ log = logging.getLogger("sfllava_fast")
 
 # What tests/test_vllm.py ran against: the interface that models are written to moves with every minor release.
 SUPPORTED = ((0, 31), (0, 32))
-# By the checkpoint's model type: its own architecture with SlowFast before it.
-ARCHITECTURES = {
-    "llava": "SlowFastLlavaForConditionalGeneration",
-    "llava_next": "SlowFastLlavaNextForConditionalGeneration",
-}
-VIDEO_BACKEND = "sfllava_fast"
 
 
 def register() -> None:
@@ -30,8 +24,8 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    from .vllm_config import SlowFastModelConfig
-    from .vllm_video import SlowFastVideoLoader
+    from .vllm_config import ARCHITECTURES, SlowFastModelConfig
+    from .vllm_video import VIDEO_BACKEND, SlowFastVideoLoader
 
     VIDEO_LOADER_REGISTRY.register(VIDEO_BACKEND)(SlowFastVideoLoader)
     for architecture in ARCHITECTURES.values():

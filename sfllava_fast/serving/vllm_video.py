@@ -13,7 +13,8 @@ from ..config import sample_frames
 from ..errors import InputError, VideoError
 from ..pipeline import DEFAULT_FRAMES, check_count
 from ..video import open_video
-from .vllm_plugin import VIDEO_BACKEND
+
+VIDEO_BACKEND = "sfllava_fast"
 
 
 class SlowFastVideoLoader(VideoLoader):
