@@ -48,8 +48,7 @@ def make(family, **overrides):
 
 def processor_of(family, tokenizer="vicuna"):
     """The family's processor; tests have no torchvision, which transformers' own video processors need."""
-    if not hasattr(transformers.ProcessorMixin, "_process_videos"):
-        pytest.skip("this release's processors are not patched")
+    need_hooks()
     tokenizer = byte_tokenizer(tokenizer)
     tokenizer.pad_token = "</s>"
     image = transformers.CLIPImageProcessorPil(**PREPROCESSOR)
@@ -61,6 +60,11 @@ def processor_of(family, tokenizer="vicuna"):
     lenient = type(stock.__name__, (stock,), {"check_argument_for_proper_class": lambda *_: None})
     size = {"num_image_tokens": GRID**2} if family == "LlavaOnevision" else {"patch_size": PATCH}
     return lenient(video_processor=own_video_processor, **size, **common)
+
+
+def need_hooks():
+    if not hasattr(transformers.ProcessorMixin, "_process_videos"):
+        pytest.skip("this release's processors are not patched")
 
 
 def own_video_processor(videos, **_):
@@ -139,6 +143,7 @@ def test_answers_are_the_engines(load, checkpoints, next_):
 
 
 def test_the_embedded_model_answers_rightly():
+    need_hooks()
     stock = transformers.LlavaForConditionalGeneration.from_pretrained(model_dir(), dtype=torch.float32).eval()
     processor, engine = transformers.AutoProcessor.from_pretrained(model_dir()), SlowFastLlava.from_pretrained()
     patch_transformers(stock, processor)
