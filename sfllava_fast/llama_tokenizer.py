@@ -77,11 +77,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
         return tokens[redundant:]
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
-        if self.legacy or not text.startswith((_SPACE, " ")):
-            return self.pieces.encode(text, out_type=str)
-        # Without its own prefix the model drops a space that begins a text.
-        unknown = str(self.unk_token)
-        return self.pieces.encode(unknown + text, out_type=str)[len(self.pieces.encode(unknown)) :]
+        return self.pieces.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.pieces.piece_to_id(token)

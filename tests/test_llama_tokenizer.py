@@ -21,8 +21,8 @@ QUESTIONS = [
 ]
 
 
-def train(vocab_size=420):
-    """A BPE model with bytes, as Llama's are; its text."""
+def train():
+    """A BPE model with bytes, as Llama's are."""
     spm = pytest.importorskip("sentencepiece")
     texts = [template.open_ended + template.multiple_choice for template in TEMPLATES.values()] + QUESTIONS * 3
     lines = [line for text in texts * 4 for line in text.split("\n")]
@@ -30,14 +30,14 @@ def train(vocab_size=420):
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=made,
-        vocab_size=vocab_size,
+        vocab_size=420,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         max_sentencepiece_length=16,
         user_defined_symbols=[SYMBOL],
         minloglevel=2,
+        remove_extra_whitespaces=False,
     )
     return made.getvalue()
 
