@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -249,7 +249,8 @@ class Pipeline:
 
     def fingerprint(self) -> str:
         """Tells models apart: their config, dtype, and a few of their weights."""
-        told = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        config = _without_path(self.model.config.to_dict())
+        told = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for weight in (self.language.embed.weight, self.language.head.weight, self.language.core.norm.weight):
             told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
         told.update(f"{self.dtype} {self.projector}".encode())
@@ -306,6 +307,12 @@ class _Teller:
         if len(self.text) > self.shown:
             self.on_token(self.text[self.shown :])
             self.shown = len(self.text)
+
+
+def _without_path(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without where it was loaded from: a checkpoint that was moved is the same one."""
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: _without_path(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def check_count(name: str, count: object) -> None:

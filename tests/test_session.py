@@ -1,6 +1,7 @@
 """Sessions: a video prefilled once, answers as if asked afresh, bounded, saved, closed, and unharmed by faults."""
 
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -328,6 +329,14 @@ def test_a_session_belongs_to_its_model(load, tmp_path):
     model.layout = model.layout.only("fast")
     with pytest.raises(InputError, match="another model, dtype or layout"):
         model.load_session(path)
+
+
+def test_a_checkpoint_that_was_moved_is_the_same_model(load, checkpoints, tmp_path):
+    session = load().open(Clip(), frames=9)
+    session.ask(QUESTION, **ASK)
+    session.save(tmp_path / "clip.session")
+    moved = shutil.copytree(checkpoints(), tmp_path / "moved")
+    SlowFastLlava.from_pretrained(moved, LAYOUT).load_session(tmp_path / "clip.session")
 
 
 def test_files_that_are_no_session(load, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import SlowFastConfig
+from ..config import Layout, SlowFastConfig
 from ..errors import CheckpointError, InputError
 from ..pipeline import DEFAULT_FRAMES, check_count
 
@@ -17,7 +17,7 @@ class VideoSettings:
     """layout: of every video. frames: sampled of a video unless its request says otherwise. grid: (rows, columns) of a
     frame's patches."""
 
-    layout: SlowFastConfig
+    layout: Layout
     frames: int
     grid: tuple[int, int]
 
@@ -33,7 +33,7 @@ class VideoSettings:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
         frames = options.get("frames", DEFAULT_FRAMES)
         check_count("frames", frames)
-        settings = cls(SlowFastConfig.parse(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
+        settings = cls(Layout.parse(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
         settings.count_tokens(frames)
         return settings
 
