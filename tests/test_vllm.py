@@ -26,7 +26,7 @@ from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.ops import slowfast_aggregate
 from sfllava_fast.preprocess import PreprocessSpec, preprocess
-from sfllava_fast.prompts import build_prompt
+from sfllava_fast.prompts import build_prompt, user_words
 from sfllava_fast.serving import chat_template
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -225,6 +225,15 @@ def test_a_second_question_is_served_from_the_prefix_cache(engine, ours, videos)
     tokens = list(second.outputs[0].token_ids)
     assert tokens == ours.answer(path, QUESTIONS[1], max_new_tokens=NEW).token_ids
     assert tokens != list(first.outputs[0].token_ids)
+
+
+def test_a_question_with_options_is_asked_as_our_engine_asks_it(engine, ours, videos):
+    path, choices = videos / "short.mp4", ["a cat", "a dog"]
+    prompt = build_prompt(QUESTIONS[0], byte_tokenizer(), "vicuna", choices)
+    [output] = chat(engine, [ask(user_words(QUESTIONS[0], choices), path)])
+    assert output.prompt_token_ids == [*prompt.before, *[IMAGE] * 3200, *prompt.after]
+    expected = ours.answer(path, QUESTIONS[0], choices=choices, max_new_tokens=NEW).token_ids
+    assert list(output.outputs[0].token_ids) == expected
 
 
 def test_videos_of_several_lengths_go_through_in_one_launch(engine, videos, monkeypatch):
