@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sfllava_fast.cli import add_bench_options
+from sfllava_fast.options import add_bench_options
 from sfllava_fast.errors import SfllavaError
 
 from . import gpu, op, projector

@@ -1,0 +1,336 @@
+"""The options of the command line; what its commands do is in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+PROGRAM = "sfllava-fast"
+
+_TOP_EXAMPLES = """
+examples:
+  sfllava-fast demo                              the small model that ships answers about its sample video
+  sfllava-fast ask clip.mp4 "What happens?"      ask about your own video, file or folder of frames
+  sfllava-fast batch FILE --out answers.jsonl    answer a file of questions, and go on after any kill
+  sfllava-fast score answers.jsonl               see how many answers are right
+  sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
+  sfllava-fast info                              see what is built and used on this machine, and why
+
+`sfllava-fast COMMAND --help` shows the options of a command, with examples.
+"""
+_ASK_EXAMPLES = """
+examples:
+  the model that ships (trained on drawn shapes; meaningless on real footage):
+    sfllava-fast ask shapes.mp4 "which direction does the red circle move?"
+
+  a real checkpoint, from a folder or the Hugging Face hub:
+    sfllava-fast ask clip.mp4 "What is the man doing?" --model llava-hf/llava-v1.6-vicuna-7b-hf
+
+  fewer frames and another layout, the answer as JSON:
+    sfllava-fast ask clip.mp4 "Why?" --frames 32 --layout slowfast-slow_8frms_concat-fast_4x4 --json
+
+  several questions: the video is watched once; --follow-up lets each see the turns before it:
+    sfllava-fast ask clip.mp4 "What is on the table?" "Who takes it?" --follow-up
+
+  multiple choice, frames already extracted:
+    sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
+"""
+_BATCH_EXAMPLES = """
+questions.jsonl has a line for each question, and videos lie in one folder:
+  {"id": 1, "video": "clip.mp4", "question": "What happens?"}
+  {"id": 2, "video": "clip.mp4", "question": "What is in the box?", "choices": ["a cat", "a dog"], "answer": "a dog"}
+
+examples:
+  on every GPU of this machine; the same command again goes on where a kill left it:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --workers 8 --model DIR
+
+  a published question file, as CSV or as the lists made of it:
+    sfllava-fast batch MSVD_QA.csv --videos MSVD/videos --out msvd.jsonl --model DIR
+    sfllava-fast batch val_q.json --truths val_a.json --videos MSVD/videos --out msvd.jsonl --model DIR
+
+  32 requests at a time to a vLLM server that sees the same files:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --server http://host:8000/v1 --workers 32
+
+  what ended as an error, once more:
+    sfllava-fast batch questions.jsonl --videos clips/ --out answers.jsonl --workers 8 --model DIR --retry-errors
+
+exit code: 0 every question is answered, 1 some ended as errors, 2 the batch could not go on, 130 interrupted.
+"""
+_SCORE_EXAMPLES = """
+examples:
+  multiple choice, overall and by type:
+    sfllava-fast score intentqa.jsonl --by question_type
+
+  open-ended, judged by an OpenAI-compatible server (its key in OPENAI_API_KEY):
+    sfllava-fast score msvd.jsonl --judge http://host:8000/v1
+"""
+_BENCH_EXAMPLES = """
+examples:
+  the model that ships, on a drawn 720p clip:
+    sfllava-fast bench
+
+  the shapes of LLaVA-NeXT-7B with random weights, nothing to download, everything written down:
+    sfllava-fast bench --config 7b --json pipeline.json --plot pipeline.png --trace trace.json
+"""
+_INSPECT_EXAMPLES = """
+examples:
+  the paper's layout, 50 frames of 24x24 patches:
+    sfllava-fast inspect clip.mp4 --out clip.png
+
+  what a given model would take (its layout, frames and grid), as one self-contained page:
+    sfllava-fast inspect clip.mp4 --out clip.html --model path/to/checkpoint
+
+  another layout:
+    sfllava-fast inspect clip.mp4 --out clip.png --layout slowfast-slow_4frms_concat-fast_2x2 --frames 16
+"""
+_LAYOUT_HELP = "token layout, such as slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="say more on stderr, the libraries' own messages included",
+    )
+    style = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        PROGRAM,
+        description="Ask questions of videos with SlowFast-LLaVA, fast.",
+        epilog=_TOP_EXAMPLES,
+        **style,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    _add_ask(commands, style)
+    _add_batch(commands, style)
+    _add_score(commands, style)
+    _add_inspect(commands, style)
+    _add_info(commands, style)
+    _add_demo(commands, style)
+    _add_bench(commands, style)
+    return parser
+
+
+def _add_ask(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "ask",
+        help="answer questions about a video",
+        description="Answer questions about a video, which is decoded, encoded and prefilled once.",
+        epilog=_ASK_EXAMPLES,
+        **style,
+    )
+    _add_video(parser)
+    parser.add_argument("questions", metavar="QUESTION", nargs="+")
+    parser.add_argument(
+        "--follow-up", action="store_true", help="each question after the first sees the earlier turns"
+    )
+    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
+    _add_model_options(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the answer alone"
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `ask` and `batch` that say what answers, and how."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face or original format (default: the one that ships)",
+    )
+    parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
+    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the model's)")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)",
+    )
+    parser.add_argument(
+        "--projector",
+        default="exact",
+        metavar="MODE",
+        help="exact: the published order, bit for bit; commuted: its second layer runs on pooled tokens, several "
+        "times less work and no less accurate; auto: commuted where it can serve (default: exact)",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="auto, eager, sdpa, flash_attention_2, _3 or _4 (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)"
+    )
+
+
+def _add_batch(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "batch",
+        help="answer a file of questions about many videos",
+        description="Answer a file of questions, each video watched once, in worker processes or through a server. "
+        "The output is appended to, a line a question: run it again to go on after any kill.",
+        epilog=_BATCH_EXAMPLES,
+        **style,
+    )
+    option = parser.add_argument
+    option("questions", type=Path, metavar="QUESTIONS", help="JSON lines, or a published file (JSON list or CSV)")
+    option("--truths", type=Path, metavar="FILE", help="the published list of true answers that belongs to it")
+    option("--videos", type=Path, default=Path(), metavar="DIR", help="folder of the videos (default: here)")
+    option("--out", type=Path, required=True, metavar="FILE.jsonl", help="where answers are appended")
+    option("--workers", type=_count, default=1, metavar="N", help="processes, or requests at a time (default: 1)")
+    option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
+    option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
+    option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
+    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer, its video included (default: none)")
+    option("--retry-errors", action="store_true", help="ask again what ended as an error")
+    option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
+    _add_model_options(parser)
+    _add_decoder(parser)
+
+
+def _add_score(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="count the right answers of a batch",
+        description="Count the right answers of a batch: multiple choice by the published option rule, open-ended ones "
+        "by a judge. Verdicts are kept: run it again to go on after any kill.",
+        epilog=_SCORE_EXAMPLES,
+        **style,
+    )
+    option = parser.add_argument
+    option("answers", type=Path, metavar="ANSWERS.jsonl", help="what `sfllava-fast batch` wrote")
+    option("--judge", metavar="URL", help="an OpenAI-compatible server that judges open-ended answers")
+    option("--judge-model", metavar="NAME", help="(default: the first that the server has)")
+    option("--out", type=Path, metavar="FILE.jsonl", help="verdicts (default: beside the answers, .judged.jsonl)")
+    option("--workers", type=_count, default=4, metavar="N", help="requests at a time (default: 4)")
+    option("--by", metavar="FIELD", help="also by the values of this field, such as question_type")
+    option("--retry-errors", action="store_true", help="ask the judge again where it gave no verdict")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="draw which frames and patches a layout keeps",
+        description="Draw the sampled frames, which are slow, what each pathway keeps, and the token budget.",
+        epilog=_INSPECT_EXAMPLES,
+        **style,
+    )
+    _add_video(parser)
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write"
+    )
+    parser.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint"
+    )
+    parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
+    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: 24x24)")
+
+
+def _add_info(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show what is built, loaded and used, and why not",
+        description="Show what is built, loaded and used on this machine, and why not.",
+        epilog="example:\n  sfllava-fast info --json",
+        **style,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_demo(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="the model that ships answers questions about its sample video",
+        description="Ask the model that ships about its sample video, and draw what its layout keeps.",
+        epilog="example:\n  sfllava-fast demo --out pictures",
+        **style,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)"
+    )
+
+
+def _add_bench(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the pipeline here, stage by stage, against the plain one",
+        description="Measure where the time to an answer goes, against the plain pipeline on the same weights: the "
+        "same tokens first, then paired rounds. Exit code 1 where answers differ or the gate is missed.",
+        epilog=_BENCH_EXAMPLES,
+        **style,
+    )
+    add_bench_options(parser)
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sfllava-fast bench` and of `python -m bench pipeline`."""
+    option = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a checkpoint (default: the one that ships)")
+    which.add_argument("--config", metavar="NAME", help="random weights of real shapes: 7b, 34b, small or tiny")
+    option("--video", type=Path, metavar="FILE", help="(default: a clip of 1280x720 that is drawn for the run)")
+    option("--question", action="append", metavar="TEXT", help="may be repeated; the first one is timed")
+    option("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
+    option("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
+    option("--new-tokens", type=_count, metavar="N", help="longest answer (default: 32)")
+    option("--rounds", type=_count, metavar="N", help="paired rounds (default: 9)")
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    option("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)")
+    option("--attention", metavar="NAME", help="of both pipelines: auto, eager, sdpa or flash_attention_2")
+    option("--backend", metavar="NAME", help="of our aggregator (default: auto)")
+    option("--json", type=Path, metavar="FILE", help="write the figures here")
+    option("--plot", type=Path, metavar="FILE.png", help="draw the stages of both as bars")
+    option("--trace", type=Path, metavar="FILE.json", help="write a profile of one answer, for ui.perfetto.dev")
+    option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of image frames")
+    _add_decoder(parser)
+
+
+def _add_decoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoder",
+        default="pyav",
+        metavar="pyav|decord",
+        help="what reads the video (default: pyav, exact on every container)",
+    )
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def _grid(text: str) -> tuple[int, int]:
+    with contextlib.suppress(ValueError):
+        rows, columns = (int(part) for part in text.lower().split("x"))
+        if rows > 0 and columns > 0:
+            return rows, columns
+    raise argparse.ArgumentTypeError(f"{text!r} is not a grid: write rows x columns, such as 24x24")
