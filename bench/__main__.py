@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sfllava_fast.options import add_bench_options
 from sfllava_fast.errors import SfllavaError
+from sfllava_fast.options import add_bench_options
 
-from . import gpu, op, projector
+from . import dropins, gpu, op, projector
 from .compare import compare
 from .op import BEST_PEER, COPY
 from .plot import plot
@@ -47,11 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("projector", help="with the aggregator: the commuted order against the exact one")
     command.set_defaults(run=_projector)
-    command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
-    command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
-    command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
+    _add_paired_options(command)
+
+    command = commands.add_parser("dropins", help="methods of other code bases, as published and patched")
+    command.set_defaults(run=_dropins)
+    _add_paired_options(command)
 
     command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
     command.set_defaults(run=_pipeline)
@@ -75,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_paired_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
+    command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
+    command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
+
+
 def _op(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         torch.set_num_threads(1)
@@ -92,11 +101,19 @@ def _pipeline(args: argparse.Namespace) -> int:
 
 
 def _projector(args: argparse.Namespace) -> int:
+    return _measure_pairs(args, projector.run, _print_projector)
+
+
+def _dropins(args: argparse.Namespace) -> int:
+    return _measure_pairs(args, dropins.run, _print_dropins)
+
+
+def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
-    result = projector.run(args.device, args.rounds, args.only, save)
-    _print_projector(result)
+    result = run(args.device, args.rounds, args.only, save)
+    show(result)
     return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
 
 
@@ -112,6 +129,23 @@ def _print_projector(result: dict) -> None:
         (bar,), errors = figures["bars"].values(), figures["error_over_exact"]
         asked = f"{bar['bar']:.2f}" if bar["bar"] else ""
         table.add_row(work, *times, f"{bar['ratio']:.2f}", asked, f"{errors['slow']:.3f}", f"{errors['fast']:.3f}")
+    console.print(table)
+    for name, reason in result["errors"].items():
+        console.print(f"error: {name}: {reason}")
+
+
+def _print_dropins(result: dict) -> None:
+    facts = result["machine"]
+    console = Console(width=130, highlight=False, markup=False)
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
+    table = Table(title="drop-ins, 50 frames of 24x24 patches of 4096", title_justify="left")
+    for name in ("work", "published ms", "patched ms", "published / patched", "same bits"):
+        table.add_column(name, justify="left" if name == "work" else "right")
+    for work, figures in result["works"].items():
+        rows = figures["providers"]
+        times = (f"{rows[form]['p50_ms']:.4g}" for form in (dropins.PUBLISHED, dropins.PATCHED))
+        same = "yes" if figures["same_bits"] else "no"
+        table.add_row(work, *times, f"{rows[dropins.PUBLISHED]['ratio']:.2f}", same)
     console.print(table)
     for name, reason in result["errors"].items():
         console.print(f"error: {name}: {reason}")

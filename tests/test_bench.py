@@ -21,7 +21,7 @@ from sfllava_fast import SlowFastConfig, backends
 
 pytest.importorskip("rich")
 from bench import __main__ as cli  # noqa: E402
-from bench import gpu, op, peers, plot, projector, sanitize, timers, works  # noqa: E402
+from bench import dropins, gpu, op, peers, plot, projector, sanitize, timers, works  # noqa: E402
 from bench.compare import compare  # noqa: E402
 from bench.record import ROOT, ResultError, folder_name, read_result  # noqa: E402
 from bench.works import Work  # noqa: E402
@@ -550,3 +550,33 @@ def test_the_projector_on_a_gpu_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(monkeypatch, "projector", "--device", "cuda") == 2
     assert capsys.readouterr().err == "bench: no CUDA device was found\n"
+
+
+# --- drop-ins
+
+
+@pytest.fixture
+def small_dropins(monkeypatch):
+    for name, value in {"FRAMES": 5, "GRID": (8, 8), "CHANNELS": 16}.items():
+        monkeypatch.setattr(dropins, name, value)
+
+
+def test_drop_ins_are_measured_after_their_tokens(small_dropins, tmp_path, monkeypatch, capsys):
+    written = tmp_path / "dropins.json"
+    assert main(monkeypatch, "dropins", "--rounds", "2", "--json", written) == 0
+    result = read_result(written)
+    assert list(result["works"]) == [str(work) for work in dropins.WORKS] and not result["errors"]
+    for name, figures in result["works"].items():
+        assert set(figures["providers"]) == {"patched", "published"}
+        assert figures["same_bits"] or "spatial_temporal_pool bfloat16" in name
+    assert "published / patched" in capsys.readouterr().out
+
+
+def test_drop_ins_of_other_tokens_are_not_timed(small_dropins, monkeypatch, capsys):
+    def patch(self, model):
+        right = model.prepare_slowfast
+        model.prepare_slowfast = lambda *call: right(*call) + 1
+
+    monkeypatch.setattr(dropins.Work, "patch", patch)
+    assert main(monkeypatch, "dropins", "--rounds", "2", "--only", "prepare_slowfast") == 1
+    assert "error: prepare_slowfast" in capsys.readouterr().out
