@@ -18,7 +18,6 @@ from torch import Tensor
 from sfllava_fast import SlowFastConfig
 from sfllava_fast.patch import Patch, patch_llava_next, patch_slowfast_llava
 
-from .peers import plain_tokens, pool_rows
 from .record import first_line, machine
 from .timers import CpuTimer, CudaTimer, median_ratio, summary
 
@@ -28,21 +27,32 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 class SlowFastCode:
-    """The interface of the published SF-LLaVA code."""
+    """The interface of the published SF-LLaVA code, and the order of its axes: [D, T, rows, columns]."""
+
+    _POOLS = {
+        "spatial_2d_avg_pool": lambda planes: F.avg_pool2d(planes, 2),
+        "spatial_temporal_pool": lambda planes: F.adaptive_avg_pool3d(planes, (16, 12, 12)),
+    }
+    _POOLS_1D = {"spatial_1d_max_pool": F.max_pool1d, "spatial_1d_avg_pool": F.avg_pool1d}
 
     def prepare_slowfast(self, image_features: Tensor, temporal_aggregation: str) -> Tensor:
         layout = SlowFastConfig.parse(temporal_aggregation)
-        slow_frames = torch.linspace(0, len(image_features), layout.slow_frames + 1)[:-1].long()
-        return plain_tokens(layout, slow_frames.to(image_features.device), GRID)(image_features)[None]
+        slow_frames = torch.linspace(0, len(image_features), layout.slow_frames + 1)[:-1].int().tolist()
+        slow = self.temporal_aggregation(image_features[slow_frames], layout.slow_pool)
+        fast = F.adaptive_avg_pool2d(self._planes(image_features), layout.fast_grid)
+        return torch.cat((slow, self._rows(fast)), dim=1)
 
     def temporal_aggregation(self, image_features: Tensor, temporal_aggregation: str) -> Tensor:
-        channels_first = image_features.transpose(1, 2)
-        if temporal_aggregation == "spatial_temporal_pool":
-            volume = channels_first.unflatten(2, GRID).transpose(0, 1)
-            tokens = F.adaptive_avg_pool3d(volume, (16, 12, 12)).permute(1, 2, 3, 0)
-        else:
-            tokens = pool_rows(temporal_aggregation, GRID)(channels_first).transpose(1, 2)
-        return tokens.reshape(1, -1, image_features.shape[2])
+        if temporal_aggregation in self._POOLS:
+            return self._rows(self._POOLS[temporal_aggregation](self._planes(image_features)))
+        pairs = self._POOLS_1D[temporal_aggregation](image_features.transpose(1, 2), 2, 2)
+        return pairs.transpose(1, 2).reshape(1, -1, image_features.shape[2])
+
+    def _planes(self, features: Tensor) -> Tensor:
+        return features.permute(2, 0, 1).unflatten(2, GRID)
+
+    def _rows(self, planes: Tensor) -> Tensor:
+        return planes.permute(1, 2, 3, 0).reshape(1, -1, planes.shape[0])
 
 
 class NextCode:

@@ -41,7 +41,13 @@ def plain_eager(work: Work, slow_frames: Tensor) -> Fill:
 
 def plain_tokens(layout: SlowFastConfig, slow_frames: Tensor, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """Features [T, N, D] to tokens [S, D] as published: channels first, pool, channels last again."""
-    pool = pool_rows(layout.slow_pool, grid)
+    pool = {
+        "concat": lambda x: x,
+        "spatial_1d_max_pool": lambda x: F.max_pool1d(x, 2, 2),
+        "spatial_1d_avg_pool": lambda x: F.avg_pool1d(x, 2, 2),
+        "spatial_2d_max_pool": lambda x: F.max_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
+        "spatial_2d_avg_pool": lambda x: F.avg_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
+    }[layout.slow_pool]
 
     def tokens(features: Tensor) -> Tensor:
         channels = features.shape[2]
@@ -50,17 +56,6 @@ def plain_tokens(layout: SlowFastConfig, slow_frames: Tensor, grid: tuple[int, i
         return torch.cat([slow.reshape(-1, channels), fast.permute(0, 2, 3, 1).reshape(-1, channels)])
 
     return tokens
-
-
-def pool_rows(name: str, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """A slow pooling of channels-first patches [T, D, N]."""
-    return {
-        "concat": lambda x: x,
-        "spatial_1d_max_pool": lambda x: F.max_pool1d(x, 2, 2),
-        "spatial_1d_avg_pool": lambda x: F.avg_pool1d(x, 2, 2),
-        "spatial_2d_max_pool": lambda x: F.max_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
-        "spatial_2d_avg_pool": lambda x: F.avg_pool2d(x.unflatten(2, grid), 2, 2).flatten(2),
-    }[name]
 
 
 def best_eager(slow_frames: list[int]) -> Fill:
