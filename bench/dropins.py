@@ -18,7 +18,7 @@ from torch import Tensor
 from sfllava_fast import SlowFastConfig
 from sfllava_fast.patch import Patch, patch_llava_next, patch_slowfast_llava
 
-from .record import first_line, machine
+from . import pairs
 from .timers import CpuTimer, CudaTimer, median_ratio, summary
 
 PATCHED, PUBLISHED = "patched", "published"
@@ -45,8 +45,8 @@ class SlowFastCode:
     def temporal_aggregation(self, image_features: Tensor, temporal_aggregation: str) -> Tensor:
         if temporal_aggregation in self._POOLS:
             return self._rows(self._POOLS[temporal_aggregation](self._planes(image_features)))
-        pairs = self._POOLS_1D[temporal_aggregation](image_features.transpose(1, 2), 2, 2)
-        return pairs.transpose(1, 2).reshape(1, -1, image_features.shape[2])
+        pooled = self._POOLS_1D[temporal_aggregation](image_features.transpose(1, 2), 2, 2)
+        return pooled.transpose(1, 2).reshape(1, -1, image_features.shape[2])
 
     def _planes(self, features: Tensor) -> Tensor:
         return features.permute(2, 0, 1).unflatten(2, GRID)
@@ -125,16 +125,7 @@ WORKS = tuple(Work(*call, dtype) for call in _CALLS for dtype in (torch.float32,
 
 def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
     """Times both forms of every work whose name contains `only`; `save` gets what there is after each."""
-    timer = CudaTimer() if device == "cuda" else CpuTimer(warm_up=1)
-    result = {"kind": "dropins", "machine": machine(device)}
-    result |= {"unavailable": {}, "skipped": {}, "works": {}, "errors": {}}
-    for work in (work for work in WORKS if only in str(work)):
-        try:
-            result["works"][str(work)] = _measure(work, device, timer, rounds)
-        except Exception as error:  # no failure may cost the figures of the others
-            result["errors"][str(work)] = first_line(error)
-        save(result)
-    return result
+    return pairs.run("dropins", WORKS, _measure, device, rounds, only, save)
 
 
 @torch.inference_mode()

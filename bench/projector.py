@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfllava_fast import SlowFastConfig
 from sfllava_fast.projector import project_and_aggregate
 
-from .record import first_line, machine
+from . import pairs
 from .timers import CpuTimer, CudaTimer, median_ratio, summary
 
 EXACT, COMMUTED = "exact", "commuted"
@@ -54,16 +54,7 @@ WORKS = (
 
 def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
     """Times both orders on every work whose name contains `only`; `save` gets what there is after each."""
-    timer = CudaTimer() if device == "cuda" else CpuTimer(warm_up=1)
-    result = {"kind": "projector", "machine": machine(device)}
-    result |= {"unavailable": {}, "skipped": {}, "works": {}, "errors": {}}
-    for work in (work for work in WORKS if only in str(work)):
-        try:
-            result["works"][str(work)] = _measure(work, device, timer, rounds)
-        except Exception as error:  # no failure may cost the figures of the others
-            result["errors"][str(work)] = first_line(error)
-        save(result)
-    return result
+    return pairs.run("projector", WORKS, _measure, device, rounds, only, save)
 
 
 @torch.inference_mode()
