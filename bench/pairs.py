@@ -22,7 +22,7 @@ def run(
 ) -> dict:
     """The result of every work whose name contains `only`; `save` gets what there is after each."""
     timer = CudaTimer() if device == "cuda" else CpuTimer(warm_up=1)
-    result = {"kind": kind, "machine": machine(device)}
+    result = {"kind": kind, "machine": machine(device, outputs="made by every call")}
     result |= {"unavailable": {}, "skipped": {}, "works": {}, "errors": {}}
     for work in (work for work in works if only in str(work)):
         try:
