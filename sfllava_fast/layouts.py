@@ -52,6 +52,18 @@ def parse_layout(layout: str | Layout) -> Layout:
     return SlowFastConfig.parse(layout)
 
 
+def parse_patches_only(layout: str | Layout) -> Layout:
+    """A layout whose tokens are pooled patches of frames as they are, for code that brings nothing else.
+
+    Raises LayoutError for one that needs the class token, separators, or several frames in a picture.
+    """
+    parsed = parse_layout(layout)
+    needs = {"the class token": parsed.class_token, "separators": parsed.separators, "a canvas": parsed.canvas}
+    if lacking := [name for name, needed in needs.items() if needed]:
+        raise LayoutError(f"{layout} needs {' and '.join(lacking)}: use SlowFastLlava, or take another layout")
+    return parsed
+
+
 @lru_cache(maxsize=256)
 def find_preset(text: object) -> Preset | None:
     """The preset of this name and these options; None for any other text."""
