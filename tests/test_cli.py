@@ -159,7 +159,7 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
     model = engine.models[0]
     assert model.options == dict(
         path="m",
-        layout=SlowFastConfig(slow_frames=0, fast_grid=(3, 3)),
+        layout="slowfast-fast_3x3",
         backend="torch",
         dtype="bfloat16",
         device="cpu",
