@@ -113,9 +113,7 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
-        prompt = build_prompt(
-            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template, turns
-        )
+        prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
             raise CheckpointError(
@@ -126,14 +124,25 @@ class Pipeline:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
 
-    def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
+    def prompt_head(self) -> tuple[int, ...]:
+        """Token ids before the video, where a question has no part in them."""
+        return self._build_prompt("?").before
+
+    def check_context(
+        self,
+        prompt: Prompt,
+        video_tokens: int,
+        frames: int,
+        max_new_tokens: int,
+        layout: SlowFastConfig | None = None,
+    ) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
         if total > context:
             raise ContextError(
                 f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
                 f"exceed the context of {context}: lower frames (now {frames}), max_new_tokens, or take a "
-                f"smaller layout than {self.layout}"
+                f"smaller layout than {layout or self.layout}"
             )
 
     def allocate(self, before: int, video_tokens: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +212,12 @@ class Pipeline:
         """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
         return self.model.model.multi_modal_projector(patches)
 
+    def _build_prompt(
+        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
+    ) -> Prompt:
+        template = self.checkpoint.chat_template
+        return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
+
     def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
         project_and_aggregate(
             patches,
@@ -213,6 +228,17 @@ class Pipeline:
             backend=self.backend,
             grid=self.checkpoint.grid,
         )
+
+    def features(self, frames: Tensor, clock: Stopwatch) -> Tensor:
+        """What the projector makes, [T, N, D], of frames in memory, uint8 RGB [T, H, W, 3]."""
+        from .preprocess import preprocess
+
+        with clock("preprocess"):
+            pixels = preprocess(frames, self.preprocess_spec, self.dtype, self.device)
+        with clock("vision"):
+            patches = self.encode(pixels)
+        with clock("projector"):
+            return self.project(patches.contiguous())
 
     def generate(
         self,
