@@ -1,0 +1,262 @@
+"""A stream with a memory: recent frames in full, older ones as condensed clips, in a constant number of tokens.
+
+Two ideas are not ours. Merging similar neighbours is MovieChat's (arXiv 2307.16449, section 3.2); showing the language
+model only the condensed clips that matter to the question is VideoStreaming's (arXiv 2405.16009, section 3.3).
+
+What differs: a clip is condensed by a layout, that is by pooling, where VideoStreaming trains a small language model for
+it. Clips are merged one at a time, whenever there is one too many, into the mean over all frames that they stand for,
+where MovieChat halves pairs of frames a window at a time. And neighbours are similar by Ward's criterion (1963): merged
+are those two whose mean adds least to the squared distance of all frames from the clips that stand for them. By cosine,
+MovieChat's measure, a mean of many noisy frames is close to everything: one clip grows and swallows changes of scene.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Layout, Plan
+from .errors import InputError, check_count
+from .ops import check_out, resolve_plan, slowfast_aggregate
+from .stream import Encode, count_frames, encode_frames
+
+DEFAULT_CONFIG = "slowfast-slow_8frms_spatial_1d_max_pool-fast_4x4"
+DEFAULT_CLIP_CONFIG = "clip:adaptive1,adaptive4,adaptive4,mean"
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Consecutive frames of a stream, condensed.
+
+    frames: their numbers, without a gap.
+    tokens: [K, D], float32 (float64 for a stream of float64): the layout's tokens, or their mean over several clips
+        weighted by the frames of each.
+    """
+
+    frames: range
+    tokens: Tensor
+
+    def cost(self, next: Clip) -> float:
+        """What merging with the clip behind adds to the squared distance of frames from their clip; infinite for NaN."""
+        ours, theirs = len(self.frames), len(next.frames)
+        distance = (self.tokens - next.tokens).square().sum().item()
+        return math.inf if math.isnan(distance) else distance * ours * theirs / (ours + theirs)
+
+    def merge(self, next: Clip) -> Clip:
+        """This clip and the one behind it as one."""
+        share = len(next.frames) / (len(self.frames) + len(next.frames))
+        return Clip(range(self.frames.start, next.frames.stop), self.tokens.lerp(next.tokens, share))
+
+
+@dataclass
+class _Memory:
+    """Clips in temporal order; `costs[i]` is that of merging clips i and i + 1."""
+
+    clips: list[Clip] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def copy(self) -> _Memory:
+        return _Memory(self.clips.copy(), self.costs.copy())
+
+    def append(self, clip: Clip) -> None:
+        if self.clips:
+            self.costs.append(self.clips[-1].cost(clip))
+        self.clips.append(clip)
+
+    def merge_down(self, most: int) -> None:
+        """Merge neighbours, always those that cost least and the oldest of equals, until `most` clips are left."""
+        while len(self.clips) > most:
+            i = self.costs.index(min(self.costs))
+            self.clips[i : i + 2] = [self.clips[i].merge(self.clips[i + 1])]
+            before = max(i - 1, 0)
+            around = self.clips[before : i + 2]
+            self.costs[before : i + 2] = [clip.cost(next) for clip, next in pairwise(around)]
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that changes in a stream, replaced as a whole: a push that fails, or is interrupted, changes nothing."""
+
+    seen: int = 0
+    recent: tuple[Tensor, ...] = ()  # [N, D] each
+    memory: _Memory = field(default_factory=_Memory)
+
+
+class MemoryStream:
+    """A video that grows, of which tokens show the last frames in full and, before them, older clips condensed.
+
+    Each frame is encoded once. The last `recent` are kept as they are. `clip` frames in a row make a clip, which is
+    condensed as its first frame leaves the recent ones: so every frame that was pushed is among the recent ones, in a
+    clip, or (fewer than `clip` of them) in both. Beyond `held` clips the two most similar neighbours are merged. Memory,
+    and time per frame, do not grow with the stream; once there are `shown` clips, the number of tokens is constant.
+    Nothing is differentiable.
+
+    config: layout of the recent frames, or its text.
+    clip_config: layout of the frames of a clip.
+    grid, backend: as `slowfast_aggregate` takes them.
+    encode: frames [r, ...], at most `clip` of those that were pushed, -> features [r, N, D]. None: frames are features.
+
+    The defaults make 2560 tokens of 16 recent frames of 24 x 24 patches and 1024 of 64 clips.
+    """
+
+    def __init__(
+        self,
+        config: Layout | str = DEFAULT_CONFIG,
+        clip_config: Layout | str = DEFAULT_CLIP_CONFIG,
+        *,
+        recent: int = 16,
+        clip: int = 8,
+        held: int = 128,
+        shown: int = 64,
+        grid: tuple[int, int] | None = None,
+        backend: str = "auto",
+        encode: Encode | None = None,
+    ) -> None:
+        for name, count in {"recent": recent, "clip": clip, "held": held, "shown": shown}.items():
+            check_count(name, count)
+        if clip > recent:
+            raise InputError(f"a clip of {clip} frames is made of recent ones: keep {clip} or more, not {recent}")
+        if shown > held:
+            raise InputError(f"{shown} clips cannot be shown of {held} held: raise held or lower shown")
+        self.config, self.clip_config = Layout.parse(config), Layout.parse(clip_config)
+        self.recent, self.clip, self.held, self.shown = recent, clip, held, shown
+        self.grid, self.backend = grid, backend
+        self._encode = encode
+        self._state = _State()
+
+    @torch.no_grad()
+    def push(self, frames: Any) -> None:
+        """The next frames of the stream, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+
+        Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
+        LayoutError where a layout does not fit them. Then, and where `encode` raises, the stream is as it was.
+        """
+        seen, recent, memory = self.seen, list(self._state.recent), self._state.memory.copy()
+        for start in range(0, count_frames(frames), self.clip):
+            like = recent[-1] if recent else None
+            features = encode_frames(self._encode, frames[start : start + self.clip], like)
+            if not recent:
+                self._check_layouts(features)
+            for frame in features:
+                recent.append(frame.clone())  # encode may write its next features where these are
+                seen += 1
+                if len(recent) > self.recent:
+                    self._remember(seen - len(recent), recent, memory)
+                    del recent[0]
+        self._state = _State(seen, tuple(recent), memory)
+
+    def tokens(
+        self,
+        scores: Tensor | Sequence[float] | None = None,
+        question: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [S, D] of the clips that `select` selects, then those of the recent frames by their own layout.
+
+        scores, question: as in `select`. out: as in `slowfast_aggregate`. InputError before the first frame.
+        """
+        self._check_begun()
+        recent, clips = torch.stack(self._state.recent), self.select(scores, question)
+        total, channels = self.count_tokens(), recent.shape[2]
+        if out is None:
+            out = recent.new_empty(total, channels)
+        check_out(out, recent, total, channels)
+        row = 0
+        for clip in clips:
+            row += len(clip.tokens)
+            out[row - len(clip.tokens) : row].copy_(clip.tokens)
+        slowfast_aggregate(recent, self.config, out=out[row:], backend=self.backend, grid=self.grid)
+        return out
+
+    def select(
+        self, scores: Tensor | Sequence[float] | None = None, question: Tensor | None = None
+    ) -> tuple[Clip, ...]:
+        """At most `shown` clips, in temporal order, each with the frames that it stands for.
+
+        scores: [clips], one for each of `clips`: those with the highest, the oldest of equal ones.
+        question: [D], an embedding: those whose mean token has the highest cosine with it.
+        Neither: all, the most similar neighbours merged, for this call alone.
+        Raises InputError for both, and for others than these.
+        """
+        if scores is not None and question is not None:
+            raise InputError("clips are selected by scores or by a question's embedding: pass one of them")
+        if question is not None:
+            scores = self._relevance(question)
+        if scores is None:
+            memory = self._state.memory.copy()
+            memory.merge_down(self.shown)
+            return tuple(memory.clips)
+        scores = torch.as_tensor(scores, dtype=torch.float64)
+        if scores.shape != (len(self.clips),) or scores.isnan().any():
+            raise InputError(f"scores must be {len(self.clips)} numbers, one for each clip, none of them NaN")
+        best = scores.sort(descending=True, stable=True).indices[: self.shown]
+        return tuple(self.clips[i] for i in sorted(best.tolist()))
+
+    def count_tokens(self) -> int:
+        """How many `tokens` returns now."""
+        clips = sum(len(clip.tokens) for clip in self.clips[: self.shown])
+        return clips + self.plan.tokens["total"]
+
+    @property
+    def plan(self) -> Plan:
+        """What the layout does to the recent frames, numbered from 0. InputError before the first frame."""
+        self._check_begun()
+        return self._plan(self.config, self._state.recent[0], len(self._state.recent))
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """The clips held, in temporal order."""
+        return tuple(self._state.memory.clips)
+
+    @property
+    def frames(self) -> range:
+        """Numbers in the stream of the recent frames, which are held in full."""
+        return range(self.seen - len(self._state.recent), self.seen)
+
+    @property
+    def seen(self) -> int:
+        """Frames pushed."""
+        return self._state.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stream holds."""
+        return sum(tensor.nbytes for tensor in (*self._state.recent, *(clip.tokens for clip in self.clips)))
+
+    def _remember(self, first: int, frames: list[Tensor], memory: _Memory) -> None:
+        """Condense the clip that begins with frame `first`, the first of `frames`, where one does."""
+        if first % self.clip:
+            return
+        features = torch.stack(frames[: self.clip])
+        tokens = slowfast_aggregate(features, self.clip_config, backend=self.backend, grid=self.grid)
+        wide = torch.promote_types(tokens.dtype, torch.float32)  # merged over and over, rounded once, when shown
+        memory.append(Clip(range(first, first + self.clip), tokens.to(wide)))
+        memory.merge_down(self.held)
+
+    def _relevance(self, question: Tensor) -> Tensor:
+        """Cosine of each clip's mean token with the question; the lowest where it is not a number."""
+        self._check_begun()
+        channels = self._state.recent[0].shape[1]
+        if question.shape != (channels,):
+            raise InputError(f"the question's embedding must be [{channels}], not {list(question.shape)}")
+        means = [clip.tokens.mean(0) for clip in self.clips]
+        cosines = [F.cosine_similarity(mean, question.to(mean), dim=0).item() for mean in means]
+        return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)
+
+    def _check_layouts(self, features: Tensor) -> None:
+        self._plan(self.config, features[0], len(features))
+        self._plan(self.clip_config, features[0], self.clip)
+
+    def _plan(self, config: Layout, frame: Tensor, frames: int) -> Plan:
+        return resolve_plan(frame.expand(frames, -1, -1), config, self.grid)
+
+    def _check_begun(self) -> None:
+        if not self.seen:
+            raise InputError("the stream has no frames yet: push some first")
