@@ -1,13 +1,13 @@
 """A stream with a memory: recent frames in full, older ones as condensed clips, in a constant number of tokens.
 
-Two ideas are not ours. Merging similar neighbours is MovieChat's (arXiv 2307.16449, section 3.2); showing the language
-model only the condensed clips that matter to the question is VideoStreaming's (arXiv 2405.16009, section 3.3).
+Two ideas are not ours. Merging the most similar neighbours is MovieChat's (arXiv 2307.16449); showing the language
+model only the condensed clips that matter to the question is VideoStreaming's (arXiv 2405.16009). What differs:
 
-What differs: a clip is condensed by a layout, that is by pooling, where VideoStreaming trains a small language model for
-it. Clips are merged one at a time, whenever there is one too many, into the mean over all frames that they stand for,
-where MovieChat halves pairs of frames a window at a time. And neighbours are similar by Ward's criterion (1963): merged
-are those two whose mean adds least to the squared distance of all frames from the clips that stand for them. By cosine,
-MovieChat's measure, a mean of many noisy frames is close to everything: one clip grows and swallows changes of scene.
+- A clip is condensed by a layout, that is by pooling; VideoStreaming trains a small language model for it.
+- Merged clips are the mean over all the frames that they stand for; MovieChat halves two whatever each stands for.
+- Neighbours are similar by Ward's criterion: those two are merged whose mean adds least to the squared distance of all
+  frames from the clips that stand for them. By cosine, as in MovieChat, a mean of many noisy frames is close to every
+  frame: one clip grows, and swallows changes of scene.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Clip:
     frames: range
     tokens: Tensor
 
-    def cost(self, next: Clip) -> float:
-        """What merging with the clip behind adds to the squared distance of frames from their clip; infinite for NaN."""
-        ours, theirs = len(self.frames), len(next.frames)
-        distance = (self.tokens - next.tokens).square().sum().item()
+    def cost(self, after: Clip) -> float:
+        """What merging with the next clip adds to the squared distance of frames from their clip; inf for NaN."""
+        ours, theirs = len(self.frames), len(after.frames)
+        distance = (self.tokens - after.tokens).square().sum().item()
         return math.inf if math.isnan(distance) else distance * ours * theirs / (ours + theirs)
 
-    def merge(self, next: Clip) -> Clip:
-        """This clip and the one behind it as one."""
-        share = len(next.frames) / (len(self.frames) + len(next.frames))
-        return Clip(range(self.frames.start, next.frames.stop), self.tokens.lerp(next.tokens, share))
+    def merge(self, after: Clip) -> Clip:
+        """This clip and the next as one."""
+        share = len(after.frames) / (len(self.frames) + len(after.frames))
+        return Clip(range(self.frames.start, after.frames.stop), self.tokens.lerp(after.tokens, share))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Memory:
             self.clips[i : i + 2] = [self.clips[i].merge(self.clips[i + 1])]
             before = max(i - 1, 0)
             around = self.clips[before : i + 2]
-            self.costs[before : i + 2] = [clip.cost(next) for clip, next in pairwise(around)]
+            self.costs[before : i + 2] = [clip.cost(after) for clip, after in pairwise(around)]
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,21 @@ class _State:
 
 
 class MemoryStream:
-    """A video that grows, of which tokens show the last frames in full and, before them, older clips condensed.
+    """A video that grows: the last frames in full and, before them, older clips condensed.
 
-    Each frame is encoded once. The last `recent` are kept as they are. `clip` frames in a row make a clip, which is
-    condensed as its first frame leaves the recent ones: so every frame that was pushed is among the recent ones, in a
-    clip, or (fewer than `clip` of them) in both. Beyond `held` clips the two most similar neighbours are merged. Memory,
-    and time per frame, do not grow with the stream; once there are `shown` clips, the number of tokens is constant.
-    Nothing is differentiable.
+    Each frame is encoded once. `clip_frames` in a row make a clip, which is condensed as its first frame leaves the
+    recent ones: so every frame pushed is among the recent ones, in a clip or, some of the last clip's, in both. Beyond
+    `held_clips` the two most similar neighbours are merged. Memory, and time per frame, do not grow with the stream;
+    once there are `shown_clips`, the number of tokens is constant. Nothing is differentiable.
 
     config: layout of the recent frames, or its text.
     clip_config: layout of the frames of a clip.
+    recent_frames, clip_frames: frames kept in full, at least a clip; frames of a clip.
+    held_clips, shown_clips: clips remembered, and how many of them `tokens` shows.
     grid, backend: as `slowfast_aggregate` takes them.
-    encode: frames [r, ...], at most `clip` of those that were pushed, -> features [r, N, D]. None: frames are features.
+    encode: frames [r, ...], at most `clip_frames` of those pushed, -> features [r, N, D]. None: frames are features.
 
-    The defaults make 2560 tokens of 16 recent frames of 24 x 24 patches and 1024 of 64 clips.
+    The defaults make 2560 tokens of 16 recent frames of 24 x 24 patches, and 1024 of 64 clips.
     """
 
     def __init__(
@@ -111,43 +112,46 @@ class MemoryStream:
         config: Layout | str = DEFAULT_CONFIG,
         clip_config: Layout | str = DEFAULT_CLIP_CONFIG,
         *,
-        recent: int = 16,
-        clip: int = 8,
-        held: int = 128,
-        shown: int = 64,
+        recent_frames: int = 16,
+        clip_frames: int = 8,
+        held_clips: int = 128,
+        shown_clips: int = 64,
         grid: tuple[int, int] | None = None,
         backend: str = "auto",
         encode: Encode | None = None,
     ) -> None:
-        for name, count in {"recent": recent, "clip": clip, "held": held, "shown": shown}.items():
-            check_count(name, count)
-        if clip > recent:
-            raise InputError(f"a clip of {clip} frames is made of recent ones: keep {clip} or more, not {recent}")
-        if shown > held:
-            raise InputError(f"{shown} clips cannot be shown of {held} held: raise held or lower shown")
+        check_count("recent_frames", recent_frames)
+        check_count("clip_frames", clip_frames)
+        check_count("held_clips", held_clips)
+        check_count("shown_clips", shown_clips)
+        if clip_frames > recent_frames:
+            raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more of them, not {recent_frames}")
+        if shown_clips > held_clips:
+            raise InputError(f"only {held_clips} clips are held: show so many or fewer, not {shown_clips}")
+        self.recent_frames, self.clip_frames = recent_frames, clip_frames
+        self.held_clips, self.shown_clips = held_clips, shown_clips
         self.config, self.clip_config = Layout.parse(config), Layout.parse(clip_config)
-        self.recent, self.clip, self.held, self.shown = recent, clip, held, shown
         self.grid, self.backend = grid, backend
         self._encode = encode
         self._state = _State()
 
     @torch.no_grad()
     def push(self, frames: Any) -> None:
-        """The next frames of the stream, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
 
         Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
         LayoutError where a layout does not fit them. Then, and where `encode` raises, the stream is as it was.
         """
         seen, recent, memory = self.seen, list(self._state.recent), self._state.memory.copy()
-        for start in range(0, count_frames(frames), self.clip):
+        for start in range(0, count_frames(frames), self.clip_frames):
             like = recent[-1] if recent else None
-            features = encode_frames(self._encode, frames[start : start + self.clip], like)
+            features = encode_frames(self._encode, frames[start : start + self.clip_frames], like)
             if not recent:
                 self._check_layouts(features)
             for frame in features:
                 recent.append(frame.clone())  # encode may write its next features where these are
                 seen += 1
-                if len(recent) > self.recent:
+                if len(recent) > self.recent_frames:
                     self._remember(seen - len(recent), recent, memory)
                     del recent[0]
         self._state = _State(seen, tuple(recent), memory)
@@ -163,7 +167,7 @@ class MemoryStream:
         scores, question: as in `select`. out: as in `slowfast_aggregate`. InputError before the first frame.
         """
         self._check_begun()
-        recent, clips = torch.stack(self._state.recent), self.select(scores, question)
+        clips, recent = self.select(scores, question), torch.stack(self._state.recent)
         total, channels = self.count_tokens(), recent.shape[2]
         if out is None:
             out = recent.new_empty(total, channels)
@@ -178,7 +182,7 @@ class MemoryStream:
     def select(
         self, scores: Tensor | Sequence[float] | None = None, question: Tensor | None = None
     ) -> tuple[Clip, ...]:
-        """At most `shown` clips, in temporal order, each with the frames that it stands for.
+        """At most `shown_clips`, in temporal order, each with the frames that it stands for.
 
         scores: [clips], one for each of `clips`: those with the highest, the oldest of equal ones.
         question: [D], an embedding: those whose mean token has the highest cosine with it.
@@ -191,17 +195,17 @@ class MemoryStream:
             scores = self._relevance(question)
         if scores is None:
             memory = self._state.memory.copy()
-            memory.merge_down(self.shown)
+            memory.merge_down(self.shown_clips)
             return tuple(memory.clips)
         scores = torch.as_tensor(scores, dtype=torch.float64)
         if scores.shape != (len(self.clips),) or scores.isnan().any():
             raise InputError(f"scores must be {len(self.clips)} numbers, one for each clip, none of them NaN")
-        best = scores.sort(descending=True, stable=True).indices[: self.shown]
+        best = scores.sort(descending=True, stable=True).indices[: self.shown_clips]
         return tuple(self.clips[i] for i in sorted(best.tolist()))
 
     def count_tokens(self) -> int:
         """How many `tokens` returns now."""
-        clips = sum(len(clip.tokens) for clip in self.clips[: self.shown])
+        clips = sum(len(clip.tokens) for clip in self.clips[: self.shown_clips])
         return clips + self.plan.tokens["total"]
 
     @property
@@ -232,18 +236,18 @@ class MemoryStream:
 
     def _remember(self, first: int, frames: list[Tensor], memory: _Memory) -> None:
         """Condense the clip that begins with frame `first`, the first of `frames`, where one does."""
-        if first % self.clip:
+        if first % self.clip_frames:
             return
-        features = torch.stack(frames[: self.clip])
+        features = torch.stack(frames[: self.clip_frames])
         tokens = slowfast_aggregate(features, self.clip_config, backend=self.backend, grid=self.grid)
         wide = torch.promote_types(tokens.dtype, torch.float32)  # merged over and over, rounded once, when shown
-        memory.append(Clip(range(first, first + self.clip), tokens.to(wide)))
-        memory.merge_down(self.held)
+        memory.append(Clip(range(first, first + self.clip_frames), tokens.to(wide)))
+        memory.merge_down(self.held_clips)
 
     def _relevance(self, question: Tensor) -> Tensor:
         """Cosine of each clip's mean token with the question; the lowest where it is not a number."""
         self._check_begun()
-        channels = self._state.recent[0].shape[1]
+        question, channels = torch.as_tensor(question), self._state.recent[0].shape[1]
         if question.shape != (channels,):
             raise InputError(f"the question's embedding must be [{channels}], not {list(question.shape)}")
         means = [clip.tokens.mean(0) for clip in self.clips]
@@ -252,7 +256,7 @@ class MemoryStream:
 
     def _check_layouts(self, features: Tensor) -> None:
         self._plan(self.config, features[0], len(features))
-        self._plan(self.clip_config, features[0], self.clip)
+        self._plan(self.clip_config, features[0], self.clip_frames)
 
     def _plan(self, config: Layout, frame: Tensor, frames: int) -> Plan:
         return resolve_plan(frame.expand(frames, -1, -1), config, self.grid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class SlowFastStream:
 
     @torch.no_grad()
     def push(self, frames: Any) -> None:
-        """The next frames of the stream, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
 
         Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
         LayoutError where the layout does not fit them. Then, and where `encode` raises, the stream is as it was.
@@ -110,7 +110,7 @@ class SlowFastStream:
 
     def _features(self) -> Tensor:
         self._check_intact()
-        if self._buffer is None:
+        if not self.seen:
             raise InputError("the stream has no frames yet: push some first")
         return self._buffer[: len(self.frames)]
 
@@ -136,9 +136,12 @@ class SlowFastStream:
 
 def count_frames(frames: Any) -> int:
     """How many frames are pushed; InputError for none."""
-    count = len(frames) if isinstance(frames, Sequence) or getattr(frames, "ndim", 0) else 0
+    try:
+        count = len(frames)
+    except TypeError:
+        raise InputError(f"push frames as [t, ...], not {type(frames).__name__} without a length") from None
     if count == 0:
-        raise InputError("push one frame or more: [t, ...]")
+        raise InputError("push one frame or more")
     return count
 
 
