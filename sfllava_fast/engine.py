@@ -13,8 +13,8 @@ from .answer import Answer
 from .batch import answer_batch
 from .checkpoint import load_checkpoint
 from .config import SlowFastConfig, sample_frames
-from .errors import InputError
-from .pipeline import Pipeline, check_count
+from .errors import InputError, check_count
+from .pipeline import Pipeline
 from .projector import Mode
 from .residents import DEFAULT_SESSIONS
 from .session import Session

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends import choose
 from .checkpoint import Checkpoint
 from .config import SlowFastConfig
-from .errors import CheckpointError, ContextError, InputError, RenumberedError
+from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .ops import slowfast_aggregate
 from .projector import MODES, Mode, project_and_aggregate, why_not_commuted
 from .prompts import (
@@ -339,9 +339,3 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was loaded from: a checkpoint that was moved is the same one."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: _without_path(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def check_count(name: str, count: object) -> None:
-    """InputError unless it is a whole number of at least 1."""
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
