@@ -71,6 +71,11 @@ class Conversation:
         self.turns = [*self.turns, turn] if follow_up else [turn]
         return answer
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The video's tokens by pathway, and their total."""
+        return dict(self.plan.tokens)
+
     def make_answer(
         self,
         question: str,
@@ -81,7 +86,7 @@ class Conversation:
         ttft: float,
     ) -> Answer:
         """What is told of an answer of these token ids."""
-        model, frames, plan = self.model, self.frames, self.plan
+        model, frames = self.model, self.frames
         text = model.decode_text(ids)
         seconds, steps = clock.by_stage(), len(ids) - 1
         return Answer(
@@ -91,8 +96,8 @@ class Conversation:
             model=model.checkpoint.name,
             layout=str(self.layout),
             frames=frames,
-            slow_frames=[frames[i] for i in plan.slow_frames],
-            tokens=dict(plan.tokens),
+            slow_frames=[frames[i] for i in self.plan.slow_frames],
+            tokens=self.tokens,
             backend=model.backend,
             projector=self.projector,
             attention=model.checkpoint.attention.describe(),
@@ -127,7 +132,7 @@ class Conversation:
         raise NotImplementedError
 
     def _prefill(self, prompt: Prompt, max_new_tokens: int, clock: Stopwatch) -> tuple[KvCache, Tensor]:
-        """A cache that holds the video and the prompt and has room for the answer, and the logits [1, V] behind them."""
+        """A cache of the video and the prompt, with room for the answer, and the logits [1, V] behind them."""
         raise NotImplementedError
 
 
@@ -146,7 +151,7 @@ class PrefilledSession(Conversation):
         if self._embeds is not None and before == self._before:
             return self._embeds
         model = self.model
-        embeds, rows = model.allocate(len(before), self.plan.tokens["total"])
+        embeds, rows = model.allocate(len(before), self.tokens["total"])
         if self._embeds is None:
             self._write_video(rows, clock)
         else:
@@ -185,7 +190,7 @@ class PrefilledSession(Conversation):
         raise NotImplementedError
 
     def _check_context(self, prompt: Prompt, max_new_tokens: int) -> None:
-        self.model.check_context(prompt, self.plan.tokens["total"], len(self.frames), max_new_tokens, self.layout)
+        self.model.check_context(prompt, self.tokens["total"], len(self.frames), max_new_tokens, self.layout)
 
     def _prefill(self, prompt: Prompt, max_new_tokens: int, clock: Stopwatch) -> tuple[KvCache, Tensor]:
         embeds = self.encode(prompt.before, clock)

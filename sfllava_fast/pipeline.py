@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backends import choose
 from .checkpoint import Checkpoint
-from .config import SlowFastConfig
+from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .ops import slowfast_aggregate
 from .projector import MODES, Mode, project_and_aggregate, why_not_commuted
@@ -124,9 +124,9 @@ class Pipeline:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
 
-    def prompt_head(self) -> tuple[int, ...]:
-        """Token ids before the video, where a question has no part in them."""
-        return self._build_prompt("?").before
+    def shortest_prompt(self) -> Prompt:
+        """That of a question of one character: what every question costs, and what stands before the video."""
+        return self._build_prompt("?")
 
     def check_context(
         self,
@@ -134,7 +134,7 @@ class Pipeline:
         video_tokens: int,
         frames: int,
         max_new_tokens: int,
-        layout: SlowFastConfig | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
