@@ -26,12 +26,14 @@ class Conversation:
     """Questions about a video. Asking changes nothing that is kept, so an interrupted or failed answer leaves the
     session as it was.
 
-    frames, plan: numbers of the frames that are shown, and what the layout does to them.
+    frames, slow_frames: numbers of the frames that are shown, and of those that the slow pathway takes.
+    tokens: the video's, by pathway, and their total.
     turns: the conversation so far, which a follow-up sees.
     """
 
     frames: list[int]
-    plan: Plan
+    slow_frames: list[int]
+    tokens: dict[str, int]
 
     def __init__(self, model: Pipeline, video: str, layout: Layout, projector: Mode) -> None:
         self.model, self.video, self.layout, self.projector = model, video, layout, projector
@@ -71,11 +73,6 @@ class Conversation:
         self.turns = [*self.turns, turn] if follow_up else [turn]
         return answer
 
-    @property
-    def tokens(self) -> dict[str, int]:
-        """The video's tokens by pathway, and their total."""
-        return dict(self.plan.tokens)
-
     def make_answer(
         self,
         question: str,
@@ -86,7 +83,7 @@ class Conversation:
         ttft: float,
     ) -> Answer:
         """What is told of an answer of these token ids."""
-        model, frames = self.model, self.frames
+        model = self.model
         text = model.decode_text(ids)
         seconds, steps = clock.by_stage(), len(ids) - 1
         return Answer(
@@ -95,8 +92,8 @@ class Conversation:
             question=question,
             model=model.checkpoint.name,
             layout=str(self.layout),
-            frames=frames,
-            slow_frames=[frames[i] for i in self.plan.slow_frames],
+            frames=self.frames,
+            slow_frames=self.slow_frames,
             tokens=self.tokens,
             backend=model.backend,
             projector=self.projector,
@@ -138,13 +135,27 @@ class Conversation:
 
 class PrefilledSession(Conversation):
     """The video's tokens are encoded and prefilled at the first question, and kept: a later one costs its own tokens
-    alone, and is answered exactly as it would be first."""
+    alone, and is answered exactly as it would be first.
+
+    plan: what the layout does to the frames.
+    """
+
+    plan: Plan
 
     def __init__(self, model: Pipeline, video: str, layout: Layout, projector: Mode) -> None:
         super().__init__(model, video, layout, projector)
         self._before: tuple[int, ...] = ()
         self._embeds: Tensor | None = None  # [1, P, D]: the prompt before the video, and the video's tokens
         self._cache: KvCache | None = None  # their keys and values, and room for a question and an answer
+
+    @property
+    def slow_frames(self) -> list[int]:
+        frames = self.frames
+        return [frames[i] for i in self.plan.slow_frames]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return dict(self.plan.tokens)
 
     def encode(self, before: tuple[int, ...], clock: Stopwatch) -> Tensor:
         """The embeddings [1, P, D] of the prompt before the video and of the video, which is encoded only once."""

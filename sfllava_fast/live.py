@@ -1,6 +1,6 @@
 """Questions about a stream, at any moment of it: frames are pushed as they come, and memory does not grow with them.
 
-Two ways. Of a stream that is kept (`StreamSession`, `MemorySession`) a question sees the tokens of its moment, which are
+Of a stream that is kept (`StreamSession`, `MemorySession`) a question sees the tokens of its moment, which are
 prefilled anew where frames came. One that is appended (`AppendSession`) goes into the key/value cache as it comes: a
 question costs its own tokens alone.
 """
@@ -48,7 +48,7 @@ class StreamSession(PrefilledSession):
         super().__init__(model, name, stream.config, "exact")
         self.stream = stream
         self._shown: object = None  # what `_embeds` are the tokens of
-        model.check_context(model.shortest_prompt(), *self._when_full(), model.max_new_tokens, self.layout)
+        model.check_context(model.shortest_prompt(), *self._when_full(), 1, self.layout)
 
     def push(self, frames: Tensor) -> None:
         """The next frames, uint8 RGB [t, H, W, 3], one or many; their size may change from push to push.
@@ -168,6 +168,8 @@ class AppendSession(Conversation):
     memory is bounded by `most`, and allocated once but for questions longer than any before.
     """
 
+    slow_frames: list[int] = []
+
     def __init__(self, model: Pipeline, layout: Layout, most: int | None, name: str) -> None:
         super().__init__(model, name, layout, "exact")
         if len(layout.pathways) > 1 or layout.pathways[0].frames.rule != "each":
@@ -176,17 +178,20 @@ class AppendSession(Conversation):
         if not language.moves_keys:
             raise BackendError("the keys of this language model cannot be moved: take another mode than append")
         self._head = prompt.before
-        self._per_frame = layout.plan(1, model.checkpoint.grid).tokens["total"]
+        self._of_one = layout.plan(1, model.checkpoint.grid).tokens
+        self._per_frame = self._of_one["total"]
         self._context = min(model.checkpoint.context, language.rescales_after or model.checkpoint.context)
         if most is None:
             room = self._context - len(self._head) - _QUESTION - model.max_new_tokens
-            most = max(1, room // self._per_frame)
+            most = max(1, room // self._per_frame - 1)
         check_count("frames", most)
         self.most = most
+        # As many as there ever are: one more than are kept, before the oldest go.
+        self._most_tokens = (most + 1) * self._per_frame
         self._evicts = -(-most // 4)  # a key is then moved four times at most, and rounded as often
         self._held = _Held(0, [])
         self._cache: KvCache | None = None  # None: to be prefilled with what is held
-        self._check_context(prompt, model.max_new_tokens)
+        self._check_context(prompt, 1)
 
     def push(self, frames: Tensor) -> None:
         """The next frames, uint8 RGB [t, H, W, 3], one or many; their size may change from push to push.
@@ -206,10 +211,8 @@ class AppendSession(Conversation):
         return list(range(self._held.evicted, self.seen))
 
     @property
-    def plan(self) -> Plan:
-        if not self._held.tokens:
-            raise InputError("the stream has no frames yet: push some first")
-        return self.layout.plan(len(self._held.tokens), self.model.checkpoint.grid)
+    def tokens(self) -> dict[str, int]:
+        return {name: count * len(self._held.tokens) for name, count in self._of_one.items()}
 
     @property
     def seen(self) -> int:
@@ -227,14 +230,14 @@ class AppendSession(Conversation):
         self._cache, self._held = None, _Held(self.seen, [])
 
     def _check_context(self, prompt: Prompt, max_new_tokens: int) -> None:
-        # With all the frames that there may be: what can be asked does not change as the stream goes on.
-        video = self.most * self._per_frame
-        total = len(self._head) + video + len(prompt.after) + max_new_tokens
+        # Not the tokens of now: what can be asked does not change as the stream goes on.
+        words = len(self._head) + len(prompt.after)
+        total = self._most_tokens + words + max_new_tokens
         if total > self._context:
             raise ContextError(
-                f"{video} video tokens + {total - video - max_new_tokens} of prompt + {max_new_tokens} new = {total} "
-                f"exceed the {self._context} positions of the stream: lower max_new_tokens, ask less, or open it with "
-                f"fewer frames (now {self.most}) or a smaller layout than {self.layout}"
+                f"{self._most_tokens} video tokens + {words} of prompt + {max_new_tokens} new = {total} exceed the "
+                f"context of {self._context}: lower max_new_tokens, or open the stream with fewer frames (now "
+                f"{self.most}) or a smaller layout than {self.layout}"
             )
 
     def _prefill(self, prompt: Prompt, max_new_tokens: int, clock: Stopwatch) -> tuple[KvCache, Tensor]:
@@ -256,7 +259,7 @@ class AppendSession(Conversation):
 
     def _append(self, tokens: list[Tensor]) -> None:
         """Prefill the tokens of frames, evicting the oldest as the bound is passed."""
-        language, cache = self.model.language, self._ready(self._per_frame)
+        language, cache = self.model.language, self._ready()
         evicted, held = self._held.evicted, self._held.tokens
         while tokens:
             fit = max(1, self.most - len(held))
@@ -270,11 +273,11 @@ class AppendSession(Conversation):
         self._held = _Held(evicted, held)
         self._cache = cache
 
-    def _ready(self, room: int) -> KvCache:
+    def _ready(self, room: int = 0) -> KvCache:
         """The keys and values of what is held, with room for so many tokens beyond the most that may be."""
         language, held = self.model.language, self._held.tokens
         language.forget_scale()
-        least = len(self._head) + self.most * self._per_frame + room
+        least = len(self._head) + self._most_tokens + room
         if self._cache is None or self._cache.capacity < least:
             cache = language.new_cache(1, rounded_up(least))
             if self._cache is None:
