@@ -125,7 +125,7 @@ class MemoryStream:
         check_count("held_clips", held_clips)
         check_count("shown_clips", shown_clips)
         if clip_frames > recent_frames:
-            raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more of them, not {recent_frames}")
+            raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more, not {recent_frames}")
         if shown_clips > held_clips:
             raise InputError(f"only {held_clips} clips are held: show so many or fewer, not {shown_clips}")
         self.recent_frames, self.clip_frames = recent_frames, clip_frames
