@@ -130,8 +130,8 @@ def test_a_stream_in_another_layout(load):
 
 
 def memory(model, **settings):
-    settings = {"clip_config": "clip:adaptive1,adaptive1,adaptive2,mean", "clip_frames": 2} | settings
-    return model.open_stream("memory", frames=3, held_clips=6, shown_clips=3, **settings)
+    small = {"clip_config": "clip:adaptive1,adaptive1,adaptive2,mean", "held_clips": 6, "shown_clips": 3}
+    return model.open_stream("memory", frames=3, clip_frames=2, **small | settings)
 
 
 def test_a_memory_shows_clips_before_the_recent_frames(load):
@@ -169,8 +169,9 @@ def test_clips_are_shown_by_scores_or_by_the_question(load, monkeypatch):
     by_question = ask_stream(session, scores="question")[1]
     as_scores = [float(clip in chosen) for clip in session.stream.clips]
     assert torch.equal(by_question, ask_stream(session, scores=as_scores)[1])
-    with pytest.raises(InputError, match="scores must be 6 numbers"):
-        session.ask(QUESTION, scores=[1.0], **ASK)
+    for scores, match in (([1.0], "scores must be 6 numbers"), ("recent", "scores must be numbers, .* not 'recent'")):
+        with pytest.raises(InputError, match=match):
+            session.ask(QUESTION, scores=scores, **ASK)
     assert torch.equal(ask_stream(session)[1], merged)
 
 
@@ -178,7 +179,7 @@ def test_a_memory_that_will_not_fit_the_context_is_refused_at_once(load):
     model = load(text={"max_position_embeddings": 512})
     memory(model)
     with pytest.raises(ContextError, match="exceed the context of 512"):
-        memory(model, clip_config="clip:adaptive1,each,each,mean", clip_frames=3).push(FRAMES[:1])
+        memory(model, clip_config="clip:adaptive1,each,each,mean", held_clips=20, shown_clips=12)
 
 
 # --- frames appended
@@ -271,10 +272,11 @@ def test_the_cache_stays_where_it_is_and_grows_for_a_long_question_only(fast):
     session = appended(fast, 8, FRAMES[:8])
     ask_stream(session)
     place, held = session._cache.buffer.data_ptr(), session.nbytes
-    for frame in FRAMES:
-        session.push(frame[None])
+    for start in range(0, 60, 3):
+        session.push(FRAMES[start : start + 3])
         ask_stream(session)
         assert session._cache.buffer.data_ptr() == place and session.nbytes <= held
+    assert all(tokens.untyped_storage().nbytes() == tokens.nbytes for tokens in session._held.tokens)
     before = ask_stream(session)[1]
     long = ask_stream(session, "why " * 150)[1]
     assert session.nbytes > held
@@ -375,7 +377,7 @@ def test_layouts_that_pool_over_frames_cannot_be_appended(load):
     for layout in (LAYOUT, "clip:adaptive2,each,each,mean", "slowfast-slow_3frms_concat"):
         with pytest.raises(LayoutError, match="pools over several frames: append takes"):
             model.open_stream("append", layout=layout)
-    assert str(model.open_stream("append").layout) == "slowfast-fast_2x2"
+    assert str(model.open_stream("append").model.layout) == "slowfast-fast_2x2"
 
 
 def test_settings_that_make_no_stream(load):
@@ -428,7 +430,7 @@ def test_a_push_that_runs_out_of_memory_leaves_the_stream_as_it_was(load, mode, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "project", fail)
+        patch.setattr(session.model, "project", fail)
         with pytest.raises(OutOfMemoryError, match=r"in stage projector \(asked for 2.50 GiB\)"):
             session.push(FRAMES[9:12])
     assert session.seen == 9 and torch.equal(ask_stream(session)[1], expected)
