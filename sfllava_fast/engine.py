@@ -104,7 +104,7 @@ class SlowFastLlava(Pipeline):
             layout = self.layout.only("fast")
         model = self if layout is None else self.with_layout(layout)
         if model.layout.canvas or mode == "memory" and model.layout.stage == "before":
-            raise LayoutError(f"{model.layout} is not a layout of {mode} streams: take one that pools frames one by one")
+            raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")
         if mode == "append":
             return AppendSession(model, frames, name, **memory)
         kept = {"grid": model.checkpoint.grid, "backend": model.backend, **memory}

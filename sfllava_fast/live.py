@@ -150,8 +150,8 @@ class MemorySession(StreamSession):
 
 
 class _Held(NamedTuple):
-    """The frames in an appended cache: how many were there before them, and the tokens [n, D] of each, but for the first
-    with what stands between it and the one before."""
+    """The frames in an appended cache: how many were there before them, and the tokens [n, D] of each; but for the
+    first, with what stands between it and the one before."""
 
     evicted: int
     tokens: list[Tensor]

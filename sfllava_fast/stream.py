@@ -114,7 +114,7 @@ class SlowFastStream:
 
     @property
     def features(self) -> Tensor:
-        """Features [t, N, D] of the frames kept: a view, good until the next push. InputError before the first frame."""
+        """Features [t, N, D] of the frames kept, a view that the next push changes. InputError before the first."""
         self._check_intact()
         if not self.seen:
             raise InputError("the stream has no frames yet: push some first")

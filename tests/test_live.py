@@ -217,6 +217,49 @@ def test_evicted_frames_are_as_if_they_had_never_been(load, seen, dtype, close):
     assert (ask_stream(session)[1] - ask_file(model, kept[1:])[1]).abs().max() > 0.01
 
 
+FRAME_BY_FRAME = [
+    "videollm_online", "videollm_online-interval", "llava_next_video-bilinear-newline_grid", "uniform",
+    "pool:each,adaptive2,adaptive2,mean;comma@frame;newline@between;interval@between",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", FRAME_BY_FRAME)
+def test_any_layout_of_each_frame_by_itself_is_appended(load, layout):
+    """Before and after evictions: class tokens, separators, pooling before the projector."""
+    model = load(text={"num_hidden_layers": 1}).with_layout(layout)
+    session = model.open_stream("append", frames=4)
+    for seen in (1, 3, 5, 11):
+        push(session, FRAMES[session.seen : seen], (2, 1))
+        kept = FRAMES[session.frames]
+        _, logits = ask_stream(session)
+        torch.testing.assert_close(logits, ask_file(model, kept)[1], **CLOSE)
+        assert session.tokens == model.plan(len(kept)).tokens
+    assert session.frames == [8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "videollm_online-interval", "llava_video_slowfast-every_3-newline_grid", "video_chatgpt", "pllava",
+        "llava_next_video-max-newline_one",
+    ],
+)  # fmt: skip
+def test_a_stream_is_kept_in_any_layout(load, layout):
+    model = load(text={"max_position_embeddings": 8192}).with_layout(layout)
+    session = model.open_stream(frames=6)
+    push(session, FRAMES[:15], (4, 1))
+    kept = FRAMES[list(kept_frames(15, 6))]
+    ids, logits = ask_stream(session)
+    expected_ids, expected = ask_file(model, kept)
+    assert ids == expected_ids and torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("mode, layout", [("slowfast", "ig_vlm"), ("append", "ig_vlm"), ("memory", "video_chatgpt")])
+def test_layouts_that_a_stream_cannot_have(load, mode, layout):
+    with pytest.raises(LayoutError, match=f"is not a layout for {mode} streams"):
+        load().open_stream(mode, layout=layout)
+
+
 def test_deeper_layers_remember_what_was_evicted(fast):
     pushed = [appended(fast, 8, frames) for frames in (FRAMES[:11], torch.cat([FRAMES[30:33], FRAMES[3:11]]))]
     assert [session.frames for session in pushed] == [list(range(4, 11))] * 2
@@ -375,7 +418,7 @@ def test_a_scale_left_by_a_longer_prompt_is_forgotten(load):
 def test_layouts_that_pool_over_frames_cannot_be_appended(load):
     model = load()
     for layout in (LAYOUT, "clip:adaptive2,each,each,mean", "slowfast-slow_3frms_concat"):
-        with pytest.raises(LayoutError, match="pools over several frames: append takes"):
+        with pytest.raises(LayoutError, match="not laid out frame by frame"):
             model.open_stream("append", layout=layout)
     assert str(model.open_stream("append").model.layout) == "slowfast-fast_2x2"
 
