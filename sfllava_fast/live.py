@@ -284,7 +284,6 @@ class AppendSession(Conversation):
     def _ready(self, room: int = 0) -> KvCache:
         """The keys and values of what is held, with room for so many tokens beyond the most that may be."""
         language, held = self.model.language, self._held.tokens
-        language.forget_scale()
         least = len(self._head) + self._most_tokens + room
         if self._cache is None or self._cache.capacity < least:
             cache = language.new_cache(1, rounded_up(least))

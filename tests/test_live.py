@@ -400,6 +400,27 @@ def test_as_many_frames_as_fit_are_kept_where_nothing_is_said(load):
         session.ask(QUESTION, max_new_tokens=400)
 
 
+def test_no_position_lies_beyond_the_context(load):
+    """Not even while one frame more than are kept is there."""
+    model = load("mistral", text={"max_position_embeddings": 500})
+    everything = "pool:each,each,each,max"  # 36 tokens a frame, more than the shortest question
+    words = len(model.shortest_prompt())
+    most = (500 - words - 1) // 36 - 1
+    with pytest.raises(ContextError):
+        model.open_stream("append", frames=most + 1, layout=everything)
+    session = model.open_stream("append", frames=most, layout=everything)
+    highest = []
+
+    def watch(_, arguments, named):
+        positions = named["position_ids"] if "position_ids" in named else arguments[1]
+        highest.append(int(positions.max()))
+
+    model.language.core.rotary_emb.register_forward_pre_hook(watch, with_kwargs=True)
+    push(session, FRAMES[: most + 5], (most + 2, 1))
+    session.ask("?", max_new_tokens=1)
+    assert words + most * 36 <= max(highest) < 500
+
+
 def test_a_scale_left_by_a_longer_prompt_is_forgotten(load):
     model = load(text={"max_position_embeddings": 4096})
     model.layout = model.layout.only("fast")
