@@ -43,7 +43,7 @@ _CLOSE_SECONDS = 2.0
 # ffmpeg would otherwise read many frames ahead, to learn rates, before it gives the first one.
 _AT_ONCE = {"fpsprobesize": "0", "analyzeduration": "500000"}
 _STDIN = "standard input"
-_CONTAINERS = "what can be read from a pipe is Matroska, MPEG-TS, fragmented MP4, Y4M or H.264"
+_CONTAINERS = "a pipe may carry Matroska, MPEG-TS, fragmented MP4, Y4M or H.264"
 
 
 def open_live(source: str | os.PathLike[str], rate: float = DEFAULT_RATE) -> LiveVideo:
@@ -84,6 +84,7 @@ class LiveVideo:
         self._av, self._source, self._rate = av, source, rate
         self._ready: deque[tuple[float, Tensor]] = deque()
         self._opened = self._ended = self._stopped = False
+        self._broke: str | None = None  # why the stream broke off
         self._error: BaseException | None = None
         self._alive_at, self._told = time.monotonic(), False  # when a frame was last decoded; that there is none
         self._changed = threading.Condition()
@@ -184,10 +185,8 @@ class LiveVideo:
             try:
                 packet = next(packets, None)
             except (self._av.FFmpegError, OSError) as error:
-                if not self._stopped:
-                    silent = isinstance(error, self._av.error.ExitError)
-                    why = f"nothing came for {_URL_TIMEOUTS[1]:g} s" if silent else reason(error)
-                    log.warning("%s broke off: %s", self.name, why)
+                silent = isinstance(error, self._av.error.ExitError)
+                self._broke = f"nothing came for {_URL_TIMEOUTS[1]:g} s" if silent else reason(error)
                 return
             if packet is None:
                 return
@@ -216,7 +215,12 @@ class LiveVideo:
     def _tell_end(self, clock: _Clock, length: Fraction | None, microseconds: int | None) -> None:
         """Say what the whole stream lacked, with the length that the stream or else the container announced."""
         if clock.now is None:
-            raise VideoError(f"{self.name} has a video stream but none of its frames can be decoded: re-encode it")
+            why = self._broke or "re-encode it"
+            raise VideoError(
+                f"{self.name} has a video stream but none of its frames can be decoded: {why}{self._source.hint}"
+            )
+        if self._broke:
+            log.warning("%s broke off: %s", self.name, self._broke)
         if self.damaged:
             log.warning("%s is damaged: %d packets or frames could not be decoded", self.name, self.damaged)
         length = length or Fraction(microseconds or 0, 1_000_000)
@@ -284,10 +288,10 @@ class _Source:
     def _open_stdin(self) -> None:
         self.name = _STDIN
         if sys.stdin is None or sys.stdin.isatty():
-            raise VideoError("no video comes in on standard input: pipe one, such as ffmpeg -i VIDEO -f matroska - | ...")
+            raise VideoError("no video comes in on standard input: pipe one into this command")
         descriptor = sys.stdin.fileno()
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            self._open_path(Path("/dev/stdin"))
+            self._open_path(Path(f"/dev/fd/{descriptor}"))  # any container: a file can be sought in
         else:
             self._file = self._pipe = _Pipe(os.dup(descriptor))
 
@@ -309,11 +313,14 @@ class _Source:
         try:
             return av.open(self._file, metadata_errors="ignore", **self._options)
         except (av.FFmpegError, OSError, ValueError) as error:
-            if self._pipe is None:
-                raise VideoError(f"{self.name} is not a readable video: {reason(error)}") from error
-            if not self._pipe.count:
+            if self._pipe is not None and not self._pipe.count:
                 raise VideoError(f"{self.name} is empty: its writer ended without a byte") from error
-            raise VideoError(f"{self.name} is not a readable video: {reason(error)}; {_CONTAINERS}") from error
+            raise VideoError(f"{self.name} is not a readable video: {reason(error)}{self.hint}") from error
+
+    @property
+    def hint(self) -> str:
+        """What to add to an error."""
+        return f"; {_CONTAINERS}" if self._pipe is not None else ""
 
     def stop(self) -> None:
         """End a read that waits, from any thread."""
