@@ -6,19 +6,23 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .answer import Answer
 from .batch import answer_batch
 from .checkpoint import load_checkpoint
-from .config import SlowFastConfig, sample_frames
-from .errors import InputError
-from .pipeline import Pipeline, check_count
+from .config import Layout, SlowFastConfig, sample_frames
+from .errors import InputError, check_count
+from .live import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
+from .memory import MemoryStream
+from .pipeline import Pipeline
 from .projector import Mode
 from .residents import DEFAULT_SESSIONS
 from .session import Session
 from .stages import Stopwatch
+from .stream import SlowFastStream
 from .video import Source, open_video
 
 
@@ -71,6 +75,39 @@ class SlowFastLlava(Pipeline):
         indices = sample_frames(clip.total, frames)
         plan = self.layout.plan(len(indices), self.checkpoint.grid)
         return Session(self, name, clip, indices, plan)
+
+    def open_stream(
+        self,
+        mode: StreamMode = "slowfast",
+        frames: int | None = None,
+        layout: str | Layout | None = None,
+        name: str = "stream",
+        **memory: Any,
+    ) -> StreamSession | AppendSession:
+        """A session about a stream of any length: `push` frames as they come, `ask` at any moment.
+
+        mode: "slowfast" keeps evenly spaced frames (`stream.kept_frames`), "memory" the last ones in full and older
+            ones as condensed clips (`memory.MemoryStream`, whose other settings may follow); a question prefills what
+            is kept at its moment. "append" prefills frames as they come, so that a question costs its own tokens alone.
+        frames: kept at most: evenly spaced (None: the checkpoint's number, else 50), in full (16), or in the cache (as
+            many as fit the context beside a question).
+        layout: of the frames kept; None takes the model's, and of it the fast pathway where frames are appended.
+        name: of the stream, told with the answers.
+        Raises InputError, LayoutError, BackendError, and ContextError where a full stream would leave no room to ask.
+        """
+        if layout is None:
+            layout = self.layout.only("fast") if mode == "append" and self.layout.fast_grid else self.layout
+        layout = Layout.parse(layout)
+        if mode == "append":
+            return AppendSession(self, layout, frames, name, **memory)
+        kept = {"grid": self.checkpoint.grid, "backend": self.backend, **memory}
+        kept["encode"] = lambda pictures: self.features(pictures, Stopwatch(self.device))
+        if mode == "slowfast":
+            return StreamSession(self, SlowFastStream(layout, self.frames if frames is None else frames, **kept), name)
+        if mode == "memory":
+            recent = {} if frames is None else {"recent_frames": frames}
+            return MemorySession(self, MemoryStream(layout, **recent, **kept), name)
+        raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""

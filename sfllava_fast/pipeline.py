@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .backends import choose
 from .checkpoint import Checkpoint
-from .config import SlowFastConfig
-from .errors import CheckpointError, ContextError, InputError, RenumberedError
+from .config import Layout, SlowFastConfig
+from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .ops import slowfast_aggregate
 from .projector import MODES, Mode, project_and_aggregate, why_not_commuted
 from .prompts import (
@@ -113,9 +113,7 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
-        prompt = build_prompt(
-            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template, turns
-        )
+        prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
             raise CheckpointError(
@@ -126,14 +124,25 @@ class Pipeline:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
 
-    def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
+    def shortest_prompt(self) -> Prompt:
+        """That of a question of one character: what every question costs, and what stands before the video."""
+        return self._build_prompt("?")
+
+    def check_context(
+        self,
+        prompt: Prompt,
+        video_tokens: int,
+        frames: int,
+        max_new_tokens: int,
+        layout: Layout | None = None,
+    ) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
         if total > context:
             raise ContextError(
                 f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
                 f"exceed the context of {context}: lower frames (now {frames}), max_new_tokens, or take a "
-                f"smaller layout than {self.layout}"
+                f"smaller layout than {layout or self.layout}"
             )
 
     def allocate(self, before: int, video_tokens: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +212,12 @@ class Pipeline:
         """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
         return self.model.model.multi_modal_projector(patches)
 
+    def _build_prompt(
+        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
+    ) -> Prompt:
+        template = self.checkpoint.chat_template
+        return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
+
     def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
         project_and_aggregate(
             patches,
@@ -213,6 +228,17 @@ class Pipeline:
             backend=self.backend,
             grid=self.checkpoint.grid,
         )
+
+    def features(self, frames: Tensor, clock: Stopwatch) -> Tensor:
+        """What the projector makes, [T, N, D], of frames in memory, uint8 RGB [T, H, W, 3]."""
+        from .preprocess import preprocess
+
+        with clock("preprocess"):
+            pixels = preprocess(frames, self.preprocess_spec, self.dtype, self.device)
+        with clock("vision"):
+            patches = self.encode(pixels)
+        with clock("projector"):
+            return self.project(patches.contiguous())
 
     def generate(
         self,
@@ -313,9 +339,3 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was loaded from: a checkpoint that was moved is the same one."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: _without_path(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def check_count(name: str, count: object) -> None:
-    """InputError unless it is a whole number of at least 1."""
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

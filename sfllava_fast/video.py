@@ -158,14 +158,9 @@ class MemoryVideo(Video):
     decoder = "memory"
     fps = None
 
-    def __init__(self, frames: torch.Tensor) -> None:
+    def __init__(self, frames: torch.Tensor | np.ndarray) -> None:
         super().__init__(Path("frames"))
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-            raise InputError(
-                f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
-                f"{list(frames.shape)}"
-            )
-        self._frames = frames.cpu()
+        self._frames = as_frames(frames).cpu()
         self.total, *size = frames.shape[:3]
         self.size = tuple(size)
 
@@ -412,6 +407,20 @@ def import_decoder(decoder: str) -> None:
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray | Video
 
 
+def as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Frames in memory as a tensor; InputError unless they are uint8 RGB [T, H, W, 3], one or more."""
+    if isinstance(frames, np.ndarray):
+        frames = torch.as_tensor(np.ascontiguousarray(frames))  # torch has no negative strides
+    if not isinstance(frames, torch.Tensor):
+        raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {type(frames).__name__}")
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise InputError(
+            f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
+            f"{list(frames.shape)}"
+        )
+    return frames
+
+
 def open_video(video: Source, decoder: str = "pyav") -> Video:
     """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8
     RGB [T, H, W, 3]); an opened Video comes back as it is.
@@ -421,9 +430,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     """
     if isinstance(video, Video):
         return video
-    if isinstance(video, np.ndarray):
-        video = torch.as_tensor(np.ascontiguousarray(video))  # torch has no negative strides
-    if isinstance(video, torch.Tensor):
+    if isinstance(video, (torch.Tensor, np.ndarray)):
         return MemoryVideo(video)
     if not isinstance(video, (str, os.PathLike)):
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
