@@ -23,6 +23,7 @@ from sfllava_fast.errors import BackendError, InputError, VideoError
 from sfllava_fast.live_video import open_live
 
 av = pytest.importorskip("av")
+pytestmark = pytest.mark.usefixtures("deadline")
 
 H264 = (*clips.H264, "-bf", "0")
 FRAGMENTED = ("-movflags", "frag_keyframe+empty_moov+default_base_moof")

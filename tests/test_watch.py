@@ -19,6 +19,7 @@ from sfllava_fast.errors import ContextError
 from sfllava_fast.watch import time_stamp, watch_live
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 class Session:
@@ -230,17 +231,24 @@ sys.exit(code)
 
 
 @contextlib.contextmanager
-def watching(*argv, **options):
-    command = [sys.executable, "-c", SCRIPT, "watch", *map(str, argv)]
-    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+def started(*command):
+    """A process with pipes, which has ended behind it."""
+    options = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
     # A background job inherits an ignored SIGINT, and Python then leaves it ignored.
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
-    try:
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def watching(*argv):
+    with started(sys.executable, "-c", SCRIPT, "watch", *map(str, argv)) as process:
         assert process.stdout.readline() == b"ready\n"
         yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="session")
@@ -261,16 +269,54 @@ def test_ctrl_c_while_a_pipe_stalls(stream):
     assert err == b"interrupted\n" and b"Traceback" not in out
 
 
-@pytest.mark.parametrize("sent", [0, 100])
-def test_ctrl_c_before_the_first_frame(sent, stream):
+def test_ctrl_c_before_the_first_frame(stream):
     with watching("-", "what?") as process:
-        process.stdin.write(stream[:sent])
+        process.stdin.write(stream[:100])
         process.stdin.flush()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"interrupted\n")
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory):
+    """A drawn clip of 8 seconds in which an orange cross appears after 5.1."""
+    from sfllava_fast.embedded.scenes import draw_scene, write_video
+
+    scene = draw_scene("watch/1")
+    assert [round(8 * thing.start, 1) for thing in scene.things if thing.name == "orange cross"] == [5.1]
+    path = tmp_path_factory.mktemp("scene") / "scene.mp4"
+    write_video(scene, path)
+    return path
+
+
+APPEARED = "does the video show a orange cross?"
+
+
+@pytest.mark.parametrize("mode", ["slowfast", "memory"])
+def test_the_embedded_model_sees_what_appears(mode, scene, capsys):
+    assert run("watch", scene, APPEARED, "--mode", mode, "--every", 1, "--rate", 4, "--no-repeat") == 0
+    assert capsys.readouterr() == ("[0:01] no\n[0:06] yes\n", "")
+
+
+def test_the_embedded_model_answers_while_a_pipe_stalls(scene):
+    video = clips.ffmpeg("-i", scene, "-f", "yuv4mpegpipe", "-")
+    frame = len(b"FRAME\n") + 192 * 192 * 3 // 2
+    head = len(video) - 64 * frame
+    command = sys.executable, "-m", "sfllava_fast", "watch", "-", APPEARED, "--rate", "4", "--json"
+    with started(*command) as process:
+        process.stdin.write(video[: head + 20 * frame])
+        process.stdin.flush()
+        first = json.loads(process.stdout.readline())
+        assert process.poll() is None
+        out, err = process.communicate(video[head + 20 * frame :], timeout=250)
+    told = [first, *map(json.loads, out.splitlines())]
+    assert (process.returncode, err) == (0, b"")
+    assert [line["time"] for line in told] == [2, 4, 6, 7.75]
+    assert [line["answer"] for line in told] == ["no", "no", "yes", "yes"]
+    assert told[0]["frames"] == list(range(9)) and told[0]["video"] == "standard input"
 
 
 def test_a_reader_that_leaves_ends_it(stream):
@@ -281,7 +327,6 @@ def test_a_reader_that_leaves_ends_it(stream):
             process.stdin.flush()
         assert process.wait(60) == 141
         assert process.stderr.read() == b""
-        process.stdout = None
 
 
 def test_a_writer_that_leaves_ends_it(stream):
