@@ -58,13 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_pipeline)
     add_bench_options(command)
 
+    command = commands.add_parser("stream", help="an hour of a stream at a frame a second: does it stay flat?")
+    command.set_defaults(run=_stream)
+    command.add_argument("--minutes", type=int, default=60, metavar="N", help="of the stream (default 60)")
+    command.add_argument("--only", default="", metavar="TEXT", help="only the modes whose names contain it")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
+
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
     command.add_argument("old", type=Path, metavar="OLD.json")
     command.add_argument("new", type=Path, metavar="NEW.json")
     command.add_argument("--margin", type=float, default=0.1, help="what is noise in any case (default 0.1)")
 
-    command = commands.add_parser("plot", help="a roofline of each result of op, or a pipeline's stages as bars")
+    command = commands.add_parser("plot", help="rooflines, stages of a pipeline, the course of a stream")
     command.set_defaults(run=_plot)
     command.add_argument("results", type=Path, nargs="+", metavar="FILE.json")
     command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
@@ -106,6 +113,32 @@ def _projector(args: argparse.Namespace) -> int:
 
 def _dropins(args: argparse.Namespace) -> int:
     return _measure_pairs(args, dropins.run, _print_dropins)
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from . import stream  # imports transformers
+
+    if args.minutes < stream.LEAST_MINUTES:
+        raise ResultError(f"{args.minutes} minutes have no quarters: give --minutes {stream.LEAST_MINUTES} or more")
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    result = stream.run(args.minutes, args.only, save)
+    _print_stream(result)
+    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+
+
+def _print_stream(result: dict) -> None:
+    facts = result["machine"]
+    console = Console(width=110, highlight=False, markup=False)
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
+    table = Table(title=f"{result['minutes']} minutes at a frame a second; second quarter / last", title_justify="left")
+    for name in ("mode", "ms for a frame", *next(iter(result["works"].values()), {"bars": {}})["bars"]):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for mode, figures in result["works"].items():
+        bars = (f"{bar['ratio']:.3f} of {bar['bar']}" for bar in figures["bars"].values())
+        table.add_row(mode, f"{figures['providers']['stream']['p50_ms']:.4g}", *bars)
+    console.print(table)
+    for name, reason in result["errors"].items():
+        console.print(f"error: {name}: {reason}")
 
 
 def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
@@ -166,12 +199,17 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in args.results]
-    if any(result.get("kind") == "pipeline" for result in results):
+    kinds = {result.get("kind") for result in results} & {"pipeline", "stream"}
+    if kinds and len(results) > 1:
+        raise ResultError("results of the pipeline and of streams are drawn alone: name one")
+    if "pipeline" in kinds:
         from . import report
 
-        if len(results) > 1:
-            raise ResultError("a result of the pipeline is drawn alone: name one")
         report.plot(results[0], args.out)
+    elif "stream" in kinds:
+        from . import stream
+
+        stream.plot(results[0], args.out)
     else:
         plot(results, args.out)
     print(f"wrote {args.out}")

@@ -25,6 +25,7 @@ from .record import first_line, machine
 
 QUESTION = "what number is on the sign?"
 _SCENE_SECONDS = 24
+LEAST_MINUTES = 4
 _MINUTE = 60
 # How much longer, or larger, the last quarter may be: these machines are noisy, allocators keep some pages.
 BARS = {"time for a frame": 0.8, "time of an answer": 0.8, "resident memory": 0.98}

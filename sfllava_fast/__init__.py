@@ -7,10 +7,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FusedProjectorAggregator": "modules",
+    "MemoryStream": "memory",
     "PathwayProjectors": "modules",
     "SlowFastConfig": "config",
     "SlowFastAggregator": "modules",
     "SlowFastLlava": "engine",
+    "SlowFastStream": "stream",
     "SfllavaError": "errors",
     "parse_layout": "layouts",
     "project_and_aggregate": "projector",
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from .engine import SlowFastLlava as SlowFastLlava
     from .errors import SfllavaError as SfllavaError
     from .layouts import parse_layout as parse_layout
+    from .memory import MemoryStream as MemoryStream
     from .modules import FusedProjectorAggregator as FusedProjectorAggregator
     from .modules import PathwayProjectors as PathwayProjectors
     from .modules import SlowFastAggregator as SlowFastAggregator
     from .ops import slowfast_aggregate as slowfast_aggregate
     from .projector import project_and_aggregate as project_and_aggregate
+    from .stream import SlowFastStream as SlowFastStream
 
 
 def __getattr__(name: str):
