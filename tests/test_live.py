@@ -1,5 +1,8 @@
 """Sessions about streams: answers as of the frames that are kept, or that were appended; evictions, faults, bounds."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_engine import LAYOUT, QUESTION, Clip, count_calls, logits_of
@@ -528,6 +531,9 @@ def test_a_closed_stream_gives_everything_back(load, mode):
         session.ask(QUESTION, **ASK)
         assert session.nbytes > 0
         assert list(model.sessions) == ([] if mode == "append" else [session])
+        gone = weakref.ref(session._held.tokens[0] if mode == "append" else session.stream)
+    gc.collect()
+    assert gone() is None
     assert session.closed and session.nbytes == 0 and not list(model.sessions)
     for use in (lambda: session.ask(QUESTION), lambda: session.push(FRAMES[:1])):
         with pytest.raises(InputError, match="the session about camera is closed: open the video again"):
