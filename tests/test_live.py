@@ -220,19 +220,6 @@ def test_evicted_frames_are_as_if_they_had_never_been(load, seen, dtype, close):
     assert (ask_stream(session)[1] - ask_file(model, kept[1:])[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("seen", [11, 57])
-def test_moved_keys_of_16_bits_cost_no_more_than_16_bits_do(load, seen):
-    def logits(dtype, ask):
-        model = load(text={"num_hidden_layers": 1}, options={"dtype": dtype})
-        model.layout = model.layout.only("fast")
-        session = appended(model, 8, FRAMES[:seen])
-        return (ask_stream(session) if ask == "stream" else ask_file(model, FRAMES[session.frames]))[1].double()
-
-    exact = logits("float32", "file")
-    moved, still = (logits("bfloat16", ask) - exact for ask in ("stream", "file"))
-    assert 0 < moved.norm() <= 2 * still.norm()
-
-
 def test_deeper_layers_remember_what_was_evicted(fast):
     pushed = [appended(fast, 8, frames) for frames in (FRAMES[:11], torch.cat([FRAMES[30:33], FRAMES[3:11]]))]
     assert [session.frames for session in pushed] == [list(range(4, 11))] * 2
@@ -256,6 +243,19 @@ def test_a_key_is_moved_four_times_at_most(fast, most, monkeypatch):
     monkeypatch.setattr(fast.language, "drop", drop)
     push(session, FRAMES[: 3 * most + 2])
     assert len(session.frames) <= most and max(moves.values()) <= 4
+
+
+@pytest.mark.parametrize("seen", [11, 57])
+def test_moved_keys_of_16_bits_cost_no_more_than_16_bits_do(load, seen):
+    def logits(dtype, ask):
+        model = load(text={"num_hidden_layers": 1}, options={"dtype": dtype})
+        model.layout = model.layout.only("fast")
+        session = appended(model, 8, FRAMES[:seen])
+        return (ask_stream(session) if ask == "stream" else ask_file(model, FRAMES[session.frames]))[1].double()
+
+    exact = logits("float32", "file")
+    moved, still = (logits("bfloat16", ask) - exact for ask in ("stream", "file"))
+    assert 0 < moved.norm() <= 2 * still.norm()
 
 
 def test_a_question_costs_its_own_tokens_and_is_forgotten(fast, monkeypatch):
