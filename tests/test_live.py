@@ -1,5 +1,8 @@
 """Sessions about streams: answers as of the frames that are kept, or that were appended; evictions, faults, bounds."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_engine import LAYOUT, QUESTION, Clip, count_calls, logits_of
@@ -285,6 +288,19 @@ def test_a_key_is_moved_four_times_at_most(fast, most, monkeypatch):
     assert len(session.frames) <= most and max(moves.values()) <= 4
 
 
+@pytest.mark.parametrize("seen", [11, 57])
+def test_moved_keys_of_16_bits_cost_no_more_than_16_bits_do(load, seen):
+    def logits(dtype, ask):
+        model = load(text={"num_hidden_layers": 1}, options={"dtype": dtype})
+        model.layout = model.layout.only("fast")
+        session = appended(model, 8, FRAMES[:seen])
+        return (ask_stream(session) if ask == "stream" else ask_file(model, FRAMES[session.frames]))[1].double()
+
+    exact = logits("float32", "file")
+    moved, still = (logits("bfloat16", ask) - exact for ask in ("stream", "file"))
+    assert 0 < moved.norm() <= 2 * still.norm()
+
+
 def test_a_question_costs_its_own_tokens_and_is_forgotten(fast, monkeypatch):
     session = appended(fast, 8, FRAMES[:20])
     first = ask_stream(session)
@@ -558,6 +574,9 @@ def test_a_closed_stream_gives_everything_back(load, mode):
         session.ask(QUESTION, **ASK)
         assert session.nbytes > 0
         assert list(model.sessions) == ([] if mode == "append" else [session])
+        gone = weakref.ref(session._held.tokens[0] if mode == "append" else session.stream)
+    gc.collect()
+    assert gone() is None
     assert session.closed and session.nbytes == 0 and not list(model.sessions)
     for use in (lambda: session.ask(QUESTION), lambda: session.push(FRAMES[:1])):
         with pytest.raises(InputError, match="the session about camera is closed: open the video again"):
