@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .answer import Answer
-from .config import Layout, Plan
+from .config import Plan
 from .errors import InputError
 from .prompts import Prompt, Turn, pick_option
 from .stages import Stopwatch
@@ -35,8 +35,8 @@ class Conversation:
     slow_frames: list[int]
     tokens: dict[str, int]
 
-    def __init__(self, model: Pipeline, video: str, layout: Layout, projector: Mode) -> None:
-        self.model, self.video, self.layout, self.projector = model, video, layout, projector
+    def __init__(self, model: Pipeline, video: str, projector: Mode) -> None:
+        self.model, self.video, self.projector = model, video, projector
         self.turns: list[Turn] = []
         self.closed = False
 
@@ -91,7 +91,7 @@ class Conversation:
             video=self.video,
             question=question,
             model=model.checkpoint.name,
-            layout=str(self.layout),
+            layout=str(model.layout),
             frames=self.frames,
             slow_frames=self.slow_frames,
             tokens=self.tokens,
@@ -142,8 +142,8 @@ class PrefilledSession(Conversation):
 
     plan: Plan
 
-    def __init__(self, model: Pipeline, video: str, layout: Layout, projector: Mode) -> None:
-        super().__init__(model, video, layout, projector)
+    def __init__(self, model: Pipeline, video: str, projector: Mode) -> None:
+        super().__init__(model, video, projector)
         self._before: tuple[int, ...] = ()
         self._embeds: Tensor | None = None  # [1, P, D]: the prompt before the video, and the video's tokens
         self._cache: KvCache | None = None  # their keys and values, and room for a question and an answer
@@ -201,7 +201,7 @@ class PrefilledSession(Conversation):
         raise NotImplementedError
 
     def _check_context(self, prompt: Prompt, max_new_tokens: int) -> None:
-        self.model.check_context(prompt, self.tokens["total"], len(self.frames), max_new_tokens, self.layout)
+        self.model.check_context(prompt, self.tokens["total"], len(self.frames), max_new_tokens)
 
     def _prefill(self, prompt: Prompt, max_new_tokens: int, clock: Stopwatch) -> tuple[KvCache, Tensor]:
         embeds = self.encode(prompt.before, clock)

@@ -95,18 +95,19 @@ class SlowFastLlava(Pipeline):
         name: of the stream, told with the answers.
         Raises InputError, LayoutError, BackendError, and ContextError where a full stream would leave no room to ask.
         """
-        if layout is None:
-            layout = self.layout.only("fast") if mode == "append" and self.layout.fast_grid else self.layout
-        layout = Layout.parse(layout)
+        if layout is None and mode == "append" and self.layout.fast_grid:
+            layout = self.layout.only("fast")
+        model = self if layout is None else self.with_layout(layout)
         if mode == "append":
-            return AppendSession(self, layout, frames, name, **memory)
-        kept = {"grid": self.checkpoint.grid, "backend": self.backend, **memory}
-        kept["encode"] = lambda pictures: self.features(pictures, Stopwatch(self.device))
+            return AppendSession(model, frames, name, **memory)
+        kept = {"grid": model.checkpoint.grid, "backend": model.backend, **memory}
+        kept["encode"] = lambda pictures: model.features(pictures, Stopwatch(model.device))
         if mode == "slowfast":
-            return StreamSession(self, SlowFastStream(layout, self.frames if frames is None else frames, **kept), name)
+            most = model.frames if frames is None else frames
+            return StreamSession(model, SlowFastStream(model.layout, most, **kept), name)
         if mode == "memory":
             recent = {} if frames is None else {"recent_frames": frames}
-            return MemorySession(self, MemoryStream(layout, **recent, **kept), name)
+            return MemorySession(model, MemoryStream(model.layout, **recent, **kept), name)
         raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
 
     def load_session(self, path: str | Path) -> Session:

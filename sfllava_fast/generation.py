@@ -113,7 +113,6 @@ class LanguageModel:
         moved, there = self.new_cache(1, 3), self.new_cache(1, 3)
         try:
             with torch.inference_mode():
-                self.forget_scale()
                 self.prefill(moved, embeds)
                 self.drop(moved, 0, 2)
                 self.prefill(there, embeds[:, 2:])

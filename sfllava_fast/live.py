@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .answer import Answer
-from .config import Layout, Plan
+from .config import Plan
 from .conversation import Conversation, PrefilledSession, rounded_up
 from .errors import BackendError, ContextError, InputError, LayoutError, check_count
 from .memory import MemoryStream
@@ -45,10 +45,10 @@ class StreamSession(PrefilledSession):
 
     def __init__(self, model: Pipeline, stream: SlowFastStream | MemoryStream, name: str) -> None:
         # Features are projected as they come: nothing is left to commute.
-        super().__init__(model, name, stream.config, "exact")
+        super().__init__(model, name, "exact")
         self.stream = stream
         self._shown: object = None  # what `_embeds` are the tokens of
-        model.check_context(model.shortest_prompt(), *self._when_full(), 1, self.layout)
+        model.check_context(model.shortest_prompt(), *self._when_full(), 1)
 
     def push(self, frames: Tensor) -> None:
         """The next frames, uint8 RGB [t, H, W, 3], one or many; their size may change from push to push.
@@ -57,7 +57,7 @@ class StreamSession(PrefilledSession):
         """
         self.check_open()
         frames = as_frames(frames)
-        with torch.inference_mode(), Stopwatch(self.model.device)("aggregate"):
+        with torch.inference_mode(), Stopwatch(self.model.device)("aggregate"):  # of what the stream itself allocates
             self.stream.push(frames)
 
     @property
@@ -84,7 +84,7 @@ class StreamSession(PrefilledSession):
     def encode(self, before: tuple[int, ...], clock: Stopwatch) -> Tensor:
         showing = self._what_is_shown()
         if showing != self._shown:
-            self._embeds = None
+            self._embeds = self._shown = None
         embeds = super().encode(before, clock)
         self._shown = showing
         return embeds
@@ -130,8 +130,10 @@ class MemorySession(StreamSession):
         return recent | {"clips": clips, "total": total}
 
     def _select_by(self, question: str, scores: Sequence[float] | str | None) -> dict[str, Any]:
-        if scores != "question":
+        if not isinstance(scores, str):
             return {"scores": scores}
+        if scores != "question":
+            raise InputError(f"scores must be numbers, \"question\" or None, not {scores!r}")
         ids = self.model.tokenizer(question, add_special_tokens=False).input_ids
         return {"question": self.model.language.embed_tokens(ids).float().mean(0)}
 
@@ -170,8 +172,9 @@ class AppendSession(Conversation):
 
     slow_frames: list[int] = []
 
-    def __init__(self, model: Pipeline, layout: Layout, most: int | None, name: str) -> None:
-        super().__init__(model, name, layout, "exact")
+    def __init__(self, model: Pipeline, most: int | None, name: str) -> None:
+        super().__init__(model, name, "exact")
+        layout = model.layout
         if len(layout.pathways) > 1 or layout.pathways[0].frames.rule != "each":
             raise LayoutError(f"{layout} pools over several frames: append takes layouts of each frame by itself")
         language, prompt = model.language, model.shortest_prompt()
@@ -237,7 +240,7 @@ class AppendSession(Conversation):
             raise ContextError(
                 f"{self._most_tokens} video tokens + {words} of prompt + {max_new_tokens} new = {total} exceed the "
                 f"context of {self._context}: lower max_new_tokens, or open the stream with fewer frames (now "
-                f"{self.most}) or a smaller layout than {self.layout}"
+                f"{self.most}) or a smaller layout than {self.model.layout}"
             )
 
     def _prefill(self, prompt: Prompt, max_new_tokens: int, clock: Stopwatch) -> tuple[KvCache, Tensor]:
@@ -251,10 +254,10 @@ class AppendSession(Conversation):
 
     def _encode(self, frames: Tensor, clock: Stopwatch) -> list[Tensor]:
         """The tokens [n, D] of each frame."""
-        features = self.model.features(frames, clock)
-        grid, backend = self.model.checkpoint.grid, self.model.backend
+        model = self.model
+        features = model.features(frames, clock)
         with clock("aggregate"):
-            tokens = slowfast_aggregate(features, self.layout, grid=grid, backend=backend)
+            tokens = slowfast_aggregate(features, model.layout, grid=model.checkpoint.grid, backend=model.backend)
             return [part.clone() for part in tokens.split(self._per_frame)]  # each is let go by itself
 
     def _append(self, tokens: list[Tensor]) -> None:
@@ -276,7 +279,6 @@ class AppendSession(Conversation):
     def _ready(self, room: int = 0) -> KvCache:
         """The keys and values of what is held, with room for so many tokens beyond the most that may be."""
         language, held = self.model.language, self._held.tokens
-        language.forget_scale()
         least = len(self._head) + self._most_tokens + room
         if self._cache is None or self._cache.capacity < least:
             cache = language.new_cache(1, rounded_up(least))

@@ -255,7 +255,7 @@ class MemoryStream:
         return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)
 
     def _check_layouts(self, features: Tensor) -> None:
-        self._plan(self.config, features[0], len(features))
+        self._plan(self.config, features[0], self.recent_frames)
         self._plan(self.clip_config, features[0], self.clip_frames)
 
     def _plan(self, config: Layout, frame: Tensor, frames: int) -> Plan:

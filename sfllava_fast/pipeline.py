@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +104,12 @@ class Pipeline:
         )
         self.stop_ids, self.stop_text = self._find_stops()
 
+    def with_layout(self, layout: str | Layout) -> Pipeline:
+        """This model in another layout; everything else, sessions among it, is shared."""
+        other = copy(self)
+        other.layout = Layout.parse(layout)
+        return other
+
     def check_new_tokens(self, count: int | None) -> int:
         """How many tokens to generate at most."""
         count = self.max_new_tokens if count is None else count
@@ -128,21 +135,14 @@ class Pipeline:
         """That of a question of one character: what every question costs, and what stands before the video."""
         return self._build_prompt("?")
 
-    def check_context(
-        self,
-        prompt: Prompt,
-        video_tokens: int,
-        frames: int,
-        max_new_tokens: int,
-        layout: Layout | None = None,
-    ) -> None:
+    def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
         if total > context:
             raise ContextError(
                 f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
                 f"exceed the context of {context}: lower frames (now {frames}), max_new_tokens, or take a "
-                f"smaller layout than {layout or self.layout}"
+                f"smaller layout than {self.layout}"
             )
 
     def allocate(self, before: int, video_tokens: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Session(PrefilledSession):
     """
 
     def __init__(self, model: Pipeline, video: str, clip: Video | None, frames: Sequence[int], plan: Plan) -> None:
-        super().__init__(model, video, model.layout, model.projector)
+        super().__init__(model, video, model.projector)
         self.frames, self.plan = list(frames), plan
         self._clip = clip
 
@@ -65,7 +65,7 @@ class Session(PrefilledSession):
             "model": self.model.fingerprint(),
             "video": self.video,
             "frames": self.frames,
-            "layout": str(self.layout),
+            "layout": str(self.model.layout),
             "before": self._before,
             "turns": [[turn.question, turn.answer, turn.choices] for turn in self.turns],
         }

@@ -118,7 +118,7 @@ class SlowFastStream:
         """A buffer for frames of this kind; the error of a layout that does not fit them."""
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
             buffer = features.new_empty(self.most, *features.shape[1:])
-        resolve_plan(buffer[: len(features)], self.config, self.grid)
+        resolve_plan(buffer, self.config, self.grid)
         return buffer
 
     def _thin(self, step: int) -> int:
