@@ -58,7 +58,7 @@ def open_live(source: str | os.PathLike[str], rate: float = DEFAULT_RATE) -> Liv
     if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
         raise InputError(f"the rate is a number of frames a second above 0, not {rate!r}")
     av = import_package("av", "pyav")
-    live = LiveVideo(av, _Source(os.fspath(source)), Fraction(str(rate)))
+    live = LiveVideo(av, _Source(os.fspath(source)), Fraction(str(float(rate))))
     try:
         live._wait_for_header()
     except BaseException:
@@ -92,13 +92,13 @@ class LiveVideo:
         self._thread.start()
 
     def next_frame(self, timeout: float | None = None) -> tuple[float, Tensor] | None:
-        """The next (seconds, frame), or None at the end of the stream.
+        """The next (seconds, frame), or None at the end of the stream and behind `close`.
 
         Waits for as long as it takes, and says once in the log that nothing comes; with a timeout raises TimeoutError
         after so many seconds, and nothing is lost: call again. Raises VideoError where no frame could be decoded.
         """
         with self._changed:
-            self._wait(lambda: self._ready or self._ended, timeout)
+            self._wait(lambda: self._ready or self._ended or self._stopped, timeout)
             if self._ready:
                 self._changed.notify_all()
                 return self._ready.popleft()
@@ -225,7 +225,7 @@ class LiveVideo:
             log.warning("%s is damaged: %d packets or frames could not be decoded", self.name, self.damaged)
         length = length or Fraction(microseconds or 0, 1_000_000)
         if not clock.jumps and clock.now + _SLACK < length:
-            log.warning("%s is cut short: it ends at %.1f of %.1f s", self.name, clock.now, length)
+            log.warning("%s ends at %.1f of %.1f s: it may be cut short", self.name, clock.now, length)
 
 
 class _Clock:

@@ -66,7 +66,7 @@ def test_what_came_since_the_last_answer_is_answered_at_the_end():
 
 
 def test_moments_without_frames_are_answered_once_by_the_next():
-    assert answered([0, 1, 9, 10], 2) == [(9, "a", 3), (10, "a", 4)]
+    assert answered([0, 1, 9, 9.5, 11], 2) == [(9, "a", 3), (11, "a", 5)]
 
 
 def test_a_stream_whose_beginning_was_dropped_is_answered_at_once():
