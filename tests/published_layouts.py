@@ -15,18 +15,18 @@ from torch import Tensor
 
 Grid = tuple[int, int]
 Layout = Callable[[Tensor, Grid, Tensor], Tensor]
-Pool = Callable[[Tensor], Tensor]
+Pool = Callable[..., Tensor]
 
-average, largest = (lambda x: F.avg_pool2d(x, 2)), (lambda x: F.max_pool2d(x, 2))
-average4, largest4 = (lambda x: F.avg_pool2d(x, 4)), (lambda x: F.max_pool2d(x, 4))
+def average(x: Tensor, stride: int = 2) -> Tensor:
+    return F.avg_pool2d(x, stride)
+
+
+def largest(x: Tensor, stride: int = 2) -> Tensor:
+    return F.max_pool2d(x, stride)
 
 
 def bilinear(x: Tensor, stride: int = 2) -> Tensor:
     return F.interpolate(x, size=[math.ceil(side / stride) for side in x.shape[2:]], mode="bilinear")
-
-
-def bilinear4(x: Tensor) -> Tensor:
-    return bilinear(x, 4)
 
 
 def pooled(x: Tensor, grid: Grid, pool: Pool) -> Tensor:
@@ -69,14 +69,14 @@ def each_frame(pool: Pool, newline: str = "no_token") -> Layout:
     return tokens
 
 
-def slow_or_fast(slow: Pool, fast: Pool, every: int, newline: bool) -> Layout:
-    """LLaVA-Video's add_faster_video: every k-th frame slow, the others fast; the last separator behind each frame, the
-    first, a newline, behind each row (in its code base always)."""
+def slow_or_fast(pool: Pool, every: int, newline: bool) -> Layout:
+    """LLaVA-Video's add_faster_video: every k-th frame slow, the others pooled by twice the stride. The last separator
+    stands behind each frame; the first, a newline, behind each row (in its code base always)."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor) -> Tensor:
         parts = []
         for t in range(len(x)):
-            frame = pooled(x[t : t + 1], grid, fast if t % every else slow)[0]
+            frame = pooled(x[t : t + 1], grid, lambda x: pool(x, stride=4 if t % every else 2))[0]
             frame = behind_rows(frame, separators[0]) if newline else frame
             parts += [frame.flatten(0, 1), separators[-1:]]
         return torch.cat(parts)
@@ -97,7 +97,7 @@ def pllava(x: Tensor, grid: Grid, separators: Tensor) -> Tensor:
 
 
 def means(x: Tensor, grid: Grid, separators: Tensor) -> Tensor:
-    """Video-ChatGPT (mbzuai-oryx/Video-ChatGPT): a mean of each frame, zeros up to 100 of them, a mean of each patch."""
+    """Video-ChatGPT (mbzuai-oryx/Video-ChatGPT): a mean of each frame, zeros up to 100, a mean of each patch."""
     temporal = x.mean(1)
     padding = temporal.new_zeros(max(0, 100 - len(temporal)), x.shape[2])
     return torch.cat([temporal, padding, x.mean(0)])
