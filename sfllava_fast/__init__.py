@@ -7,10 +7,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FusedProjectorAggregator": "modules",
+    "PathwayProjectors": "modules",
     "SlowFastConfig": "config",
     "SlowFastAggregator": "modules",
     "SlowFastLlava": "engine",
     "SfllavaError": "errors",
+    "parse_layout": "layouts",
     "project_and_aggregate": "projector",
     "sample_frames": "config",
     "slowfast_aggregate": "ops",
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from .config import sample_frames as sample_frames
     from .engine import SlowFastLlava as SlowFastLlava
     from .errors import SfllavaError as SfllavaError
+    from .layouts import parse_layout as parse_layout
     from .modules import FusedProjectorAggregator as FusedProjectorAggregator
+    from .modules import PathwayProjectors as PathwayProjectors
     from .modules import SlowFastAggregator as SlowFastAggregator
     from .ops import slowfast_aggregate as slowfast_aggregate
     from .projector import project_and_aggregate as project_and_aggregate

@@ -77,11 +77,12 @@ def ask(args: argparse.Namespace) -> None:
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `SlowFastLlava.from_pretrained` takes, beside the model."""
-    from .config import SlowFastConfig
+    from .layouts import parse_layout
 
-    names = ("dtype", "device", "backend", "attention", "projector")
-    layout = None if args.layout is None else SlowFastConfig.parse(args.layout)
-    return {"layout": layout, **{name: getattr(args, name) for name in names}}
+    if args.layout is not None:
+        parse_layout(args.layout)  # before anything is loaded
+    names = ("layout", "dtype", "device", "backend", "attention", "projector")
+    return {name: getattr(args, name) for name in names}
 
 
 def _print_answer(answer: Answer, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from .answer import Answer
 from .batch import answer_batch
 from .checkpoint import load_checkpoint
-from .config import SlowFastConfig, sample_frames
+from .config import Layout, sample_frames
 from .errors import InputError
 from .pipeline import Pipeline, check_count
 from .projector import Mode
@@ -29,7 +29,7 @@ class SlowFastLlava(Pipeline):
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path | None = None,
-        layout: str | SlowFastConfig | None = None,
+        layout: str | Layout | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: str = "auto",
@@ -38,14 +38,18 @@ class SlowFastLlava(Pipeline):
         projector: Mode = "exact",
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
+        separators: Mapping[str, torch.Tensor] | None = None,
     ) -> SlowFastLlava:
         """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face's format or the original; None is the embedded model.
 
-        layout: None takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
+        layout: any, or its text, such as a name of `layouts.PRESETS`, which also says how many frames are sampled; None
+        takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
         aggregator, by name or "auto". attention: one of `attention.CHOICES`. prompt:
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
         max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
+        separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
+        embedding of a text (see `learned.find_separators`).
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
@@ -55,7 +59,9 @@ class SlowFastLlava(Pipeline):
             checkpoint = replace(load_checkpoint(model_dir(), dtype, device, attention), name="embedded")
         else:
             checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
-        return cls(checkpoint, layout, backend, prompt, projector, max_sessions, max_session_bytes)
+        return cls(
+            checkpoint, layout, backend, prompt, projector, max_sessions, max_session_bytes, separators
+        )
 
     def open(self, video: Source, frames: int | None = None, decoder: str = "pyav") -> Session:
         """A session of questions about a video: a file, a folder of frames, an opened Video, or frames in memory (uint8
@@ -69,8 +75,7 @@ class SlowFastLlava(Pipeline):
         clip = open_video(video, decoder)
         name = str(video if isinstance(video, (str, os.PathLike)) else clip.path)
         indices = sample_frames(clip.total, frames)
-        plan = self.layout.plan(len(indices), self.checkpoint.grid)
-        return Session(self, name, clip, indices, plan)
+        return Session(self, name, clip, indices, self.plan(len(indices)))
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""

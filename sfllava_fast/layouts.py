@@ -52,6 +52,18 @@ def parse_layout(layout: str | Layout) -> Layout:
     return SlowFastConfig.parse(layout)
 
 
+def parse_patches_only(layout: str | Layout) -> Layout:
+    """A layout whose tokens are pooled patches of frames as they are, for code that brings nothing else.
+
+    Raises LayoutError for one that needs the class token, separators, or several frames in a picture.
+    """
+    parsed = parse_layout(layout)
+    needs = {"the class token": parsed.class_token, "separators": parsed.separators, "a canvas": parsed.canvas}
+    if lacking := [name for name, needed in needs.items() if needed]:
+        raise LayoutError(f"{layout} needs {' and '.join(lacking)}: use SlowFastLlava, or take another layout")
+    return parsed
+
+
 @lru_cache(maxsize=256)
 def find_preset(text: object) -> Preset | None:
     """The preset of this name and these options; None for any other text."""
@@ -108,10 +120,10 @@ def _llava_video_slowfast(
     (rule, reduce), fast = _POOLS[pool], 2 * int(stride)
     slow = f"slow:every{every},{rule}{stride},{rule}{stride},{reduce}"
     text = f"{slow}+fast:others{every},{rule}{fast},{rule}{fast},{reduce}{_NEWLINES[newline]}"
-    rows = ", a newline behind each row" if newline == "grid" else ""
+    rows = ", as in its code a newline behind each row" if newline == "grid" else ""
     summary = f"frame by frame, every {every}th by stride {stride}, the others by {fast}, a separator behind each{rows}"
     layout = Pathways.parse(f"{text};separator@frame;interleaved")
-    return Preset(name, layout, 64, (24, 24), "LLaVA-Video, arXiv 2410.02713", summary)
+    return Preset(name, layout, 64, (27, 27), "LLaVA-Video, arXiv 2410.02713", summary)
 
 
 def _pllava(name: str) -> Preset:
@@ -124,7 +136,7 @@ def _means(name: str) -> Preset:
     text = "temporal:each,adaptive1,adaptive1,mean,pad100+spatial:adaptive1,each,each,mean;before"
     means = "each frame's mean, zeros up to 100, then each patch's mean over the frames"
     if name == "red_villm":
-        summary = f"{means}; each part has its own projector"
+        summary = f"{means}; each part has its own projector (modules.PathwayProjectors)"
         return Preset(name, Pathways.parse(text), 100, (16, 16), "RED-VILLM, arXiv 2404.11865", summary)
     return Preset(name, Pathways.parse(text), 100, (16, 16), "Video-ChatGPT, arXiv 2306.05424", means)
 
@@ -138,7 +150,7 @@ def _videollm_online(name: str, interval: str = "") -> Preset:
 
 def _ig_vlm(name: str) -> Preset:
     layout = Pathways.parse("all:each,each,each,max;canvas3x2")
-    summary = "6 frames as one picture of 3 rows and 2 columns, every patch of it"
+    summary = "6 frames as one picture of 3 rows and 2 columns, every patch of it; no tiles (anyres)"
     return Preset(name, layout, 6, (24, 24), "IG-VLM, arXiv 2403.18406", summary)
 
 
@@ -152,7 +164,7 @@ _FAMILIES: dict[str, tuple[str, Callable[..., Preset]]] = {  # name -> its optio
     "uniform": ("", _uniform),
     "llava_next_image": ("", _llava_next_image),
     "llava_next_video": (_POOL + _NEWLINE, _llava_next_video),
-    "llava_video_slowfast": (_POOL + _STRIDES + "(?:-newline_(?P<newline>grid))?", _llava_video_slowfast),
+    "llava_video_slowfast": (_POOL + _STRIDES + "(?:-newline_(?P<newline>grid|none))?", _llava_video_slowfast),
     "pllava": ("", _pllava),
     "video_chatgpt": ("", _means),
     "red_villm": ("", _means),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from .config import Layout, SlowFastConfig
+from .errors import InputError
 from .layouts import parse_layout
 from .ops import slowfast_aggregate
 from .projector import Mode, project_and_aggregate, why_not_commuted
@@ -25,9 +29,21 @@ class SlowFastAggregator(nn.Module):
         super().__init__()
         self.config, self.backend, self.grid = parse_layout(config), backend, grid
 
-    def forward(self, features: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
+    def forward(
+        self,
+        features: Tensor,
+        frame_offsets: Tensor | None = None,
+        out: Tensor | None = None,
+        separators: Tensor | None = None,
+    ):
         return slowfast_aggregate(
-            features, self.config, out=out, backend=self.backend, grid=self.grid, frame_offsets=frame_offsets
+            features,
+            self.config,
+            out=out,
+            backend=self.backend,
+            grid=self.grid,
+            frame_offsets=frame_offsets,
+            separators=separators,
         )
 
     def extra_repr(self) -> str:
@@ -54,7 +70,13 @@ class FusedProjectorAggregator(nn.Module):
         self.projector = projector
         self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
 
-    def forward(self, hidden: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
+    def forward(
+        self,
+        hidden: Tensor,
+        frame_offsets: Tensor | None = None,
+        out: Tensor | None = None,
+        separators: Tensor | None = None,
+    ):
         return project_and_aggregate(
             hidden,
             self.projector,
@@ -64,8 +86,39 @@ class FusedProjectorAggregator(nn.Module):
             backend=self.backend,
             grid=self.grid,
             frame_offsets=frame_offsets,
+            separators=separators,
         )
 
     def extra_repr(self) -> str:
         reason = why_not_commuted(self.projector) if self.mode != "exact" else None
         return f"{self.config}, mode={self.mode}" + (f" (never commuted: {reason})" if reason else "")
+
+
+class PathwayProjectors(nn.Module):
+    """Pools first, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D].
+
+    RED-VILLM (arXiv 2404.11865) so projects its temporal and its spatial tokens; "red_villm" is the layout.
+    projectors: by the pathways' names, submodules `projectors.<name>`. A padded pathway's zeros are projected too.
+    Raises InputError for other names than the layout's, or a layout whose pathways do not follow one another.
+    """
+
+    def __init__(
+        self,
+        projectors: Mapping[str, nn.Module],
+        config: Layout | str = "red_villm",
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.backend, self.grid = parse_layout(config), backend, grid
+        names = [path.name for path in self.config.pathways]
+        if set(projectors) != set(names):
+            raise InputError(f"{self.config} needs a projector for each of {', '.join(names)}, and no other")
+        self.projectors = nn.ModuleDict({name: projectors[name] for name in names})
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = slowfast_aggregate(hidden, self.config, backend=self.backend, grid=self.grid, apart=True)
+        return torch.cat([self.projectors[name](part) for name, part in parts.items()])
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backend={self.backend}"

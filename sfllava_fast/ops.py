@@ -245,7 +245,7 @@ def _count_separators(layout: str) -> int:
 
 def check_separators(separators: Tensor | None, layout: str, features: Tensor) -> None:
     count = _count_separators(layout)
-    shape = [count, features.shape[2]]
+    shape = [count, features.shape[-1]]
     if separators is None and count:
         names = ", ".join(separator.name for separator in parse_layout(layout).separators)
         raise InputError(f"the layout has separators ({names}): pass separators={shape}")

@@ -10,18 +10,22 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends import choose
+from .canvas import CanvasVideo
 from .checkpoint import Checkpoint
-from .config import SlowFastConfig
+from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError
+from .layouts import find_preset, parse_layout
+from .learned import find_separators
 from .ops import slowfast_aggregate
-from .projector import MODES, Mode, project_and_aggregate, why_not_commuted
+from .plan import Plan
+from .projector import MODES, Mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
 from .prompts import (
     TEMPLATES,
     Prompt,
@@ -52,12 +56,13 @@ class Pipeline:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        layout: str | SlowFastConfig | None = None,
+        layout: str | Layout | None = None,
         backend: str = "auto",
         prompt: str = "auto",
         projector: Mode = "exact",
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
+        separators: Mapping[str, Tensor] | None = None,
     ) -> None:
         from .generation import LanguageModel
         from .preprocess import PreprocessSpec
@@ -74,11 +79,16 @@ class Pipeline:
         if projector not in MODES:
             raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
         self.projector: Mode = projector
-        reason = why_not_commuted(self.model.model.multi_modal_projector) if projector == "commuted" else None
-        if reason:
-            raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
-        self.layout = SlowFastConfig.parse(layout or options.get("layout") or SlowFastConfig())
-        self.frames = options.get("frames", DEFAULT_FRAMES)
+        layout = layout or options.get("layout") or SlowFastConfig()
+        self.layout, preset = parse_layout(layout), find_preset(layout)
+        if projector == "commuted":
+            reason = why_not_commuted(self.model.model.multi_modal_projector) or why_layout_not_commuted(self.layout)
+            if reason:
+                raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
+        self.frames = preset.frames if preset else options.get("frames", DEFAULT_FRAMES)
+        if self.layout.class_token and not checkpoint.drops_first:
+            raise InputError(f"{layout} reads the class token, which this model's vision tower does not have")
+        self.separators = find_separators(self.layout.separators, checkpoint, separators)
         self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
         self.backend = choose(
             backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
@@ -126,6 +136,10 @@ class Pipeline:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
 
+    def plan(self, frames: int) -> Plan:
+        """What the layout does to a video of so many sampled frames."""
+        return self.layout.plan(self.layout.count_pictures(frames), self.checkpoint.grid)
+
     def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
         total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
@@ -150,19 +164,27 @@ class Pipeline:
             parts = self._encode_frames(clip, frames, clock)
         with clock("projector"):
             patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-            if self.projector != "exact":
+            if self.projector != "exact" or self.layout.stage == "before":
                 self._project_and_aggregate(patches, rows)
                 return
             features = self.project(patches)
         with clock("aggregate"):
             slowfast_aggregate(
-                features, self.layout, out=rows, backend=self.backend, grid=self.checkpoint.grid
+                features,
+                self.layout,
+                out=rows,
+                backend=self.backend,
+                grid=self.checkpoint.grid,
+                separators=self.separators,
             )
 
     def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
         """Patch features of these frames, in parts [t, N, C]; on a GPU decoding goes on while the tower runs."""
         from .pixels import load_pixels
 
+        if self.layout.canvas:
+            clip = CanvasVideo(clip, frames, *self.layout.canvas)
+            frames = range(clip.total)
         parts = []
         passes = math.ceil(len(frames) / self.frames_per_pass)
         batch = math.ceil(len(frames) / passes)  # alike: a pass of two frames takes as long as one of several
@@ -183,7 +205,8 @@ class Pipeline:
         return parts
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`.
+        """Patch features [T, N, C] of pixel values [T, 3, h, w]: `hidden_states[vision_feature_layer]`, with the class
+        token where the layout reads it.
 
         Runs `frames_per_pass` frames at a time, and from then on half of that where they do not fit in memory.
         """
@@ -197,7 +220,7 @@ class Pipeline:
             self.frames_per_pass = min(self.frames_per_pass, len(pixels)) // 2 or 1
             log.warning("out of memory in the vision tower: going on with %d frames a pass", self.frames_per_pass)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return hidden[:, 1:] if self.checkpoint.drops_first else hidden
+        return hidden[:, 1:] if self.checkpoint.drops_first and not self.layout.class_token else hidden
 
     def project(self, patches: Tensor) -> Tensor:
         """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
@@ -212,6 +235,7 @@ class Pipeline:
             out=rows,
             backend=self.backend,
             grid=self.checkpoint.grid,
+            separators=self.separators,
         )
 
     def generate(

@@ -175,6 +175,17 @@ def why_not_commuted(projector: nn.Module) -> str | None:
     return None
 
 
+def why_layout_not_commuted(layout: Layout) -> str | None:
+    """Why a layout's pooling cannot go before the second layer; None where it can, or goes before the first anyway."""
+    if layout.stage == "before":
+        return None
+    if not layout.is_plain:
+        return f"{layout} has more than pooled patches, pathway after pathway"
+    if any(path.frames.rule in ("adaptive", "repeat", "stride") for path in layout.pathways):
+        return f"{layout} pools several frames together"
+    return None
+
+
 def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str | None:
     """Why pooling cannot go before the second layer in this call; None where it can."""
     if reason := why_not_commuted(projector):
@@ -186,12 +197,7 @@ def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str 
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
     if torch.is_autocast_enabled(hidden.device.type):
         return "autocast chooses the dtypes"
-    layout = parse_layout(config)
-    if not layout.is_plain:
-        return "the layout has more than one pathway's pooled patches after another's"
-    if any(path.frames.rule in ("adaptive", "repeat", "stride") for path in layout.pathways):
-        return "the layout pools several frames together"
-    return None
+    return why_layout_not_commuted(parse_layout(config))
 
 
 def _is_exact_gelu(act: nn.Module) -> bool:

@@ -232,7 +232,7 @@ class Session:
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
             raise InputError(f"{path} was saved with another model, dtype or layout: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
-        session = cls(model, facts["video"], None, frames, model.layout.plan(len(frames), model.checkpoint.grid))
+        session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
         session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
         with torch.inference_mode():
             embeds, rows = model.allocate(len(before), session.plan.tokens["total"])

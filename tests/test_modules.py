@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from wrapped_modules import LAYOUT, SIDE, C, make_hidden, make_net, make_projector, work
 
-from sfllava_fast import FusedProjectorAggregator, project_and_aggregate, slowfast_aggregate
+from sfllava_fast import FusedProjectorAggregator, PathwayProjectors, project_and_aggregate, slowfast_aggregate
 from sfllava_fast.errors import InputError
 from sfllava_fast.projector import _commuted
 
@@ -187,3 +187,38 @@ def test_wrapped_by_ddp_and_fsdp(tmp_path):
     assert len(found) == 5 and abs(expected - untrained) > 0.01
     for name, loss in found.items():
         assert loss == pytest.approx(expected, rel=1e-5), name
+
+
+def two_projectors():
+    torch.manual_seed(3)
+    return {name: nn.Linear(C, 6) for name in ("temporal", "spatial")}
+
+
+def test_each_pathway_has_its_projector(graphs):
+    """RED-VILLM's: means over patches, zeros up to 100, and means over frames, each projected by its own."""
+    projectors, hidden = two_projectors(), make_hidden().requires_grad_()
+    module = PathwayProjectors(projectors)
+    zeros = torch.zeros(100 - len(hidden), C)
+    temporal = projectors["temporal"](torch.cat([hidden.mean(1), zeros]))
+    expected = torch.cat([temporal, projectors["spatial"](hidden.mean(0))])
+    tokens = module(hidden)
+    torch.testing.assert_close(tokens, expected)
+    (grad,) = torch.autograd.grad(tokens.square().sum(), hidden, retain_graph=True)
+    (by_hand,) = torch.autograd.grad(expected.square().sum(), hidden)
+    torch.testing.assert_close(grad, by_hand)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=graphs)
+    for frames in (9, 4, 7):
+        assert torch.equal(compiled(hidden[:frames]), module(hidden[:frames]))
+    assert {key.split(".")[1] for key in module.state_dict()} == {"temporal", "spatial"}
+
+
+@pytest.mark.parametrize("names", [["temporal"], ["temporal", "spatial", "other"], ["slow", "fast"]])
+def test_projectors_of_other_pathways_are_refused(names):
+    with pytest.raises(InputError, match="temporal, spatial"):
+        PathwayProjectors({name: nn.Identity() for name in names})
+
+
+def test_interleaved_pathways_have_no_parts():
+    module = PathwayProjectors({name: nn.Identity() for name in ("class", "pool")}, "videollm_online")
+    with pytest.raises(InputError, match="apart"):
+        module(torch.randn(2, 17, C))

@@ -31,8 +31,8 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..config import sample_frames
 from ..errors import CheckpointError, InputError
-from ..ops import slowfast_aggregate
 from ..preprocess import PreprocessSpec, preprocess
+from ..projector import project_and_aggregate
 from .settings import VideoSettings
 
 
@@ -189,8 +189,9 @@ class _SlowFast:
             return super().embed_multimodal(**kwargs)
         settings, counts = self._settings, kwargs["video_frames"].flatten().tolist()
         hidden = self._image_pixels_to_features(self.vision_tower, kwargs["pixel_values_videos"])
-        tokens, _ = slowfast_aggregate(
-            self.multi_modal_projector(hidden),
+        tokens, _ = project_and_aggregate(
+            hidden,
+            self.multi_modal_projector,
             settings.layout,
             grid=settings.grid,
             frame_offsets=[0, *accumulate(counts)],

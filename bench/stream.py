@@ -1,0 +1,126 @@
+"""An hour of a stream at a frame a second: time for a frame, memory, and time of an answer, as the stream grows.
+
+Drawn scenes, encoded to a file and read back as they come; every mode of `SlowFastLlava.open_stream` watches it. A
+question is asked every minute. What is asked of a figure is that it stays flat: its median over the second quarter of
+the stream, when everything is full, over that of the last.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from sfllava_fast import SlowFastLlava
+from sfllava_fast.embedded.scenes import CANVAS, draw_scene, frame_times, render
+from sfllava_fast.live import STREAM_MODES
+from sfllava_fast.live_video import open_live
+
+from .record import first_line, machine
+
+QUESTION = "what number is on the sign?"
+_SCENE_SECONDS = 24
+_MINUTE = 60
+# How much longer, or larger, the last quarter may be: these machines are noisy, allocators keep some pages.
+BARS = {"time for a frame": 0.8, "time of an answer": 0.8, "resident memory": 0.98}
+
+
+def write_stream(path: Path, seconds: int) -> None:
+    """Encodes drawn scenes one after the other as H.264, a frame a second."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1, options={"preset": "ultrafast", "g": "10"})
+        stream.width = stream.height = CANVAS
+        stream.pix_fmt = "yuv420p"
+        for start in range(0, seconds, _SCENE_SECONDS):
+            scene = draw_scene(f"stream {start}")
+            times = frame_times(list(range(_SCENE_SECONDS)), _SCENE_SECONDS)[: seconds - start]
+            for picture in render(scene, times):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def run(minutes: int, only: str, save: Callable[[dict], None]) -> dict:
+    """Every mode whose name contains `only`; `save` gets the result as it grows."""
+    result = {"kind": "stream", "minutes": minutes, "machine": machine("cpu"), "works": {}, "errors": {}}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "stream.mp4"
+        write_stream(path, minutes * _MINUTE)
+        for mode in (mode for mode in STREAM_MODES if only in mode):
+            try:
+                result["works"][mode] = _figures(watch(path, mode))
+            except Exception as error:  # one mode must not lose the others
+                result["errors"][mode] = first_line(error)
+            save(result)
+    return result
+
+
+def watch(path: Path, mode: str) -> dict[str, np.ndarray]:
+    """Of each minute of the stream: medians of seconds for a frame, of resident bytes; bytes held, seconds to answer."""
+    model = SlowFastLlava.from_pretrained()
+    minutes: dict[str, list[float]] = {"frame": [], "answer": [], "resident": [], "held": []}
+    frames, resident = [], []
+    with open_live(path, rate=1) as video, model.open_stream(mode) as session:
+        gc.collect()
+        last = time.perf_counter()
+        for number, (_, frame) in enumerate(video, 1):
+            session.push(frame[None])
+            frames.append(time.perf_counter() - last)
+            resident.append(_resident_bytes())
+            if number % _MINUTE == 0:
+                start = time.perf_counter()
+                session.ask(QUESTION)
+                minutes["answer"].append(time.perf_counter() - start)
+                minutes["frame"].append(sum(frames) / len(frames))
+                minutes["resident"].append(median(resident))
+                minutes["held"].append(session.nbytes)
+                frames, resident = [], []
+            last = time.perf_counter()
+    return {name: np.array(values) for name, values in minutes.items()}
+
+
+def _figures(minutes: dict[str, np.ndarray]) -> dict:
+    flat = zip(BARS, (_flatness(minutes[name]) for name in ("frame", "answer", "resident")))
+    frame = minutes["frame"]
+    return {
+        "providers": {"stream": {"p50_ms": 1e3 * median(frame), "ratio": 1.0}},
+        "bars": {name: {"ratio": ratio, "bar": BARS[name]} for name, ratio in flat},
+        "minutes": {name: values.tolist() for name, values in minutes.items()},
+    }
+
+
+def _flatness(values: np.ndarray) -> float:
+    quarter = len(values) // 4
+    return float(np.median(values[quarter : 2 * quarter]) / np.median(values[-quarter:]))
+
+
+def _resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def plot(result: dict, path: Path) -> None:
+    """Writes a picture: time for a frame, time of an answer and memory against the minutes of the stream."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "frame": ("milliseconds for a frame", 1e3),
+        "answer": ("milliseconds to answer", 1e3),
+        "resident": ("resident memory, MB", 1e-6),
+        "held": ("held by the session, MB", 1e-6),
+    }
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, (name, (label, scale)) in zip(figure.subplots(2, 2).flat, panels.items()):
+        for mode, figures in result["works"].items():
+            values = np.array(figures["minutes"][name]) * scale
+            axes.plot(range(1, len(values) + 1), values, label=mode)
+        axes.set(xlabel="minutes of the stream, a frame a second", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
