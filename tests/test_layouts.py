@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import published_layouts as published
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from sfllava_fast import backends, slowfast_aggregate
+from sfllava_fast.canvas import compose_canvas
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts import PRESETS, parse_layout
 
@@ -34,12 +36,11 @@ LAYOUTS = {
     "llava_next_video-bilinear-newline_grid": _BY_FRAME(published.bilinear, "grid"),
     "llava_next_video-max-newline_frame": _BY_FRAME(published.largest, "frame"),
     "llava_next_video-bilinear-newline_one": _BY_FRAME(published.bilinear, "one_token"),
-    "llava_video_slowfast": published.slow_or_fast(published.average, every=10, newline=True),
+    "llava_video_slowfast": published.slow_or_fast(published.average, 10, newline=False),
+    "llava_video_slowfast-every_1": published.slow_or_fast(published.average, 1, newline=False),
     "llava_video_slowfast-avg-every_3-newline_grid": published.slow_or_fast(published.average, 3, newline=True),
     "llava_video_slowfast-max-every_2-newline_grid": published.slow_or_fast(published.largest, 2, newline=True),
     "llava_video_slowfast-bilinear-every_3-newline_grid": published.slow_or_fast(published.bilinear, 3, newline=True),
-    "llava_video_slowfast-every_1": published.slow_or_fast(published.average, 1, newline=True),
-    "llava_video_slowfast-every_3-newline_none": published.slow_or_fast(published.average, 3, newline=False),
     "pllava": published.pllava,
     "video_chatgpt": published.means,
     "red_villm": published.means,
@@ -73,7 +74,7 @@ PUBLISHED = {  # frames, grid, tokens
     "uniform": (6, (24, 24), 3456),
     "llava_next_image": (32, (24, 24), 4608),
     "llava_next_video": (32, (24, 24), 4608),
-    "llava_video_slowfast": (64, (27, 27), 7 * 183 + 57 * 43),
+    "llava_video_slowfast": (64, (27, 27), 7 * 170 + 57 * 37),
     "pllava": (16, (24, 24), 2304),
     "video_chatgpt": (100, (16, 16), 356),
     "red_villm": (100, (16, 16), 356),
@@ -86,6 +87,7 @@ SHAPES = [
     ("llava_next_video-bilinear-newline_one", 32, (24, 24), 4609),
     ("llava_next_video-avg-newline_grid", 32, (24, 24), 4992),
     ("llava_next_video-bilinear-newline_grid", 64, (27, 27), 13440),  # LLaVA-Video
+    ("llava_video_slowfast-newline_grid", 64, (27, 27), 7 * 183 + 57 * 43),  # as its code has them
     ("llava_video_slowfast-bilinear-newline_grid", 64, (27, 27), 7 * 211 + 57 * 57),
     ("pllava", 64, (24, 24), 2304),
     ("pllava", 4, (24, 24), 2304),
@@ -135,6 +137,20 @@ def test_values_in_float64_on_any_video(text, frames, height, width, channels):
         assert min(grid) < 4
         return
     torch.testing.assert_close(got, LAYOUTS[text](x, grid, vectors), **CLOSE)
+
+
+def test_frames_may_be_averaged_between_which_patches_lie():
+    x, grid = patches("uniform", 7, (9, 6)), (9, 6)
+    got = slowfast_aggregate(x, "pool:adaptive3,linear2,linear2,mean", grid=grid)
+    frames = torch.stack([x[start:stop].mean(0) for start, stop in ((0, 3), (2, 5), (4, 7))])
+    torch.testing.assert_close(got, published.pooled(frames, grid, published.bilinear).flatten(0, 2), **CLOSE)
+
+
+def test_ig_vlms_picture():
+    frames = torch.randint(256, (5, 4, 6, 3), dtype=torch.uint8)
+    white = np.full((4, 6, 3), 255, np.uint8)
+    rows = [np.hstack(pair) for pair in zip(frames[::2].numpy(), [*frames[1::2].numpy(), white])]
+    assert np.array_equal(compose_canvas(frames, 3, 2)[0].numpy(), np.vstack(rows))
 
 
 def backend_names() -> list[str]:
