@@ -118,6 +118,31 @@ def test_a_presets_own_frames_and_grid_are_the_published_ones(name):
 
 
 @each_layout
+def test_the_text_of_a_layout_is_the_layout(text):
+    layout = parse_layout(text)
+    assert parse_layout(str(layout)) == layout and parse_layout(layout) is layout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plava", "pllava-16", "llava_next_video-newline", "llava_next_video-newline_row", "llava_next_video-mean",
+        "llava_video_slowfast-every_0", "videollm_online-interval-interval", "sf_llava ", "", None, 3,
+    ],
+)  # fmt: skip
+def test_what_is_no_layout_is_said_in_a_line(text):
+    with pytest.raises(LayoutError) as error:
+        parse_layout(text)
+    assert "\n" not in str(error.value)
+
+
+def test_where_presets_pool():
+    before = {name for name, preset in PRESETS.items() if preset.layout.stage == "before"}
+    assert before == {"video_chatgpt", "red_villm", "videollm_online"}
+    assert {name for name, preset in PRESETS.items() if preset.layout.canvas == (3, 2)} == {"ig_vlm"}
+
+
+@each_layout
 def test_values_in_float64(text):
     for frames, grid in itertools.product((1, 2, 9, 15, 17, 101), ((4, 4), (7, 9))):
         x, vectors = patches(text, frames, grid), separators(text)
@@ -298,6 +323,22 @@ def test_compile_once_for_every_number_of_frames(text):
         x = patches(text, frames, (9, 7), 4, torch.float32)
         assert torch.equal(call(x), slowfast_aggregate(x, text, grid=(9, 7), separators=vectors) * 2)
     assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+@distinct
+def test_compiled_packed_videos(text):
+    torch._dynamo.reset()
+    vectors = separators(text, 4, torch.float32)
+    call = torch.compile(
+        lambda x, ends: slowfast_aggregate(x, text, grid=(9, 7), separators=vectors, frame_offsets=ends),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    for ends in ([0, 2, 7], [0, 20, 21, 130]):
+        x = patches(text, ends[-1], (9, 7), 4, torch.float32)
+        tokens, offsets = call(x, torch.tensor(ends))
+        expected, at = slowfast_aggregate(x, text, grid=(9, 7), separators=vectors, frame_offsets=ends)
+        assert torch.equal(tokens, expected) and torch.equal(offsets, at)
     torch._dynamo.reset()
 
 
