@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import published_layouts as published
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import GuardedRows, assert_same
+from published_layouts import (
+    average, bilinear, class_and_grid, each_frame, largest, means, pllava, pooled, slow_or_fast, slowfast, whole,
+)  # fmt: skip
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -19,34 +21,32 @@ from sfllava_fast.canvas import compose_canvas
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts import PRESETS, parse_layout
 
-_SF_LLAVA = published.slowfast(10, "spatial_1d_max_pool", (4, 4))
-_BY_FRAME = published.each_frame
 LAYOUTS = {
-    "sf_llava": _SF_LLAVA,
-    "sf_llava_34b": _SF_LLAVA,
-    "slow_only": published.slowfast(10, "spatial_1d_max_pool", None),
-    "fast_only": published.slowfast(0, "", (4, 4)),
-    "uniform": published.whole,
-    "llava_next_image": _BY_FRAME(published.average),
-    "llava_next_video": _BY_FRAME(published.average),
-    "llava_next_video-max": _BY_FRAME(published.largest),
-    "llava_next_video-bilinear": _BY_FRAME(published.bilinear),
-    "llava_next_video-newline_none": _BY_FRAME(published.average, "no_token"),
-    "llava_next_video-avg-newline_grid": _BY_FRAME(published.average, "grid"),
-    "llava_next_video-bilinear-newline_grid": _BY_FRAME(published.bilinear, "grid"),
-    "llava_next_video-max-newline_frame": _BY_FRAME(published.largest, "frame"),
-    "llava_next_video-bilinear-newline_one": _BY_FRAME(published.bilinear, "one_token"),
-    "llava_video_slowfast": published.slow_or_fast(published.average, 10, newline=False),
-    "llava_video_slowfast-every_1": published.slow_or_fast(published.average, 1, newline=False),
-    "llava_video_slowfast-avg-every_3-newline_grid": published.slow_or_fast(published.average, 3, newline=True),
-    "llava_video_slowfast-max-every_2-newline_grid": published.slow_or_fast(published.largest, 2, newline=True),
-    "llava_video_slowfast-bilinear-every_3-newline_grid": published.slow_or_fast(published.bilinear, 3, newline=True),
-    "pllava": published.pllava,
-    "video_chatgpt": published.means,
-    "red_villm": published.means,
-    "videollm_online": published.class_and_grid(interval=False),
-    "videollm_online-interval": published.class_and_grid(interval=True),
-    "ig_vlm": published.whole,
+    "sf_llava": slowfast(10, "spatial_1d_max_pool", (4, 4)),
+    "sf_llava_34b": slowfast(10, "spatial_1d_max_pool", (4, 4)),
+    "slow_only": slowfast(10, "spatial_1d_max_pool", None),
+    "fast_only": slowfast(0, "", (4, 4)),
+    "uniform": whole,
+    "llava_next_image": each_frame(average),
+    "llava_next_video": each_frame(average),
+    "llava_next_video-max": each_frame(largest),
+    "llava_next_video-bilinear": each_frame(bilinear),
+    "llava_next_video-newline_none": each_frame(average, "no_token"),
+    "llava_next_video-avg-newline_grid": each_frame(average, "grid"),
+    "llava_next_video-bilinear-newline_grid": each_frame(bilinear, "grid"),
+    "llava_next_video-max-newline_frame": each_frame(largest, "frame"),
+    "llava_next_video-bilinear-newline_one": each_frame(bilinear, "one_token"),
+    "llava_video_slowfast": slow_or_fast(average, 10, newline=False),
+    "llava_video_slowfast-every_1": slow_or_fast(average, 1, newline=False),
+    "llava_video_slowfast-avg-every_3-newline_grid": slow_or_fast(average, 3, newline=True),
+    "llava_video_slowfast-max-every_2-newline_grid": slow_or_fast(largest, 2, newline=True),
+    "llava_video_slowfast-bilinear-every_3-newline_grid": slow_or_fast(bilinear, 3, newline=True),
+    "pllava": pllava,
+    "video_chatgpt": means,
+    "red_villm": means,
+    "videollm_online": class_and_grid(interval=False),
+    "videollm_online-interval": class_and_grid(interval=True),
+    "ig_vlm": whole,
 }
 each_layout = pytest.mark.parametrize("text", LAYOUTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -168,7 +168,7 @@ def test_frames_may_be_averaged_between_which_patches_lie():
     x, grid = patches("uniform", 7, (9, 6)), (9, 6)
     got = slowfast_aggregate(x, "pool:adaptive3,linear2,linear2,mean", grid=grid)
     frames = torch.stack([x[start:stop].mean(0) for start, stop in ((0, 3), (2, 5), (4, 7))])
-    torch.testing.assert_close(got, published.pooled(frames, grid, published.bilinear).flatten(0, 2), **CLOSE)
+    torch.testing.assert_close(got, pooled(frames, grid, bilinear).flatten(0, 2), **CLOSE)
 
 
 def test_ig_vlms_picture():
