@@ -62,7 +62,7 @@ def run(minutes: int, only: str, save: Callable[[dict], None]) -> dict:
 
 
 def watch(path: Path, mode: str) -> dict[str, np.ndarray]:
-    """Of each minute of the stream: medians of seconds for a frame, of resident bytes; bytes held, seconds to answer."""
+    """Of each minute of the stream: mean seconds for a frame, median resident bytes; bytes held, seconds to answer."""
     model = SlowFastLlava.from_pretrained()
     minutes: dict[str, list[float]] = {"frame": [], "answer": [], "resident": [], "held": []}
     frames, resident = [], []

@@ -1,4 +1,5 @@
-"""The command line: ask a question, answer a file of them, inspect a layout, show what runs here, or see the demo.
+"""The command line: ask a question, watch a stream, answer a file of questions, inspect a layout, show what runs here,
+or see the demo.
 
 Answers go to stdout; progress, summaries, warnings and errors to stderr. Exit codes: 0 done, 2 bad usage or
 input (one line says what), 130 interrupted.
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ask(args: argparse.Namespace) -> None:
-    if not all(question.strip() for question in args.questions):
-        raise InputError('the question is empty: ask something, such as "What happens in the video?"')
+    _check_questions(args.questions)
     options = _model_options(args)
     # Before the model, which may take long to load: a bad video should fail at once.
     video, opened = _open(args.video, args.decoder)
@@ -73,6 +73,34 @@ def ask(args: argparse.Namespace) -> None:
             if not number:
                 answer.seconds["decode"] += opened
             _print_answer(answer, args.json)
+
+
+def watch(args: argparse.Namespace) -> None:
+    from .live_video import open_live
+    from .watch import time_stamp, watch_live
+
+    _check_questions(args.questions)
+    options = _model_options(args)
+    layout = options.pop("layout")
+    with open_live(args.video, args.rate) as live:
+        with _progress() as say:
+            say("loading the model")
+            model = _load(args.model, **options)
+        with model.open_stream(args.mode, args.frames, layout, live.name) as session:
+            asked = args.every, args.max_new_tokens, args.no_repeat
+            for seconds, answer in watch_live(live, session, args.questions, *asked):
+                if args.json:
+                    line = json.dumps({"time": seconds, **answer.to_json()}, ensure_ascii=False)
+                else:
+                    question = f"{answer.question} | " if len(args.questions) > 1 else ""
+                    stamp = time_stamp(seconds, decimals=not args.every.is_integer())
+                    line = f"[{stamp}] {question}{' '.join(answer.text.split())}"
+                print(line, flush=True)
+
+
+def _check_questions(questions: Sequence[str]) -> None:
+    if not all(question.strip() for question in questions):
+        raise InputError('the question is empty: ask something, such as "What happens in the video?"')
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -208,7 +236,7 @@ def bench(args: argparse.Namespace) -> int:
     return main(args)
 
 
-_COMMANDS = {command.__name__: command for command in (ask, batch, score, inspect, info, demo, bench)}
+_COMMANDS = {command.__name__: command for command in (ask, watch, batch, score, inspect, info, demo, bench)}
 
 
 def _print_demo(answers: list[Answer], expected: list[str]) -> None:

@@ -6,19 +6,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .answer import Answer
 from .batch import answer_batch
 from .checkpoint import load_checkpoint
-from .config import Layout, sample_frames
-from .errors import InputError
-from .pipeline import Pipeline, check_count
+from .config import Layout, SlowFastConfig, sample_frames
+from .errors import InputError, LayoutError, check_count
+from .live import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
+from .memory import MemoryStream
+from .pipeline import Pipeline
 from .projector import Mode
 from .residents import DEFAULT_SESSIONS
 from .session import Session
 from .stages import Stopwatch
+from .stream import SlowFastStream
 from .video import Source, open_video
 
 
@@ -76,6 +80,42 @@ class SlowFastLlava(Pipeline):
         name = str(video if isinstance(video, (str, os.PathLike)) else clip.path)
         indices = sample_frames(clip.total, frames)
         return Session(self, name, clip, indices, self.plan(len(indices)))
+
+    def open_stream(
+        self,
+        mode: StreamMode = "slowfast",
+        frames: int | None = None,
+        layout: str | Layout | None = None,
+        name: str = "stream",
+        **memory: Any,
+    ) -> StreamSession | AppendSession:
+        """A session about a stream of any length: `push` frames as they come, `ask` at any moment.
+
+        mode: "slowfast" keeps evenly spaced frames (`stream.kept_frames`), "memory" the last ones in full and older
+            ones as condensed clips (`memory.MemoryStream`, whose other settings may follow); a question prefills what
+            is kept at its moment. "append" prefills frames as they come, so that a question costs its own tokens alone.
+        frames: kept at most: evenly spaced (None: the checkpoint's number, else 50), in full (16), or in the cache (as
+            many as fit the context beside a question).
+        layout: of the frames kept; None takes the model's, and of it the fast pathway where frames are appended.
+        name: of the stream, told with the answers.
+        Raises InputError, LayoutError, BackendError, and ContextError where a full stream would leave no room to ask.
+        """
+        if layout is None and mode == "append" and isinstance(self.layout, SlowFastConfig) and self.layout.fast_grid:
+            layout = self.layout.only("fast")
+        model = self if layout is None else self.with_layout(layout)
+        if model.layout.canvas or mode == "memory" and model.layout.stage == "before":
+            raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")
+        if mode == "append":
+            return AppendSession(model, frames, name, **memory)
+        kept = {"grid": model.checkpoint.grid, "backend": model.backend, **memory}
+        kept["encode"] = lambda pictures: model.features(pictures, Stopwatch(model.device))
+        if mode == "slowfast":
+            most = model.frames if frames is None else frames
+            return StreamSession(model, SlowFastStream(model.layout, most, **kept), name)
+        if mode == "memory":
+            recent = {} if frames is None else {"recent_frames": frames}
+            return MemorySession(model, MemoryStream(model.layout, **recent, **kept), name)
+        raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""

@@ -48,3 +48,9 @@ class ServerError(SfllavaError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_count(name: str, count: object) -> None:
+    """InputError unless it is a whole number of at least 1."""
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

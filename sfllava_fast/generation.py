@@ -79,6 +79,48 @@ class LanguageModel:
         cache.length += embeds.shape[1]
         return self.head(hidden[:, -1])
 
+    def drop(self, cache: KvCache, start: int, count: int) -> None:
+        """Forget `count` tokens of a cache of one row from `start` on; those behind take their place and positions.
+
+        In place, a layer at a time: an interrupt leaves the cache torn. What deeper layers computed with the dropped
+        tokens in sight stays as it is.
+        """
+        stop = cache.length
+        cos, sin = self._turn(torch.arange(start + count, stop, device=self.device), count)
+        for keys, values in cache.buffer:
+            keys[..., start : stop - count, :] = _rotate(keys[..., start + count : stop, :], cos, sin)
+            values[..., start : stop - count, :] = values[..., start + count : stop, :].clone()
+        cache.length -= count
+
+    def _turn(self, positions: Tensor, down: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, width] that take keys from these positions to lower ones: a rotary embedding is a rotation.
+
+        Off goes what the model put on, its own rounded cos and sin, and on comes what it would put on there: so keys
+        differ by their last rounding alone from those that were always there.
+        """
+        anything = torch.empty(1, dtype=self.dtype, device=self.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        both = (self.core.rotary_emb(anything, at[None]) for at in (positions, positions - down))
+        (cos, sin), (to_cos, to_sin) = ([part[0].to(wide) for part in parts] for parts in both)
+        length = cos.square() + sin.square()
+        return (to_cos * cos + to_sin * sin) / length, (to_sin * cos - to_cos * sin) / length
+
+    @cached_property
+    def moves_keys(self) -> bool:
+        """Whether `drop` holds for this model's keys, tried on the first layer's."""
+        embeds = torch.randn(1, 3, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        embeds = embeds.to(self.device, self.dtype)
+        moved, there = self.new_cache(1, 3), self.new_cache(1, 3)
+        try:
+            with torch.inference_mode():
+                self.prefill(moved, embeds)
+                self.drop(moved, 0, 2)
+                self.prefill(there, embeds[:, 2:])
+        except (AttributeError, TypeError, RuntimeError):  # no rotary embedding, or one of another form
+            return False
+        keys, expected = (cache.buffer[0, 0, ..., 0, :].float() for cache in (moved, there))
+        return bool((keys - expected).norm() <= 0.02 * expected.norm())
+
     def extend_rows(self, cache: KvCache, parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         """Logits [rows, V] behind parts [n_i, D], appended to rows of different lengths in one forward pass.
 
@@ -190,3 +232,10 @@ class StaticStep:
             self.captures = False
             return
         self.graph = graph
+
+
+def _rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys [..., n, width] turned in the plane of each pair of channels, halves apart, as Llama pairs them."""
+    keys = keys.to(cos.dtype)
+    first, second = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat([-second, first], dim=-1) * sin

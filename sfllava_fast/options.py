@@ -15,6 +15,7 @@ _TOP_EXAMPLES = """
 examples:
   sfllava-fast demo                              the small model that ships answers about its sample video
   sfllava-fast ask clip.mp4 "What happens?"      ask about your own video, file or folder of frames
+  sfllava-fast watch - "What happens?"           answer again and again, as a stream goes on
   sfllava-fast batch FILE --out answers.jsonl    answer a file of questions, and go on after any kill
   sfllava-fast score answers.jsonl               see how many answers are right
   sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
@@ -38,6 +39,24 @@ examples:
 
   multiple choice, frames already extracted:
     sfllava-fast ask frames/ "What is in the box?" --choices "a cat" "a dog" "nothing"
+"""
+_WATCH_EXAMPLES = """
+Times are those of the stream, from its first frame.
+
+examples:
+  a file, an answer for every 2 seconds of it:
+    sfllava-fast watch clip.mp4 "what is there?" --every 2
+
+  a camera; while an answer is made, the oldest frames that wait are dropped:
+    sfllava-fast watch /dev/video0 "Who is at the door?" --every 5 --no-repeat --model DIR
+
+  anything that ffmpeg reads, two questions, a JSON object a line:
+    ffmpeg -i SOURCE -c copy -f matroska - | sfllava-fast watch - "Is it raining?" "How many cars?" --json --model DIR
+
+  a day of a stream, the last minutes in full and what was before condensed:
+    sfllava-fast watch rtsp://host/stream "What has happened?" --every 60 --mode memory --model DIR
+
+exit code: 0 the stream has ended, 2 it could not go on, 130 interrupted; what was printed stays.
 """
 _BATCH_EXAMPLES = """
 questions.jsonl has a line for each question, and videos lie in one folder:
@@ -109,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     _add_ask(commands, style)
+    _add_watch(commands, style)
     _add_batch(commands, style)
     _add_score(commands, style)
     _add_inspect(commands, style)
@@ -138,15 +158,42 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `ask` and `batch` that say what answers, and how."""
+def _add_watch(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "watch",
+        help="answer again and again about a video as it comes",
+        description="Answer questions about a video as it comes, again and again: a file, a pipe, a camera, a stream.",
+        epilog=_WATCH_EXAMPLES,
+        **style,
+    )
+    option = parser.add_argument
+    option("video", metavar="VIDEO", help="a file, a named pipe, - for standard input, a device or a URL")
+    option("questions", metavar="QUESTION", nargs="+")
+    option("--every", type=_seconds, default=2.0, metavar="SECONDS", help="of the stream, to an answer (default: 2)")
+    option("--rate", type=_rate, default=2.0, metavar="N", help="frames a second that are looked at (default: 2)")
+    option(
+        "--mode",
+        default="slowfast",
+        metavar="NAME",
+        help="slowfast: evenly spaced frames of all that was; memory: the last ones in full, older ones condensed; "
+        "append: the last ones alone, each looked at once, so that answers come soonest (default: slowfast)",
+    )
+    option("--no-repeat", action="store_true", help="print an answer only where it is not the one before")
+    option("--json", action="store_true", help="print an answer as one JSON object a line")
+    _add_model_options(parser, frames="frames held at most (default: what suits model and mode)")
+
+
+def _add_model_options(
+    parser: argparse.ArgumentParser, frames: str = "frames to sample (default: the model's)"
+) -> None:
+    """The options of `ask`, `watch` and `batch` that say what answers, and how."""
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
         help="LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face or original format (default: the one that ships)",
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
-    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the model's)")
+    parser.add_argument("--frames", type=_count, metavar="N", help=frames)
     parser.add_argument(
         "--backend",
         default="auto",
@@ -326,6 +373,13 @@ def _seconds(text: str) -> float:
         if 0 < float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of frames a second above 0")
 
 
 def _grid(text: str) -> tuple[int, int]:

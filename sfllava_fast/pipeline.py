@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from .backends import choose
 from .canvas import CanvasVideo
 from .checkpoint import Checkpoint
 from .config import Layout, SlowFastConfig
-from .errors import CheckpointError, ContextError, InputError, RenumberedError
+from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .layouts import find_preset, parse_layout
 from .learned import find_separators
 from .ops import slowfast_aggregate
@@ -79,16 +80,8 @@ class Pipeline:
         if projector not in MODES:
             raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
         self.projector: Mode = projector
-        layout = layout or options.get("layout") or SlowFastConfig()
-        self.layout, preset = parse_layout(layout), find_preset(layout)
-        if projector == "commuted":
-            reason = why_not_commuted(self.model.model.multi_modal_projector) or why_layout_not_commuted(self.layout)
-            if reason:
-                raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
-        self.frames = preset.frames if preset else options.get("frames", DEFAULT_FRAMES)
-        if self.layout.class_token and not checkpoint.drops_first:
-            raise InputError(f"{layout} reads the class token, which this model's vision tower does not have")
-        self.separators = find_separators(self.layout.separators, checkpoint, separators)
+        self.frames = options.get("frames", DEFAULT_FRAMES)
+        self._take_layout(layout or options.get("layout") or SlowFastConfig(), separators)
         self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
         self.backend = choose(
             backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
@@ -113,6 +106,25 @@ class Pipeline:
         )
         self.stop_ids, self.stop_text = self._find_stops()
 
+    def with_layout(self, layout: str | Layout) -> Pipeline:
+        """This model in another layout; everything else, sessions among it, is shared."""
+        other = copy(self)
+        other._take_layout(layout)
+        return other
+
+    def _take_layout(self, layout: str | Layout, separators: Mapping[str, Tensor] | None = None) -> None:
+        """Set the layout and what follows from it: separators, and of a preset the frames."""
+        self.layout, preset = parse_layout(layout), find_preset(layout)
+        if self.layout.class_token and not self.checkpoint.drops_first:
+            raise InputError(f"{layout} reads the class token, which this model's vision tower does not have")
+        if self.projector == "commuted":
+            reason = why_not_commuted(self.model.model.multi_modal_projector) or why_layout_not_commuted(self.layout)
+            if reason:
+                raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
+        self.separators = find_separators(self.layout.separators, self.checkpoint, separators)
+        if preset:
+            self.frames = preset.frames
+
     def check_new_tokens(self, count: int | None) -> int:
         """How many tokens to generate at most."""
         count = self.max_new_tokens if count is None else count
@@ -123,9 +135,7 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
-        prompt = build_prompt(
-            question, self.tokenizer, self.prompt_family, choices, self.checkpoint.chat_template, turns
-        )
+        prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
             raise CheckpointError(
@@ -139,6 +149,10 @@ class Pipeline:
     def plan(self, frames: int) -> Plan:
         """What the layout does to a video of so many sampled frames."""
         return self.layout.plan(self.layout.count_pictures(frames), self.checkpoint.grid)
+
+    def shortest_prompt(self) -> Prompt:
+        """That of a question of one character: what every question costs, and what stands before the video."""
+        return self._build_prompt("?")
 
     def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
@@ -164,11 +178,18 @@ class Pipeline:
             parts = self._encode_frames(clip, frames, clock)
         with clock("projector"):
             patches = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-            if self.projector != "exact" or self.layout.stage == "before":
+            if self.projector != "exact" and self.layout.stage == "after":
                 self._project_and_aggregate(patches, rows)
                 return
-            features = self.project(patches)
+            features = self._project_first(patches)
+        self.write_tokens(features, rows, clock)
+
+    def write_tokens(self, features: Tensor, rows: Tensor, clock: Stopwatch) -> None:
+        """Fill the rows [S, D] with the tokens of what `features` makes."""
         with clock("aggregate"):
+            if self.layout.stage == "before":
+                self._project_and_aggregate(features, rows)
+                return
             slowfast_aggregate(
                 features,
                 self.layout,
@@ -226,6 +247,15 @@ class Pipeline:
         """Patch features [T, N, C] as the language model's embeddings [T, N, D], by the stock projector."""
         return self.model.model.multi_modal_projector(patches)
 
+    def _project_first(self, patches: Tensor) -> Tensor:
+        return patches if self.layout.stage == "before" else self.project(patches)
+
+    def _build_prompt(
+        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
+    ) -> Prompt:
+        template = self.checkpoint.chat_template
+        return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
+
     def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
         project_and_aggregate(
             patches,
@@ -237,6 +267,18 @@ class Pipeline:
             grid=self.checkpoint.grid,
             separators=self.separators,
         )
+
+    def features(self, frames: Tensor, clock: Stopwatch) -> Tensor:
+        """What is pooled of frames in memory, uint8 RGB [T, H, W, 3]: [T, N, D] that the projector made, or patch
+        features [T, N, C] where the layout pools before it."""
+        from .preprocess import preprocess
+
+        with clock("preprocess"):
+            pixels = preprocess(frames, self.preprocess_spec, self.dtype, self.device)
+        with clock("vision"):
+            patches = self.encode(pixels)
+        with clock("projector"):
+            return self._project_first(patches.contiguous())
 
     def generate(
         self,
@@ -337,9 +379,3 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was loaded from: a checkpoint that was moved is the same one."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: _without_path(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def check_count(name: str, count: object) -> None:
-    """InputError unless it is a whole number of at least 1."""
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

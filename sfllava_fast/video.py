@@ -158,14 +158,9 @@ class MemoryVideo(Video):
     decoder = "memory"
     fps = None
 
-    def __init__(self, frames: torch.Tensor) -> None:
+    def __init__(self, frames: torch.Tensor | np.ndarray) -> None:
         super().__init__(Path("frames"))
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-            raise InputError(
-                f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
-                f"{list(frames.shape)}"
-            )
-        self._frames = frames.cpu()
+        self._frames = as_frames(frames).cpu()
         self.total, *size = frames.shape[:3]
         self.size = tuple(size)
 
@@ -194,7 +189,7 @@ class PyavVideo(Video):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._av = _import("av", "pyav")
+        self._av = import_package("av", "pyav")
         with _open(self._av, path) as (container, stream):
             self._time_base = stream.time_base
             rate = stream.average_rate or stream.guessed_rate
@@ -206,7 +201,7 @@ class PyavVideo(Video):
             self._pts = self._index.pts
         if first is None:
             raise VideoError(f"{path} has a video stream but none of its frames can be decoded: re-encode it")
-        self._rotation = _quarter_turns(first)
+        self._rotation = quarter_turns(first)
         height, width = first.height, first.width
         self.size = (width, height) if self._rotation % 2 else (height, width)
         self._coded_size = (height, width)
@@ -347,18 +342,8 @@ class PyavVideo(Video):
 
     def _converter(self) -> Callable[[Any], torch.Tensor]:
         """A function from a decoded frame to RGB [H, W, 3], turned upright."""
-        from av.video.reformatter import VideoReformatter
-
-        reformat = VideoReformatter().reformat
-        # The decoder's threads have the cores already; before version 17 there was one thread anyway.
-        threads = {"threads": 1} if int(self._av.__version__.split(".")[0]) >= 17 else {}
-        height, width = self._coded_size
-
-        def convert(frame: Any) -> torch.Tensor:
-            rgb = reformat(frame, width, height, "rgb24", **threads).to_ndarray()
-            return torch.from_numpy(np.rot90(rgb, self._rotation).copy() if self._rotation else rgb)
-
-        return convert
+        to_rgb = rgb_converter(self._av)
+        return lambda frame: to_rgb(frame, self._coded_size, self._rotation)
 
     def _time(self, index: int) -> float:
         pts, first = self._pts[index], self._pts[0]
@@ -375,10 +360,10 @@ class DecordVideo(Video):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        decord = _import("decord", "decord")
+        decord = import_package("decord", "decord")
         decord.logging.set_level(decord.logging.QUIET)
         # PyAV says in one line what is wrong with a file; decord prints several, on stderr, at any level.
-        with contextlib.suppress(BackendError), _open(_import("av", "decord"), path):
+        with contextlib.suppress(BackendError), _open(import_package("av", "decord"), path):
             pass
         try:
             self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
@@ -386,7 +371,7 @@ class DecordVideo(Video):
             self.fps = float(self._reader.get_avg_fps())
             height, width, _ = self._reader[0].shape
         except (decord.DECORDError, RuntimeError, IndexError) as error:
-            raise VideoError(f"decord cannot read {path}: {_reason(error)}; try --decoder pyav") from error
+            raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
         self.size = (height, width)
         self._error = decord.DECORDError
 
@@ -397,7 +382,7 @@ class DecordVideo(Video):
                 frames = torch.from_numpy(self._reader.get_batch(numbers).asnumpy())
             except (self._error, RuntimeError) as error:
                 raise VideoError(
-                    f"decord cannot decode {self.path}: {_reason(error)}; try --decoder pyav"
+                    f"decord cannot decode {self.path}: {reason(error)}; try --decoder pyav"
                 ) from error
             if stop.is_set():
                 return
@@ -416,10 +401,24 @@ def import_decoder(decoder: str) -> None:
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     for module in _MODULES[decoder]:
-        _import(module, decoder)
+        import_package(module, decoder)
 
 
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray | Video
+
+
+def as_frames(frames: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Frames in memory as a tensor; InputError unless they are uint8 RGB [T, H, W, 3], one or more."""
+    if isinstance(frames, np.ndarray):
+        frames = torch.as_tensor(np.ascontiguousarray(frames))  # torch has no negative strides
+    if not isinstance(frames, torch.Tensor):
+        raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {type(frames).__name__}")
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise InputError(
+            f"frames must be uint8 RGB [T, H, W, 3], not {str(frames.dtype).removeprefix('torch.')} "
+            f"{list(frames.shape)}"
+        )
+    return frames
 
 
 def open_video(video: Source, decoder: str = "pyav") -> Video:
@@ -431,9 +430,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     """
     if isinstance(video, Video):
         return video
-    if isinstance(video, np.ndarray):
-        video = torch.as_tensor(np.ascontiguousarray(video))  # torch has no negative strides
-    if isinstance(video, torch.Tensor):
+    if isinstance(video, (torch.Tensor, np.ndarray)):
         return MemoryVideo(video)
     if not isinstance(video, (str, os.PathLike)):
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
@@ -442,17 +439,25 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     path = Path(video)
     if path.is_dir():
         return FolderVideo(path)
+    size = check_file(path)
+    declared = _declared_bytes(path)
+    if declared > size:
+        raise VideoError(_truncated(path, size, declared))
+    return DECODERS[decoder](path)
+
+
+def check_file(path: Path) -> int:
+    """Bytes of a file that can be read and holds some. Raises VideoError for any other."""
     if not path.exists():
         raise VideoError(f"{path} does not exist: check the path of the video")
     try:
-        declared, size = _declared_bytes(path), path.stat().st_size
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise VideoError(f"{path} cannot be opened: {error.strerror}") from error
     if not size:
         raise VideoError(f"{path} is empty (0 bytes): copy or download it again")
-    if declared > size:
-        raise VideoError(_truncated(path, size, declared))
-    return DECODERS[decoder](path)
+    return size
 
 
 @contextlib.contextmanager
@@ -461,20 +466,41 @@ def _open(av: Any, path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(str(path), metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path} is not a readable video: {_reason(error)}") from error
+        raise VideoError(f"{path} is not a readable video: {reason(error)}") from error
     with container:
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams:
-            kind = "only sound" if container.streams.audio else "no video stream"
-            raise VideoError(f"{path} has {kind}: name a file with pictures")
-        streams = [s for s in streams if s.codec_context]
-        if not streams:
-            raise VideoError(f"{path} uses a codec that PyAV cannot decode: re-encode it as H.264")
-        stream = max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
+        stream = picture_stream(av, container, path)
         stream.thread_type = "AUTO"
         stream.codec_context.flags |= _OUTPUT_CORRUPT
         yield container, stream
+
+
+def picture_stream(av: Any, container: Any, name: object) -> Any:
+    """The stream of a container with the largest pictures. Raises VideoError, with its name, where there is none."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
+        kind = "only sound" if container.streams.audio else "no video stream"
+        raise VideoError(f"{name} has {kind}: name a file with pictures")
+    streams = [s for s in streams if s.codec_context]
+    if not streams:
+        raise VideoError(f"{name} uses a codec that PyAV cannot decode: re-encode it as H.264")
+    return max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
+
+
+def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int], int], torch.Tensor]:
+    """A function from a decoded frame, its size (height, width) as coded and the quarter turns that put it upright, to
+    uint8 RGB [H, W, 3]."""
+    from av.video.reformatter import VideoReformatter
+
+    reformat = VideoReformatter().reformat
+    # The decoder's threads have the cores already; before version 17 there was one thread anyway.
+    threads = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+    def convert(frame: Any, size: tuple[int, int], turns: int) -> torch.Tensor:
+        rgb = reformat(frame, size[1], size[0], "rgb24", **threads).to_ndarray()
+        return torch.from_numpy(np.rot90(rgb, turns).copy() if turns else rgb)
+
+    return convert
 
 
 def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
@@ -576,12 +602,12 @@ def _truncated(path: Path, size: int, declared: int) -> str:
     return f"{short}: {frames} can be decoded; copy or download it again"
 
 
-def _quarter_turns(frame: Any) -> int:
+def quarter_turns(frame: Any) -> int:
     """Counter-clockwise quarter turns that put a frame upright."""
     return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
-def _import(module: str, decoder: str) -> Any:
+def import_package(module: str, decoder: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -600,7 +626,7 @@ def _wide(size: Sequence[int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The readable half of a decoder's message."""
     return getattr(error, "strerror", None) or _one_line(error)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -23,6 +24,20 @@ def torch_threads():
     """`torch.set_num_threads`, undone after the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def deadline():
+    """The test fails where it waits for something that never comes."""
+
+    def end(*_):
+        raise TimeoutError("the test did not end in five minutes")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
     model = engine.models[0]
     assert model.options == dict(
         path="m",
-        layout=SlowFastConfig(slow_frames=0, fast_grid=(3, 3)),
+        layout="slowfast-fast_3x3",
         backend="torch",
         dtype="bfloat16",
         device="cpu",
@@ -237,7 +237,7 @@ def test_wrong_usage_is_exit_2(argv, capsys):
     assert out == "" and "usage:" in err and "error:" in err
 
 
-@pytest.mark.parametrize("command", ["ask", "batch", "score", "inspect", "info", "demo"])
+@pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "info", "demo"])
 def test_help_teaches_by_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"sfllava-fast {command}" in capsys.readouterr().out.split("example")[-1]

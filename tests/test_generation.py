@@ -102,6 +102,54 @@ def test_rows_are_taken_from_another_cache():
         assert not taken.buffer[:, :, row, :, 16:].any()
 
 
+ROPES = {
+    "default": {},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},  # scales its cos and sin
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+
+
+def one_layer(rope, dtype, family="mistral"):
+    text = {"num_hidden_layers": 1, "rope_parameters": {"rope_theta": 1e4} | ROPES[rope]}
+    model = tiny_model(tiny_config(family, text=text)).to(dtype)
+    return LanguageModel(model, Attention("sdpa", "cpu", "test"))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-6)], ids=str
+)
+def test_dropped_tokens_leave_the_others_as_if_they_had_never_been(rope, dtype, error):
+    """In a model of one layer, whose keys and values know nothing of other tokens but where they stand."""
+    language = one_layer(rope, dtype)
+    embeds = embeddings(language, 1, 300).to(dtype)
+    kept = torch.cat([embeds[:, :5], embeds[:, 45:]], dim=1)
+    with torch.inference_mode():
+        dropped, never = language.new_cache(1, 310), language.new_cache(1, 310)
+        language.prefill(dropped, embeds)
+        for count in (17, 3, 20):
+            language.drop(dropped, 5, count)
+        language.prefill(never, kept)
+    assert dropped.length == never.length == 260
+    (keys, values), (expected_keys, expected_values) = (cache.buffer[0, :, ..., :260, :] for cache in (dropped, never))
+    assert torch.equal(values, expected_values)
+    assert torch.equal(keys[..., :5, :], expected_keys[..., :5, :])
+    off = (keys - expected_keys).double().norm(dim=-1) / expected_keys.double().norm(dim=-1)
+    assert off.max() < error
+
+
+def test_a_model_whose_keys_cannot_be_moved_is_found_out(monkeypatch):
+    from transformers.models.mistral import modeling_mistral
+
+    assert one_layer("default", torch.float32).moves_keys and one_layer("yarn", torch.bfloat16).moves_keys
+    pairs = lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # noqa: E731
+    monkeypatch.setattr(modeling_mistral, "rotate_half", pairs)  # as GPT-J turns neighbouring channels
+    assert not one_layer("default", torch.float32).moves_keys
+    unplaced = one_layer("default", torch.float32)
+    monkeypatch.setattr(unplaced.core, "rotary_emb", None)
+    assert not unplaced.moves_keys
+
+
 def test_bytes_of_a_token():
     language = LanguageModel(tiny_model(tiny_config("mistral")), Attention("sdpa", "cpu", "test"))
     assert language.token_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32

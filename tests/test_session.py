@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_engine import LAYOUT, QUESTION, Clip, Unreadable
+from tiny_engine import LAYOUT, QUESTION, Clip, Unreadable, count_calls, logits_of
 
 import sfllava_fast.pipeline as pipeline
 from sfllava_fast import SlowFastConfig, SlowFastLlava
@@ -21,22 +21,6 @@ ASK = {"max_new_tokens": 12}
 @pytest.fixture(params=["vicuna", "mistral", "chatml"])
 def model(load, request):
     return load(request.param)
-
-
-def count_calls(monkeypatch, owner, name):
-    calls, plain = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or plain(*a, **k))
-    return calls
-
-
-def logits_of(model, ask):
-    """The answer, and the logits that its first token was taken from."""
-    seen, plain = [], model.generate
-    model.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
-    try:
-        return ask().token_ids, seen[0]
-    finally:
-        del model.generate
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

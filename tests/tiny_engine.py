@@ -1,4 +1,4 @@
-"""What the tests of the whole system share: a clip in memory, a small layout, a question."""
+"""What the tests of the whole system share: a clip in memory, a small layout, a question, what is seen of a model."""
 
 from pathlib import Path
 
@@ -26,3 +26,20 @@ class Clip(MemoryVideo):
 class Unreadable(Clip):
     def stream(self, *_):
         raise AssertionError("frames were decoded although the question cannot be answered")
+
+
+def count_calls(monkeypatch, owner, name):
+    """The arguments of each call of a method from now on."""
+    calls, plain = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or plain(*a, **k))
+    return calls
+
+
+def logits_of(model, ask):
+    """The answer, and the logits that its first token was taken from."""
+    seen, plain = [], model.generate
+    model.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
+    try:
+        return ask().token_ids, seen[0]
+    finally:
+        del model.generate

@@ -1,0 +1,353 @@
+"""Frames of a video as it comes: a file, a pipe, a device or a URL, sampled by their time stamps.
+
+Sampled is the first frame at or after each k / rate seconds (k = 0, 1, ...), counted from the first frame that can be
+decoded; where frames are missing the next one serves, once. A frame without a time stamp counts as one interval of the
+average rate after the frame before it. So does one whose stamp goes more than a second back or five minutes ahead: then
+the source's clock was set, and no such time has passed; stamps that go back by less hold the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, VideoError
+from .video import check_file, import_package, picture_stream, quarter_turns, reason, rgb_converter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("sfllava_fast")
+
+DEFAULT_RATE = 2.0  # frames a second, as VideoLLM-online (arXiv 2406.11816) takes them
+_AHEAD = 8  # sampled frames that wait to be taken, at most
+_STALL = 10.0  # seconds without a frame after which the log says so
+_BACK, _GAP = 1, 300  # seconds by which a time stamp may go back or ahead and be believed
+_SLACK = 1  # seconds that the pictures may end before the end that the container announces
+_UNKNOWN_RATE = 25  # frames a second
+_URL_TIMEOUTS = (30.0, 60.0)  # seconds to open, and to wait for a packet
+_POLL_MS = 100
+_CLOSE_SECONDS = 2.0
+# ffmpeg would otherwise read many frames ahead, to learn rates, before it gives the first one.
+_AT_ONCE = {"fpsprobesize": "0", "analyzeduration": "500000"}
+_STDIN = "standard input"
+_CONTAINERS = "a pipe may carry Matroska, MPEG-TS, fragmented MP4, Y4M or H.264"
+
+
+def open_live(source: str | os.PathLike[str], rate: float = DEFAULT_RATE) -> LiveVideo:
+    """Open a video that is watched as it comes, sampled at `rate` frames a second (the rule is above).
+
+    source: a file, a named pipe, "-" for standard input (any container that ffmpeg writes to a pipe), a video device
+    such as /dev/video0, or a URL that PyAV opens (rtsp://, http://, ...).
+
+    Waits until the source has said what it holds. Raises VideoError for anything without pictures, InputError for a
+    rate that is none, BackendError where PyAV is not installed; each in one line.
+    """
+    if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+        raise InputError(f"the rate is a number of frames a second above 0, not {rate!r}")
+    av = import_package("av", "pyav")
+    live = LiveVideo(av, _Source(os.fspath(source)), Fraction(str(rate)))
+    try:
+        live._wait_for_header()
+    except BaseException:
+        live.close()
+        raise
+    return live
+
+
+class LiveVideo:
+    """The sampled frames of a source, decoded in a thread as they come; made by `open_live`.
+
+    Iterate it for (seconds, frame): seconds from the first frame; frame uint8 RGB [H, W, 3], upright, of the size that
+    the source has at that moment. At most eight frames wait to be taken. A file or a pipe then waits itself; of a
+    device or a live URL the oldest that nobody took are dropped.
+
+    name: of the source, for messages. live: whether frames may be dropped, dropped: how many were. damaged: packets
+    and frames that could not be decoded, and were stepped over.
+    """
+
+    def __init__(self, av: Any, source: _Source, rate: Fraction) -> None:
+        self.name, self.live = source.name, False
+        self.dropped = self.damaged = 0
+        self._av, self._source, self._rate = av, source, rate
+        self._ready: deque[tuple[float, Tensor]] = deque()
+        self._opened = self._ended = self._stopped = False
+        self._broke: str | None = None  # why the stream broke off
+        self._error: BaseException | None = None
+        self._alive_at, self._told = time.monotonic(), False  # when a frame was last decoded; that there is none
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="sfllava-live", daemon=True)
+        self._thread.start()
+
+    def next_frame(self, timeout: float | None = None) -> tuple[float, Tensor] | None:
+        """The next (seconds, frame), or None at the end of the stream.
+
+        Waits for as long as it takes, and says once in the log that nothing comes; with a timeout raises TimeoutError
+        after so many seconds, and nothing is lost: call again. Raises VideoError where no frame could be decoded.
+        """
+        with self._changed:
+            self._wait(lambda: self._ready or self._ended, timeout)
+            if self._ready:
+                self._changed.notify_all()
+                return self._ready.popleft()
+            if self._error:
+                raise self._error
+            return None
+
+    def __iter__(self) -> Iterator[tuple[float, Tensor]]:
+        return iter(self.next_frame, None)
+
+    def close(self) -> None:
+        """Stop decoding and say in the log what was lost.
+
+        The thread has ended behind it, save where a device or the network hangs: there it ends when that does.
+        """
+        with self._changed:
+            closed, self._stopped = self._stopped, True
+            self._changed.notify_all()
+        self._source.stop()
+        self._thread.join(_CLOSE_SECONDS)
+        self._ready.clear()
+        if self.dropped and not closed:
+            log.warning("%s: %d frames were dropped, they came faster than they were taken", self.name, self.dropped)
+
+    def __enter__(self) -> LiveVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_for_header(self) -> None:
+        with self._changed:
+            self._wait(lambda: self._opened or self._ended, None)
+            if self._error:
+                raise self._error
+
+    def _wait(self, ready: Callable[[], Any], timeout: float | None) -> None:
+        """Wait, with the lock held, until `ready`, and say once when nothing comes."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not ready():
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError(f"{self.name}: no frame for {timeout:g} s")
+            if now >= self._alive_at + _STALL and not self._told:
+                self._told = True
+                log.warning("%s: no frame for %g s, still waiting", self.name, _STALL)
+            self._changed.wait(min(deadline, (now if self._told else self._alive_at) + _STALL) - now)
+
+    def _run(self) -> None:
+        """The decoding thread."""
+        error: BaseException | None = None
+        try:
+            with contextlib.closing(self._source), self._source.open(self._av) as container:
+                self._read(container)
+        except BaseException as failure:
+            error = failure
+        with self._changed:
+            self._ended, self._error = True, None if self._stopped else error
+            self._changed.notify_all()
+
+    def _read(self, container: Any) -> None:
+        stream = picture_stream(self._av, container, self.name)
+        stream.thread_type = "AUTO" if self._source.is_file else "SLICE"  # frame threads hold frames back
+        with self._changed:
+            # What announces its length is no live source, even where it comes from a URL.
+            self.live = self._source.is_live and container.duration is None
+            self._opened = True
+            self._changed.notify_all()
+        clock = _Clock(stream, self.name)
+        to_rgb, taken = rgb_converter(self._av), -1
+        for frame in self._decode(container, stream):
+            turn = math.floor(clock.tick(frame.pts) * self._rate)
+            if turn > taken:
+                taken = turn
+                rgb = to_rgb(frame, (frame.height, frame.width), quarter_turns(frame))
+                self._deliver(float(clock.now), rgb)
+        if not self._stopped:
+            self._tell_end(clock, stream.duration and stream.duration * stream.time_base, container.duration)
+
+    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Whole frames in the order shown, until stopped, stepping over what is damaged."""
+        packets = container.demux(stream)
+        while not self._stopped:
+            try:
+                packet = next(packets, None)
+            except (self._av.FFmpegError, OSError) as error:
+                silent = isinstance(error, self._av.error.ExitError)
+                self._broke = f"nothing came for {_URL_TIMEOUTS[1]:g} s" if silent else reason(error)
+                return
+            if packet is None:
+                return
+            try:
+                frames = packet.decode()
+            except self._av.FFmpegError:
+                frames = []
+                self.damaged += 1
+            for frame in frames:
+                if frame.is_corrupt:
+                    self.damaged += 1
+                    continue
+                with self._changed:
+                    self._alive_at, self._told = time.monotonic(), False
+                yield frame
+
+    def _deliver(self, seconds: float, frame: Tensor) -> None:
+        with self._changed:
+            if self.live and len(self._ready) == _AHEAD:
+                self._ready.popleft()
+                self.dropped += 1
+            self._changed.wait_for(lambda: self._stopped or len(self._ready) < _AHEAD)
+            self._ready.append((seconds, frame))
+            self._changed.notify_all()
+
+    def _tell_end(self, clock: _Clock, length: Fraction | None, microseconds: int | None) -> None:
+        """Say what the whole stream lacked, with the length that the stream or else the container announced."""
+        if clock.now is None:
+            why = self._broke or "re-encode it"
+            raise VideoError(
+                f"{self.name} has a video stream but none of its frames can be decoded: {why}{self._source.hint}"
+            )
+        if self._broke:
+            log.warning("%s broke off: %s", self.name, self._broke)
+        if self.damaged:
+            log.warning("%s is damaged: %d packets or frames could not be decoded", self.name, self.damaged)
+        length = length or Fraction(microseconds or 0, 1_000_000)
+        if not clock.jumps and clock.now + _SLACK < length:
+            log.warning("%s is cut short: it ends at %.1f of %.1f s", self.name, clock.now, length)
+
+
+class _Clock:
+    """Seconds from the first frame, by the time stamps as far as they can be believed.
+
+    now: of the last frame, None before the first. jumps: how often the source's clock was set.
+    """
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self.now: Fraction | None = None
+        self.jumps = 0
+        self._name, self._unit = name, stream.time_base
+        self._rate = stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE
+        self._start: Fraction | None = None  # what the source's clock says at 0 seconds
+        self._told = False
+
+    def tick(self, stamp: int | None) -> Fraction:
+        """The next frame's seconds."""
+        following = Fraction(0) if self.now is None else self.now + 1 / Fraction(self._rate)
+        if stamp is None:
+            self._tell_missing()
+            self.now = following
+            return self.now
+        moment = stamp * self._unit
+        if self._start is None:
+            self._start = moment - following
+        seconds = moment - self._start
+        if self.now is not None and not self.now - _BACK <= seconds <= self.now + _GAP:
+            log.info("%s: its clock jumps by %.1f s", self._name, seconds - following)
+            self.jumps += 1
+            self._start, seconds = moment - following, following
+        self.now = seconds if self.now is None else max(self.now, seconds)
+        return self.now
+
+    def _tell_missing(self) -> None:
+        if not self._told:
+            log.warning("%s has frames without time stamps: they count as %g a second", self._name, self._rate)
+        self._told = True
+
+
+class _Source:
+    """What is read: finds out what the text names, opens it for PyAV, and ends a read that waits.
+
+    is_file: it can be read at any speed. is_live: it goes on whether or not it is read.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.name, self.is_file, self.is_live = text, False, False
+        self._pipe: _Pipe | None = None
+        self._options: dict[str, Any] = {"options": _AT_ONCE}
+        self._file: Any = text
+        if text == "-":
+            self._open_stdin()
+        elif "://" in text:
+            self.is_live = True
+            self._options["timeout"] = _URL_TIMEOUTS
+        else:
+            self._open_path(Path(text))
+
+    def _open_stdin(self) -> None:
+        self.name = _STDIN
+        if sys.stdin is None or sys.stdin.isatty():
+            raise VideoError("no video comes in on standard input: pipe one into this command")
+        descriptor = sys.stdin.fileno()
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            self._open_path(Path(f"/dev/fd/{descriptor}"))  # any container: a file can be sought in
+        else:
+            self._file = self._pipe = _Pipe(os.dup(descriptor))
+
+    def _open_path(self, path: Path) -> None:
+        if path.is_dir():
+            raise VideoError(f"{path} is a folder: name a file, a pipe, a device or a URL")
+        kind = path.stat().st_mode if path.exists() else 0
+        if stat.S_ISFIFO(kind):
+            # Without waiting for the writer, so that close() is not held up: reading waits for it.
+            self._file = self._pipe = _Pipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        elif stat.S_ISCHR(kind):
+            self.is_live = True
+            self._options["format"] = "v4l2"
+        else:
+            check_file(path)
+            self._file, self._options, self.is_file = str(path), {}, True
+
+    def open(self, av: Any) -> Any:
+        try:
+            return av.open(self._file, metadata_errors="ignore", **self._options)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            if self._pipe is not None and not self._pipe.count:
+                raise VideoError(f"{self.name} is empty: its writer ended without a byte") from error
+            raise VideoError(f"{self.name} is not a readable video: {reason(error)}{self.hint}") from error
+
+    @property
+    def hint(self) -> str:
+        """What to add to an error."""
+        return f"; {_CONTAINERS}" if self._pipe is not None else ""
+
+    def stop(self) -> None:
+        """End a read that waits, from any thread."""
+        if self._pipe is not None:
+            self._pipe.stopped = True
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+
+
+class _Pipe:
+    """A descriptor as the file that PyAV reads; one that is stopped has come to its end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.stopped, self.count = False, 0
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+
+    def read(self, size: int) -> bytes:
+        while not self._poll.poll(_POLL_MS):
+            if self.stopped:
+                return b""
+        data = os.read(self._descriptor, size)
+        self.count += len(data)
+        return data
+
+    def close(self) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,11 @@
+"""What Python and torch hold: bytes of every tensor that is alive, each storage once."""
+
+import gc
+
+import torch
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
