@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import oracle
+import published_layouts
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -25,17 +25,9 @@ pools_on_grids = pytest.mark.parametrize(
 )
 
 
-def published(
-    x: torch.Tensor, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int]
-) -> torch.Tensor:
+def published(x: torch.Tensor, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int]) -> torch.Tensor:
     """The plain eager form: transpose, pool with PyTorch, transpose back, in the dtype of x [T, N, D]."""
-    picked = x[torch.linspace(0, len(x), slow + 1).int()[:-1].long()].transpose(1, 2)
-    if pool != "concat":
-        kind, dims = ("max" if "max" in pool else "avg"), pool[8]
-        picked = picked if dims == "1" else picked.unflatten(2, grid)
-        picked = getattr(F, f"{kind}_pool{dims}d")(picked, 2, 2).flatten(2)
-    pooled = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, grid), fast).flatten(2)
-    return torch.cat([picked.transpose(1, 2).flatten(0, 1), pooled.transpose(1, 2).flatten(0, 1)])
+    return published_layouts.slowfast(slow, pool, fast)(x, grid, None)
 
 
 @pools_on_grids

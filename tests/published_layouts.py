@@ -1,0 +1,122 @@
+"""The field's token layouts in the words of their code bases: PyTorch's own poolings, nothing of the package.
+
+Each takes patches [T, N, D], in float64 or as its code base has them in a narrower dtype, the grid (rows, columns) of
+the patches, and separators [K, D] or None; and gives tokens [S, D].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+Layout = Callable[[Tensor, Grid, Tensor | None], Tensor]
+Pool = Callable[..., Tensor]
+
+
+def average(x: Tensor, stride: int = 2) -> Tensor:
+    return F.avg_pool2d(x, stride)
+
+
+def largest(x: Tensor, stride: int = 2) -> Tensor:
+    return F.max_pool2d(x, stride)
+
+
+def bilinear(x: Tensor, stride: int = 2) -> Tensor:
+    return F.interpolate(x, size=[math.ceil(side / stride) for side in x.shape[2:]], mode="bilinear")
+
+
+def pooled(x: Tensor, grid: Grid, pool: Pool) -> Tensor:
+    """[T, rows, columns, D] of patches [T, N, D], by a pooling of [T, D, rows, columns]."""
+    return pool(x.transpose(1, 2).unflatten(2, grid)).permute(0, 2, 3, 1)
+
+
+def slowfast(slow: int, pool: str, fast: Grid | None) -> Layout:
+    """SlowFast-LLaVA (apple/ml-slowfast-llava): slow frames by linspace, then the fast pathway."""
+
+    def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+        parts = []
+        if slow:
+            frames = x[torch.linspace(0, len(x), slow + 1).to(torch.int32)[:-1].long()]
+            if pool.startswith("spatial_1d"):
+                pool1d = F.max_pool1d if "max" in pool else F.avg_pool1d
+                frames = pool1d(frames.transpose(1, 2), 2).transpose(1, 2)
+            elif pool != "concat":
+                frames = pooled(frames, grid, largest if "max" in pool else average).flatten(1, 2)
+            parts.append(frames.flatten(0, 1))
+        if fast:
+            parts.append(pooled(x, grid, lambda x: F.adaptive_avg_pool2d(x, fast)).flatten(0, 2))
+        return torch.cat(parts)
+
+    return tokens
+
+
+def each_frame(pool: Pool, newline: str = "no_token") -> Layout:
+    """LLaVA-NeXT-Video (LLaVA-VL/LLaVA-NeXT): every frame pooled, newlines where mm_newline_position says."""
+
+    def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+        frames = list(pooled(x, grid, pool))
+        if newline == "grid":
+            frames = [behind_rows(frame, separators[0]) for frame in frames]
+        frames = [frame.flatten(0, 1) for frame in frames]
+        if newline == "frame":
+            frames = [torch.cat([frame, separators]) for frame in frames]
+        return torch.cat([*frames, separators] if newline == "one_token" else frames)
+
+    return tokens
+
+
+def slow_or_fast(pool: Pool, every: int, newline: bool) -> Layout:
+    """LLaVA-Video's add_faster_video: every k-th frame slow, the others pooled by twice the stride. The last separator
+    stands behind each frame; the first, a newline, behind each row (in its code base always)."""
+
+    def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+        parts = []
+        for t in range(len(x)):
+            frame = pooled(x[t : t + 1], grid, lambda x: pool(x, stride=4 if t % every else 2))[0]
+            frame = behind_rows(frame, separators[0]) if newline else frame
+            parts += [frame.flatten(0, 1), separators[-1:]]
+        return torch.cat(parts)
+
+    return tokens
+
+
+def behind_rows(frame: Tensor, newline: Tensor) -> Tensor:
+    return torch.cat([frame, newline.expand(len(frame), 1, -1)], dim=1)
+
+
+def pllava(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+    """PLLaVA (magic-research/PLLaVA): fewer than 16 frames are repeated and cut, then pooled in time and space."""
+    if len(x) < 16:
+        x = x.repeat_interleave(16 // len(x) + 1, 0)[:16]
+    video = x.unflatten(1, grid).permute(3, 0, 1, 2)
+    return F.adaptive_avg_pool3d(video[None], (16, 12, 12))[0].permute(1, 2, 3, 0).flatten(0, 2)
+
+
+def means(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+    """Video-ChatGPT (mbzuai-oryx/Video-ChatGPT): a mean of each frame, zeros up to 100, a mean of each patch."""
+    temporal = x.mean(1)
+    padding = temporal.new_zeros(max(0, 100 - len(temporal)), x.shape[2])
+    return torch.cat([temporal, padding, x.mean(0)])
+
+
+def class_and_grid(interval: bool) -> Layout:
+    """VideoLLM-online (showlab/videollm-online): the class token and 3 x 3 patches, a separator between frames."""
+
+    def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+        spatial = pooled(x[:, 1:], grid, lambda x: F.adaptive_avg_pool2d(x, 3)).flatten(1, 2)
+        frames = torch.cat([x[:, :1], spatial], dim=1)
+        if not interval:
+            return frames.flatten(0, 1)
+        return torch.cat([part for frame in frames for part in (separators, frame)][1:])
+
+    return tokens
+
+
+def whole(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
+    """Every patch: SlowFast-LLaVA's "concat"; of IG-VLM's one picture."""
+    return x.flatten(0, 1)
