@@ -189,6 +189,19 @@ def inspect(args: argparse.Namespace) -> None:
     print(out)
 
 
+def layouts(args: argparse.Namespace) -> None:
+    from .layout_table import rows, table
+
+    found = rows(args.layout, args.frames, args.grid)
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    # Where nobody looks, lines are as long as they are.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table(found))
+
+
 def info(args: argparse.Namespace) -> None:
     from .info import report
 
@@ -236,7 +249,7 @@ def bench(args: argparse.Namespace) -> int:
     return main(args)
 
 
-_COMMANDS = {command.__name__: command for command in (ask, watch, batch, score, inspect, info, demo, bench)}
+_COMMANDS = {command.__name__: command for command in (ask, watch, batch, score, inspect, layouts, info, demo, bench)}
 
 
 def _print_demo(answers: list[Answer], expected: list[str]) -> None:

@@ -172,3 +172,8 @@ _FAMILIES: dict[str, tuple[str, Callable[..., Preset]]] = {  # name -> its optio
     "ig_vlm": ("", _ig_vlm),
 }
 PRESETS = {name: find_preset(name) for name in _FAMILIES}
+OPTIONS = {  # as they are written behind a name, in this order
+    "llava_next_video": "-avg|max|bilinear -newline_grid|frame|one|none",
+    "llava_video_slowfast": "-avg|max|bilinear -every_10 -stride_2 -newline_grid|none",
+    "videollm_online": "-interval",
+}

@@ -19,6 +19,7 @@ examples:
   sfllava-fast batch FILE --out answers.jsonl    answer a file of questions, and go on after any kill
   sfllava-fast score answers.jsonl               see how many answers are right
   sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
+  sfllava-fast layouts                           see which layouts there are
   sfllava-fast info                              see what is built and used on this machine, and why
 
 `sfllava-fast COMMAND --help` shows the options of a command, with examples.
@@ -106,7 +107,16 @@ examples:
   another layout:
     sfllava-fast inspect clip.mp4 --out clip.png --layout slowfast-slow_4frms_concat-fast_2x2 --frames 16
 """
-_LAYOUT_HELP = "token layout, such as slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
+_LAYOUTS_EXAMPLES = """
+examples:
+  what each would make of 64 frames of SigLIP's 27x27 patches:
+    sfllava-fast layouts --frames 64 --grid 27x27
+
+  options are written behind the name, in the order of the table; any other layout as pathways (docs/layouts.md):
+    sfllava-fast layouts --layout llava_next_video-bilinear-newline_grid
+    sfllava-fast layouts --layout pool:each,stride3,stride3,max
+"""
+_LAYOUT_HELP = "token layout: a name that `sfllava-fast layouts` lists, slowfast-..., or pathways"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_batch(commands, style)
     _add_score(commands, style)
     _add_inspect(commands, style)
+    _add_layouts(commands, style)
     _add_info(commands, style)
     _add_demo(commands, style)
     _add_bench(commands, style)
@@ -287,6 +298,20 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
     parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: 24x24)")
+
+
+def _add_layouts(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "layouts",
+        help="list the layouts that have names, with their tokens",
+        description="List the layouts that have names: their tokens, where they pool, where they were published.",
+        epilog=_LAYOUTS_EXAMPLES,
+        **style,
+    )
+    parser.add_argument("--layout", metavar="TEXT", help="this one alone, whether it has a name or not")
+    parser.add_argument("--frames", type=_count, metavar="N", help="count tokens of so many (default: as published)")
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: as published)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def _add_info(commands: Any, style: dict[str, Any]) -> None:
