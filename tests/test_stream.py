@@ -52,16 +52,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def features(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.reshape(len(pixels), 16, 3).astype(np.float32)).sqrt()
+
+
 class Tower:
-    """Features of uint8 pixels [r, 4, 4, 3] that carry their frame's number; remembers what it encoded."""
+    """Encodes uint8 pixels [r, 4, 4, 3] that carry their frame's number; remembers which it saw."""
 
     def __init__(self):
         self.encoded = []
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        features = pixels.reshape(len(pixels), 16, 3).astype(np.float32)
-        self.encoded += (features[:, 0, 0] + 256 * features[:, 0, 1]).astype(int).tolist()
-        return torch.from_numpy(features).sqrt()
+        assert not torch.is_grad_enabled()  # a graph would hold on to every frame
+        self.encoded += (pixels[:, 0, 0].astype(int) @ [1, 256, 0]).tolist()
+        return features(pixels)
 
 
 def pixels(frames: int) -> np.ndarray:
@@ -135,14 +139,14 @@ def test_a_frame_is_encoded_once_and_only_where_it_is_kept(data, most):
         stream.push(x[piece])
         expected += [frame for frame in drop(piece.stop, most) if frame >= piece.start]
         assert tower.encoded == expected
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[drop(300, most)]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[drop(300, most)]), LAYOUT))
 
 
 def test_a_list_of_frames_serves_where_encode_takes_one():
     x = pixels(20)
     stream = SlowFastStream(LAYOUT, 4, encode=lambda frames: Tower()(np.stack(frames)))
     stream.push(list(x))
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[::8]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[::8]), LAYOUT))
 
 
 def test_a_stream_begun_in_inference_mode_goes_on_outside_it():
@@ -205,7 +209,7 @@ def test_a_push_that_fails_leaves_the_stream_as_it_was():
                 assert (stream.seen, stream.nbytes) == before[:2]
                 assert not stream.seen or torch.equal(stream.tokens(), before[2])
         stream.push(x[start : start + 5])
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[drop(100, 6)]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[drop(100, 6)]), LAYOUT))
 
 
 def test_an_interrupt_while_frames_move_is_never_taken_for_a_stream(monkeypatch):
