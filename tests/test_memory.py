@@ -335,6 +335,13 @@ def test_nothing_is_kept_of_frames_that_a_layout_does_not_fit():
     assert stream.seen == 0
 
 
+@pytest.mark.parametrize("layout", ["ig_vlm", "videollm_online", "llava_next_video-newline_one"])
+def test_layouts_of_more_than_patches_are_told(layout):
+    for layouts in ((layout, CLIP), (RECENT, layout)):
+        with pytest.raises(LayoutError, match=f"{layout} needs"):
+            MemoryStream(*layouts)
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [

@@ -12,6 +12,7 @@ from live_bytes import live_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfllava_fast.errors import InputError, LayoutError
+from sfllava_fast.layouts import parse_layout
 from sfllava_fast.ops import slowfast_aggregate
 from sfllava_fast.stream import SlowFastStream, kept_frames
 
@@ -109,6 +110,27 @@ def test_tokens_are_those_of_the_frames_kept(data, layout, dtype):
         assert stream.stride == (kept[1] if len(kept) > 1 else stream.frames.step)
         out = torch.full_like(expected, torch.nan)
         assert stream.tokens(out=out) is out and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "llava_next_video-bilinear-newline_frame",
+        "llava_video_slowfast-every_3-newline_grid",
+        "pllava",
+        "video_chatgpt",
+        "videollm_online-interval",
+    ],
+)
+def test_every_layout_of_the_field_streams(layout):
+    parsed = parse_layout(layout)
+    x = torch.randn(60, parsed.class_token + 16, 6)
+    separators = torch.randn(len(parsed.separators), 6) if parsed.separators else None
+    stream = SlowFastStream(layout, 7)
+    for start in range(0, 60, 5):
+        stream.push(x[start : start + 5])
+        expected = slowfast_aggregate(x[drop(start + 5, 7)], layout, separators=separators)
+        assert torch.equal(stream.tokens(separators=separators), expected) and stream.count_tokens() == len(expected)
 
 
 def test_tokens_are_those_of_the_contract():
@@ -274,6 +296,16 @@ def test_nothing_is_kept_of_frames_that_the_layout_does_not_fit():
     assert stream.nbytes == stream.seen == 0
     stream.push(torch.randn(1, 16, 4))
     assert stream.tokens().shape == (4, 4)
+
+
+def test_a_layout_may_need_more_frames_than_the_first_push_brings():
+    layout, x = "pool:stride2,each,each,mean", torch.randn(4, 16, 6)
+    stream = SlowFastStream(layout)
+    stream.push(x[:1])
+    with pytest.raises(LayoutError, match="give it more of them"):
+        stream.tokens()
+    stream.push(x[1:])
+    assert torch.equal(stream.tokens(), slowfast_aggregate(x, layout))
 
 
 def test_before_the_first_frame():
