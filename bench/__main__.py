@@ -14,7 +14,7 @@ from rich.table import Table
 from sfllava_fast.errors import SfllavaError
 from sfllava_fast.options import add_bench_options
 
-from . import dropins, gpu, op, projector
+from . import dropins, gpu, layouts, op, projector
 from .compare import compare
 from .op import BEST_PEER, COPY
 from .plot import plot
@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("dropins", help="methods of other code bases, as published and patched")
     command.set_defaults(run=_dropins)
+    _add_paired_options(command)
+
+    command = commands.add_parser("layouts", help="the field's layouts, as published and as our op")
+    command.set_defaults(run=_layouts)
     _add_paired_options(command)
 
     command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
@@ -141,6 +145,10 @@ def _print_stream(result: dict) -> None:
         console.print(f"error: {name}: {reason}")
 
 
+def _layouts(args: argparse.Namespace) -> int:
+    return _measure_pairs(args, layouts.run, _print_layouts)
+
+
 def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
@@ -179,6 +187,22 @@ def _print_dropins(result: dict) -> None:
         times = (f"{rows[form]['p50_ms']:.4g}" for form in (dropins.PUBLISHED, dropins.PATCHED))
         same = "yes" if figures["same_bits"] else "no"
         table.add_row(work, *times, f"{rows[dropins.PUBLISHED]['ratio']:.2f}", same)
+    console.print(table)
+    for name, reason in result["errors"].items():
+        console.print(f"error: {name}: {reason}")
+
+
+def _print_layouts(result: dict) -> None:
+    facts = result["machine"]
+    console = Console(width=110, highlight=False, markup=False)
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
+    table = Table(title="layouts at their published frames and grids", title_justify="left")
+    for name in ("work", "published ms", "op ms", "published / op", "GB/s"):
+        table.add_column(name, justify="left" if name == "work" else "right")
+    for work, figures in result["works"].items():
+        rows = figures["providers"]
+        times = (f"{rows[form]['p50_ms']:.4g}" for form in (layouts.PUBLISHED, layouts.OURS))
+        table.add_row(work, *times, f"{rows[layouts.PUBLISHED]['ratio']:.2f}", f"{figures['gb_per_s']:.1f}")
     console.print(table)
     for name, reason in result["errors"].items():
         console.print(f"error: {name}: {reason}")

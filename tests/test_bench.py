@@ -14,6 +14,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from sfllava_fast import SlowFastConfig, backends
 
 pytest.importorskip("rich")
 from bench import __main__ as cli  # noqa: E402
-from bench import dropins, gpu, op, peers, plot, projector, sanitize, timers, works  # noqa: E402
+from bench import dropins, gpu, layouts, op, peers, plot, projector, sanitize, stream, timers, works  # noqa: E402
 from bench.compare import compare  # noqa: E402
 from bench.record import ROOT, ResultError, folder_name, read_result  # noqa: E402
 from bench.works import Work  # noqa: E402
@@ -580,3 +581,50 @@ def test_drop_ins_of_other_tokens_are_not_timed(small_dropins, monkeypatch, caps
     monkeypatch.setattr(dropins.Work, "patch", patch)
     assert main(monkeypatch, "dropins", "--rounds", "2", "--only", "prepare_slowfast") == 1
     assert "error: prepare_slowfast" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_layouts(monkeypatch):
+    monkeypatch.setattr(layouts, "_CHANNELS", {"after": 8, "before": 4})
+
+
+def test_layouts_are_measured_after_their_tokens(small_layouts, tmp_path, monkeypatch, capsys):
+    written = tmp_path / "layouts.json"
+    assert main(monkeypatch, "layouts", "--rounds", "2", "--only", "float32", "--json", written) == 0
+    result = read_result(written)
+    assert list(result["works"]) == [str(work) for work in layouts.WORKS if "float32" in str(work)]
+    assert not result["errors"] and all(f["providers"]["published"]["ratio"] > 0 for f in result["works"].values())
+    assert "pllava float32" in capsys.readouterr().out
+
+
+def test_layouts_of_other_tokens_are_not_timed(small_layouts, monkeypatch, capsys):
+    monkeypatch.setitem(layouts.LAYOUTS, "pllava", layouts.LAYOUTS["uniform"])
+    assert main(monkeypatch, "layouts", "--rounds", "2", "--only", "pllava float32") == 1
+    assert "error: pllava float32" in capsys.readouterr().out
+
+
+# --- streams
+
+
+def test_a_stream_is_watched_in_every_mode_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "_MINUTE", 6)
+    written, picture = tmp_path / "stream.json", tmp_path / "stream.png"
+    assert main(monkeypatch, "stream", "--minutes", "4", "--json", written) == 0
+    result = read_result(written)
+    assert list(result["works"]) == list(stream.STREAM_MODES) and not result["errors"]
+    for figures in result["works"].values():
+        assert all(len(values) == 4 and min(values) > 0 for values in figures["minutes"].values())
+        assert set(figures["bars"]) == set(stream.BARS)
+    assert "second quarter / last" in capsys.readouterr().out
+    assert main(monkeypatch, "plot", written, "--out", picture) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stream_without_quarters_is_refused(monkeypatch, capsys):
+    assert main(monkeypatch, "stream", "--minutes", "3") == 2
+    assert capsys.readouterr().err == "bench: 3 minutes have no quarters: give --minutes 4 or more\n"
+
+
+def test_what_grows_is_not_flat():
+    assert stream._flatness(np.full(8, 2.0)) == 1.0
+    assert stream._flatness(np.arange(1.0, 9.0)) == 3.5 / 7.5

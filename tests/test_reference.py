@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import oracle
-import published_layouts
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bench.published import slowfast
 from sfllava_fast import reference
 from sfllava_fast.config import SLOW_POOLS, SlowFastConfig
 
@@ -27,7 +27,7 @@ pools_on_grids = pytest.mark.parametrize(
 
 def published(x: torch.Tensor, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int]) -> torch.Tensor:
     """The plain eager form: transpose, pool with PyTorch, transpose back, in the dtype of x [T, N, D]."""
-    return published_layouts.slowfast(slow, pool, fast)(x, grid, None)
+    return slowfast(slow, pool, fast)(x, grid, None)
 
 
 @pools_on_grids

@@ -120,3 +120,33 @@ def class_and_grid(interval: bool) -> Layout:
 def whole(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
     """Every patch: SlowFast-LLaVA's "concat"; of IG-VLM's one picture."""
     return x.flatten(0, 1)
+
+
+LAYOUTS = {
+    "sf_llava": slowfast(10, "spatial_1d_max_pool", (4, 4)),
+    "sf_llava_34b": slowfast(10, "spatial_1d_max_pool", (4, 4)),
+    "slow_only": slowfast(10, "spatial_1d_max_pool", None),
+    "fast_only": slowfast(0, "", (4, 4)),
+    "uniform": whole,
+    "llava_next_image": each_frame(average),
+    "llava_next_video": each_frame(average),
+    "llava_next_video-max": each_frame(largest),
+    "llava_next_video-bilinear": each_frame(bilinear),
+    "llava_next_video-newline_none": each_frame(average, "no_token"),
+    "llava_next_video-avg-newline_grid": each_frame(average, "grid"),
+    "llava_next_video-bilinear-newline_grid": each_frame(bilinear, "grid"),
+    "llava_next_video-max-newline_frame": each_frame(largest, "frame"),
+    "llava_next_video-bilinear-newline_one": each_frame(bilinear, "one_token"),
+    "llava_video_slowfast": slow_or_fast(average, 10, newline=False),
+    "llava_video_slowfast-every_1": slow_or_fast(average, 1, newline=False),
+    "llava_video_slowfast-avg-every_10-newline_grid": slow_or_fast(average, 10, newline=True),
+    "llava_video_slowfast-avg-every_3-newline_grid": slow_or_fast(average, 3, newline=True),
+    "llava_video_slowfast-max-every_2-newline_grid": slow_or_fast(largest, 2, newline=True),
+    "llava_video_slowfast-bilinear-every_3-newline_grid": slow_or_fast(bilinear, 3, newline=True),
+    "pllava": pllava,
+    "video_chatgpt": means,
+    "red_villm": means,
+    "videollm_online": class_and_grid(interval=False),
+    "videollm_online-interval": class_and_grid(interval=True),
+    "ig_vlm": whole,
+}
