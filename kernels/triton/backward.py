@@ -7,19 +7,18 @@ does, and rounded once.
 import triton
 import triton.language as tl
 
-from .forward import _HEADER, _ITEM, _MEAN, _PATHWAY
-from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _load_strip, _neutral
+from .forward import _ITEM, _MAX, _MEAN
+from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _item, _lean, _load_strip, _neutral, _pathway
+from .forward import _weight
 
 # Columns of a box whose loads are in flight together: the maxima of known layouts are no wider.
 _COLUMNS = tl.constexpr(2)
 
 
 @triton.jit
-def _wins(
-    features, channel, present, frame, patch, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
-    width, frame_stride, patch_stride,
-):  # fmt: skip
+def _wins(features, channel, present, frame, patch, box, width, frame_stride, patch_stride):
     """In which channels the box's maximum is this patch of this frame: the first of equals, or the last NaN."""
+    frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
     best = _neutral(channel, False)
     first = (frame_begin == frame) & (row_begin * width + col_begin == patch)
     wins = tl.full(channel.shape, 1, tl.int1) & first  # where all of the box is -inf
@@ -65,30 +64,35 @@ def spread_boxes(
     for patch in range(split * run, tl.minimum(split * run + run, patches)):
         acc = _neutral(channel, True)
         for reader in range(reader_begin, reader_end):
-            item_at = table + items_at + tl.load(table + readers_at + reader) * _ITEM
-            path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
-            frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
-            width, reduce, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 4)
-            first_row, first_col = tl.load(path_at + 3), tl.load(path_at + 5)
-            row_begin, row_end = _bin(bins, tl.load(path_at + 6) + patch // width)
-            col_begin, col_end = _bin(bins, tl.load(path_at + 7) + patch % width)
-            for row in range(row_begin, row_end):
-                for col in range(col_begin, col_end):
-                    top, bottom = _bin(bins, first_row + row)
-                    left, right = _bin(bins, first_col + col)
-                    token = first_token + row * cols + col
-                    share = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
-                    if reduce == _MEAN:
-                        share = _divide(share, frame_end - frame_begin)
-                        share = _divide(share, bottom - top)
-                        share = _divide(share, right - left)
-                    else:
-                        wins = _wins(
-                            features, channel, present, frame, patch, frame_begin, frame_end, top, bottom, left, right,
-                            width, frame_stride, patch_stride,
-                        )  # fmt: skip
-                        share = tl.where(wins, share, 0.0)
-                    acc += share
+            pathway, frame_begin, frame_end, first_token = _item(table, items_at, tl.load(table + readers_at + reader))
+            (first_patch, height, width, reduce, rows, first_row, cols, first_col,
+             row_cover, col_cover, pitch) = _pathway(table, pathway)  # fmt: skip
+            place = patch - first_patch
+            if (place >= 0) & (place < height * width):
+                row_begin, row_end = _bin(bins, row_cover + place // width)
+                col_begin, col_end = _bin(bins, col_cover + place % width)
+                for row in range(row_begin, row_end):
+                    for col in range(col_begin, col_end):
+                        top, bottom = _bin(bins, first_row + row)
+                        left, right = _bin(bins, first_col + col)
+                        token = first_token + row * pitch + col
+                        share = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
+                        if reduce == _MAX:
+                            wins = _wins(
+                                features + first_patch * patch_stride, channel, present, frame, place,
+                                (frame_begin, frame_end, top, bottom, left, right), width, frame_stride, patch_stride,
+                            )  # fmt: skip
+                            share = tl.where(wins, share, 0.0)
+                        else:
+                            share = _divide(share, frame_end - frame_begin)
+                            if reduce == _MEAN:
+                                share = _divide(share, bottom - top)
+                                share = _divide(share, right - left)
+                            else:
+                                row_weight = _weight(_lean(row, rows, height, top, bottom), place // width - top)
+                                col_weight = _weight(_lean(col, cols, width, left, right), place % width - left)
+                                share *= row_weight * col_weight
+                        acc += share
         to = out + frame * (patch_step * patches) + patch * patch_step + channel
         tl.store(to, acc.to(out.dtype.element_ty), mask=present)
 
