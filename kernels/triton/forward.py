@@ -11,8 +11,11 @@ import triton.language as tl
 # The table's format is in csrc/include/sfllava/plan.h.
 _HEADER = tl.constexpr(8)
 _PATHWAY = tl.constexpr(11)
+_FIRST_PATCH, _HEIGHT, _WIDTH, _REDUCE, _ROWS, _FIRST_ROW, _COLS, _FIRST_COL, _ROW_COVER, _COL_COVER, _PITCH = (
+    tl.constexpr(i) for i in range(11)
+)
 _ITEM = tl.constexpr(4)
-_MAX, _MEAN, _LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_MAX, _MEAN, _LINEAR = (tl.constexpr(i) for i in range(3))
 # Columns of a box whose loads are in flight together.
 _COLUMNS = tl.constexpr(4)
 
@@ -68,62 +71,48 @@ def _channels(chunk, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _item(table, items_at, i):
-    """Pathway, first frame, past the last frame, first token."""
-    at = table + items_at + i * _ITEM
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-
-
-@triton.jit
-def _pathway(table, i):
-    """The eleven numbers of the table's pathway i; what a kernel has no use for is not loaded."""
-    at = table + _HEADER + i * _PATHWAY
-    numbers = ()
-    for place in tl.static_range(_PATHWAY):
-        numbers = numbers + (tl.load(at + place),)
-    return numbers
-
-
-@triton.jit
 def _bin(bins, i):
     """Start and stop of the table's bin i."""
     return tl.load(bins + 2 * i), tl.load(bins + 2 * i + 1)
 
 
 @triton.jit
-def _lean(i, count, length, start, stop):
-    """The weight of a linear bin's second element, which its first one lacks: bin i of `count` on `length` elements.
+def _second_weight(i, count, length, start, stop):
+    """The weight of a linear bin's second element, bin i of `count` on an axis of `length`; 0 without one.
 
-    How far (i + 1/2) length / count - 1/2 lies past `start`: less than 1, so that it survives numbers that wrap.
+    How far the middle of segment i lies past `start`: less than 1, so numbers that wrap on the way do no harm.
     """
-    twice = 2 * count
-    past = (2 * i + 1) * length - count - twice * start
-    return tl.where(stop - start > 1, tl.div_rn(past.to(tl.float32), twice.to(tl.float32)), 0.0)
+    past = (2 * i + 1) * length - count - 2 * count * start
+    weight = tl.div_rn(past.to(tl.float32), (2 * count).to(tl.float32))
+    return tl.where(stop - start == 2, weight, 0.0)
 
 
 @triton.jit
-def _weight(lean, place):
-    """Of the element at `place`, 0 or 1, of a linear bin."""
-    return tl.where(place == 0, 1.0 - lean, lean)
+def _weight(second_weight, element):
+    """The weight of a linear bin's element, 0 or 1."""
+    return tl.where(element == 0, 1.0 - second_weight, second_weight)
 
 
 @triton.jit
-def _pool_box(features, channel, present, box, leans, width, frame_stride, patch_stride, REDUCE: tl.constexpr):
-    """The box reduced to one value a channel; a sum is not divided yet. `leans`, of rows and columns, if linear."""
+def _pool_box(
+    features, channel, present, box, second_weights, first_patch, width, frame_stride, patch_stride,
+    REDUCE: tl.constexpr,
+):  # fmt: skip
+    """The box reduced to one value a channel; a sum is not divided yet. second_weights: its row's and its column's."""
     frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
     sums: tl.constexpr = REDUCE != _MAX
     acc = _neutral(channel, sums)
     for frame in range(frame_begin, frame_end):
         for row in range(row_begin, row_end):
-            line = features + frame * frame_stride + (row * width) * patch_stride + channel
+            line = features + frame * frame_stride + (first_patch + row * width) * patch_stride + channel
             for first in range(col_begin, col_end, _COLUMNS):
                 for step in tl.static_range(_COLUMNS):
-                    inside = present & (first + step < col_end)
-                    x = tl.load(line + (first + step) * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
+                    col = first + step
+                    inside = present & (col < col_end)
+                    x = tl.load(line + col * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
                     if REDUCE == _LINEAR:
-                        row_lean, col_lean = leans
-                        weight = _weight(row_lean, row - row_begin) * _weight(col_lean, first + step - col_begin)
-                        x = x.to(tl.float32) * weight
+                        lower, later = second_weights
+                        x = x.to(tl.float32) * (_weight(lower, row - row_begin) * _weight(later, col - col_begin))
                     acc = _join(acc, x, sums)
     return acc
 
@@ -144,26 +133,37 @@ def pool_boxes(
     split, group = program // chunks % splits, program // chunks // splits
     frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
     token_stride = _elements(token_stride, VECTOR)
-    for number in range(tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1)):
-        pathway, frame_begin, frame_end, first_token = _item(table, items_at, number)
-        (first_patch, height, width, reduce, rows, first_row, cols, first_col,
-         _, _, pitch) = _pathway(table, pathway)  # fmt: skip
-        grid = features + first_patch * patch_stride
-        for place in range(split, rows * cols, splits):
-            row, col = place // cols, place % cols
+    for item in range(tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1)):
+        item_at = table + items_at + item * _ITEM
+        path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
+        frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
+        first_patch, width = tl.load(path_at + _FIRST_PATCH), tl.load(path_at + _WIDTH)
+        reduce, pitch = tl.load(path_at + _REDUCE), tl.load(path_at + _PITCH)
+        rows, cols = tl.load(path_at + _ROWS), tl.load(path_at + _COLS)
+        first_row, first_col = tl.load(path_at + _FIRST_ROW), tl.load(path_at + _FIRST_COL)
+        for number in range(split, rows * cols, splits):
+            row, col = number // cols, number % cols
             row_begin, row_end = _bin(table + bins_at, first_row + row)
             col_begin, col_end = _bin(table + bins_at, first_col + col)
             box = frame_begin, frame_end, row_begin, row_end, col_begin, col_end
             if reduce == _MAX:
-                acc = _pool_box(grid, channel, present, box, (), width, frame_stride, patch_stride, _MAX)
+                acc = _pool_box(
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MAX
+                )
             elif reduce == _MEAN:
-                acc = _pool_box(grid, channel, present, box, (), width, frame_stride, patch_stride, _MEAN)
+                acc = _pool_box(
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MEAN
+                )
                 acc = _divide(acc, frame_end - frame_begin)
                 acc = _divide(acc, row_end - row_begin)
                 acc = _divide(acc, col_end - col_begin)
             else:
-                leans = _lean(row, rows, height, row_begin, row_end), _lean(col, cols, width, col_begin, col_end)
-                acc = _pool_box(grid, channel, present, box, leans, width, frame_stride, patch_stride, _LINEAR)
+                lower = _second_weight(row, rows, tl.load(path_at + _HEIGHT), row_begin, row_end)
+                later = _second_weight(col, cols, width, col_begin, col_end)
+                acc = _pool_box(
+                    features, channel, present, box, (lower, later), first_patch, width,
+                    frame_stride, patch_stride, _LINEAR,
+                )  # fmt: skip
                 acc = _divide(acc, frame_end - frame_begin)
             token = first_token + row * pitch + col
             tl.store(out + token * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)
