@@ -58,6 +58,8 @@ def spread_boxes(
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
     split, frame = program // chunks % splits, program // chunks // splits
+    frame_stride, patch_stride = _elements(frame_stride, 1), _elements(patch_stride, 1)
+    token_stride, patch_step = _elements(token_stride, 1), _elements(channels, 1)
     bins = table + bins_at
     reader_begin, reader_end = tl.load(table + frames_at + frame), tl.load(table + frames_at + frame + 1)
     run = tl.cdiv(patches, splits)
@@ -99,7 +101,7 @@ def spread_boxes(
                                 later = _second_weight(col, tl.load(path_at + _COLS), width, left, right)
                                 share *= _weight(lower, place // width - top) * _weight(later, place % width - left)
                         acc += share
-        to = out + (frame.to(tl.int64) * patches + patch) * channels * VECTOR + channel
+        to = out + (frame.to(tl.int64) * patches + patch) * patch_step * VECTOR + channel
         tl.store(to, acc.to(out.dtype.element_ty), mask=present)
 
 
