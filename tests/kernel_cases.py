@@ -64,7 +64,7 @@ FIELD_LAYOUTS = {
     "a newline behind each row": ("pool:each,stride2,stride2,mean;newline@row", (2,), (4, 4)),
     "two behind each row": ("pool:each,each,stride2,max;a@row;b@row;c@end", (1, 2), (2, 4)),
     "slow and fast, frame by frame": (
-        "slow:every2,stride2,stride2,mean+fast:others2,each,stride4,max;newline@row;line@frame;interleaved", (3,), (2, 4)
+        "slow:every2,stride2,stride2,mean+fast:others2,each,stride4,max;line@row;end@frame;interleaved", (3,), (2, 4)
     ),
     "padded": ("temporal:each,adaptive1,adaptive1,mean,pad4+spatial:adaptive1,each,each,mean", (3, 2), (2, 2)),
     "repeated frames": ("pool:repeat4,adaptive2,adaptive2,mean", (3,), (2, 3)),
