@@ -53,13 +53,14 @@ def spread_boxes(
 ):  # fmt: skip
     """Program (frame, split, chunk) takes a run of the frame's patches, which share tokens, hence the cache.
 
-    `out` [T, N, D] is contiguous. Strides are scaled and numbers loaded only where they are used: registers are scarce.
+    `out` [T, N, D] is contiguous. Strides become elements, and numbers are loaded, only where they are used: registers
+    are scarce.
     """
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
     split, frame = program // chunks % splits, program // chunks // splits
-    frame_stride, patch_stride = _elements(frame_stride, 1), _elements(patch_stride, 1)
-    token_stride, patch_step = _elements(token_stride, 1), _elements(channels, 1)
+    frame_stride, patch_stride = frame_stride.to(tl.int64), patch_stride.to(tl.int64)
+    token_stride, patch_step = token_stride.to(tl.int64), channels.to(tl.int64)
     bins = table + bins_at
     reader_begin, reader_end = tl.load(table + frames_at + frame), tl.load(table + frames_at + frame + 1)
     run = tl.cdiv(patches, splits)
@@ -97,9 +98,10 @@ def spread_boxes(
                                 share = _divide(share, right - left)
                             else:
                                 height, rows = tl.load(path_at + _HEIGHT), tl.load(path_at + _ROWS)
-                                lower = _second_weight(row, rows, height, top, bottom)
-                                later = _second_weight(col, tl.load(path_at + _COLS), width, left, right)
-                                share *= _weight(lower, place // width - top) * _weight(later, place % width - left)
+                                row_second = _second_weight(row, rows, height, top, bottom)
+                                col_second = _second_weight(col, tl.load(path_at + _COLS), width, left, right)
+                                row_weight = _weight(row_second, place // width - top)
+                                share *= row_weight * _weight(col_second, place % width - left)
                         acc += share
         to = out + (frame.to(tl.int64) * patches + patch) * patch_step * VECTOR + channel
         tl.store(to, acc.to(out.dtype.element_ty), mask=present)

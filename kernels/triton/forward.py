@@ -111,8 +111,9 @@ def _pool_box(
                     inside = present & (col < col_end)
                     x = tl.load(line + col * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
                     if REDUCE == _LINEAR:
-                        lower, later = second_weights
-                        x = x.to(tl.float32) * (_weight(lower, row - row_begin) * _weight(later, col - col_begin))
+                        row_second, col_second = second_weights
+                        weight = _weight(row_second, row - row_begin) * _weight(col_second, col - col_begin)
+                        x = x.to(tl.float32) * weight
                     acc = _join(acc, x, sums)
     return acc
 
@@ -158,10 +159,10 @@ def pool_boxes(
                 acc = _divide(acc, row_end - row_begin)
                 acc = _divide(acc, col_end - col_begin)
             else:
-                lower = _second_weight(row, rows, tl.load(path_at + _HEIGHT), row_begin, row_end)
-                later = _second_weight(col, cols, width, col_begin, col_end)
+                row_second = _second_weight(row, rows, tl.load(path_at + _HEIGHT), row_begin, row_end)
+                col_second = _second_weight(col, cols, width, col_begin, col_end)
                 acc = _pool_box(
-                    features, channel, present, box, (lower, later), first_patch, width,
+                    features, channel, present, box, (row_second, col_second), first_patch, width,
                     frame_stride, patch_stride, _LINEAR,
                 )  # fmt: skip
                 acc = _divide(acc, frame_end - frame_begin)

@@ -29,7 +29,8 @@ def find_tiling(plan):
     1x1, 1x2 or 2x2 of one frame on the same grid, and both cover the same patches. The default layout on 24x24 does.
     Tokens of an item follow each other without a gap; items may lie anywhere.
     """
-    if len(plan.pathways) != 2 or plan.patches != plan.grid[0] * plan.grid[1]:  # a class token stands in front
+    has_class_token = plan.patches != plan.grid[0] * plan.grid[1]
+    if len(plan.pathways) != 2 or has_class_token:
         return None
     if any(path.pitch != len(path.cols) or path.shape != plan.grid for path in plan.pathways):
         return None
