@@ -7,7 +7,9 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from sfllava_fast.config import SLOW_POOLS, Bins, Pathway, PathwayTables, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, SlowFastConfig
+from sfllava_fast.pathways import Bins, Pathway
+from sfllava_fast.plan import PathwayTables, Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +48,37 @@ VIEWS = {
     "one frame": lambda make, t, n, d: make((1, n, d)).expand(t, n, d),
     "one patch": lambda make, t, n, d: make((t, 1, d)).expand(t, n, d),
 }
+
+# Layout, frames of each video, grid: everything that a table can say, on few patches.
+FIELD_LAYOUTS = {
+    "class token, 3x3, frame by frame": (
+        "class:each,each,each,max,class+pool:each,adaptive3,adaptive3,mean;interleaved;line@between", (2, 1), (3, 4)
+    ),
+    "class token alone": ("class:each,each,each,max,class", (2,), (2, 2)),
+    "class token behind maxima": ("pool:each,stride2,each,max+class:adaptive1,each,each,mean,class", (3,), (3, 2)),
+    "linear, even": ("pool:each,linear2,linear2,mean", (2,), (4, 4)),
+    "linear, odd": ("pool:each,linear2,linear3,mean", (1,), (5, 7)),
+    "linear, frames together": ("pool:adaptive2,linear2,linear2,mean+all:adaptive1,each,each,max", (3,), (2, 3)),
+    "linear, packed videos": ("pool:stride3,linear2,linear2,mean+all:linspace1,each,each,mean", (4, 3), (1, 3)),
+    "linear behind a class token": ("class:each,each,each,max,class+pool:each,linear3,linear2,mean", (1,), (4, 3)),
+    "a newline behind each row": ("pool:each,stride2,stride2,mean;newline@row", (2,), (4, 4)),
+    "two behind each row": ("pool:each,each,stride2,max;a@row;b@row;c@end", (1, 2), (2, 4)),
+    "slow and fast, frame by frame": (
+        "slow:every2,stride2,stride2,mean+fast:others2,each,stride4,max;line@row;end@frame;interleaved", (3,), (2, 4)
+    ),
+    "padded": ("temporal:each,adaptive1,adaptive1,mean,pad4+spatial:adaptive1,each,each,mean", (3, 2), (2, 2)),
+    "repeated frames": ("pool:repeat4,adaptive2,adaptive2,mean", (3,), (2, 3)),
+    "frames that nothing reads": ("pool:every2,each,stride2,mean", (4,), (2, 2)),
+    "nested, frame by frame": (
+        "fine:each,each,stride2,max+coarse:each,adaptive1,adaptive2,mean;interleaved;line@between", (2, 1), (2, 4)
+    ),
+    "nested, padded": ("fine:every2,each,stride2,mean,pad3+coarse:each,adaptive1,adaptive2,mean", (2, 1), (2, 4)),
+}
+
+
+def rows_without_patches(plan: Plan) -> list[int]:
+    """Rows of the output that no kernel writes, and whose gradient none reads."""
+    return [*plan.zeros, *(row for row, _ in plan.separator_rows)]
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from kernel_cases import (
-    DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
+    DTYPES, FIELD_LAYOUTS, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal,
+    rows_without_patches, slowfast_calls,
 )  # fmt: skip
 
 from sfllava_fast import backends, reference, slowfast_aggregate, table
-from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
 from sfllava_fast.errors import BackendError, InputError
+from sfllava_fast.layouts import PRESETS
+from sfllava_fast.plan import Plan
 from sfllava_fast.table import device_table, plan_table
 
 pytestmark = [
@@ -58,7 +61,9 @@ def check_tokens(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, right
     """Equal to the reference on the CPU, and nothing written outside the tokens, `left` channels into their rows."""
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype, left, right, x.device)
     backends.BACKENDS[backend].run(x, plan, out.rows)
-    assert_same(out.rows.cpu(), reference.aggregate(x.cpu(), plan))
+    expected = reference.aggregate(x.cpu(), plan)
+    expected[rows_without_patches(plan)] = torch.nan  # as they were
+    assert_same(out.rows.cpu(), expected)
     out.check()
 
 
@@ -68,6 +73,7 @@ def check_gradient(backend: str, x: torch.Tensor, plan: Plan, left: int = 3, rig
     shape = plan.offsets[-1], left + channels + right
     grad = torch.where(torch.rand(shape) < 0.1, few_values(shape, x.dtype), normal(shape, x.dtype)).to(x.device)
     grad = grad[:, left : left + channels]
+    grad[rows_without_patches(plan)] = torch.nan  # not to be read
     out = GuardedRows(frames * patches, channels, x.dtype, 0, 0, x.device)
     backends.BACKENDS[backend].run_backward(grad, x, plan, out.rows.view(x.shape))
     assert_same(out.rows.cpu().view(x.shape), reference.aggregate_backward(grad.cpu(), x.cpu(), plan))
@@ -89,6 +95,24 @@ def test_slowfast_layouts(backend, check, call):
 @given(call=any_calls(CHANNELS, device="cuda"))
 def test_any_pathways_of_packed_videos(backend, check, call):
     check(backend, *call)
+
+
+@directions
+@dtypes
+@pytest.mark.parametrize("name", FIELD_LAYOUTS)
+@pytest.mark.parametrize("channels", [264, 63])
+def test_layouts_of_the_field(backend, check, dtype, name, channels):
+    layout, lengths, grid = FIELD_LAYOUTS[name]
+    plan = Pathways.parse(layout).plan(lengths, grid)
+    check(backend, on_gpu(normal, dtype)((sum(lengths), plan.patches, channels)), plan, 8, 8)
+
+
+@directions
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("grid", [(24, 24), (27, 27)], ids=str)
+def test_presets(backend, check, name, grid):
+    plan = PRESETS[name].layout.plan(8, grid)
+    check(backend, on_gpu(normal, torch.bfloat16)((8, plan.patches, 264)), plan, 8, 8)
 
 
 @directions

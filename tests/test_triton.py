@@ -10,7 +10,9 @@ import pytest
 from triton_process import HERE, interpret, run
 
 from sfllava_fast import backends
-from sfllava_fast.config import Bins, Pathway, PathwayTables, Plan, SlowFastConfig
+from sfllava_fast.config import Pathways, SlowFastConfig
+from sfllava_fast.pathways import Bins, Pathway
+from sfllava_fast.plan import PathwayTables, Plan
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -83,7 +85,8 @@ def test_no_local_memory_and_enough_in_flight(compiled):
 
 def test_arithmetic_is_ieee(compiled):
     for kernel in compiled:
-        assert not re.search(r"\.ftz|fma|div\.(full|approx)|rcp", kernel["ptx"]) and "div.rn.f32" in kernel["ptx"]
+        assert not re.search(r"\.ftz|fma|(add|sub|mul)\.f32|div\.(full|approx)|rcp", kernel["ptx"])
+        assert "div.rn.f32" in kernel["ptx"]
 
 
 # --- tiles
@@ -155,6 +158,33 @@ def test_a_plan_that_nests():
 @pytest.mark.parametrize("name", NOT_NESTED)
 def test_plans_that_do_not_nest(name):
     assert tiling(Plan((2,), (4, 4), tuple(NOT_NESTED[name]))) is None
+
+
+PAIRS, SQUARES = "fine:each,each,stride2,max", "coarse:each,adaptive2,adaptive2,mean"
+
+
+@pytest.mark.parametrize(
+    "layout, whole",
+    [
+        (f"{PAIRS}+{SQUARES};interleaved;newline@frame;line@between;end@end", True),
+        (f"fine:every3,each,stride2,mean,pad9+{SQUARES}", True),
+        ("fine:each,each,stride2,max+coarse:every2,adaptive2,adaptive2,mean", None),
+        (f"fine:others2,each,stride2,max+{SQUARES};interleaved", True),
+        ("fine:every3,each,stride2,max+coarse:others3,adaptive2,adaptive2,mean;interleaved", None),
+        (f"{PAIRS}+{SQUARES};newline@row", None),
+        ("fine:each,linear2,linear2,mean+coarse:each,adaptive1,adaptive1,mean", None),
+        ("fine:each,each,stride2,max+coarse:each,linear2,linear2,mean", None),
+        ("fine:each,each,each,max,class+coarse:each,adaptive2,adaptive2,mean", None),
+    ],
+)
+def test_whether_other_layouts_nest(layout, whole):
+    found = tiling(Pathways.parse(layout).plan((4, 3), (4, 4)))
+    assert (found and found.whole) == whole
+
+
+def test_the_class_token_is_no_tile_of_a_grid_of_one_patch():
+    layout = "a:each,each,each,max,class+b:each,each,each,mean,class"
+    assert tiling(Pathways.parse(layout).plan(2, (1, 1))) is None
 
 
 @pytest.mark.parametrize(

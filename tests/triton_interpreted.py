@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from kernel_cases import (
-    DTYPES, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal, slowfast_calls,
+    DTYPES, FIELD_LAYOUTS, SOURCES, VIEWS, GuardedRows, any_calls, assert_same, bits, few_values, normal,
+    rows_without_patches, slowfast_calls,
 )  # fmt: skip
 from triton_repairs import repaired_interpreter as repaired_interpreter
 
 from sfllava_fast import backends, reference
-from sfllava_fast.config import SLOW_POOLS, Bins, Pathway, PathwayTables, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
+from sfllava_fast.pathways import Bins, Pathway
+from sfllava_fast.plan import PathwayTables, Plan
 
 kernels = backends.triton_kernels()
 CHANNELS = (1, 8, 33)
@@ -32,7 +35,9 @@ def check(x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
     """Equal to the reference, and nothing written outside the tokens, which lie `left` channels into their rows."""
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype, left, right)
     run(x, plan, out.rows)
-    assert_same(out.rows, reference.aggregate(x, plan))
+    expected = reference.aggregate(x, plan)
+    expected[rows_without_patches(plan)] = torch.nan  # as they were
+    assert_same(out.rows, expected)
     out.check()
 
 
@@ -113,6 +118,28 @@ def test_a_pathway_alone():
     check(normal((3, 16, 4), torch.float16), SlowFastConfig(1, fast_grid=None).plan(3, (4, 4)))
 
 
+field = pytest.mark.parametrize("name", FIELD_LAYOUTS)
+
+
+def field_call(name: str, dtype: torch.dtype, make=normal) -> tuple[torch.Tensor, Plan]:
+    layout, lengths, grid = FIELD_LAYOUTS[name]
+    plan = Pathways.parse(layout).plan(lengths, grid)
+    return make((sum(lengths), plan.patches, 5), dtype), plan
+
+
+@dtypes
+@field
+def test_layouts_of_the_field(dtype, name):
+    x, plan = field_call(name, dtype)
+    assert kernel_of(plan) is (kernels.pool_tiles if "nested" in name else kernels.pool_boxes)
+    check(x, plan)
+
+
+@sources
+def test_linear_weights_of_any_numbers(make):
+    check(*field_call("linear, odd", torch.float32, make))
+
+
 @settings(max_examples=20)
 @given(slowfast_calls(CHANNELS, frames=2, side=4))
 def test_slowfast_layouts(call):
@@ -177,7 +204,9 @@ def check_backward(x: torch.Tensor, plan: Plan, grad: torch.Tensor) -> None:
 
 
 def gradient_of(x: torch.Tensor, plan: Plan, make=normal) -> torch.Tensor:
-    return make((plan.offsets[-1], x.shape[2]), x.dtype)
+    grad = make((plan.offsets[-1], x.shape[2]), x.dtype)
+    grad[rows_without_patches(plan)] = torch.nan  # not to be read
+    return grad
 
 
 def backward_kernel_of(plan: Plan) -> object:
@@ -231,6 +260,14 @@ def test_backward_of_chunks_views_and_packed_videos(dtype, grid, left):
 def test_backward_of_views(view):
     plan = SlowFastConfig(1, "spatial_1d_max_pool", (1, 2)).plan(2, (1, 3))
     x = VIEWS[view](lambda shape: normal(shape, torch.bfloat16), 2, 3, 17)
+    check_backward(x, plan, gradient_of(x, plan))
+
+
+@dtypes
+@field
+def test_backward_of_layouts_of_the_field(dtype, name):
+    x, plan = field_call(name, dtype)
+    assert backward_kernel_of(plan) is (kernels.spread_tiles if "nested" in name else kernels.spread_boxes)
     check_backward(x, plan, gradient_of(x, plan))
 
 

@@ -21,11 +21,12 @@ _MOST_PROGRAMS = 2**31 - 1
 
 
 def pool(features, plan, host_table, table, out):
-    """out[:] = the plan's tokens of features. Uploads and allocates nothing, and does not wait for the device.
+    """Fills out with the plan's tokens of features; rows of separators and zeros stay as they are.
 
+    Uploads and allocates nothing, and does not wait for the device.
     features: [T, N, D] float32, bfloat16 or float16 on a CUDA device, unit stride over D; on the CPU under
         TRITON_INTERPRET=1.
-    plan: sfllava_fast.config.Plan. host_table, table: its int32 table on the host and on the features' device.
+    plan: sfllava_fast.plan.Plan. host_table, table: its int32 table on the host and on the features' device.
     out: [S, D] of the features' dtype and device, unit stride over D.
     """
     _call(_work, features, out, (features, table, out), plan, host_table)
@@ -98,7 +99,7 @@ def _work(plan, host_table, chunks):
 
 def _backward_work(plan, host_table, chunks):
     groups, groups_at, items_at, frames_at, readers_at, bins_at = _sections(host_table)
-    tiling, frames, patches = find_tiling(plan), sum(plan.lengths), plan.grid[0] * plan.grid[1]
+    tiling, frames, patches = find_tiling(plan), sum(plan.lengths), plan.patches
     if tiling and tiling.whole:
         tiles, numbers, constants = _tile_arguments(plan, tiling)
         return spread_tiles, groups * tiles * chunks, (chunks, groups_at, items_at, patches, *numbers), constants
@@ -115,7 +116,7 @@ def _splits(parts, units):
 def _sections(host_table):
     """How many groups; where groups, items, frames, readers and bins begin: csrc/include/sfllava/plan.h."""
     _, _, frames, _, pathways, groups, items, readers = host_table[:8].tolist()
-    return groups, *accumulate((groups + 1, 4 * items, frames + 1, readers), initial=8 + 8 * pathways)
+    return groups, *accumulate((groups + 1, 4 * items, frames + 1, readers), initial=8 + 11 * pathways)
 
 
 def _tile_arguments(plan, tiling):

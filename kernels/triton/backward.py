@@ -7,8 +7,9 @@ does, and rounded once.
 import triton
 import triton.language as tl
 
-from .forward import _HEADER, _ITEM, _MEAN, _PATHWAY
-from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _load_strip, _neutral
+from .forward import _COL_COVER, _COLS, _FIRST_COL, _FIRST_PATCH, _FIRST_ROW, _HEADER, _HEIGHT, _ITEM, _MAX, _MEAN
+from .forward import _PATHWAY, _PITCH, _REDUCE, _ROW_COVER, _ROWS, _WIDTH
+from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _load_strip, _neutral, _second_weight, _weight
 
 # Columns of a box whose loads are in flight together: the maxima of known layouts are no wider.
 _COLUMNS = tl.constexpr(2)
@@ -16,24 +17,24 @@ _COLUMNS = tl.constexpr(2)
 
 @triton.jit
 def _wins(
-    features, channel, present, frame, patch, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
-    width, frame_stride, patch_stride,
+    features, channel, present, frame, patch, box, first_patch, width, frame_stride, patch_stride, VECTOR: tl.constexpr
 ):  # fmt: skip
     """In which channels the box's maximum is this patch of this frame: the first of equals, or the last NaN."""
+    frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
     best = _neutral(channel, False)
-    first = (frame_begin == frame) & (row_begin * width + col_begin == patch)
+    first = (frame_begin == frame) & (first_patch + row_begin * width + col_begin == patch)
     wins = tl.full(channel.shape, 1, tl.int1) & first  # where all of the box is -inf
     for box_frame in range(frame_begin, frame_end):
         for row in range(row_begin, row_end):
-            line = features + box_frame * frame_stride + (row * width) * patch_stride + channel
             for first_col in range(col_begin, col_end, _COLUMNS):
                 for step in tl.static_range(_COLUMNS):
-                    col = first_col + step
-                    inside = present & (col < col_end)
-                    x = tl.load(line + col * patch_stride, mask=inside, other=float("-inf")).to(tl.float32)
+                    here = first_patch + row * width + first_col + step
+                    at = features + (box_frame * frame_stride + here * patch_stride) * VECTOR + channel
+                    inside = present & (first_col + step < col_end)
+                    x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
                     better = _beats(x, best)
                     best = tl.where(better, x, best)
-                    wins = tl.where(better, (box_frame == frame) & (row * width + col == patch), wins)
+                    wins = tl.where(better, (box_frame == frame) & (here == patch), wins)
     return wins
 
 
@@ -52,13 +53,14 @@ def spread_boxes(
 ):  # fmt: skip
     """Program (frame, split, chunk) takes a run of the frame's patches, which share tokens, hence the cache.
 
-    `out` [T, N, D] is contiguous.
+    `out` [T, N, D] is contiguous. Strides become elements, and numbers are loaded, only where they are used: registers
+    are scarce.
     """
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
     split, frame = program // chunks % splits, program // chunks // splits
-    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
-    token_stride, patch_step = _elements(token_stride, VECTOR), _elements(channels, VECTOR)
+    frame_stride, patch_stride = frame_stride.to(tl.int64), patch_stride.to(tl.int64)
+    token_stride, patch_step = token_stride.to(tl.int64), channels.to(tl.int64)
     bins = table + bins_at
     reader_begin, reader_end = tl.load(table + frames_at + frame), tl.load(table + frames_at + frame + 1)
     run = tl.cdiv(patches, splits)
@@ -68,28 +70,40 @@ def spread_boxes(
             item_at = table + items_at + tl.load(table + readers_at + reader) * _ITEM
             path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
             frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
-            width, reduce, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 4)
-            first_row, first_col = tl.load(path_at + 3), tl.load(path_at + 5)
-            row_begin, row_end = _bin(bins, tl.load(path_at + 6) + patch // width)
-            col_begin, col_end = _bin(bins, tl.load(path_at + 7) + patch % width)
-            for row in range(row_begin, row_end):
-                for col in range(col_begin, col_end):
-                    top, bottom = _bin(bins, first_row + row)
-                    left, right = _bin(bins, first_col + col)
-                    token = first_token + row * cols + col
-                    share = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
-                    if reduce == _MEAN:
-                        share = _divide(share, frame_end - frame_begin)
-                        share = _divide(share, bottom - top)
-                        share = _divide(share, right - left)
-                    else:
-                        wins = _wins(
-                            features, channel, present, frame, patch, frame_begin, frame_end, top, bottom, left, right,
-                            width, frame_stride, patch_stride,
-                        )  # fmt: skip
-                        share = tl.where(wins, share, 0.0)
-                    acc += share
-        to = out + frame * (patch_step * patches) + patch * patch_step + channel
+            first_patch, width = tl.load(path_at + _FIRST_PATCH), tl.load(path_at + _WIDTH)
+            first_row, first_col = tl.load(path_at + _FIRST_ROW), tl.load(path_at + _FIRST_COL)
+            reduce, pitch = tl.load(path_at + _REDUCE), tl.load(path_at + _PITCH)
+            place = patch - first_patch
+            if (place >= 0) & (place < tl.load(path_at + _HEIGHT) * width):
+                row_begin, row_end = _bin(bins, tl.load(path_at + _ROW_COVER) + place // width)
+                col_begin, col_end = _bin(bins, tl.load(path_at + _COL_COVER) + place % width)
+                for row in range(row_begin, row_end):
+                    for col in range(col_begin, col_end):
+                        top, bottom = _bin(bins, first_row + row)
+                        left, right = _bin(bins, first_col + col)
+                        token = first_token + row * pitch + col
+                        share_at = grad + token * token_stride * VECTOR + channel
+                        if reduce == _MAX:
+                            wins = _wins(
+                                features, channel, present, frame, patch,
+                                (frame_begin, frame_end, top, bottom, left, right),
+                                first_patch, width, frame_stride, patch_stride, VECTOR,
+                            )  # fmt: skip
+                            share = tl.where(wins, tl.load(share_at, mask=present).to(tl.float32), 0.0)
+                        else:
+                            share = tl.load(share_at, mask=present).to(tl.float32)
+                            share = _divide(share, frame_end - frame_begin)
+                            if reduce == _MEAN:
+                                share = _divide(share, bottom - top)
+                                share = _divide(share, right - left)
+                            else:
+                                height, rows = tl.load(path_at + _HEIGHT), tl.load(path_at + _ROWS)
+                                row_second = _second_weight(row, rows, height, top, bottom)
+                                col_second = _second_weight(col, tl.load(path_at + _COLS), width, left, right)
+                                row_weight = _weight(row_second, place // width - top)
+                                share *= row_weight * _weight(col_second, place % width - left)
+                        acc += share
+        to = out + (frame.to(tl.int64) * patches + patch) * patch_step * VECTOR + channel
         tl.store(to, acc.to(out.dtype.element_ty), mask=present)
 
 

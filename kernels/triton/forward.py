@@ -10,9 +10,12 @@ import triton.language as tl
 
 # The table's format is in csrc/include/sfllava/plan.h.
 _HEADER = tl.constexpr(8)
-_PATHWAY = tl.constexpr(8)
+_PATHWAY = tl.constexpr(11)
+_FIRST_PATCH, _HEIGHT, _WIDTH, _REDUCE, _ROWS, _FIRST_ROW, _COLS, _FIRST_COL, _ROW_COVER, _COL_COVER, _PITCH = (
+    tl.constexpr(i) for i in range(11)
+)
 _ITEM = tl.constexpr(4)
-_MEAN = tl.constexpr(1)
+_MAX, _MEAN, _LINEAR = (tl.constexpr(i) for i in range(3))
 # Columns of a box whose loads are in flight together.
 _COLUMNS = tl.constexpr(4)
 
@@ -74,20 +77,44 @@ def _bin(bins, i):
 
 
 @triton.jit
+def _second_weight(i, count, length, start, stop):
+    """The weight of a linear bin's second element, bin i of `count` on an axis of `length`; 0 without one.
+
+    How far the middle of segment i lies past `start`: less than 1, so numbers that wrap on the way do no harm.
+    """
+    past = (2 * i + 1) * length - count - 2 * count * start
+    weight = tl.div_rn(past.to(tl.float32), (2 * count).to(tl.float32))
+    return tl.where(stop - start == 2, weight, 0.0)
+
+
+@triton.jit
+def _weight(second_weight, element):
+    """The weight of a linear bin's element, 0 or 1."""
+    return tl.where(element == 0, 1.0 - second_weight, second_weight)
+
+
+@triton.jit
 def _pool_box(
-    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
-    width, frame_stride, patch_stride, MEAN: tl.constexpr,
+    features, channel, present, box, second_weights, first_patch, width, frame_stride, patch_stride,
+    REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """The box reduced to one value a channel; a mean is not divided yet."""
-    acc = _neutral(channel, MEAN)
+    """The box reduced to one value a channel; a sum is not divided yet. second_weights: its row's and its column's."""
+    frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
+    sums: tl.constexpr = REDUCE != _MAX
+    acc = _neutral(channel, sums)
     for frame in range(frame_begin, frame_end):
         for row in range(row_begin, row_end):
-            line = features + frame * frame_stride + (row * width) * patch_stride + channel
+            line = features + frame * frame_stride + (first_patch + row * width) * patch_stride + channel
             for first in range(col_begin, col_end, _COLUMNS):
                 for step in tl.static_range(_COLUMNS):
-                    inside = present & (first + step < col_end)
-                    x = tl.load(line + (first + step) * patch_stride, mask=inside, other=0.0 if MEAN else float("-inf"))
-                    acc = _join(acc, x, MEAN)
+                    col = first + step
+                    inside = present & (col < col_end)
+                    x = tl.load(line + col * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
+                    if REDUCE == _LINEAR:
+                        row_second, col_second = second_weights
+                        weight = _weight(row_second, row - row_begin) * _weight(col_second, col - col_begin)
+                        x = x.to(tl.float32) * weight
+                    acc = _join(acc, x, sums)
     return acc
 
 
@@ -111,25 +138,36 @@ def pool_boxes(
         item_at = table + items_at + item * _ITEM
         path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
         frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
-        width, reduce, rows, cols = tl.load(path_at), tl.load(path_at + 1), tl.load(path_at + 2), tl.load(path_at + 4)
-        first_row, first_col = tl.load(path_at + 3), tl.load(path_at + 5)
-        for box in range(split, rows * cols, splits):
-            row_begin, row_end = _bin(table + bins_at, first_row + box // cols)
-            col_begin, col_end = _bin(table + bins_at, first_col + box % cols)
-            if reduce == _MEAN:
+        first_patch, width = tl.load(path_at + _FIRST_PATCH), tl.load(path_at + _WIDTH)
+        reduce, pitch = tl.load(path_at + _REDUCE), tl.load(path_at + _PITCH)
+        rows, cols = tl.load(path_at + _ROWS), tl.load(path_at + _COLS)
+        first_row, first_col = tl.load(path_at + _FIRST_ROW), tl.load(path_at + _FIRST_COL)
+        for number in range(split, rows * cols, splits):
+            row, col = number // cols, number % cols
+            row_begin, row_end = _bin(table + bins_at, first_row + row)
+            col_begin, col_end = _bin(table + bins_at, first_col + col)
+            box = frame_begin, frame_end, row_begin, row_end, col_begin, col_end
+            if reduce == _MAX:
                 acc = _pool_box(
-                    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
-                    width, frame_stride, patch_stride, True,
-                )  # fmt: skip
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MAX
+                )
+            elif reduce == _MEAN:
+                acc = _pool_box(
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MEAN
+                )
                 acc = _divide(acc, frame_end - frame_begin)
                 acc = _divide(acc, row_end - row_begin)
                 acc = _divide(acc, col_end - col_begin)
             else:
+                row_second = _second_weight(row, rows, tl.load(path_at + _HEIGHT), row_begin, row_end)
+                col_second = _second_weight(col, cols, width, col_begin, col_end)
                 acc = _pool_box(
-                    features, channel, present, frame_begin, frame_end, row_begin, row_end, col_begin, col_end,
-                    width, frame_stride, patch_stride, False,
+                    features, channel, present, box, (row_second, col_second), first_patch, width,
+                    frame_stride, patch_stride, _LINEAR,
                 )  # fmt: skip
-            tl.store(out + (first_token + box) * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)
+                acc = _divide(acc, frame_end - frame_begin)
+            token = first_token + row * pitch + col
+            tl.store(out + token * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class _Order:
 
 @lru_cache(maxsize=256)
 def gather(plan, size):
-    """The Gather of a sfllava_fast.config.Plan in tiles of `size` patches; ValueError where bins span frames."""
+    """The Gather of a sfllava_fast.plan.Plan in tiles of `size` patches; ValueError where bins span frames."""
     readers, tokens, kept_frames = _readers(plan)
     kinds = [frozenset(path for path, _ in frame) for frame in readers]
     orders = min(
@@ -75,7 +75,7 @@ def _readers(plan):
             for start, stop in path.frames[video]:
                 if stop - start != 1:
                     raise ValueError(f"pathway {path.pathway.name} pools several frames at a time")
-                mean = path.pathway.reduce == "mean"
+                mean = path.reduce == "mean"
                 readers[start].append((index, row if mean else None))
                 if mean:
                     row += path.tokens_per_frame
@@ -89,7 +89,7 @@ def _boxes(plan, kind):
     boxes, tokens = {}, []
     for index in sorted(kind):
         path = plan.pathways[index]
-        if path.pathway.reduce == "mean":
+        if path.reduce == "mean":
             places = [(rows, cols) for rows in path.rows for cols in path.cols]
             for token, (rows, cols) in enumerate(places):
                 box = tuple(row * path.shape[1] + col for row in range(*rows) for col in range(*cols))
@@ -117,7 +117,7 @@ def _order(plan, kind, unit):
             units += [(part, -1, number) for part in _cut([patch for patch in box if patch in left], unit)]
     units += [(box, number, -1) for box, number in boxes.items() if len(box) <= unit and box not in placed]
     missing = ()
-    keeps = any(plan.pathways[index].pathway.reduce == "max" for index in kind)
+    keeps = any(plan.pathways[index].reduce == "max" for index in kind)
     if keeps:
         covered = set().union(*boxes)
         missing = _cut([patch for patch in range(plan.grid[0] * plan.grid[1]) if patch not in covered], unit)

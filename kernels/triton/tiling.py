@@ -23,15 +23,19 @@ class Tiling:
 
 
 def find_tiling(plan):
-    """The Tiling of a sfllava_fast.config.Plan; None where the pathways do not nest.
+    """The Tiling of a sfllava_fast.plan.Plan; None where the pathways do not nest.
 
     They do where the last of two pathways is a mean over equal boxes of every frame on its own, the other's boxes are
     1x1, 1x2 or 2x2 of one frame on the same grid, and both cover the same patches. The default layout on 24x24 does.
+    Tokens of an item follow each other without a gap; items may lie anywhere.
     """
-    if len(plan.pathways) != 2:
+    has_class_token = plan.patches != plan.grid[0] * plan.grid[1]
+    if len(plan.pathways) != 2 or has_class_token:
+        return None
+    if any(path.pitch != len(path.cols) or path.shape != plan.grid for path in plan.pathways):
         return None
     fine, coarse = plan.pathways
-    if coarse.pathway.reduce != "mean" or fine.shape != plan.grid or coarse.shape != plan.grid:
+    if coarse.reduce != "mean" or fine.reduce == "linear":
         return None
     covered = [bins for video in coarse.frames for bins in video]
     if not all(stop - start == 1 for start, stop in covered) or len(set(covered)) != len(covered):
@@ -49,7 +53,7 @@ def find_tiling(plan):
         return None
     return Tiling(
         width, height // fine_rows, len(coarse.rows), len(coarse.cols), fine_rows, fine_cols,
-        fine.pathway.reduce == "mean", len(set(refined)) < len(refined),
+        fine.reduce == "mean", len(set(refined)) < len(refined),
         (len(covered), coarse.rows[-1][1], coarse.cols[-1][1]) == (sum(plan.lengths), *plan.grid),
     )  # fmt: skip
 
