@@ -11,6 +11,7 @@
 
 #include "line.h"
 #include "pool.h"
+#include "sfllava/linear.h"
 
 namespace sfllava::cpu {
 
@@ -53,6 +54,8 @@ class Bands {
   void pool(const Band& band) const {
     if (band.path.reduce == kMax) {
       side_by_side<4>(band, [&](auto bins, int32_t r) { pool_bins<kMax, bins()>(band, r); });
+    } else if (band.path.reduce == kLinear) {
+      pool_linear(band);
     } else {
       side_by_side<4>(band, [&](auto bins, int32_t r) { pool_bins<kMean, bins()>(band, r); });
     }
@@ -88,7 +91,7 @@ class Bands {
   }
 
   const T* patch(int64_t frame, const Pathway& path, int32_t row, int32_t col) const {
-    return in_ + frame * p_.frame_stride + (int64_t{row} * path.width + col) * p_.patch_stride;
+    return in_ + frame * p_.frame_stride + path.patch(row, col) * p_.patch_stride;
   }
 
   T* token(const Item& item, const Pathway& path, int32_t row_bin, int32_t col_bin) const {
@@ -157,6 +160,39 @@ class Bands {
         for (int32_t i = 0; i < patches; ++i) acc.template take<R>(Line::load(x + i * stride, width));
         acc.store_sums(sum);
       }
+    });
+  }
+
+  // A box's four patches of a frame, at most, are streams enough, and their sum stays in registers.
+  void pool_linear(const Band& band) const {
+    for (int32_t r = band.begin; r < band.end; ++r) {
+      for (int32_t c = 0; c < band.path.cols; ++c) pool_linear_box(band, r, c);
+    }
+  }
+
+  void pool_linear_box(const Band& band, int32_t row_bin, int32_t col_bin) const {
+    const Bin rows = band.path.row[row_bin], cols = band.path.col[col_bin];
+    const LinearBox box(band.path, row_bin, col_bin);
+    const T* from[4];
+    float weight[4];
+    int count = 0;
+    for (int32_t r = rows.start; r < rows.stop; ++r) {
+      for (int32_t c = cols.start; c < cols.stop; ++c, ++count) {
+        from[count] = patch(band.item.frame_begin, band.path, r, c);
+        weight[count] = box.weight(r, c);
+      }
+    }
+    const int32_t frames = band.item.frame_end - band.item.frame_begin;
+    T* to = token(band.item, band.path, row_bin, col_bin);
+    for_lines([&](int64_t d, auto width) {
+      Line acc = Line::template start<kLinear>();
+      for (int32_t t = 0; t < frames; ++t) {
+        for (int i = 0; i < count; ++i) {
+          acc.take_weighted(Line::load(from[i] + t * p_.frame_stride + d, width), weight[i]);
+        }
+      }
+      if (frames != 1) acc.divide(static_cast<float>(frames));
+      acc.template store<kLinear>(to + d, width, p_.stream);
     });
   }
 

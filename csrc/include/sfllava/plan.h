@@ -1,17 +1,21 @@
 // The table a layout becomes, as kernels read it: one int32 array, written by sfllava_fast/table.py.
 //
 //   header    version, patches, frames, tokens, pathways, groups, items, readers    (kHeader numbers)
-//   pathways  width, reduce, rows, first row bin, cols, first column bin, first row cover, first column cover
-//                                                                                  (kPathway numbers each)
+//   pathways  first patch, height, width, reduce, rows, first row bin, cols, first column bin, first row cover,
+//             first column cover, pitch                                            (kPathway numbers each)
 //   groups    first item of each group, and the number of items                    (groups + 1)
 //   items     pathway, first frame, past the last frame, first token               (kItem numbers each)
 //   frames    first reader of each frame, and the number of readers                (frames + 1)
 //   readers   the items that read a frame, in the order of their tokens, frame after frame
 //   bins      start, stop                                                          (2 numbers each)
 //
-// An item is one frame bin of one pathway: it yields rows * cols tokens. A group is a run of items that read the same
-// frames, so that a kernel can serve them from one read. Frames, readers and covers say what a patch has become, for a
-// backward: a cover, kept among the bins, is the range of a pathway's bins that hold a row or a column of the grid.
+// A pathway's grid is height x width patches of a frame, from its first patch on: patch 1 behind a class token, which is
+// a grid of one patch itself. Patches on no grid, and frames that nothing reads, may exist.
+// An item is one frame bin of one pathway: it yields rows x cols tokens, each row `pitch` tokens behind the last. Items
+// lie anywhere among the tokens; kernels leave what lies between them, and behind a row, as it is.
+// A group is a run of items that read the same frames, so that a kernel can serve them from one read.
+// Frames, readers and covers say what a patch has become, for a backward: a cover, kept among the bins, is the range of a
+// pathway's bins that hold a row or a column of its grid.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +28,10 @@
 
 namespace sfllava {
 
-constexpr int32_t kPlanVersion = 2;
-constexpr int kHeader = 8, kPathway = 8, kItem = 4;
+constexpr int32_t kPlanVersion = 3;
+constexpr int kHeader = 8, kPathway = 11, kItem = 4;
 
-enum Reduce : int32_t { kMax = 0, kMean = 1 };
+enum Reduce : int32_t { kMax = 0, kMean = 1, kLinear = 2 };
 
 struct Bin {
   int32_t start, stop;
@@ -38,11 +42,14 @@ struct Item {
   int32_t pathway, frame_begin, frame_end, first_token;
 };
 
-// A pathway on a grid `width` patches wide; bins and covers are views into the table.
+// Bins and covers are views into the table.
 struct Pathway {
-  int32_t width, reduce, rows, cols;
+  int32_t first_patch, height, width, reduce, rows, cols, pitch;
   const Bin *row, *col;
   const Bin *row_cover, *col_cover;
+
+  // The patch of a frame at a place of the grid.
+  SFLLAVA_HOST_DEVICE int64_t patch(int32_t r, int32_t c) const { return first_patch + int64_t{r} * width + c; }
 };
 
 // A view of a table.
@@ -64,7 +71,7 @@ class Plan {
 
   SFLLAVA_HOST_DEVICE Pathway pathway(int32_t i) const {
     const int32_t* p = pathway_ + i * kPathway;
-    return {p[0], p[1], p[2], p[4], bin_ + p[3], bin_ + p[5], bin_ + p[6], bin_ + p[7]};
+    return {p[0], p[1], p[2], p[3], p[4], p[6], p[10], bin_ + p[5], bin_ + p[7], bin_ + p[8], bin_ + p[9]};
   }
   SFLLAVA_HOST_DEVICE int32_t group_begin(int32_t g) const { return group_[g]; }
   SFLLAVA_HOST_DEVICE Item item(int32_t i) const {
@@ -103,9 +110,9 @@ class Plan {
   const Bin* bin_;
 };
 
-// The token box (row bin r, column bin c) of an item, and how many elements a mean divides by.
+// The token of an item's box (row bin r, column bin c).
 SFLLAVA_HOST_DEVICE inline int64_t token_row(const Item& item, const Pathway& path, int32_t r, int32_t c) {
-  return int64_t{item.first_token} + int64_t{r} * path.cols + c;
+  return int64_t{item.first_token} + int64_t{r} * path.pitch + c;
 }
 
 // Null if every index in the table stays inside itself, the features and the output; else what is wrong.
