@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .config import Plan, SlowFastConfig
+from .config import SlowFastConfig
 from .errors import BackendError, first_line
 from .parts import import_part
+from .plan import Plan
 from .table import device_table, plan_table
 
 log = logging.getLogger("sfllava_fast")

@@ -1,8 +1,8 @@
-"""Layouts as data: which frames, rows and columns each pathway pools into tokens, and how.
+"""Layouts as data: which frames, rows and columns each pathway pools into tokens, how, and in which order.
 
 A *layout* is a list of pathways. A *pathway* is separable box pooling: bins of frames x bins of rows x
 bins of columns, each box reduced by max or mean. SlowFast-LLaVA (arXiv 2407.15841, section 3.2) is two of
-them: few frames in fine detail, then every frame pooled hard.
+them: few frames in fine detail, then every frame pooled hard. The field's other layouts have names in layouts.py.
 """
 
 from __future__ import annotations
@@ -16,76 +16,8 @@ from typing import Literal
 import numpy as np
 
 from .errors import InputError, LayoutError
-
-Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Bins:
-    """A rule that cuts an axis of length n into half-open ranges [start, stop).
-
-    each      n bins of one element.
-    stride    floor(n / size) bins of `size` elements; what is left over is dropped.
-    adaptive  `size` bins, bin i = [floor(i n / size), ceil((i + 1) n / size)), as adaptive pooling cuts.
-    linspace  `size` single elements at int32(torch.linspace(0, n, size + 1))[:-1], in float32.
-    """
-
-    rule: Literal["each", "stride", "adaptive", "linspace"]
-    size: int = 1
-
-    def count(self, n: int) -> int:
-        """Number of bins on an axis of length n (which may be symbolic)."""
-        if self.rule == "each":
-            return n
-        return n // self.size if self.rule == "stride" else self.size
-
-    def cut(self, n: int) -> tuple[Range, ...]:
-        """The bins of an axis of length n."""
-        size = self.size
-        if self.rule == "adaptive":
-            return tuple((i * n // size, -(-(i + 1) * n // size)) for i in range(size))
-        if self.rule == "linspace":
-            return tuple((i, i + 1) for i in _linspace(n, size)[:-1])
-        width = size if self.rule == "stride" else 1
-        return tuple((i * width, (i + 1) * width) for i in range(n // width))
-
-
-    def __str__(self) -> str:
-        return self.rule if self.rule == "each" else f"{self.rule}{self.size}"
-
-
-@dataclass(frozen=True)
-class Pathway:
-    """Separable box pooling of [T, H, W, D] patches; tokens come out frame by frame, row by row.
-
-    `flat` pools the H*W patches of a frame as one row, so that bins may straddle the rows of an odd grid.
-    A mean is sum / frames / rows / columns of its box; a max passes NaN on and keeps the first of equals.
-    """
-
-    name: str
-    frames: Bins
-    rows: Bins
-    cols: Bins
-    reduce: Literal["max", "mean"]
-    flat: bool = False
-
-    def shape(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The H x W on which this pathway cuts its rows and columns."""
-        height, width = grid
-        if not self.flat:
-            return grid
-        # Flattened pairs that never straddle a row are 1 x 2 boxes on the grid itself.
-        return grid if width % self.cols.size == 0 else (1, height * width)
-
-    def tokens_per_frame(self, grid: tuple[int, int]) -> int:
-        height, width = self.shape(grid)
-        rows = self.rows.count(height)
-        return rows * self.cols.count(width)
-
-    def __str__(self) -> str:
-        flat = ",flat" if self.flat else ""
-        return f"{self.name}:{self.frames},{self.rows},{self.cols},{self.reduce}{flat}"
-
+from .pathways import Bins, Count, Pathway, Range, Separator
+from .plan import PathwayTables, Plan
 
 _EACH, _PAIRS = Bins("each"), Bins("stride", 2)
 _SLOW_POOLS = {  # name -> rows, columns, reduction, flat
@@ -100,33 +32,70 @@ _NUMBER = "([0-9]{1,9})"
 _STRING = re.compile(rf"slowfast(?:-slow_{_NUMBER}frms_(\w+?))?(?:-fast_{_NUMBER}x{_NUMBER})?", re.ASCII)
 _EXAMPLE = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
 _PATHWAY_EXAMPLE = "pool:each,stride2,stride2,mean"
-_BINS = "(?:each|(?:stride|adaptive|linspace)[0-9]{1,7})"
-_PATHWAY = re.compile(rf"(\w+):({_BINS}),({_BINS}),({_BINS}),(max|mean)(,flat)?", re.ASCII)
+_AXIS = "each|(?:stride|adaptive|linspace)[0-9]{1,7}"
+_FRAMES, _SPACE = f"({_AXIS}|(?:repeat|every|others)[0-9]{{1,7}})", f"({_AXIS}|linear[0-9]{{1,7}})"
+_PATHWAY = re.compile(
+    rf"(\w+):{_FRAMES},{_SPACE},{_SPACE},(max|mean)(,flat)?(,class)?(?:,pad([0-9]{{1,7}}))?", re.ASCII
+)
+_OPTION = re.compile(r"(interleaved)|(before)|(\w+)@(row|frame|between|end)|canvas([0-9]{1,3})x([0-9]{1,3})", re.ASCII)
+# Frames cut alone, so that what adjoins in an interleaved layout is known of every frame.
+_ALONE = ("each", "every", "others")
+# How many frame bins there are is a multiple of the frames, or a number.
+_AFFINE = ("each", "adaptive", "linspace", "repeat")
 # Kernels hold frame, row and token numbers in int32.
 _MAX_COUNT = 2**20
 
 
 class Layout:
-    """What every layout has: `pathways`, in token order, and a text form, which `parse` reads and the op carries."""
+    """What every layout has: `pathways`, and a text form, which `layouts.parse_layout` reads and the op carries.
+
+    interleaved: tokens come frame by frame, those of all pathways together, rather than pathway by pathway.
+    separators: vectors between the tokens, which the caller supplies.
+    stage: whether it pools "after" the projector or "before" it. canvas: (rows, columns) of frames that are put into
+    one picture before the vision tower, None for frames as they are. The op looks at neither: they are for whoever runs
+    the projector and the tower.
+    """
 
     pathways: tuple[Pathway, ...]
+    interleaved: bool = False
+    separators: tuple[Separator, ...] = ()
+    stage: Literal["after", "before"] = "after"
+    canvas: tuple[int, int] | None = None
 
-    @staticmethod
-    def parse(layout: str | Layout) -> Layout:
-        """The layout that a text names: SlowFastConfig's or Pathways' form; a layout comes back as it is."""
-        if isinstance(layout, Layout):
-            return layout
-        if isinstance(layout, str) and ":" in layout:
-            return _parse_pathways(layout)
-        return SlowFastConfig.parse(layout)
+    @cached_property
+    def class_token(self) -> bool:
+        """Whether a pathway reads the class token, which then stands before the patches."""
+        return any(path.class_token for path in self.pathways)
 
-    def count_tokens(self, frames: int, grid: tuple[int, int], videos: int = 1) -> int:
-        """Tokens of `videos` videos of `frames` frames together; either count may be symbolic."""
-        total = 0
+    @cached_property
+    def is_affine(self) -> bool:
+        """Whether the tokens of several videos follow from how many videos and frames there are together."""
+        return all(path.frames.rule in _AFFINE and not path.pad for path in self.pathways)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether tokens are pooled patches, pathway by pathway, and nothing else."""
+        others = self.interleaved or self.separators or self.class_token
+        return not others and not any(path.pad or path.is_linear for path in self.pathways)
+
+    def count_tokens(self, frames: Count, grid: tuple[int, int]) -> Count:
+        """Tokens of a video of so many frames, or of each of several."""
+        of_row, of_frame, between, at_end = (self._count_separators(w) for w in ("row", "frame", "between", "end"))
+        total, blocks = at_end, 0
         for path in self.pathways:
-            bins = frames if path.frames.rule == "each" else videos * path.frames.size
-            total = total + bins * path.tokens_per_frame(grid)
-        return total
+            total = total + path.count_frames(frames) * path.tokens_per_frame(grid, of_row)
+            blocks = blocks + path.frames.count(frames)
+        blocks = frames if self.interleaved else blocks
+        return total + blocks * (of_frame + between) - between
+
+    def count_packed_tokens(self, frames: Count, grid: tuple[int, int], videos: Count) -> Count:
+        """Tokens of several videos of so many frames together; for a layout that `is_affine`."""
+        per_video = self.count_tokens(0, grid)
+        return (self.count_tokens(1, grid) - per_video) * frames + per_video * videos
+
+    def count_pictures(self, frames: int) -> int:
+        """Pictures that the tower sees of so many frames."""
+        return frames if self.canvas is None else -(-frames // (self.canvas[0] * self.canvas[1]))
 
     def plan(self, frames: int | Sequence[int], grid: tuple[int, int]) -> Plan:
         """Everything that (layout, frames, grid) decides, computed once and cached.
@@ -137,28 +106,51 @@ class Layout:
         lengths = (frames,) if isinstance(frames, int) else tuple(frames)
         return _plan(self, lengths, tuple(grid))
 
+    def _count_separators(self, where: str) -> int:
+        return sum(separator.where == where for separator in self.separators)
+
 
 @dataclass(frozen=True)
 class Pathways(Layout):
-    """Any layout; as text its pathways `name:frames,rows,cols,reduce`, flat ones with `,flat` behind it, joined by "+":
-    `pool:each,stride2,stride2,mean` averages 2 x 2 patches of every frame.
+    """Any layout. As text: its pathways joined by "+", what else there is to say behind them, each after a ";".
 
-    Raises LayoutError for no pathway or two of one name, for unknown bins, and for frames by stride: the tokens of
-    several videos would not be those of their frames together.
+    A pathway is `name:frames,rows,cols,reduce`, with `,flat`, `,class` or `,pad100` behind it: `pool:each,stride2,
+    stride2,mean` averages 2 x 2 patches of every frame. The rest: `interleaved`, `before` (the projector), `canvas3x2`
+    (rows x columns of frames), and separators as `newline@row`, `@frame`, `@between` or `@end`.
+
+    Raises LayoutError, in a line that says why, for anything that is no layout.
     """
 
     pathways: tuple[Pathway, ...]
+    interleaved: bool = False
+    separators: tuple[Separator, ...] = ()
+    stage: Literal["after", "before"] = "after"
+    canvas: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for path in self.pathways:
-            counts = (bins.size for bins in (path.frames, path.rows, path.cols))
-            if not _PATHWAY.fullmatch(str(path)) or not all(_is_count(count, least=1) for count in counts):
-                raise LayoutError(f"unknown pathway {str(path)!r}: write it like {_PATHWAY_EXAMPLE}")
-            if path.frames.rule == "stride":
-                raise LayoutError(f"pathway {path.name} takes frames by stride: choose each, adaptive or linspace")
-        if not self.pathways or len({path.name for path in self.pathways}) < len(self.pathways):
-            raise LayoutError("a layout needs one pathway or more, each of another name")
-        object.__setattr__(self, "_string", "+".join(map(str, self.pathways)))
+            _check_pathway(path)
+        names = [part.name for part in (*self.pathways, *self.separators)]
+        if not self.pathways or len(set(names)) < len(names):
+            raise LayoutError("a layout needs one pathway or more, and each pathway and separator another name")
+        rules = {path.frames for path in self.pathways}
+        whole = any(Bins("others", bins.size) in rules for bins in rules if bins.rule == "every") or _EACH in rules
+        if self.interleaved and not (whole and all(bins.rule in _ALONE for bins in rules)):
+            raise LayoutError("pathways are interleaved frame by frame: take frames by each, or by every and others")
+        padded = any(path.pad for path in self.pathways)
+        if padded and (self.interleaved or any(separator.where != "end" for separator in self.separators)):
+            raise LayoutError("a padded pathway has nothing between its tokens: leave interleaved and separators out")
+        options = [*map(str, self.separators)]
+        options += ["interleaved"] * self.interleaved + ["before"] * (self.stage == "before")
+        options += ["canvas{}x{}".format(*self.canvas)] if self.canvas else []
+        if not all(map(_OPTION.fullmatch, options)) or self.canvas and 0 in self.canvas:
+            raise LayoutError(f"unknown part of a layout among {', '.join(options)}: write newline@row or canvas3x2")
+        object.__setattr__(self, "_string", ";".join(["+".join(map(str, self.pathways)), *options]))
+
+    @classmethod
+    def parse(cls, layout: str) -> Pathways:
+        """The layout that a text of this form describes."""
+        return _parse_pathways(layout)
 
     def __str__(self) -> str:
         return self._string
@@ -224,49 +216,6 @@ class SlowFastConfig(Layout):
         return tuple(paths)
 
 
-@dataclass(frozen=True)
-class PathwayTables:
-    """A pathway cut for one plan: bins as ranges; frame bins of all videos, numbered in the packed frames."""
-
-    pathway: Pathway
-    shape: tuple[int, int]
-    frames: tuple[tuple[Range, ...], ...]  # by video
-    rows: tuple[Range, ...]
-    cols: tuple[Range, ...]
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return len(self.rows) * len(self.cols)
-
-
-@dataclass(frozen=True, eq=False)  # one plan per (layout, frames, grid): identity is equality, and hashing is free
-class Plan:
-    """What a layout does to videos of `lengths` frames on `grid`: the tables that kernels read."""
-
-    lengths: tuple[int, ...]
-    grid: tuple[int, int]
-    pathways: tuple[PathwayTables, ...]
-
-    @cached_property
-    def tokens(self) -> dict[str, int]:
-        """Tokens by pathway, and their total."""
-        counts = {p.pathway.name: p.tokens_per_frame * sum(map(len, p.frames)) for p in self.pathways}
-        return {"slow": 0, "fast": 0} | counts | {"total": sum(counts.values())}
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Row at which each video's tokens begin, and the number of rows: [videos + 1]."""
-        ends = [0]
-        for video in range(len(self.lengths)):
-            ends.append(ends[-1] + sum(len(p.frames[video]) * p.tokens_per_frame for p in self.pathways))
-        return tuple(ends)
-
-    @cached_property
-    def slow_frames(self) -> list[int]:
-        """Frames of the slow pathway, numbered in the packed frames; empty without one."""
-        return [start for p in self.pathways if p.pathway.name == "slow" for v in p.frames for start, _ in v]
-
-
 def sample_frames(total: int, count: int) -> list[int]:
     """Uniform sampling as published: the middles of `count` equal segments of `total` frames.
 
@@ -303,17 +252,46 @@ def _parse(layout: str) -> SlowFastConfig:
 
 @lru_cache(maxsize=256)
 def _parse_pathways(layout: str) -> Pathways:
-    matches = [_PATHWAY.fullmatch(part) for part in layout.split("+")]
+    paths, *options = layout.split(";")
+    matches = [_PATHWAY.fullmatch(part) for part in paths.split("+")]
     if not all(matches):
         raise LayoutError(f"unknown layout {layout!r}: write its pathways like {_PATHWAY_EXAMPLE}")
-    return Pathways(tuple(
-        Pathway(match[1], *map(_bins, match.group(2, 3, 4)), match[5], flat=match[6] is not None) for match in matches
-    ))  # fmt: skip
+    given: dict[str, object] = {"separators": ()}
+    for option in options:
+        match = _OPTION.fullmatch(option)
+        if match is None:
+            known = "interleaved, before, newline@row or canvas3x2"
+            raise LayoutError(f"unknown option {option!r} of a layout: write {known}")
+        interleaved, before, name, where, rows, cols = match.groups()
+        if name:
+            given["separators"] += (Separator(name, where),)
+        elif rows:
+            given["canvas"] = int(rows), int(cols)
+        else:
+            given |= {"interleaved": True} if interleaved else {"stage": before}
+    return Pathways(tuple(map(_pathway, matches)), **given)
+
+
+def _pathway(match: re.Match[str]) -> Pathway:
+    flat, class_token = (flag is not None for flag in match.group(6, 7))
+    return Pathway(match[1], *map(_bins, match.group(2, 3, 4)), match[5], flat, class_token, int(match[8] or 0))
 
 
 def _bins(text: str) -> Bins:
     rule = text.rstrip("0123456789")
     return Bins(rule, int(text[len(rule) :] or 1))
+
+
+def _check_pathway(path: Pathway) -> None:
+    sizes = (bins.size for bins in (path.frames, path.rows, path.cols))
+    counted = all(_is_count(size, least=1) for size in sizes) and _is_count(path.pad, least=0)
+    if not counted or not _PATHWAY.fullmatch(str(path)):
+        raise LayoutError(f"unknown pathway {str(path)!r}: write it like {_PATHWAY_EXAMPLE}")
+    rules = path.rows.rule, path.cols.rule
+    if "linear" in rules and (set(rules) != {"linear"} or path.reduce != "mean" or path.flat):
+        raise LayoutError(f"pathway {path.name}: linear bins are of rows and columns both, and of a mean")
+    if path.class_token and (set(rules) != {"each"} or path.flat):
+        raise LayoutError(f"pathway {path.name}: the class token has one row and one column, each")
 
 
 @lru_cache(maxsize=256)
@@ -322,6 +300,7 @@ def _plan(config: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Pl
         raise InputError(f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "
                          "each needs at least one frame and one patch")
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    row_separators = config._count_separators("row")
     tables = []
     for path in config.pathways:
         height, width = shape = path.shape(grid)
@@ -329,20 +308,12 @@ def _plan(config: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Pl
         if not rows or not cols:
             raise LayoutError(f"{path.name} pooling of {str(config)!r} leaves no token of a {grid[0]}x{grid[1]} grid")
         frames = tuple(_shift(path.frames.cut(n), start) for n, start in zip(lengths, starts))
-        tables.append(PathwayTables(path, shape, frames, rows, cols))
-    return Plan(lengths, grid, tuple(tables))
-
-
-def _linspace(stop: int, steps: int) -> list[int]:
-    """int32(torch.linspace(0, stop, steps + 1)) in float32, as torch computes it with AVX2, on every machine.
-
-    The first half counts up from 0, the second down from `stop`, each with one rounding (torch's path without
-    AVX2 rounds twice). i * stop // steps differs by one at e.g. (stop, steps) = (8, 14).
-    """
-    step = np.float64(np.float32(stop) / np.float32(steps))
-    up = np.arange((steps + 1) // 2)
-    down = np.arange(steps - len(up), -1, -1)
-    return np.concatenate([step * up, stop - step * down]).astype(np.float32).astype(np.int32).tolist()
+        first_patch = int(config.class_token and not path.class_token)
+        tables.append(PathwayTables(path, shape, frames, rows, cols, first_patch, row_separators))
+    plan = Plan(lengths, grid, tuple(tables), config.interleaved, config.separators)
+    if not plan.items:
+        raise LayoutError(f"{str(config)!r} leaves no token of {list(lengths)} frames: give it more of them")
+    return plan
 
 
 def _shift(ranges: Sequence[Range], by: int) -> tuple[Range, ...]:

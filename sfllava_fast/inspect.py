@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .config import PathwayTables, Plan, SlowFastConfig, sample_frames
+from .config import SlowFastConfig, sample_frames
 from .errors import BackendError, InputError
+from .plan import PathwayTables, Plan
 from .video import Video, open_video
 
 INK, MUTED, RULE, PAPER = "#1f2430", "#6b7280", "#d5d9e0", "#ffffff"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import Layout, SlowFastConfig
+from .layouts import parse_layout
 from .ops import slowfast_aggregate
 from .projector import Mode, project_and_aggregate, why_not_commuted
 
@@ -22,7 +23,7 @@ class SlowFastAggregator(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.backend, self.grid = Layout.parse(config), backend, grid
+        self.config, self.backend, self.grid = parse_layout(config), backend, grid
 
     def forward(self, features: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
         return slowfast_aggregate(
@@ -51,7 +52,7 @@ class FusedProjectorAggregator(nn.Module):
     ) -> None:
         super().__init__()
         self.projector = projector
-        self.config, self.mode, self.backend, self.grid = Layout.parse(config), mode, backend, grid
+        self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
 
     def forward(self, hidden: Tensor, frame_offsets: Tensor | None = None, out: Tensor | None = None):
         return project_and_aggregate(

@@ -19,9 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .config import Layout, Plan, Range, SlowFastConfig
+from .config import Layout, SlowFastConfig
 from .errors import InputError, first_line
-from .ops import as_offsets, check_grid, check_out, resolve_plan, slowfast_aggregate
+from .layouts import parse_layout
+from .ops import (
+    as_offsets,
+    check_grid,
+    check_out,
+    check_separators,
+    count_open_tokens,
+    resolve_plan,
+    slowfast_aggregate,
+)
+from .pathways import Range
+from .plan import Plan
+from .separators import with_separators
 
 log = logging.getLogger("sfllava_fast")
 
@@ -48,10 +60,13 @@ def project_and_aggregate(
     backend: str = "auto",
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
+    separators: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SlowFast tokens [S, D] of the vision tower's features (arXiv 2407.15841, section 3.2, with the projector).
+    """Tokens [S, D] of the vision tower's features, by default SlowFast-LLaVA's (arXiv 2407.15841, section 3.2, with
+    the projector). A layout whose `stage` is "before" is pooled first, and its tokens are projected, in every mode.
 
-    hidden: [T, N, C], what the projector takes, unit stride over C (`hidden[:, 1:]` as it is).
+    hidden: [T, N, C], what the projector takes, unit stride over C (`hidden[:, 1:]` as it is, or with the class token
+        where the layout reads it).
     projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
     mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
         means before Linear2, for inference only: its error against float64 is no larger than the published order's.
@@ -62,14 +77,16 @@ def project_and_aggregate(
     """
     if mode not in MODES:
         raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+    if _pools_first(str(config)):
+        return _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators)
     traced = torch.compiler.is_compiling()
     plan = None if traced else resolve_plan(hidden, config, grid, frame_offsets)
     if mode == "auto":
         commutes = not traced and _why_not(projector, hidden, config) is None and _pays(plan, hidden)
         mode = "commuted" if commutes else "exact"
     if mode == "exact":
-        features = projector(hidden)
-        return slowfast_aggregate(features, config, out=out, backend=backend, grid=grid, frame_offsets=frame_offsets)
+        call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": separators}
+        return slowfast_aggregate(projector(hidden), config, out=out, **call)
     if reason := _why_not(projector, hidden, config):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
     first, _, second = projector.children()
@@ -82,6 +99,28 @@ def project_and_aggregate(
     with torch.no_grad():
         _commuted(hidden, first, second, plan, out, backend)
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
+
+
+@torch.compiler.assume_constant_result
+def _pools_first(layout: str) -> bool:
+    return parse_layout(layout).stage == "before"
+
+
+def _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators):
+    """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
+    names = parse_layout(config).separators
+    none = hidden.new_zeros(len(names), hidden.shape[2]) if names else None
+    call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
+    pooled = slowfast_aggregate(hidden, config, **call)
+    pooled, *offsets = (pooled,) if frame_offsets is None else pooled
+    tokens = projector(pooled)
+    if names:
+        check_separators(separators, str(config), tokens)
+        tokens = with_separators(tokens, resolve_plan(hidden, config, grid, frame_offsets), separators)
+    if out is not None:
+        check_out(out, tokens, *tokens.shape)
+        tokens = out.copy_(tokens)
+    return (tokens, *offsets) if offsets else tokens
 
 
 class _Layer(NamedTuple):
@@ -109,8 +148,7 @@ def _run_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width,
 
 
 def _fake_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width, frame_offsets, backend):
-    videos = 1 if frame_offsets is None else frame_offsets.shape[0] - 1
-    tokens = Layout.parse(layout).count_tokens(hidden.shape[0], (height, width), videos)
+    tokens = count_open_tokens(hidden.shape[0], layout, (height, width), frame_offsets)
     return hidden.new_empty(tokens, weight2.shape[0])
 
 
@@ -148,7 +186,10 @@ def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str 
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
     if torch.is_autocast_enabled(hidden.device.type):
         return "autocast chooses the dtypes"
-    if any(path.frames.rule == "adaptive" for path in Layout.parse(config).pathways):
+    layout = parse_layout(config)
+    if not layout.is_plain:
+        return "the layout has more than one pathway's pooled patches after another's"
+    if any(path.frames.rule in ("adaptive", "repeat", "stride") for path in layout.pathways):
         return "the layout pools several frames together"
     return None
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .answer import Answer
-from .config import Plan
 from .errors import InputError, first_line
+from .plan import Plan
 from .prompts import Prompt, Turn, pick_option
 from .stages import Stopwatch
 

@@ -10,18 +10,18 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from .config import PathwayTables, Plan, Range
 from .errors import BackendError
+from .pathways import Range
+from .plan import Item, PathwayTables, Plan
 
-_VERSION = 2
-_REDUCE = {"max": 0, "mean": 1}
-_Item = tuple[int, int, int, int]  # pathway, first frame, past the last frame, first token
+_VERSION = 3
+_REDUCE = {"max": 0, "mean": 1, "linear": 2}
 
 
 @lru_cache(maxsize=256)
 def plan_table(plan: Plan) -> Tensor:
     """The table of `plan`, int32 on the CPU, cached."""
-    items = sorted(_items(plan), key=lambda item: (item[1], item[2], item[0]))
+    items = sorted(plan.items, key=lambda item: (item.frame_begin, item.frame_end, item.pathway))
     groups = [i for i, item in enumerate(items) if i == 0 or items[i - 1][1:3] != item[1:3]]
     readers = _readers(items, sum(plan.lengths))
     firsts = accumulate(map(len, readers), initial=0)
@@ -30,7 +30,7 @@ def plan_table(plan: Plan) -> Tensor:
         pathways.append(_pathway(path, first_bin=len(bins)))
         bins += [*path.rows, *path.cols, *_covers(path.rows, path.shape[0]), *_covers(path.cols, path.shape[1])]
     header = [
-        _VERSION, plan.grid[0] * plan.grid[1], len(readers), plan.offsets[-1],
+        _VERSION, plan.patches, len(readers), plan.offsets[-1],
         len(pathways), len(groups), len(items), sum(map(len, readers)),
     ]  # fmt: skip
     groups.append(len(items))
@@ -74,8 +74,8 @@ def _upload(host_table: Tensor, device: torch.device) -> tuple[Tensor, set[int]]
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:
     rows, cols = len(path.rows), len(path.cols)
     cover = first_bin + rows + cols
-    reduce = _REDUCE[path.pathway.reduce]
-    return [path.shape[1], reduce, rows, first_bin, cols, first_bin + rows, cover, cover + path.shape[0]]
+    where = [first_bin, cols, first_bin + rows, cover, cover + path.shape[0]]
+    return [path.first_patch, *path.shape, _REDUCE[path.reduce], rows, *where, path.pitch]
 
 
 def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
@@ -86,20 +86,10 @@ def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
         yield first, max(first, bisect_right(starts, place))
 
 
-def _items(plan: Plan) -> list[_Item]:
-    items = []
-    for video, token in enumerate(plan.offsets[:-1]):
-        for index, path in enumerate(plan.pathways):
-            for start, stop in path.frames[video]:
-                items.append((index, start, stop, token))
-                token += path.tokens_per_frame
-    return items
-
-
-def _readers(items: Sequence[_Item], frames: int) -> list[list[int]]:
+def _readers(items: Sequence[Item], frames: int) -> list[list[int]]:
     """The items that read each frame, in the order of their tokens."""
     readers = [[] for _ in range(frames)]
-    for index in sorted(range(len(items)), key=lambda index: items[index][3]):
-        for frame in range(*items[index][1:3]):
+    for index in sorted(range(len(items)), key=lambda index: items[index].first_token):
+        for frame in range(items[index].frame_begin, items[index].frame_end):
             readers[frame].append(index)
     return readers

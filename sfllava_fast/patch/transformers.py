@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import Layout, SlowFastConfig, sample_frames
 from ..errors import InputError, PatchError
+from ..layouts import parse_layout
 from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
 from ..preprocess import PreprocessSpec, preprocess
@@ -70,7 +71,7 @@ def patch_transformers(
     frames = named.get("frames", DEFAULT_FRAMES) if frames is None else frames
     check_count("frames", frames)
     layout = layout or named.get("layout") or (SlowFastConfig() if family in _IMAGE_MODELS else None)
-    layout = None if layout is None or not generate else Layout.parse(layout)
+    layout = None if layout is None or not generate else parse_layout(layout)
     if processor is not None:
         _check_processor(processor, family, target)
     undo(target)  # what is replaced now, and what it calls, are the stock attributes

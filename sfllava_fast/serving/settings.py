@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import Layout, SlowFastConfig
 from ..errors import CheckpointError, InputError
+from ..layouts import parse_layout
 from ..pipeline import DEFAULT_FRAMES, check_count
 
 _KEYS = {"layout", "frames", "prompt"}
@@ -33,7 +34,7 @@ class VideoSettings:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
         frames = options.get("frames", DEFAULT_FRAMES)
         check_count("frames", frames)
-        settings = cls(Layout.parse(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
+        settings = cls(parse_layout(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
         settings.count_tokens(frames)
         return settings
 

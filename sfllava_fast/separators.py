@@ -1,0 +1,41 @@
+"""Rows of the output that no patch is pooled into: separators, which the caller supplies, and zeros."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .table import on_device
+
+
+def write_separators(out: Tensor, plan: Plan, separators: Tensor | None) -> None:
+    """Writes separators [K, D] into their rows of out [S, D], and zeros where the plan has them."""
+    zeros, rows, which = _rows(plan)
+    if len(zeros):
+        out[on_device(zeros, out.device)] = 0
+    if separators is not None and len(rows):
+        out[on_device(rows, out.device)] = separators[on_device(which, out.device)]
+
+
+def with_separators(tokens: Tensor, plan: Plan, separators: Tensor) -> Tensor:
+    """Tokens [S, D] with separators [K, D] in their rows; differentiable."""
+    _, rows, which = (on_device(part, tokens.device) for part in _rows(plan))
+    return tokens.index_copy(0, rows, separators[which])
+
+
+def separators_backward(grad: Tensor, plan: Plan) -> Tensor:
+    """Gradient [K, D] of the separators for the tokens' gradient [S, D], added in float32 at least."""
+    _, rows, which = (on_device(part, grad.device) for part in _rows(plan))
+    wide = grad[rows].to(torch.promote_types(grad.dtype, torch.float32))
+    total = wide.new_zeros(len(plan.separators), grad.shape[1]).index_add_(0, which, wide)
+    return total.to(grad.dtype)
+
+
+@lru_cache(maxsize=256)
+def _rows(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are zero, rows of separators, and which separator each of those is."""
+    rows, which = zip(*plan.separator_rows) if plan.separator_rows else ((), ())
+    return tuple(torch.tensor(part, dtype=torch.long) for part in (plan.zeros, rows, which))
