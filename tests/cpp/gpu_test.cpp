@@ -338,6 +338,9 @@ void test_writes(gpu::Direction direction) {
     test_everything_is_written_once(nested_layout(random, random_tile_size(random)), direction);
     test_everything_is_written_once(random_layout(random), direction);
   }
+  if (direction == gpu::Direction::kBackward) {  // no frame is read
+    test_everything_is_written_once({2, 4, 0, {{2, kMean, {}, every(2), every(2)}}}, direction);
+  }
 }
 
 void test_grids() {
