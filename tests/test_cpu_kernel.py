@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
+import subprocess
 import threading
 
 import pytest
@@ -134,6 +137,13 @@ def test_sums_longer_than_the_cache(isa, dtype):
     check_plan(
         normal((2, 12, 20001), dtype), SlowFastConfig(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4))
     )
+
+
+def test_no_product_is_fused_with_a_sum(isa):
+    if (objdump := shutil.which("objdump")) is None:
+        pytest.skip("there is no objdump")
+    code = subprocess.run([objdump, "-d", LIBRARY._name], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"\b(vfn?m(add|sub)\w*|fn?m(add|sub)|fml[as])\b", code)
 
 
 def lazily_backed(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:

@@ -46,7 +46,11 @@ class Gradient {
     SFLLAVA_UNROLL
     for (int i = 0; i < N; ++i) x_[i] = gpu::add(x_[i], to_float(grad.get(i)));
   }
-  SFLLAVA_HOST_DEVICE void add(const Sums<kMean, N>& mean, float weight = 1.0f) {
+  SFLLAVA_HOST_DEVICE void add(const Sums<kMean, N>& mean) {
+    SFLLAVA_UNROLL
+    for (int i = 0; i < N; ++i) x_[i] = gpu::add(x_[i], mean.get(i));
+  }
+  SFLLAVA_HOST_DEVICE void add(const Sums<kMean, N>& mean, float weight) {
     SFLLAVA_UNROLL
     for (int i = 0; i < N; ++i) x_[i] = gpu::add(x_[i], multiply(mean.get(i), weight));
   }
