@@ -219,7 +219,7 @@ void check_tokens(const Call& call, Guarded& out) {
   });
 }
 
-// A mean hands its gradient to its box in equal or weighted parts, a max to the element that it kept, token after token.
+// A mean hands its gradient to its box in equal or weighted parts, a max to the element that it kept, token by token.
 template <class T>
 void scatter(const Call& call, const Box& box, std::vector<float>& sums) {
   for (int64_t d = 0; d < call.channels; ++d) {
