@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
+import subprocess
 import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from kernel_cases import DTYPES, SOURCES, GuardedRows, any_calls, assert_same, bits, normal, slowfast_calls
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, SOURCES, GuardedRows, any_calls, assert_same, bits, features, normal, slowfast_calls
 
 from sfllava_fast import backends, reference, slowfast_aggregate
-from sfllava_fast.config import SLOW_POOLS, Plan, SlowFastConfig
+from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
+from sfllava_fast.errors import LayoutError
+from sfllava_fast.plan import Plan
 from sfllava_fast.table import plan_table
 
 if reason := backends.load_library():
@@ -44,8 +50,35 @@ def isa(request):
 def check_plan(x: torch.Tensor, plan: Plan) -> None:
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype)
     torch.ops.sfllava_fast.pool(x, plan_table(plan), out.rows)
-    assert_same(out.rows, reference.aggregate(x, plan))
+    room = [*plan.zeros, *(row for row, _ in plan.separator_rows)]  # the op's to fill
+    assert (out.rows[room].view(out.buffer.dtype) == out.poison).all()
+    assert_same(out.rows.index_fill(0, torch.tensor(room, dtype=torch.long), 0), reference.aggregate(x, plan))
     out.check()
+
+
+@st.composite
+def field_calls(draw):
+    """(features, plan) of texts with class tokens, linear bins, separators, zeros, frames apart and interleaved."""
+    number = st.integers(1, 4)
+    bins = st.just("each") | st.builds("{}{}".format, st.sampled_from(["stride", "adaptive"]), number)
+    frames = bins | st.builds("{}{}".format, st.sampled_from(["linspace", "repeat", "every", "others"]), number)
+    boxes = st.builds("{},{},{}".format, bins, bins, st.sampled_from(["max", "mean", "max,flat", "mean,flat"]))
+    linear = st.builds("linear{},linear{},mean".format, number, number)
+    shape = boxes | linear | st.sampled_from(["each,each,max,class", "each,each,mean,class"])
+    pad = st.sampled_from(["", "", "", ",pad3"])
+    paths = draw(st.lists(st.builds("{},{}{}".format, frames, shape, pad), min_size=1, max_size=3))
+    options = draw(st.lists(st.sampled_from(["a@row", "b@row", "c@frame", "d@between", "e@end"]), unique=True))
+    if draw(st.booleans()):
+        options.append("interleaved")
+        paths = ["each," + path.split(",", 1)[1].replace(",pad3", "") for path in paths]
+    text = ";".join(["+".join(f"p{i}:{path}" for i, path in enumerate(paths)), *options])
+    lengths = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    grid = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    try:
+        plan = Pathways.parse(text).plan(lengths, grid)
+    except LayoutError:
+        reject()
+    return draw(features(sum(lengths), plan.patches, CHANNELS, "cpu")), plan
 
 
 @settings(max_examples=150)
@@ -57,6 +90,12 @@ def test_slowfast_layouts(isa, call):
 @settings(max_examples=100)
 @given(any_calls(CHANNELS))
 def test_any_pathways_of_packed_videos(isa, call):
+    check_plan(*call)
+
+
+@settings(max_examples=200)
+@given(field_calls())
+def test_layouts_of_the_field(isa, call):
     check_plan(*call)
 
 
@@ -98,6 +137,13 @@ def test_sums_longer_than_the_cache(isa, dtype):
     check_plan(
         normal((2, 12, 20001), dtype), SlowFastConfig(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4))
     )
+
+
+def test_no_product_is_fused_with_a_sum(isa):
+    if (objdump := shutil.which("objdump")) is None:
+        pytest.skip("there is no objdump")
+    code = subprocess.run([objdump, "-d", LIBRARY._name], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"\b(vfn?m(add|sub)\w*|fn?m(add|sub)|fml[as])\b", code)
 
 
 def lazily_backed(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:

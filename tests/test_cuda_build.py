@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from test_stable_abi import INCLUDE, Elf, allowed
 
-from sfllava_fast import SlowFastConfig
+from sfllava_fast.layouts import parse_layout
 from sfllava_fast.table import plan_table
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +152,13 @@ def test_division_is_exact_and_nothing_is_atomic(instructions):
         assert not re.search(r"\b(ATOM\w*|RED)\b", code), (arch, name)
 
 
+def test_a_product_is_rounded_before_it_is_added(library):
+    """In PTX: what ptxas makes of a division has fused steps of its own."""
+    ptx = cuobjdump(library, "-ptx")
+    assert {"add.rn.f32", "mul.rn.f32"} <= set(re.findall(r"\b(?:add|mul)\S*\.f32\b", ptx))
+    assert not re.search(r"\b(fma|mad)\S*\.f|\b(add|sub|mul)\.f", ptx)
+
+
 def test_the_library_calls_only_torchs_stable_abi(library):
     elf = Elf(library)
     of_torch = {name for name in elf.undefined if re.match(r"(aoti_)?torch_", name)}
@@ -198,13 +205,17 @@ for op in ("pool_gpu", "pool_backward_gpu"):
         ("slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4", 50, (27, 27), b"box"),
         ("slowfast-slow_10frms_spatial_1d_max_pool", 50, (24, 24), b"box"),
         ("slowfast-fast_4x4", 50, (24, 24), b"box"),
+        ("a:each,each,stride2,max+b:each,adaptive4,adaptive4,mean;x@row;y@frame;interleaved", 8, (24, 24), b"tile"),
+        ("a:every2,each,stride2,mean,pad9+b:each,adaptive4,adaptive4,mean", 8, (24, 24), b"tile"),
+        ("a:each,each,each,max,class+b:each,adaptive3,adaptive3,mean", 8, (24, 24), b"box"),
+        ("a:each,linear2,linear2,mean+b:each,adaptive4,adaptive4,mean", 8, (24, 24), b"box"),
     ],
 )
 def test_which_layouts_are_tiled(library, layout, frames, grid, path):
     library = ctypes.CDLL(str(library))
     library.sfllava_cuda_path.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.sfllava_cuda_path.restype = ctypes.c_char_p
-    table = plan_table(SlowFastConfig.parse(layout).plan(frames, grid))
+    table = plan_table(parse_layout(layout).plan(frames, grid))
     assert library.sfllava_cuda_path(table.data_ptr(), table.numel()) == path
     assert library.sfllava_cuda_path(table.data_ptr(), table.numel() - 1) is None
 

@@ -49,15 +49,15 @@ class Line {
   template <Reduce R>
   void store(T* to, WholeLine, bool stream) const {
     if (stream) {
-      V::template store<true, R == kMean>(to, reg_);
+      V::template store<true, R != kMax>(to, reg_);
     } else {
-      V::template store<false, R == kMean>(to, reg_);
+      V::template store<false, R != kMax>(to, reg_);
     }
   }
   template <Reduce R>
   void store(T* to, PartLine part, bool) const {
     alignas(kLineBytes) T buffer[kSize];
-    V::template store<false, R == kMean>(buffer, reg_);
+    V::template store<false, R != kMax>(buffer, reg_);
     std::memcpy(to, buffer, part.count * sizeof(T));
   }
 
@@ -74,6 +74,10 @@ class Line {
   template <Reduce R>
   void take(const Line& x) {
     for (int i = 0; i < kRegs; ++i) reg_[i] = R == kMax ? V::max(x.reg_[i], reg_[i]) : V::add(reg_[i], x.reg_[i]);
+  }
+
+  void take_weighted(const Line& x, float weight) {
+    for (int i = 0; i < kRegs; ++i) reg_[i] = V::add(reg_[i], V::multiply(x.reg_[i], V::fill(weight)));
   }
 
   void divide(float by) {

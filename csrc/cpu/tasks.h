@@ -1,4 +1,4 @@
-// How the plan becomes tasks: one per group of items and band of the group's coarsest pathway.
+// How the plan becomes tasks: one per group of items and band of the item that leads it.
 #pragma once
 
 #include "bands.h"
@@ -8,10 +8,14 @@ namespace sfllava::cpu {
 // Room for count_sums(channels) floats; grows with the largest call of the thread.
 float* thread_sums(int64_t channels);
 
-inline int32_t coarsest(const Plan& plan, int32_t group) {
+// The item whose bands the rest of a group follows: on the largest grid (no class token), with the fewest rows.
+inline int32_t find_lead(const Plan& plan, int32_t group) {
+  const auto path = [&](int32_t i) { return plan.pathway(plan.item(i).pathway); };
+  const auto patches = [&](int32_t i) { return int64_t{path(i).height} * path(i).width; };
   int32_t best = plan.group_begin(group);
   for (int32_t i = best + 1; i < plan.group_begin(group + 1); ++i) {
-    if (plan.pathway(plan.item(i).pathway).rows < plan.pathway(plan.item(best).pathway).rows) best = i;
+    const int64_t more = patches(i) - patches(best);
+    if (more > 0 || (more == 0 && path(i).rows < path(best).rows)) best = i;
   }
   return best;
 }
@@ -22,11 +26,15 @@ inline int32_t most_bands(const Plan& plan) {
   return (most + kBandRows - 1) / kBandRows;
 }
 
+inline bool same_grid(const Pathway& a, const Pathway& b) {
+  return a.first_patch == b.first_patch && a.height == b.height && a.width == b.width;
+}
+
 // Whether `coarse` is a mean over boxes that tile the grid in whole pairs, and `fine` pools just those pairs.
-inline bool pairs_nest(const Pathway& coarse, const Item& item, const Pathway& fine, int32_t patches) {
-  const int32_t height = patches / coarse.width;
-  if (coarse.reduce != kMean || item.frame_end - item.frame_begin != 1 || fine.width != coarse.width) return false;
-  if (fine.rows != height || fine.cols * 2 != fine.width) return false;
+inline bool pairs_nest(const Pathway& coarse, const Item& item, const Pathway& fine) {
+  if (coarse.reduce != kMean || item.frame_end - item.frame_begin != 1) return false;
+  if (fine.reduce == kLinear || !same_grid(coarse, fine)) return false;
+  if (fine.rows != fine.height || fine.cols * 2 != fine.width) return false;
   for (int32_t r = 0; r < fine.rows; ++r) {
     if (fine.row[r].start != r || fine.row[r].size() != 1) return false;
   }
@@ -40,20 +48,22 @@ inline bool pairs_nest(const Pathway& coarse, const Item& item, const Pathway& f
   for (int32_t c = 0; c < coarse.cols; col = coarse.col[c++].stop) {
     if (coarse.col[c].start != col || coarse.col[c].size() % 2 != 0) return false;
   }
-  return row == height && col == coarse.width;
+  return row == coarse.height && col == coarse.width;
 }
+
+inline int64_t first_patch(const Pathway& path, int32_t row_bin) { return path.patch(path.row[row_bin].start, 0); }
 
 // The first row bin that begins at or after a patch.
 inline int32_t first_row_bin(const Pathway& path, int64_t patch) {
   int32_t r = 0;
-  while (r < path.rows && int64_t{path.row[r].start} * path.width < patch) ++r;
+  while (r < path.rows && first_patch(path, r) < patch) ++r;
   return r;
 }
 
 template <class Line>
 void run_band(const Pooling& p, int32_t group, int32_t band, const Bands<Line>& bands) {
   const Plan& plan = p.plan;
-  const int32_t lead = coarsest(plan, group);
+  const int32_t lead = find_lead(plan, group);
   const Item lead_item = plan.item(lead);
   const Pathway coarse = plan.pathway(lead_item.pathway);
   if (band * kBandRows >= coarse.rows) return;
@@ -63,12 +73,12 @@ void run_band(const Pooling& p, int32_t group, int32_t band, const Bands<Line>& 
   if (end - begin == 2) {
     const Item item = plan.item(lead == begin ? begin + 1 : begin);
     const Pathway fine = plan.pathway(item.pathway);
-    if (pairs_nest(coarse, lead_item, fine, plan.patches())) return bands.pool_with_pairs(whole, fine, item);
+    if (pairs_nest(coarse, lead_item, fine)) return bands.pool_with_pairs(whole, fine, item);
   }
   bands.pool(whole);
   // The other pathways' row bins go with the band that their first patch lies in, while it is in the cache.
-  const int64_t from = band == 0 ? 0 : int64_t{coarse.row[whole.begin].start} * coarse.width;
-  const int64_t to = last < coarse.rows ? int64_t{coarse.row[last].start} * coarse.width : plan.patches();
+  const int64_t from = band == 0 ? 0 : first_patch(coarse, whole.begin);
+  const int64_t to = last < coarse.rows ? first_patch(coarse, last) : plan.patches();
   for (int32_t i = begin; i < end; ++i) {
     if (i == lead) continue;
     const Item item = plan.item(i);

@@ -14,6 +14,7 @@ struct Generic {
   static float load_floats(const float* p) { return *p; }
   static void store_floats(float* p, float r) { *p = r; }
   static float add(float a, float b) { return a + b; }
+  static float multiply(float a, float b) { return a * b; }
   static float divide(float a, float b) { return a / b; }
   static float max(float x, float kept) { return x > kept || x != x ? x : kept; }
 

@@ -50,6 +50,10 @@ class Gradient {
     SFLLAVA_UNROLL
     for (int i = 0; i < N; ++i) x_[i] = gpu::add(x_[i], mean.get(i));
   }
+  SFLLAVA_HOST_DEVICE void add(const Sums<kMean, N>& mean, float weight) {
+    SFLLAVA_UNROLL
+    for (int i = 0; i < N; ++i) x_[i] = gpu::add(x_[i], multiply(mean.get(i), weight));
+  }
   template <class T>
   SFLLAVA_HOST_DEVICE void add_where(const Winner<N>& winner, int32_t element, const Pack<T, N>& grad) {
     SFLLAVA_UNROLL
@@ -172,15 +176,39 @@ SFLLAVA_HOST_DEVICE Winner<Column::N> find_winner(const Column& column, const It
                                                   int32_t row_bin, int32_t col_bin) {
   const Bin rows = path.row[row_bin], cols = path.col[col_bin];
   const int32_t size = (item.frame_end - item.frame_begin) * rows.size() * cols.size();
-  BoxWalk walk(item, rows, cols);
+  BoxWalk walk(item, path, rows, cols);
   const auto next = [&] {
-    const auto patch = load<Column::N>(column.patch(walk.frame, int64_t{walk.row} * path.width + walk.col));
+    const auto patch = load<Column::N>(column.patch(walk.frame, walk.patch));
     walk.next();
     return patch;
   };
   Winner<Column::N> winner(next());
   for (int32_t e = 1; e < size; ++e) winner.take(next(), e);
   return winner;
+}
+
+// A patch on the grid of a pathway.
+struct Place {
+  int32_t frame, row, col;
+};
+
+// Adds what the token of an item's box (row bin, column bin) hands to the box's element at `place`.
+template <class Column>
+SFLLAVA_HOST_DEVICE void add_share(const Column& column, const Plan& plan, const Item& item, const Place& place,
+                                   int32_t row_bin, int32_t col_bin, Gradient<Column::N>& gradient) {
+  const Pathway path = plan.pathway(item.pathway);  // read again for every token: kept, it costs too many registers
+  const Bin rows = path.row[row_bin], cols = path.col[col_bin];
+  const int64_t token = token_row(item, path, row_bin, col_bin);
+  const int32_t frame = place.frame - item.frame_begin, row = place.row - rows.start, col = place.col - cols.start;
+  if (path.reduce == kMax) {
+    const int32_t element = (frame * rows.size() + row) * cols.size() + col;
+    gradient.add_where(find_winner(column, item, path, row_bin, col_bin), element, column.grad(token));
+    return;
+  }
+  const bool linear = path.reduce == kLinear;
+  const float weight = linear ? LinearBox(path, row_bin, col_bin).weight(row, col) : 1.0f;
+  const int32_t frames = item.frame_end - item.frame_begin;
+  gradient.add(share(column, token, frames, linear ? 1 : rows.size(), linear ? 1 : cols.size()), weight);
 }
 
 // One patch, given by its number through all frames, from every token whose box holds it.
@@ -192,19 +220,13 @@ SFLLAVA_HOST_DEVICE void spread_patch(const Launch& launch, int32_t unit, const 
   for (int32_t i = plan.reader_begin(frame); i < plan.reader_begin(frame + 1); ++i) {
     const Item item = plan.item(plan.reader(i));
     const Pathway path = plan.pathway(item.pathway);
-    const int32_t row = patch / path.width, col = patch - row * path.width;
-    const int32_t frames = item.frame_end - item.frame_begin;
-    for (int32_t r = path.row_cover[row].start; r < path.row_cover[row].stop; ++r) {
-      for (int32_t c = path.col_cover[col].start; c < path.col_cover[col].stop; ++c) {
-        const Bin rows = path.row[r], cols = path.col[c];
-        const int64_t token = token_row(item, path, r, c);
-        if (path.reduce == kMean) {
-          gradient.add(share(column, token, frames, rows.size(), cols.size()));
-        } else {
-          const int32_t element = ((frame - item.frame_begin) * rows.size() + row - rows.start) * cols.size() +
-                                  col - cols.start;
-          gradient.add_where(find_winner(column, item, path, r, c), element, column.grad(token));
-        }
+    const int32_t on_grid = patch - path.first_patch;
+    if (on_grid < 0 || on_grid >= path.height * path.width) continue;
+    const int32_t row = on_grid / path.width, col = on_grid - row * path.width;
+    const Bin row_bins = path.row_cover[row], col_bins = path.col_cover[col];
+    for (int32_t r = row_bins.start; r < row_bins.stop; ++r) {
+      for (int32_t c = col_bins.start; c < col_bins.stop; ++c) {
+        add_share(column, plan, item, {frame, row, col}, r, c, gradient);
       }
     }
   }

@@ -13,19 +13,25 @@ int32_t equal_size(const Bin* bin, int32_t count) {
   return size;
 }
 
+bool on_one_grid(const Pathway& a, const Pathway& b) {
+  return a.first_patch == 0 && b.first_patch == 0 && a.height == b.height && a.width == b.width;
+}
+
 bool shapes_nest(const Plan& plan, int32_t coarse, int32_t fine, Nest* nest) {
   const Pathway c = plan.pathway(coarse), f = plan.pathway(fine);
   *nest = {coarse,
            fine,
            f.reduce,
            c.width,
+           c.pitch,
+           f.pitch,
            c.rows,
            c.cols,
            equal_size(c.row, c.rows),
            equal_size(c.col, c.cols),
            equal_size(f.row, f.rows),
            equal_size(f.col, f.cols)};
-  if (c.reduce != kMean || c.width != f.width) return false;
+  if (c.reduce != kMean || f.reduce == kLinear || !on_one_grid(c, f)) return false;
   if (!nest->height || !nest->width || !nest->box_height || !nest->box_width) return false;
   if (nest->height % nest->box_height || nest->width % nest->box_width) return false;
   // The last bins end inside the grid: no product overflows.
@@ -40,6 +46,9 @@ bool items_nest(const Plan& plan, const Nest& nest) {
     if (coarse.pathway != nest.coarse || coarse.frame_begin != g || coarse.frame_end != g + 1) return false;
     for (int32_t i = items.fine_begin; i < items.fine_end; ++i) {
       if (plan.item(i).pathway != nest.fine) return false;
+    }
+    for (int32_t i = plan.group_begin(g) + 1; i < plan.group_begin(g + 1); ++i) {
+      if (plan.first_token(i) < plan.first_token(i - 1)) return false;
     }
   }
   return true;

@@ -91,12 +91,11 @@ SFLLAVA_HOST_DEVICE void pool_tile(const Launch& launch, const Tile& tile, const
 
 // The next kCount patches of a box, read side by side.
 template <int kCount, Reduce R, class Column>
-SFLLAVA_HOST_DEVICE void take_patches(const Column& column, int32_t width, BoxWalk& walk,
-                                      Sums<R, Column::N>& sums) {
+SFLLAVA_HOST_DEVICE void take_patches(const Column& column, BoxWalk& walk, Sums<R, Column::N>& sums) {
   Pack<typename Column::T, Column::N> patch[kCount];
   SFLLAVA_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    patch[i] = load<Column::N>(column.patch(walk.frame, int64_t{walk.row} * width + walk.col));
+    patch[i] = load<Column::N>(column.patch(walk.frame, walk.patch));
     walk.next();
   }
   SFLLAVA_UNROLL
@@ -108,24 +107,51 @@ SFLLAVA_HOST_DEVICE void pool_box(const Column& column, const Item& item, const 
                                   int32_t col_bin) {
   const Bin rows = path.row[row_bin], cols = path.col[col_bin];
   const int32_t frames = item.frame_end - item.frame_begin;
-  BoxWalk walk(item, rows, cols);
+  BoxWalk walk(item, path, rows, cols);
   Sums<R, Column::N> sums;
   int64_t left = int64_t{frames} * rows.size() * cols.size();
-  for (; left >= 4; left -= 4) take_patches<4>(column, path.width, walk, sums);
-  if (left & 2) take_patches<2>(column, path.width, walk, sums);
-  if (left & 1) take_patches<1>(column, path.width, walk, sums);
+  for (; left >= 4; left -= 4) take_patches<4>(column, walk, sums);
+  if (left & 2) take_patches<2>(column, walk, sums);
+  if (left & 1) take_patches<1>(column, walk, sums);
   sums.finish(frames, rows.size(), cols.size());
+  column.write(token_row(item, path, row_bin, col_bin), sums.template rounded<typename Column::T>());
+}
+
+// A box of at most 2 x 2 patches of a frame, read side by side; what a smaller one lacks is read again, and not taken.
+template <class Column>
+SFLLAVA_HOST_DEVICE void interpolate_box(const Column& column, const Item& item, const Pathway& path, int32_t row_bin,
+                                         int32_t col_bin) {
+  const Bin rows = path.row[row_bin], cols = path.col[col_bin];
+  const LinearBox box(path, row_bin, col_bin);
+  const int64_t down = rows.size() > 1 ? path.width * column.patch_stride() : 0;
+  const int64_t right = cols.size() > 1 ? column.patch_stride() : 0;
+  Sums<kMean, Column::N> sums;
+  SFLLAVA_KEEP_LOOP
+  for (int32_t frame = item.frame_begin; frame < item.frame_end; ++frame) {
+    const auto* from = column.patch(frame, path.patch(rows.start, cols.start));
+    Pack<typename Column::T, Column::N> patch[4];
+    SFLLAVA_UNROLL
+    for (int i = 0; i < 4; ++i) patch[i] = load<Column::N>(from + i / 2 * down + i % 2 * right);
+    SFLLAVA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i / 2 < rows.size() && i % 2 < cols.size()) sums.take(patch[i], box.weight(i / 2, i % 2));
+    }
+  }
+  sums.finish(item.frame_end - item.frame_begin, 1, 1);
   column.write(token_row(item, path, row_bin, col_bin), sums.template rounded<typename Column::T>());
 }
 
 // A unit's share of the boxes of a group.
 template <class Column>
 SFLLAVA_HOST_DEVICE void pool_share(const Launch& launch, int32_t unit, const Column& column) {
-  const auto body = [&](const Item& item, const Pathway& path, int32_t row_bin, int32_t col_bin) {
+  const auto body = [&](const Item& item, int32_t row_bin, int32_t col_bin) {
+    const Pathway path = launch.plan.pathway(item.pathway);  // read again for every box: kept, it would spill
     if (path.reduce == kMax) {
       pool_box<kMax>(column, item, path, row_bin, col_bin);
-    } else {
+    } else if (path.reduce == kMean) {
       pool_box<kMean>(column, item, path, row_bin, col_bin);
+    } else {
+      interpolate_box(column, item, path, row_bin, col_bin);
     }
   };
   for_boxes(launch.plan, launch.shares, unit, body);

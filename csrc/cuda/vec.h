@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "sfllava/convert.h"
-#include "sfllava/plan.h"
+#include "sfllava/linear.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -57,6 +57,7 @@ __device__ inline void round_to(float x, float& to) { to = x; }
 __device__ inline void round_to(float x, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void round_to(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 
 // Patches are never written while a kernel runs: they go through the read-only path.
@@ -93,6 +94,7 @@ void round_to(float x, T& to) {
   narrow(x, to);
 }
 inline float add(float a, float b) { return a + b; }
+inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
 
 // The sanitizer checks that what is said to be aligned is.
@@ -145,6 +147,12 @@ class Sums {
       const float x = to_float(pack.get(i));
       x_[i] = R == kMean ? add(x_[i], x) : (x > x_[i] || x != x) ? x : x_[i];
     }
+  }
+  template <class T>
+  SFLLAVA_HOST_DEVICE void take(const Pack<T, N>& pack, float weight) {
+    static_assert(R == kMean, "only a sum has weights");
+    SFLLAVA_UNROLL
+    for (int i = 0; i < N; ++i) x_[i] = add(x_[i], multiply(to_float(pack.get(i)), weight));
   }
 
   // Turns a sum into a mean over a box, one axis after the other.

@@ -75,7 +75,12 @@ void pool_lines(const uint8_t* first, const uint8_t* second, Width width, bool s
   acc.template take<R>(Line::load(reinterpret_cast<const T*>(first), width));
   acc.store_sums(sums);
   acc = Line::load_sums(sums);
-  acc.template take<R>(Line::load(reinterpret_cast<const T*>(second), width));
+  const Line more = Line::load(reinterpret_cast<const T*>(second), width);
+  if (R == kLinear) {
+    acc.take_weighted(more, 0.7f);
+  } else {
+    acc.template take<R>(more);
+  }
   if (R == kMean) acc.divide(3.0f);
   acc.template store<R>(reinterpret_cast<T*>(out), width, stream);
 }
@@ -135,6 +140,7 @@ template <class T>
 void test_dtype(Dtype dtype) {
   test_lines<T, kMax>();
   test_lines<T, kMean>();
+  test_lines<T, kLinear>();
   test_layouts<T>(dtype);
 }
 

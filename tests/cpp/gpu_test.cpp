@@ -61,13 +61,6 @@ std::vector<Bin> boxes(int32_t count, int32_t size) {
   return bins;
 }
 
-void count_tokens(Layout& layout) {
-  layout.tokens = 0;
-  for (const PathwaySpec& path : layout.pathways) {
-    layout.tokens += static_cast<int32_t>(path.frames.size() * path.rows.size() * path.cols.size());
-  }
-}
-
 struct TileSize {
   int32_t height, width, box_height, box_width;
 };
@@ -76,7 +69,7 @@ struct TileSize {
 Layout nested_layout(Random& random, const TileSize& size) {
   const int32_t rows = random.in(1, 3), cols = random.in(1, 3), frames = random.in(1, 5);
   const int32_t height = rows * size.height + random.in(0, 1), width = cols * size.width + random.in(0, 2);
-  const PathwaySpec coarse{width, kMean, every(frames), boxes(rows, size.height), boxes(cols, size.width)};
+  PathwaySpec coarse{width, kMean, every(frames), boxes(rows, size.height), boxes(cols, size.width)};
   PathwaySpec fine{width,
                    size.box_height == 1 && size.box_width == 1 ? kMax : random.in(kMax, kMean),
                    {},
@@ -86,8 +79,11 @@ Layout nested_layout(Random& random, const TileSize& size) {
     const int32_t frame = random.in(0, frames - 1);
     fine.frames.push_back({frame, frame + 1});
   }
+  coarse.room = random.in(0, 1);
+  fine.room = random.in(0, 1);
   const bool first = random.in(0, 1);
-  Layout layout{frames, height * width, 0, {first ? coarse : fine, first ? fine : coarse}};
+  Layout layout{frames, height * width, 0, {first ? coarse : fine, first ? fine : coarse}, random.bits() % 2,
+                random.in(0, 1)};
   count_tokens(layout);
   return layout;
 }
@@ -169,41 +165,39 @@ float feature(const Call& call, int64_t frame, int64_t patch, int64_t d) {
   return widen(element_at<T>(call.at(call.features), frame * call.frame_stride + patch * call.patch_stride + d));
 }
 
-// Calls body(token, pathway, frame bin, row bin, column bin) for every token in turn.
-template <class Body>
-void for_tokens(const Layout& layout, const Body& body) {
-  int64_t token = 0;
-  for (const PathwaySpec& path : layout.pathways) {
-    for (const Bin& t : path.frames) {
-      for (const Bin& r : path.rows) {
-        for (const Bin& c : path.cols) body(token++, path, t, r, c);
-      }
-    }
-  }
+// What an element of a box is multiplied by.
+float weight(const Call& call, const Box& box, int32_t row, int32_t col) {
+  const auto along = [](Bin bin, int32_t place, int32_t index, int32_t count, int32_t length) {
+    if (bin.size() == 1) return 1.0f;
+    const double parts = std::round((middle(index, count, length) - bin.start) * 2 * count);
+    const float second = static_cast<float>(parts) / static_cast<float>(2 * count);
+    return place == bin.start ? 1.0f - second : second;
+  };
+  const PathwaySpec& path = box.path;
+  return along(box.rows, row, box.row, size_of(path.rows), call.layout.height(path)) *
+         along(box.cols, col, box.col, size_of(path.cols), path.width);
 }
 
-// Calls body(frame, patch) for every element of a box in order.
-template <class Body>
-void for_box(const PathwaySpec& path, Bin t, Bin r, Bin c, const Body& body) {
-  for (int32_t i = t.start; i < t.stop; ++i) {
-    for (int32_t j = r.start; j < r.stop; ++j) {
-      for (int32_t k = c.start; k < c.stop; ++k) body(i, int64_t{j} * path.width + k);
-    }
-  }
+// A mean, or what one element hands back to it: by frames, rows and columns, which weights stand for.
+float divided(float sum, const Box& box) {
+  sum /= static_cast<float>(box.frames.size());
+  if (box.path.reduce == kLinear) return sum;
+  return sum / static_cast<float>(box.rows.size()) / static_cast<float>(box.cols.size());
 }
 
 // The contract in plain loops: a mean from 0 in (frame, row, column) order, the first of equals, NaN passed on.
 template <class T>
-float expected_token(const Call& call, const PathwaySpec& path, Bin t, Bin r, Bin c, int64_t d) {
+float expected_token(const Call& call, const Box& box, int64_t d) {
   float sum = 0, most = 0;
   bool first = true;
-  for_box(path, t, r, c, [&](int64_t frame, int64_t patch) {
-    const float x = feature<T>(call, frame, patch, d);
-    sum += x;
+  for_elements(box, [&](int32_t frame, int32_t row, int32_t col) {
+    const float x = feature<T>(call, frame, patch_at(box.path, row, col), d);
+    const float share = box.path.reduce == kLinear ? x * weight(call, box, row, col) : x;
+    sum += share;
     if (first || x > most || std::isnan(x)) most = x;
     first = false;
   });
-  return path.reduce == kMax ? most : sum / t.size() / r.size() / c.size();
+  return box.path.reduce == kMax ? most : divided(sum, box);
 }
 
 template <class T>
@@ -215,38 +209,44 @@ bool is_rounded(float value, const uint8_t* out, int64_t at) {
 }
 
 template <class T>
-void check_tokens(const Call& call, const uint8_t* out) {
-  for_tokens(call.layout, [&](int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c) {
+void check_tokens(const Call& call, Guarded& out) {
+  for_tokens(call.layout, [&](const Box& box) {
+    const int64_t at = call.offset + box.token * call.token_stride;
     for (int64_t d = 0; d < call.channels; ++d) {
-      CHECK(is_rounded<T>(expected_token<T>(call, path, t, r, c, d), out, token * call.token_stride + d));
+      CHECK(is_rounded<T>(expected_token<T>(call, box, d), static_cast<uint8_t*>(out.data()), at + d));
     }
+    out.restore(at * call.element(), call.channels * call.element());
   });
 }
 
-// A mean hands its gradient to its box in equal parts, a max to the element that it kept, token after token.
+// A mean hands its gradient to its box in equal or weighted parts, a max to the element that it kept, token by token.
 template <class T>
-void scatter(const Call& call, int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c, std::vector<float>& sums) {
+void scatter(const Call& call, const Box& box, std::vector<float>& sums) {
   for (int64_t d = 0; d < call.channels; ++d) {
-    const float grad = widen(element_at<T>(call.at(call.grad), token * call.token_stride + d));
+    const float grad = widen(element_at<T>(call.at(call.grad), box.token * call.token_stride + d));
     float most = 0;
     int64_t winner = -1;
-    for_box(path, t, r, c, [&](int64_t frame, int64_t patch) {
-      const int64_t at = (frame * call.layout.patches + patch) * call.channels + d;
+    for_elements(box, [&](int32_t frame, int32_t row, int32_t col) {
+      const int64_t patch = patch_at(box.path, row, col);
+      const int64_t at = (frame * int64_t{call.layout.patches} + patch) * call.channels + d;
       const float x = feature<T>(call, frame, patch, d);
-      if (path.reduce == kMean) sums[at] += grad / t.size() / r.size() / c.size();
+      if (box.path.reduce == kMean) sums[at] += divided(grad, box);
+      if (box.path.reduce == kLinear) sums[at] += divided(grad, box) * weight(call, box, row, col);
       if (winner < 0 || x > most || std::isnan(x)) most = x, winner = at;
     });
-    if (path.reduce == kMax) sums[winner] += grad;
+    if (box.path.reduce == kMax) sums[winner] += grad;
   }
 }
 
 template <class T>
-void check_gradient(const Call& call, const uint8_t* out) {
+void check_gradient(const Call& call, Guarded& out) {
   std::vector<float> sums(int64_t{call.layout.frames} * call.layout.patches * call.channels);
-  for_tokens(call.layout, [&](int64_t token, const PathwaySpec& path, Bin t, Bin r, Bin c) {
-    scatter<T>(call, token, path, t, r, c, sums);
-  });
-  for (size_t i = 0; i < sums.size(); ++i) CHECK(is_rounded<T>(sums[i], out, static_cast<int64_t>(i)));
+  for_tokens(call.layout, [&](const Box& box) { scatter<T>(call, box, sums); });
+  const int64_t count = static_cast<int64_t>(sums.size());
+  for (int64_t i = 0; i < count; ++i) {
+    CHECK(is_rounded<T>(sums[i], static_cast<uint8_t*>(out.data()), call.offset + i));
+  }
+  out.restore(call.offset * call.element(), count * call.element());
 }
 
 gpu::Path test_call(Random& random, const Layout& layout, Dtype dtype, bool aligned, gpu::Direction direction) {
@@ -255,16 +255,21 @@ gpu::Path test_call(Random& random, const Layout& layout, Dtype dtype, bool alig
                     layout.tokens));
   const bool forward = direction == gpu::Direction::kForward;
   const int64_t reach = forward ? call.token_reach() : int64_t{layout.frames} * layout.patches * call.channels;
-  Guarded guarded((call.offset + reach) * call.element());
-  uint8_t* out = static_cast<uint8_t*>(guarded.data()) + call.offset * call.element();
-  const gpu::Choice choice = run(call.pooling(direction, out));
+  Guarded out((call.offset + reach) * call.element());
+  const gpu::Choice choice =
+      run(call.pooling(direction, static_cast<uint8_t*>(out.data()) + call.offset * call.element()));
   CHECK(choice.packed || !aligned);
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
     forward ? check_tokens<T>(call, out) : check_gradient<T>(call, out);
   });
-  CHECK(guarded.guards_untouched());
+  CHECK(out.untouched());
   return choice.path;
+}
+
+Layout shuffled(Layout layout, uint32_t order) {
+  layout.order = order;
+  return layout;
 }
 
 void test_values(gpu::Direction direction) {
@@ -275,6 +280,7 @@ void test_values(gpu::Direction direction) {
       const Layout nested = nested_layout(random, random_tile_size(random));
       tiles += test_call(random, nested, dtype, true, direction) == gpu::Path::kTile;
       test_call(random, nested, dtype, false, direction);
+      test_call(random, shuffled(nested, random.in(2, 99)), dtype, true, direction);
       test_call(random, random_layout(random), dtype, random.in(0, 1), direction);
     }
   }
@@ -321,7 +327,9 @@ void test_everything_is_written_once(const Layout& layout, gpu::Direction direct
   const gpu::Tensors tensors{anything, 4, 4, anything, anything, 4, Counts::N};
   const gpu::Choice choice = gpu::choose({direction, Plan(table.data()), table.data(), tensors, Dtype::kFloat32});
   for (int32_t unit = 0; unit < choice.launch.units; ++unit) run_unit(choice, unit, counts);
-  CHECK(std::all_of(writes.begin(), writes.end(), [](int count) { return count == 1; }));
+  std::vector<int> wanted(writes.size(), direction == gpu::Direction::kBackward);
+  if (direction == gpu::Direction::kForward) for_tokens(layout, [&](const Box& box) { wanted[box.token] = 1; });
+  CHECK(writes == wanted);
 }
 
 void test_writes(gpu::Direction direction) {
@@ -329,6 +337,9 @@ void test_writes(gpu::Direction direction) {
   for (int i = 0; i < 2000; ++i) {
     test_everything_is_written_once(nested_layout(random, random_tile_size(random)), direction);
     test_everything_is_written_once(random_layout(random), direction);
+  }
+  if (direction == gpu::Direction::kBackward) {  // no frame is read
+    test_everything_is_written_once({2, 4, 0, {{2, kMean, {}, every(2), every(2)}}}, direction);
   }
 }
 
@@ -376,6 +387,8 @@ void test_what_nests() {
   };
   using Path = PathwaySpec;
   CHECK(tiled([](Layout& l, Path&, Path&) { std::swap(l.pathways[0], l.pathways[1]); }));
+  CHECK(tiled([](Layout& l, Path&, Path&) { l.order = kByFrame; }));
+  CHECK(tiled([](Layout&, Path& fine, Path& coarse) { fine.room = 1, coarse.room = 2; }));
   CHECK(tiled([](Layout&, Path& fine, Path&) { fine.reduce = kMean; }));
   CHECK(tiled([](Layout&, Path& fine, Path&) { fine.frames = {{1, 2}, {1, 2}, {2, 3}}; }));
   CHECK(tiled([](Layout&, Path& fine, Path&) { fine.rows = boxes(12, 2); }));
@@ -399,6 +412,16 @@ void test_what_nests() {
     fine.rows = every(1);
     fine.cols = boxes(288, 2);
   }));
+  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.reduce = kLinear; }));
+  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // behind a class token
+    ++l.patches;
+    fine.first_patch = coarse.first_patch = 1;
+  }));
+  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // grids of other heights
+    l.patches += 24;
+    fine.height = 24;
+    coarse.height = 25;
+  }));
 
   // A backward writes every patch: one beside the tiles is not theirs.
   Layout margin = paper_layout();
@@ -412,7 +435,7 @@ void test_corrupted_tables(gpu::Direction direction) {
   Random random(4);
   int tiles = 0;
   for (int i = 0; i < 20000; ++i) {
-    const Layout layout = nested_layout(random, random_tile_size(random));
+    const Layout layout = i % 2 ? nested_layout(random, random_tile_size(random)) : random_layout(random);
     std::vector<int32_t> table = make_table(layout);
     int32_t& number = table[random.in(0, static_cast<int32_t>(table.size()) - 1)];
     number = random.in(0, 1) ? number + random.in(-2, 2) : random.in(-2, 70);

@@ -69,12 +69,13 @@ void test_random_mutations() {
 // Every number of one table, one at a time, to every strange value.
 void test_each_number() {
   Random random(2);
-  const Layout layout{
-      3,
-      12,
-      3 * 4 + 2 * 6,
-      {{4, kMean, every(3), {{0, 2}, {1, 3}}, {{0, 2}, {2, 4}}},
-       {12, kMax, {{0, 1}, {2, 3}}, {{0, 1}}, {{0, 2}, {2, 4}, {4, 6}, {6, 8}, {8, 10}, {10, 12}}}}};
+  const std::vector<Bin> pairs = {{0, 2}, {2, 4}}, flat_pairs = {{0, 2}, {2, 4}, {4, 6}, {6, 8}, {8, 10}, {10, 12}};
+  Layout layout{3, 13, 0, {{4, kMean, every(3), {{0, 2}, {1, 3}}, pairs, 1, 3, 1},
+                           {12, kMax, {{0, 1}, {2, 3}}, every(1), flat_pairs, 1, 1},
+                           {1, kMax, every(3), every(1), every(1), 0, 1},
+                           {4, kLinear, {{0, 2}}, {{0, 2}, {2, 3}}, pairs, 1, 3}}};
+  layout.order = kByFrame;
+  count_tokens(layout);
   const std::vector<int32_t> good = make_table(layout);
   CHECK(accepted(good, layout));
   for (size_t i = 0; i < good.size(); ++i) {

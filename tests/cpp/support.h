@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -33,15 +34,99 @@ class Random {
   std::mt19937 engine_;
 };
 
+// Bins on a grid of patches: `height` rows of them, 0 for all behind the first patch.
 struct PathwaySpec {
   int32_t width, reduce;
   std::vector<Bin> frames, rows, cols;
+  int32_t first_patch = 0, height = 0;
+  int32_t room = 0;  // tokens behind each row that are not the pathway's
 };
+
+enum Order : uint32_t { kByPathway = 0, kByFrame = 1 };  // or shuffled, by any other number
 
 struct Layout {
   int32_t frames, patches, tokens = 0;
   std::vector<PathwaySpec> pathways;
+  uint32_t order = kByPathway;
+  int32_t room = 0;  // tokens behind each item that are not its own
+
+  int32_t height(const PathwaySpec& path) const {
+    return path.height ? path.height : (patches - path.first_patch) / path.width;
+  }
 };
+
+inline int32_t size_of(const std::vector<Bin>& bins) { return static_cast<int32_t>(bins.size()); }
+
+inline std::pair<int32_t, int32_t> frames_of(const Item& item) { return {item.frame_begin, item.frame_end}; }
+
+// The items in the order of their tokens.
+inline std::vector<Item> place_items(const Layout& layout) {
+  std::vector<Item> items;
+  for (int32_t i = 0; i < static_cast<int32_t>(layout.pathways.size()); ++i) {
+    for (const Bin& f : layout.pathways[i].frames) items.push_back({i, f.start, f.stop, 0});
+  }
+  if (layout.order == kByFrame) {
+    std::stable_sort(items.begin(), items.end(),
+                     [](const Item& a, const Item& b) { return frames_of(a) < frames_of(b); });
+  } else if (layout.order != kByPathway) {
+    std::shuffle(items.begin(), items.end(), std::mt19937(layout.order));
+  }
+  int32_t token = 0;
+  for (Item& item : items) {
+    item.first_token = token;
+    const PathwaySpec& path = layout.pathways[item.pathway];
+    token += size_of(path.rows) * (size_of(path.cols) + path.room) + layout.room;
+  }
+  return items;
+}
+
+inline void count_tokens(Layout& layout) {
+  layout.tokens = 0;
+  for (const PathwaySpec& path : layout.pathways) {
+    const int32_t rows = size_of(path.rows), cols = size_of(path.cols);
+    layout.tokens += size_of(path.frames) * (rows * (cols + path.room) + layout.room);
+  }
+}
+
+struct Box {
+  int64_t token;
+  const PathwaySpec& path;
+  Bin frames, rows, cols;
+  int32_t row, col;  // which bins
+};
+
+// Calls body(box) for every token in turn.
+template <class Body>
+void for_tokens(const Layout& layout, const Body& body) {
+  for (const Item& item : place_items(layout)) {
+    const PathwaySpec& path = layout.pathways[item.pathway];
+    int64_t token = item.first_token;
+    for (int32_t r = 0; r < size_of(path.rows); ++r, token += path.room) {
+      for (int32_t c = 0; c < size_of(path.cols); ++c, ++token) {
+        body(Box{token, path, {item.frame_begin, item.frame_end}, path.rows[r], path.cols[c], r, c});
+      }
+    }
+  }
+}
+
+// Calls body(frame, row, column) for every element of a box in order.
+template <class Body>
+void for_elements(const Box& box, const Body& body) {
+  for (int32_t t = box.frames.start; t < box.frames.stop; ++t) {
+    for (int32_t r = box.rows.start; r < box.rows.stop; ++r) {
+      for (int32_t c = box.cols.start; c < box.cols.stop; ++c) body(t, r, c);
+    }
+  }
+}
+
+inline int64_t patch_at(const PathwaySpec& path, int64_t row, int64_t col) {
+  return path.first_patch + row * path.width + col;
+}
+
+// Where the middle of one of `count` equal segments of an axis lies, in places: what bilinear interpolation looks up.
+inline double middle(int32_t index, int32_t count, int32_t length) {
+  return (index + 0.5) * length / count - 0.5;
+}
 
 // Which of the rising bins hold each of `length` places.
 inline std::vector<Bin> make_covers(const std::vector<Bin>& bins, int32_t length) {
@@ -59,31 +144,24 @@ inline std::vector<Bin> make_covers(const std::vector<Bin>& bins, int32_t length
 }
 
 inline std::vector<int32_t> make_table(const Layout& layout) {
-  std::vector<Item> items;
+  std::vector<Item> items = place_items(layout);
   std::vector<int32_t> pathways, bins;
   const auto add_bins = [&](const std::vector<Bin>& more) {
     const int32_t first = static_cast<int32_t>(bins.size() / 2);
     for (const Bin& b : more) bins.insert(bins.end(), {b.start, b.stop});
     return first;
   };
-  int32_t token = 0;
   for (const PathwaySpec& path : layout.pathways) {
-    const int32_t rows = static_cast<int32_t>(path.rows.size()), cols = static_cast<int32_t>(path.cols.size());
+    const int32_t rows = size_of(path.rows), cols = size_of(path.cols), height = layout.height(path);
     const int32_t first_row = add_bins(path.rows), first_col = add_bins(path.cols);
-    const int32_t row_cover = add_bins(make_covers(path.rows, layout.patches / path.width));
+    const int32_t row_cover = add_bins(make_covers(path.rows, height));
     const int32_t col_cover = add_bins(make_covers(path.cols, path.width));
-    pathways.insert(pathways.end(),
-                    {path.width, path.reduce, rows, first_row, cols, first_col, row_cover, col_cover});
-    for (const Bin& f : path.frames) {
-      items.push_back({static_cast<int32_t>(&path - layout.pathways.data()), f.start, f.stop, token});
-      token += rows * cols;
-    }
+    pathways.insert(pathways.end(), {path.first_patch, height, path.width, path.reduce, rows, first_row, cols,
+                                     first_col, row_cover, col_cover, cols + path.room});
   }
-  const auto frames_of = [](const Item& i) {
-    return std::pair<int32_t, int32_t>(i.frame_begin, i.frame_end);
-  };
-  std::stable_sort(items.begin(), items.end(),
-                   [&](const Item& a, const Item& b) { return frames_of(a) < frames_of(b); });
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return std::pair(frames_of(a), a.pathway) < std::pair(frames_of(b), b.pathway);
+  });
   std::vector<int32_t> groups, numbers, by_token, firsts, readers;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i == 0 || frames_of(items[i]) != frames_of(items[i - 1])) groups.push_back(static_cast<int32_t>(i));
@@ -103,7 +181,7 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
   std::vector<int32_t> table = {kPlanVersion,
                                 layout.patches,
                                 layout.frames,
-                                token,
+                                layout.tokens,
                                 static_cast<int32_t>(layout.pathways.size()),
                                 static_cast<int32_t>(groups.size()),
                                 static_cast<int32_t>(items.size()),
@@ -142,17 +220,36 @@ inline std::vector<Bin> random_bins(Random& random, int32_t n) {
   return bins;
 }
 
-inline Layout random_layout(Random& random) {
-  const int32_t height = random.in(1, 8), width = random.in(1, 8);
-  Layout layout{random.in(1, 4), height * width, 0, {}};
-  for (int32_t i = random.in(1, 3); i > 0; --i) {
-    const bool flat = random.in(0, 3) == 0;
-    layout.pathways.push_back({flat ? layout.patches : width, random.in(kMax, kMean),
-                               random_bins(random, layout.frames), random_bins(random, flat ? 1 : height),
-                               random_bins(random, flat ? layout.patches : width)});
-    const PathwaySpec& path = layout.pathways.back();
-    layout.tokens += static_cast<int32_t>(path.frames.size() * path.rows.size() * path.cols.size());
+// The bins of a bilinear resize from `length` places to `count`.
+inline std::vector<Bin> linear_bins(int32_t count, int32_t length) {
+  std::vector<Bin> bins;
+  for (int32_t i = 0; i < count; ++i) {
+    const double at = std::max(middle(i, count, length), 0.0);
+    const int32_t start = static_cast<int32_t>(at + 1e-9);
+    const bool between = at - start > 1e-9 && start + 1 < length;
+    bins.push_back({start, start + 1 + between});
   }
+  return bins;
+}
+
+// Grids behind class tokens and before patches that nothing reads; tokens in any order, with room between them.
+inline Layout random_layout(Random& random) {
+  const int32_t height = random.in(1, 8), width = random.in(1, 8), first = random.in(0, 1);
+  const int32_t unread = std::max(0, random.in(-3, 3));
+  Layout layout{random.in(1, 4), first + height * width + unread, 0, {}, random.bits() % 4,
+                std::max(0, random.in(-2, 2))};
+  for (int32_t i = random.in(1, 3); i > 0; --i) {
+    const bool class_token = first && random.in(0, 3) == 0, flat = random.in(0, 3) == 0;
+    PathwaySpec path{width, random.in(kMax, kLinear), random_bins(random, layout.frames), {}, {}, first, height};
+    if (class_token || flat) path.height = 1, path.width = class_token ? 1 : height * width;
+    if (class_token) path.first_patch = 0;
+    const bool linear = path.reduce == kLinear;
+    path.rows = linear ? linear_bins(random.in(1, 9), path.height) : random_bins(random, path.height);
+    path.cols = linear ? linear_bins(random.in(1, 9), path.width) : random_bins(random, path.width);
+    path.room = std::max(0, random.in(-2, 2));
+    layout.pathways.push_back(path);
+  }
+  count_tokens(layout);
   return layout;
 }
 
@@ -200,10 +297,14 @@ class Guarded {
   }
   void* data() { return memory_.data() + begin_; }
   const void* data() const { return memory_.data() + begin_; }
-  bool guards_untouched() const {
-    const auto fine = [](uint8_t byte) { return byte == kPattern; };
-    return std::all_of(memory_.begin(), memory_.begin() + begin_, fine) &&
-           std::all_of(memory_.begin() + begin_ + bytes_, memory_.end(), fine);
+  // Takes back what was written, so that `untouched` finds what else was.
+  void restore(int64_t at, int64_t bytes) { std::memset(static_cast<uint8_t*>(data()) + at, kPattern, bytes); }
+  bool untouched() const {
+    return std::all_of(memory_.begin(), memory_.end(), [](uint8_t byte) { return byte == kPattern; });
+  }
+  bool guards_untouched() {
+    restore(0, bytes_);
+    return untouched();
   }
 
  private:

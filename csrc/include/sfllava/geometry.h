@@ -41,14 +41,16 @@ SFLLAVA_HOST_DEVICE inline Lane find_lane(const Grid& grid, uint32_t block, uint
 }
 
 // A layout of two pathways on every frame by itself: a mean over equal boxes, the tiles, and another whose small
-// equal boxes nest in them. Each group holds one frame's items, the coarse one at one end.
+// equal boxes nest in them, both on one grid from patch 0 on. Each group holds one frame's items in the order of their
+// tokens, the coarse one at one end.
 struct Nest {
   int32_t coarse, fine;  // pathways
   int32_t fine_reduce;
-  int32_t grid_width;             // patches of a frame's row
-  int32_t rows, cols;             // tiles of a frame
-  int32_t height, width;          // patches of a tile
-  int32_t box_height, box_width;  // patches of a fine box
+  int32_t grid_width;                // patches of a frame's row
+  int32_t coarse_pitch, fine_pitch;  // tokens from one row to the next
+  int32_t rows, cols;                // tiles of a frame
+  int32_t height, width;             // patches of a tile
+  int32_t box_height, box_width;     // patches of a fine box
 
   SFLLAVA_HOST_DEVICE int32_t tiles() const { return rows * cols; }
   // Whether the tiles leave no patch of a frame out.
@@ -75,13 +77,13 @@ SFLLAVA_HOST_DEVICE inline int64_t first_patch(const Nest& nest, const Tile& til
 
 // The tile's token in the coarse item.
 SFLLAVA_HOST_DEVICE inline int64_t coarse_token(const Nest& nest, const Tile& tile) {
-  return int64_t{tile.row} * nest.cols + tile.col;
+  return int64_t{tile.row} * nest.coarse_pitch + tile.col;
 }
 
 // The token, in a fine item, of the tile's box (row, 0); a tile holds `high` x `wide` boxes.
 SFLLAVA_HOST_DEVICE inline int64_t fine_token(const Nest& nest, const Tile& tile, int32_t high, int32_t wide,
                                               int32_t row) {
-  return ((int64_t{tile.row} * high + row) * nest.cols + tile.col) * wide;
+  return (int64_t{tile.row} * high + row) * nest.fine_pitch + int64_t{tile.col} * wide;
 }
 
 // The items of a frame.
@@ -111,18 +113,18 @@ inline int32_t count_shares(const Plan& plan, int64_t vectors) {
   return static_cast<int32_t>(wanted < boxes ? wanted : boxes);
 }
 
-// Calls body(item, pathway, row bin, column bin) for every box of the unit's share, in the order of the items.
+// Calls body(item, row bin, column bin) for every box of the unit's share, in the order of the items.
 template <class Body>
 SFLLAVA_HOST_DEVICE void for_boxes(const Plan& plan, int32_t shares, int32_t unit, const Body& body) {
   const int32_t group = unit / shares, end = plan.group_begin(group + 1);
-  int64_t box = unit - group * shares;
+  uint32_t box = static_cast<uint32_t>(unit - group * shares);  // fewer than 2^31: a box is a token
   for (int32_t i = plan.group_begin(group); i < end; ++i) {
     const Item item = plan.item(i);
     const Pathway path = plan.pathway(item.pathway);
-    const int64_t boxes = int64_t{path.rows} * path.cols;
-    for (; box < boxes; box += shares) {
-      const int32_t row = static_cast<int32_t>(box) / path.cols;
-      body(item, path, row, static_cast<int32_t>(box) - row * path.cols);
+    const uint32_t cols = static_cast<uint32_t>(path.cols), boxes = static_cast<uint32_t>(path.rows) * cols;
+    for (; box < boxes; box += static_cast<uint32_t>(shares)) {
+      const uint32_t row = box / cols;
+      body(item, static_cast<int32_t>(row), static_cast<int32_t>(box - row * cols));
     }
     box -= boxes;
   }
@@ -130,18 +132,28 @@ SFLLAVA_HOST_DEVICE void for_boxes(const Plan& plan, int32_t shares, int32_t uni
 
 // The patches of a box, one by one, in (frame, row, column) order.
 struct BoxWalk {
-  Bin rows, cols;
-  int32_t frame, row, col;
+  int32_t frame, patch;
+  int32_t row_end;  // past the row's last patch
+  int32_t width, cols, first_end, last_end;
 
-  SFLLAVA_HOST_DEVICE BoxWalk(const Item& item, Bin row_bin, Bin col_bin)
-      : rows(row_bin), cols(col_bin), frame(item.frame_begin), row(row_bin.start), col(col_bin.start) {}
+  SFLLAVA_HOST_DEVICE BoxWalk(const Item& item, const Pathway& path, Bin row_bin, Bin col_bin)
+      : frame(item.frame_begin),
+        patch(static_cast<int32_t>(path.patch(row_bin.start, col_bin.start))),
+        row_end(patch + col_bin.size()),
+        width(path.width),
+        cols(col_bin.size()),
+        first_end(row_end),
+        last_end(row_end + (row_bin.size() - 1) * path.width) {}
 
   SFLLAVA_HOST_DEVICE void next() {
-    if (++col < cols.stop) return;
-    col = cols.start;
-    if (++row < rows.stop) return;
-    row = rows.start;
-    ++frame;
+    if (++patch < row_end) return;
+    if (row_end < last_end) {
+      row_end += width;
+    } else {
+      row_end = first_end;
+      ++frame;
+    }
+    patch = row_end - cols;
   }
 };
 
