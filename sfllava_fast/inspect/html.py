@@ -41,7 +41,7 @@ def write(report: Report, path: Path) -> None:
 
 
 def _legend(report: Report, view: PathwayView) -> str:
-    kind = "bins" if view.lanes else "some" if len(view.alone) < len(report.indices) else "every"
+    kind = "bins" if view.lanes else "some" if report.picks(view) else "every"
     text = escape(f"{view.name} pathway: {view.reads}")
     return f'<span class="{kind}" style="--c:{view.colour}">{text}</span>'
 
@@ -49,7 +49,7 @@ def _legend(report: Report, view: PathwayView) -> str:
 def _thumb(report: Report, row: int) -> str:
     number, time = report.label(row)
     rings, number = report.rings(row), number + report.repeats(row)
-    picked = bool(rings) and len(rings[0].alone) < len(report.indices)
+    picked = bool(rings) and report.picks(rings[0])
     kinds = [*(view.name for view in rings), "picked" if picked else "", "" if report.is_read(row) else "pale"]
     shadows, inset = [], 0
     for view in rings:

@@ -16,6 +16,7 @@ _WIDTH, _MARGIN, _GAP = 14.0, 0.45, 0.1
 _INNER = _WIDTH - 2 * _MARGIN
 _THICK, _THIN = 3.2, 1.2  # rings of a pathway that reads some frames, and of one that reads all
 _LANE = 0.11
+_SHORT = 60  # characters of a layout that stands beside the title
 _PAIR_GAP = 0.45  # between two examples
 
 
@@ -112,11 +113,13 @@ class _Flow:
 def _draw_head(sheet: _Sheet, report: Report) -> float:
     title = sheet.text(_MARGIN, 0.42, report.title, 19, weight="bold", within=0.6 * _INNER)
     sheet.text(_MARGIN, 0.76, report.facts, 10.5, MUTED, within=0.62 * _INNER)
-    sheet.text(
-        _WIDTH - _MARGIN, 0.42, report.layout, 10.5, MUTED, _INNER - title - 0.3, ha="right", family="monospace"
-    )
-    sheet.text(_WIDTH - _MARGIN, 0.76, report.source, 10.5, MUTED, 0.35 * _INNER, ha="right")
-    y = 0.76
+    y, code = 0.76, {"family": "monospace"}
+    if len(report.layout) <= _SHORT:
+        sheet.text(_WIDTH - _MARGIN, 0.42, report.layout, 10.5, MUTED, _INNER - title - 0.3, ha="right", **code)
+        sheet.text(_WIDTH - _MARGIN, 0.76, report.source, 10.5, MUTED, 0.35 * _INNER, ha="right")
+    else:
+        y += 0.28
+        sheet.text(_MARGIN, y, report.layout, 10.5, MUTED, **code)
     if report.notes:
         y += 0.28
         sheet.text(_MARGIN, y, report.notes, 10.5, INK)
@@ -134,7 +137,7 @@ def _draw_head(sheet: _Sheet, report: Report) -> float:
 
 
 def _line(report: Report, view: PathwayView) -> float:
-    return _THICK if len(view.alone) < len(report.indices) else _THIN
+    return _THICK if report.picks(view) else _THIN
 
 
 def _draw_strip(sheet: _Sheet, report: Report, y: float) -> float:
@@ -176,7 +179,7 @@ def _draw_thumb(
             linewidth=_line(report, view) if len(rings) == 1 else 2.4,
         )
         inset += 0.035
-    is_picked = bool(rings) and _line(report, rings[0]) == _THICK
+    is_picked = bool(rings) and report.picks(rings[0])
     colour = rings[0].colour if is_picked else INK if report.is_read(row) else MUTED
     number, time = report.label(row)
     size = min(8.5, 5.6 * width + 1.6)

@@ -22,7 +22,7 @@ from ..video import Video
 
 # Lightness falls from one to the next, so that they differ in grey too.
 COLOURS = ("#e8590c", "#1562ab", "#4b1d6b", "#12908e", "#a61e4d")
-SEPARATOR, ZEROS = "#7a8394", "#e4e7ec"
+SEPARATORS, ZEROS = ("#7a8394", "#a9b0bc"), "#e4e7ec"
 PALE = 245  # patches that no token is made of
 _THUMB_PIXELS = 240  # longer edge
 _EXAMPLE_PIXELS = 720
@@ -114,10 +114,13 @@ class Report:
         return f"{how} frames #{self.indices[start]} to #{self.indices[stop - 1]}"
 
     def rings(self, row: int) -> list[PathwayView]:
-        """Who marks a frame: of the pathways that read it by itself, those that so read fewest."""
+        """Who marks a frame: of the pathways that read it by itself, those that pick frames, else those that take all."""
         readers = [view for view in self.pathways if row in view.alone]
-        fewest = min((len(view.alone) for view in readers), default=0)
-        return [view for view in readers if len(view.alone) == fewest]
+        return [view for view in readers if self.picks(view)] or readers
+
+    def picks(self, view: PathwayView) -> bool:
+        """Whether a pathway reads some frames and not others."""
+        return len(view.alone) < len(self.indices)
 
     def repeats(self, row: int) -> str:
         """How often a frame is read where that is more than once."""
@@ -133,8 +136,9 @@ class Report:
         parts = []
         for view, tables in zip(self.pathways, self.plan.pathways):
             parts.append((view.name, tables.tokens_per_frame * len(view.bins), view.colour))
-        for separator in self.plan.separators:
-            parts.append((separator.name, self.plan.tokens[separator.name], SEPARATOR))
+        for number, separator in enumerate(self.plan.separators):
+            colour = SEPARATORS[number % len(SEPARATORS)]
+            parts.append((separator.name, self.plan.tokens.get(separator.name, 0), colour))
         parts += [("zeros", zeros, ZEROS)] * (zeros > 0)
         return [
             Share(f"{name} {tokens:,} ({_percent(tokens / self.total)})", tokens, tokens / self.total, colour)
@@ -211,7 +215,7 @@ def _notes(layout: Layout, plan: Plan) -> Iterator[str]:
         if path.pad:
             yield f"{path.name} padded with zeros to {path.pad} frames"
     if layout.canvas:
-        yield "{} rows \u00d7 {} columns of frames composed into one picture".format(*layout.canvas)
+        yield "{} rows \u00d7 {} columns of frames composed into a picture".format(*layout.canvas)
     if layout.stage == "before":
         yield "pooled before the projector"
 
