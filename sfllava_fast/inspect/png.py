@@ -190,15 +190,15 @@ def _draw_thumb(
 
 
 def _draw_examples(sheet: _Sheet, report: Report, y: float) -> float:
-    for number, view in enumerate(report.pathways):
-        shape = view.picture.shape[0] / view.picture.shape[1]
-        tile = min((_INNER - _PAIR_GAP - 0.3) / 4, (3.1 if len(report.pathways) > 1 else 4.5) / shape)
-        if number and not number % 2:
-            y += line
-        x = _MARGIN + number % 2 * (_INNER + _PAIR_GAP) / 2
-        _draw_example(sheet, report, view, x, y, tile, tile * shape)
-        line = tile * shape + 0.8
-    return y + line
+    views = report.pathways
+    shape = views[0].picture.shape[0] / views[0].picture.shape[1]
+    tile = min((_INNER - _PAIR_GAP - 0.3) / 4, (3.1 if len(views) > 1 else 4.5) / shape)
+    line = tile * shape + 0.8
+    for number, view in enumerate(views):
+        down, across = divmod(number, 2)
+        x = _MARGIN + across * (_INNER + _PAIR_GAP) / 2
+        _draw_example(sheet, report, view, x, y + down * line, tile, tile * shape)
+    return y + math.ceil(len(views) / 2) * line
 
 
 def _draw_example(

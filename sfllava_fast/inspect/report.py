@@ -114,7 +114,7 @@ class Report:
         return f"{how} frames #{self.indices[start]} to #{self.indices[stop - 1]}"
 
     def rings(self, row: int) -> list[PathwayView]:
-        """Who marks a frame: of the pathways that read it by itself, those that pick frames, else those that take all."""
+        """Who marks a frame: of the pathways that read it by itself, those that pick frames, or else all."""
         readers = [view for view in self.pathways if row in view.alone]
         return [view for view in readers if self.picks(view)] or readers
 
