@@ -213,6 +213,8 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--grid", "1x1"], "leaves no token"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--model", "{folder}"], "no config.json"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--layout", ""], "unknown layout ''"),
+        (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "pllava-avg"], "unknown layout 'pllava-avg'"),
+        (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "a:stride50,each,each,max"], "no token of"),
         (["demo", "--out", "{folder}/nowhere"], "there is no folder"),
     ],
 )
@@ -247,7 +249,7 @@ def test_wrong_usage_is_exit_2(argv, capsys):
     assert out == "" and "usage:" in err and "error:" in err
 
 
-@pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "info", "demo"])
+@pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "layouts", "info", "demo"])
 def test_help_teaches_by_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"sfllava-fast {command}" in capsys.readouterr().out.split("example")[-1]
