@@ -82,6 +82,8 @@ def watch(args: argparse.Namespace) -> None:
     _check_questions(args.questions)
     options = _model_options(args)
     layout = options.pop("layout")
+    if args.projector == "commuted":
+        raise InputError("--projector: a stream's frames are projected as they come; leave it out")
     with open_live(args.video, args.rate) as live:
         with _progress() as say:
             say("loading the model")

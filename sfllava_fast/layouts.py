@@ -74,6 +74,12 @@ def find_preset(text: object) -> Preset | None:
     return None
 
 
+def preset_frames(layout: object) -> int | None:
+    """Frames that the preset of this name samples; None for anything else."""
+    preset = find_preset(layout)
+    return preset.frames if preset else None
+
+
 def _sf_llava(name: str) -> Preset:
     size = "34B" if name.endswith("34b") else "7B"
     summary = f"10 frames pooled by pairs, then every frame as 4x4; the published {size} configuration"

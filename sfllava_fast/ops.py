@@ -74,7 +74,8 @@ def slowfast_aggregate(
     offsets = None if frame_offsets is None else as_offsets(frame_offsets)
     check_separators(separators, layout, features)
     call = (features, layout, height, width, offsets)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (features, separators))
+    of_separators = separators is not None and separators.requires_grad
+    needs_grad = torch.is_grad_enabled() and (features.requires_grad or of_separators)
     if out is not None:
         if needs_grad:
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
@@ -235,22 +236,28 @@ def _cached_plan(layout: str, frames: int | tuple[int, ...], height: int, width:
 @torch.compiler.assume_constant_result
 def _class_tokens(layout: str) -> int:
     """How many tokens stand before the patches."""
-    return int(parse_layout(layout).class_token)
+    return _facts(layout)[0]
 
 
 @torch.compiler.assume_constant_result
 def _count_separators(layout: str) -> int:
-    return len(parse_layout(layout).separators)
+    return _facts(layout)[1]
+
+
+@lru_cache(maxsize=256)
+def _facts(layout: str) -> tuple[int, int]:
+    parsed = parse_layout(layout)
+    return int(parsed.class_token), len(parsed.separators)
 
 
 def check_separators(separators: Tensor | None, layout: str, features: Tensor) -> None:
     count = _count_separators(layout)
+    if separators is None and not count:
+        return
     shape = [count, features.shape[-1]]
-    if separators is None and count:
+    if separators is None:
         names = ", ".join(separator.name for separator in parse_layout(layout).separators)
         raise InputError(f"the layout has separators ({names}): pass separators={shape}")
-    if separators is None:
-        return
     if not count:
         raise InputError(f"the layout {layout} has no separators: leave separators= out")
     if list(separators.shape) != shape:

@@ -22,7 +22,7 @@ from .canvas import CanvasVideo
 from .checkpoint import Checkpoint
 from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
-from .layouts import find_preset, parse_layout
+from .layouts import parse_layout, preset_frames
 from .learned import find_separators
 from .ops import slowfast_aggregate
 from .plan import Plan
@@ -114,7 +114,7 @@ class Pipeline:
 
     def _take_layout(self, layout: str | Layout, separators: Mapping[str, Tensor] | None = None) -> None:
         """Set the layout and what follows from it: separators, and of a preset the frames."""
-        self.layout, preset = parse_layout(layout), find_preset(layout)
+        self.layout = parse_layout(layout)
         if self.layout.class_token and not self.checkpoint.drops_first:
             raise InputError(f"{layout} reads the class token, which this model's vision tower does not have")
         if self.projector == "commuted":
@@ -122,8 +122,7 @@ class Pipeline:
             if reason:
                 raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
         self.separators = find_separators(self.layout.separators, self.checkpoint, separators)
-        if preset:
-            self.frames = preset.frames
+        self.frames = preset_frames(layout) or self.frames
 
     def check_new_tokens(self, count: int | None) -> int:
         """How many tokens to generate at most."""

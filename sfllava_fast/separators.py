@@ -13,11 +13,11 @@ from .table import on_device
 
 def write_separators(out: Tensor, plan: Plan, separators: Tensor | None) -> None:
     """Writes separators [K, D] into their rows of out [S, D], and zeros where the plan has them."""
-    zeros, rows, which = _rows(plan)
-    if len(zeros):
-        out[on_device(zeros, out.device)] = 0
-    if separators is not None and len(rows):
-        out[on_device(rows, out.device)] = separators[on_device(which, out.device)]
+    if plan.zeros:
+        out[on_device(_rows(plan)[0], out.device)] = 0
+    if separators is not None:
+        rows, which = (on_device(part, out.device) for part in _rows(plan)[1:])
+        out[rows] = separators[which]
 
 
 def with_separators(tokens: Tensor, plan: Plan, separators: Tensor) -> Tensor:

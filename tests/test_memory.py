@@ -134,7 +134,7 @@ def test_a_change_of_scene_stays_between_clips():
     scenes = 2 * rng.normal(size=(1, 16, 8)) + rng.normal(size=(20, 16, 8))
     x = np.concatenate([np.repeat(scene[None], n, 0) for scene, n in zip(scenes, lengths)])
     stream = memory_stream(held_clips=24, shown_clips=20)
-    stream.push(torch.from_numpy(x + rng.normal(size=x.shape)))
+    stream.push(torch.from_numpy(x + 2 * rng.normal(size=x.shape)))  # merged by cosine, 4 of the 19 changes are lost
     begins = {int(begin) for begin in np.cumsum(lengths)[:-1]}
     assert begins <= {clip.frames.start for clip in stream.clips}
 
@@ -228,7 +228,7 @@ def test_a_frame_is_encoded_once_and_its_features_may_be_overwritten():
     x, encoded, buffer = torch.randn(100, 16, 6), [], torch.empty(3, 16, 6)
 
     def encode(numbers):
-        assert len(numbers) <= 3
+        assert len(numbers) <= 3 and not torch.is_grad_enabled()
         encoded.extend(numbers.tolist())
         buffer[: len(numbers)] = x[numbers]
         return buffer[: len(numbers)]
@@ -333,6 +333,13 @@ def test_nothing_is_kept_of_frames_that_a_layout_does_not_fit():
     with pytest.raises(LayoutError, match="clip pooling .* leaves no token of a 4x4 grid"):
         stream.push(torch.randn(1, 16, 6))
     assert stream.seen == 0
+
+
+@pytest.mark.parametrize("layout", ["ig_vlm", "videollm_online", "llava_next_video-newline_one"])
+def test_layouts_of_more_than_patches_are_told(layout):
+    for layouts in ((layout, CLIP), (RECENT, layout)):
+        with pytest.raises(LayoutError, match=f"{layout} needs"):
+            MemoryStream(*layouts)
 
 
 @pytest.mark.parametrize(

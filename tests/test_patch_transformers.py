@@ -26,10 +26,11 @@ from tiny_llava import (
 )
 
 from sfllava_fast import reference
-from sfllava_fast.config import Layout, sample_frames
+from sfllava_fast.config import sample_frames
 from sfllava_fast.embedded import model_dir, sample_answers, sample_questions, sample_video
 from sfllava_fast.engine import SlowFastLlava
-from sfllava_fast.errors import InputError, PatchError, SfllavaError
+from sfllava_fast.errors import InputError, LayoutError, PatchError, SfllavaError
+from sfllava_fast.layouts import parse_layout
 from sfllava_fast.patch import patch_transformers, undo
 from sfllava_fast.preprocess import PreprocessSpec, preprocess
 
@@ -83,7 +84,7 @@ def expected_tokens(model, pixels, layout=LAYOUT):
     patches = states[:, 1:] if config.vision_feature_select_strategy == "default" else states
     features = base.multi_modal_projector(patches.contiguous())  # in 16 bits the bias of a view is rounded apart
     side = math.isqrt(features.shape[1])
-    return reference.aggregate(features, Layout.parse(layout).plan(len(pixels), (side, side)))
+    return reference.aggregate(features, parse_layout(layout).plan(len(pixels), (side, side)))
 
 
 def expected_embeds(model, ids, token, *tokens):
@@ -101,7 +102,7 @@ def ids_with(*counts, token=3, length=None):
 
 
 def count(frames, layout=LAYOUT, side=GRID):
-    return Layout.parse(layout).count_tokens(frames, (side, side))
+    return parse_layout(layout).count_tokens(frames, (side, side))
 
 
 def answer(model, **inputs):
@@ -620,3 +621,35 @@ def test_what_cannot_be_patched_is_left_whole(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(type(model), "prepare_inputs_for_generation", lambda self, input_ids: None)
         refuse("prepare_inputs_for_generation without is_first_iteration", model)
+
+
+@pytest.mark.parametrize("layout", ["pllava", "video_chatgpt"])
+def test_layouts_of_the_field(layout):
+    """A name brings its number of frames; where it pools is obeyed."""
+    model, processor = make("Llava"), processor_of("Llava")
+    patch_transformers(model, processor, layout=layout)
+    frames = {"pllava": 16, "video_chatgpt": 20}[layout]
+    inputs = processor(text=TEXT, videos=Clip(20).pictures, return_tensors="pt")
+    (pixels,) = inputs["pixel_values_videos"]
+    assert len(pixels) == frames
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    hidden = states[model.config.vision_feature_layer][:, 1:]
+    project = model.model.multi_modal_projector
+    if layout == "pllava":
+        side = math.isqrt(hidden.shape[1])
+        grid = project(hidden).unflatten(1, (side, side)).permute(3, 0, 1, 2)
+        expected = F.adaptive_avg_pool3d(grid, (16, 12, 12)).flatten(1).T
+    else:
+        expected = project(torch.cat([F.pad(hidden.mean(1), (0, 0, 0, 80)), hidden.mean(0)]))
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    places = inputs["input_ids"][0] == model.config.image_token_id
+    torch.testing.assert_close(seen[0][0][places], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts_that_need_more_than_patches_are_refused():
+    with pytest.raises(LayoutError, match="needs separators: use SlowFastLlava"):
+        patch_transformers(make("Llava"), layout="llava_video_slowfast")

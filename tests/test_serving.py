@@ -109,10 +109,15 @@ def test_placeholders_by_the_published_arithmetic():
         served(layout="slowfast-slow_4frms_spatial_2d_avg_pool-fast_3x2", frames=7)
     )
     assert (small.frames, small.count_tokens(small.frames)) == (7, 4 * 144 + 7 * 6)
+    named = VideoSettings.from_config(served(layout="pllava"))
+    assert (named.frames, named.count_tokens(named.frames)) == (16, 2304)
+    assert VideoSettings.from_config(served(layout="llava_next_image", frames=4)).frames == 4
 
 
 @pytest.mark.parametrize("entry, error, message", [
     ({"layout": "slowfast-4x4"}, LayoutError, "unknown layout"),
+    ({"layout": "videollm_online-interval"}, LayoutError, "needs the class token and separators: use SlowFastLlava"),
+    ({"layout": "ig_vlm"}, LayoutError, "needs a canvas"),
     ({"layout": "slowfast-slow_10frms_spatial_2d_max_pool", "grid": 1}, LayoutError, "leaves no token"),
     ({"frames": 0}, InputError, "at least 1, not 0"),
     ({"frames": "all"}, InputError, "at least 1, not 'all'"),

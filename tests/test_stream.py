@@ -12,6 +12,7 @@ from live_bytes import live_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfllava_fast.errors import InputError, LayoutError
+from sfllava_fast.layouts import parse_layout
 from sfllava_fast.ops import slowfast_aggregate
 from sfllava_fast.stream import SlowFastStream, kept_frames
 
@@ -52,16 +53,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def features(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.reshape(len(pixels), 16, 3).astype(np.float32)).sqrt()
+
+
 class Tower:
-    """Features of uint8 pixels [r, 4, 4, 3] that carry their frame's number; remembers what it encoded."""
+    """Encodes uint8 pixels [r, 4, 4, 3] that carry their frame's number; remembers which it saw."""
 
     def __init__(self):
         self.encoded = []
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        features = pixels.reshape(len(pixels), 16, 3).astype(np.float32)
-        self.encoded += (features[:, 0, 0] + 256 * features[:, 0, 1]).astype(int).tolist()
-        return torch.from_numpy(features).sqrt()
+        assert not torch.is_grad_enabled()  # a graph would hold on to every frame
+        self.encoded += (pixels[:, 0, 0].astype(int) @ [1, 256, 0]).tolist()
+        return features(pixels)
 
 
 def pixels(frames: int) -> np.ndarray:
@@ -107,6 +112,27 @@ def test_tokens_are_those_of_the_frames_kept(data, layout, dtype):
         assert stream.tokens(out=out) is out and torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "llava_next_video-bilinear-newline_frame",
+        "llava_video_slowfast-every_3-newline_grid",
+        "pllava",
+        "video_chatgpt",
+        "videollm_online-interval",
+    ],
+)
+def test_every_layout_of_the_field_streams(layout):
+    parsed = parse_layout(layout)
+    x = torch.randn(60, parsed.class_token + 16, 6)
+    separators = torch.randn(len(parsed.separators), 6) if parsed.separators else None
+    stream = SlowFastStream(layout, 7)
+    for start in range(0, 60, 5):
+        stream.push(x[start : start + 5])
+        expected = slowfast_aggregate(x[drop(start + 5, 7)], layout, separators=separators)
+        assert torch.equal(stream.tokens(separators=separators), expected) and stream.count_tokens() == len(expected)
+
+
 def test_tokens_are_those_of_the_contract():
     x = torch.randn(300, 16, 6, dtype=torch.float64)
     stream = SlowFastStream(LAYOUT, 50)
@@ -135,14 +161,14 @@ def test_a_frame_is_encoded_once_and_only_where_it_is_kept(data, most):
         stream.push(x[piece])
         expected += [frame for frame in drop(piece.stop, most) if frame >= piece.start]
         assert tower.encoded == expected
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[drop(300, most)]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[drop(300, most)]), LAYOUT))
 
 
 def test_a_list_of_frames_serves_where_encode_takes_one():
     x = pixels(20)
     stream = SlowFastStream(LAYOUT, 4, encode=lambda frames: Tower()(np.stack(frames)))
     stream.push(list(x))
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[::8]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[::8]), LAYOUT))
 
 
 def test_a_stream_begun_in_inference_mode_goes_on_outside_it():
@@ -205,7 +231,7 @@ def test_a_push_that_fails_leaves_the_stream_as_it_was():
                 assert (stream.seen, stream.nbytes) == before[:2]
                 assert not stream.seen or torch.equal(stream.tokens(), before[2])
         stream.push(x[start : start + 5])
-    assert torch.equal(stream.tokens(), slowfast_aggregate(Tower()(x[drop(100, 6)]), LAYOUT))
+    assert torch.equal(stream.tokens(), slowfast_aggregate(features(x[drop(100, 6)]), LAYOUT))
 
 
 def test_an_interrupt_while_frames_move_is_never_taken_for_a_stream(monkeypatch):
@@ -270,6 +296,16 @@ def test_nothing_is_kept_of_frames_that_the_layout_does_not_fit():
     assert stream.nbytes == stream.seen == 0
     stream.push(torch.randn(1, 16, 4))
     assert stream.tokens().shape == (4, 4)
+
+
+def test_a_layout_may_need_more_frames_than_the_first_push_brings():
+    layout, x = "pool:stride2,each,each,mean", torch.randn(4, 16, 6)
+    stream = SlowFastStream(layout)
+    stream.push(x[:1])
+    with pytest.raises(LayoutError, match="give it more of them"):
+        stream.tokens()
+    stream.push(x[1:])
+    assert torch.equal(stream.tokens(), slowfast_aggregate(x, layout))
 
 
 def test_before_the_first_frame():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import Layout, SlowFastConfig, sample_frames
 from ..errors import InputError, PatchError
-from ..layouts import parse_patches_only
+from ..layouts import parse_patches_only, preset_frames
 from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
 from ..preprocess import PreprocessSpec, preprocess
@@ -56,8 +56,8 @@ def patch_transformers(
     processor: this model's, to be patched with it, so that `processor(text=..., videos=...)` takes files, folders and
         uint8 RGB frames [T, H, W, 3], and writes as many placeholders as there will be tokens.
     layout: of the tokens. None is what the model's config names, else the paper's; the video variants then keep theirs.
-    frames: how many the processor samples of a video (fewer where it is shorter); None is what the config names, else
-        50. The video variants' own video processors sample by themselves.
+    frames: how many the processor samples of a video (fewer where it is shorter); None is what the layout's name or the
+        config says, else 50. The video variants' own video processors sample by themselves.
     projector, backend: as in `project_and_aggregate`.
     generate: whether `forward` and `generate` take `pixel_values_videos`: [V, T, 3, h, w], or a list of [T, 3, h, w].
     pooling: whether the video variants' own pooling is replaced by a faster one of the same bits.
@@ -68,7 +68,8 @@ def patch_transformers(
         raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
-    frames = named.get("frames", DEFAULT_FRAMES) if frames is None else frames
+    if frames is None:
+        frames = preset_frames(layout) or named.get("frames", preset_frames(named.get("layout")) or DEFAULT_FRAMES)
     check_count("frames", frames)
     layout = layout or named.get("layout") or (SlowFastConfig() if family in _IMAGE_MODELS else None)
     layout = None if layout is None or not generate else parse_patches_only(layout)

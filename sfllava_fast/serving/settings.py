@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import Layout, SlowFastConfig
 from ..errors import CheckpointError, InputError
-from ..layouts import parse_patches_only
+from ..layouts import parse_patches_only, preset_frames
 from ..pipeline import DEFAULT_FRAMES, check_count
 
 _KEYS = {"layout", "frames", "prompt"}
@@ -32,9 +32,10 @@ class VideoSettings:
         options = getattr(config, "sfllava_fast", None) or {}
         if not isinstance(options, dict) or set(options) - _KEYS:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
-        frames = options.get("frames", DEFAULT_FRAMES)
+        layout = options.get("layout", SlowFastConfig())
+        frames = options.get("frames", preset_frames(layout) or DEFAULT_FRAMES)
         check_count("frames", frames)
-        settings = cls(parse_patches_only(options.get("layout", SlowFastConfig())), frames, _patch_grid(config))
+        settings = cls(parse_patches_only(layout), frames, _patch_grid(config))
         settings.count_tokens(frames)
         return settings
 
