@@ -233,7 +233,7 @@ def _extents(sheet, height):
     sheet.axes.set_xlim(0, sheet.width)
     sheet.axes.set_ylim(height, 0)
     for text in sheet.axes.texts:
-        if text.get_text() and text.get_position()[1] > 0:
+        if text.get_text():
             (left, low), (right, high) = text.get_window_extent(sheet.canvas.get_renderer()).get_points() / 100
             yield left, right, height - high, height - low, text.get_text()
 

@@ -53,10 +53,20 @@ class _Sheet:
         """Writes text, smaller where it is wider than `within`; returns its width."""
         style = {"ha": "left", "va": "center", "parse_math": False} | style
         drawn = self.axes.text(x, y, text, fontsize=size, color=colour, **style)
-        width = drawn.get_window_extent(self.canvas.get_renderer()).width / self.figure.dpi
+        width = self._width(drawn)
         if width > within:
             drawn.set_fontsize(size * within / width)
         return min(width, within)
+
+    def measure(self, text: str, size: float) -> float:
+        """How wide a text would be."""
+        drawn = self.axes.text(0, 0, text, fontsize=size, parse_math=False)
+        width = self._width(drawn)
+        drawn.remove()
+        return width
+
+    def _width(self, drawn: Any) -> float:
+        return drawn.get_window_extent(self.canvas.get_renderer()).width / self.figure.dpi
 
     def image(
         self, x: float, y: float, width: float, height: float, pixels: np.ndarray, smooth: bool = True
@@ -99,13 +109,13 @@ class _Flow:
     def __init__(self, sheet: _Sheet, y: float) -> None:
         self.sheet, self.x, self.y = sheet, _MARGIN, y
 
-    def add(self, text: str, size: float = 10) -> tuple[float, float]:
+    def add(self, text: str) -> tuple[float, float]:
         """Writes the text and returns where its swatch goes: left edge and middle."""
-        width = self.sheet.text(_WIDTH, -9, text, size)  # measured where nobody sees it
+        width = self.sheet.measure(text, 10)
         if self.x > _MARGIN and self.x + 0.3 + width > _WIDTH - _MARGIN:
             self.x, self.y = _MARGIN, self.y + 0.26
         at = self.x
-        self.sheet.text(at + 0.3, self.y, text, size)
+        self.sheet.text(at + 0.3, self.y, text, 10)
         self.x += 0.3 + width + 0.4
         return at, self.y
 
