@@ -89,7 +89,8 @@ def test_patches_that_no_token_covers_stay_pale(clip):
 
 
 def test_bins_of_several_frames_are_lanes_and_their_example_is_a_mean(clip):
-    (view,) = gather(open_video(clip), "pool:adaptive4,each,adaptive2,max", 10, GRID).pathways
+    (view,) = gather(open_video(clip), "pool:adaptive4,each,each,max", 10, GRID).pathways
+    assert view.caption == "4 bins of 3 frames \u00d7 64 tokens (8\u00d78, the max of each patch)"
     assert view.bins == [(0, 3), (2, 5), (5, 8), (7, 10)] and view.lanes == [[(0, 3), (5, 8)], [(2, 5), (7, 10)]]
     assert view.reads == "4 bins of 3 frames" and not view.alone
     report = gather(open_video(clip), "all:adaptive1,adaptive1,adaptive2,max", 10, GRID)

@@ -257,9 +257,8 @@ def _draw_budget(sheet: _Sheet, report: Report, y: float) -> float:
     for share in report.shares():
         width = _INNER * share.share
         sheet.fill(x, y + 0.2, width, 0.36, share.colour)
-        colour = INK if share.colour == ZEROS else PAPER
-        if width > 0.085 * len(share.label) + 0.25:
-            sheet.text(x + 0.12, y + 0.385, share.label, 10, colour, width - 0.2, weight="bold")
+        if share.colour != ZEROS and width > 0.085 * len(share.label) + 0.25:
+            sheet.text(x + 0.12, y + 0.385, share.label, 10, PAPER, width - 0.2, weight="bold")
         else:
             outside.append(share)
         if x > _MARGIN:

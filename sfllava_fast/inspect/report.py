@@ -290,14 +290,16 @@ def _say_reads(bins: list[Range], frames: int, what: str) -> str:
 def _describe(tables: PathwayTables, plan: Plan, alone: str) -> str:
     """What tokens are made of; `alone` is what a frame bin of one is."""
     each, bins = tables.tokens_per_frame, tables.frames[0]
+    sizes = {stop - start for start, stop in bins} or {1}
+    what, over = (alone, "") if sizes == {1} else ("bin", f" of {_span(sizes)} {alone}s")
     if tables.pathway.class_token:
         how = "the class token"
     elif tables.reduce == "linear":
         how = "between the patches shown"
+    elif each != plan.grid[0] * plan.grid[1]:
+        how = f"the {tables.reduce} of each box"
     else:
-        how = "every patch" if each == plan.grid[0] * plan.grid[1] else f"the {tables.reduce} of each box"
-    sizes = {stop - start for start, stop in bins} or {1}
-    what, over = (alone, "") if sizes == {1} else ("bin", f" of {_span(sizes)} frames")
+        how = "every patch" if sizes == {1} else f"the {tables.reduce} of each patch"
     is_grid = tables.shape == plan.grid and not tables.pathway.class_token
     shape = f"{len(tables.rows)}\u00d7{len(tables.cols)}, " if is_grid else ""
     return f"{_count(len(bins), what)}{over} \u00d7 {_count(each, 'token')} ({shape}{how})"
