@@ -182,11 +182,14 @@ def score(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     from .config import SlowFastConfig
     from .inspect import render
+    from .layouts import find_preset
 
-    layout, frames, grid = _defaults_of(args.model) if args.model else (SlowFastConfig(), 50, (24, 24))
+    layout, frames, grid = _defaults_of(args.model) if args.model else (SlowFastConfig(), None, None)
+    if args.layout is not None:
+        # A layout that has a name brings its frames, as it does to `ask`.
+        layout, frames = args.layout, None if find_preset(args.layout) else frames
     with _progress() as say:
         say("drawing")
-        layout = layout if args.layout is None else args.layout
         out = render(args.video, args.out, layout, args.frames or frames, args.grid or grid, args.decoder)
     print(out)
 
@@ -310,10 +313,10 @@ def _summary(answer: Answer) -> str:
     seconds = answer.seconds
     stages = "  ".join(f"{stage} {value:.3f}" for stage, value in seconds.items())
     rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
-    slow = len(set(answer.slow_frames))
+    slow = f", {len(set(answer.slow_frames))} of them slow" if answer.slow_frames else ""
     return "\n".join(
         [
-            f"frames   {len(answer.frames)}, {slow} of them slow; tokens: {_tokens(answer)}",
+            f"frames   {len(answer.frames)}{slow}; tokens: {_tokens(answer)}",
             f"seconds  {answer.ttft:.3f} to the first token: {stages}",
             f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
             f"attention {answer.attention}",
@@ -322,8 +325,9 @@ def _summary(answer: Answer) -> str:
 
 
 def _tokens(answer: Answer) -> str:
-    tokens = answer.tokens
-    return f"slow {tokens['slow']:,} + fast {tokens['fast']:,} = {tokens['total']:,}"
+    """The video's tokens by pathway and separator, and together."""
+    parts = [f"{name} {count:,}" for name, count in answer.tokens.items() if count and name != "total"]
+    return f"{' + '.join(parts)} = {answer.tokens['total']:,}"
 
 
 def _load(path: str | None, **options: Any) -> SlowFastLlava:

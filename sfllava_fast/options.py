@@ -104,8 +104,9 @@ examples:
   what a given model would take (its layout, frames and grid), as one self-contained page:
     sfllava-fast inspect clip.mp4 --out clip.html --model path/to/checkpoint
 
-  another layout:
-    sfllava-fast inspect clip.mp4 --out clip.png --layout slowfast-slow_4frms_concat-fast_2x2 --frames 16
+  another layout, with the frames and the grid that it was published with, or with yours:
+    sfllava-fast inspect clip.mp4 --out clip.png --layout llava_video_slowfast-newline_grid
+    sfllava-fast inspect clip.mp4 --out clip.png --layout pool:stride4,stride2,stride2,mean --frames 32 --grid 27x27
 """
 _LAYOUTS_EXAMPLES = """
 examples:
@@ -284,7 +285,7 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser(
         "inspect",
         help="draw which frames and patches a layout keeps",
-        description="Draw the sampled frames, which are slow, what each pathway keeps, and the token budget.",
+        description="Draw which pathway reads which sampled frames, what each keeps of one, and the token budget.",
         epilog=_INSPECT_EXAMPLES,
         **style,
     )
@@ -296,8 +297,9 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
         "--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint"
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
-    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
-    parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches of a frame (default: 24x24)")
+    parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the layout's, else 50)")
+    grid = "patches of a frame (default: the layout's, else 24x24)"
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help=grid)
 
 
 def _add_layouts(commands: Any, style: dict[str, Any]) -> None:

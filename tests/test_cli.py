@@ -15,8 +15,9 @@ import pytest
 
 import sfllava_fast
 from sfllava_fast import cli
-from sfllava_fast.config import SlowFastConfig, sample_frames
+from sfllava_fast.config import sample_frames
 from sfllava_fast.errors import ContextError
+from sfllava_fast.layouts import parse_layout
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -56,7 +57,7 @@ class StandIn:
 
     def __init__(self, path, **options):
         self.options = options | {"path": path}
-        self.layout = SlowFastConfig.parse(options.get("layout") or LAYOUT)
+        self.layout = parse_layout(options.get("layout") or LAYOUT)
         self.error = None
         self.asked = []
 
@@ -124,6 +125,15 @@ def test_ask_prints_the_answer_alone_on_stdout(folder, engine, capsys):
     assert out == "a red circle\n"
     assert "slow 128 + fast 32 = 160" in err and "generate 0.500" in err and "12.5 tokens/s" in err
     assert len(err.splitlines()) == 3
+
+
+def test_ask_names_the_tokens_of_any_layout(folder, engine, capsys):
+    assert run("ask", folder, "what is it?", "--layout", "llava_video_slowfast-newline_grid") == 0
+    err = capsys.readouterr().err
+    # Of 8 frames the first is slow, 4x4 with 4 newlines; the others are 2x2 with 2.
+    assert "frames   8, 1 of them slow; tokens: slow 16 + fast 28 + newline 18 + separator 8 = 70\n" in err
+    assert run("ask", folder, "what is it?", "--layout", "pllava") == 0
+    assert "frames   8; tokens: pool 2,304 = 2,304\n" in capsys.readouterr().err
 
 
 def test_ask_hands_its_options_on(folder, engine, capsys):
@@ -203,6 +213,8 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--grid", "1x1"], "leaves no token"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--model", "{folder}"], "no config.json"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--layout", ""], "unknown layout ''"),
+        (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "pllava-avg"], "unknown layout 'pllava-avg'"),
+        (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "a:stride50,each,each,max"], "no token of"),
         (["demo", "--out", "{folder}/nowhere"], "there is no folder"),
     ],
 )
@@ -237,7 +249,7 @@ def test_wrong_usage_is_exit_2(argv, capsys):
     assert out == "" and "usage:" in err and "error:" in err
 
 
-@pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "info", "demo"])
+@pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "layouts", "info", "demo"])
 def test_help_teaches_by_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"sfllava-fast {command}" in capsys.readouterr().out.split("example")[-1]
@@ -296,6 +308,17 @@ def test_inspect_takes_the_layout_of_a_checkpoint(folder, tmp_path, capsys):
     assert run("inspect", folder, "--out", tmp_path / "a.html", "--model", model) == 0
     text = (tmp_path / "a.html").read_text()
     assert "30 video tokens" in text and "6\u00d76 patches" in text
+
+
+def test_inspect_takes_the_frames_and_grid_of_a_layout_that_has_a_name(folder, tmp_path):
+    out = tmp_path / "a.html"
+    assert run("inspect", folder, "--out", out, "--layout", "red_villm") == 0
+    text = out.read_text()
+    assert "16\u00d716 patches a frame" in text and "RED-VILLM" in text and "zeros 88" in text
+    assert run("inspect", folder, "--out", out, "--layout", "ig_vlm", "--grid", "6x6") == 0
+    assert "6 of 12 frames" in out.read_text() and "36 video tokens" in out.read_text()
+    assert run("inspect", folder, "--out", out, "--layout", "uniform", "--frames", "3", "--grid", "6x6") == 0
+    assert "108 video tokens" in out.read_text()
 
 
 def test_inspect_takes_the_grid_of_a_checkpoint_in_the_original_format(folder, tmp_path):

@@ -13,7 +13,10 @@ import pytest
 from sfllava_fast import inspect as module
 from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.errors import InputError, LayoutError, VideoError
-from sfllava_fast.inspect import COLOURS, encode_png, gather, render, token_boxes
+from sfllava_fast.inspect import html, render
+from sfllava_fast.inspect.html import encode_png
+from sfllava_fast.inspect.report import COLOURS, PALE, SEPARATORS, gather, token_boxes
+from sfllava_fast.layouts import PRESETS, parse_layout
 from sfllava_fast.video import open_video
 
 Image = pytest.importorskip("PIL.Image")
@@ -50,11 +53,12 @@ def covered(colour: str, pixels: np.ndarray) -> int:
         "slowfast-slow_2frms_concat-fast_3x5",
         "slowfast-slow_3frms_spatial_2d_avg_pool",
         "slowfast-fast_9x9",
+        "pool:adaptive2,linear3,linear2,mean",
     ],
 )
 @pytest.mark.parametrize("grid", [(8, 8), (7, 9), (5, 12)])
 def test_token_boxes_cover_what_the_tables_say(layout, grid):
-    for tables in SlowFastConfig.parse(layout).plan(frames=6, grid=grid).pathways:
+    for tables in parse_layout(layout).plan(frames=6, grid=grid).pathways:
         numbers = np.arange(grid[0] * grid[1]).reshape(tables.shape)
         want = [numbers[r0:r1, c0:c1].ravel().tolist() for r0, r1 in tables.rows for c0, c1 in tables.cols]
         patches = numbers.reshape(grid)
@@ -66,22 +70,108 @@ def test_token_boxes_cover_what_the_tables_say(layout, grid):
 
 
 def test_report_holds_the_plan(clip):
-    report = gather(open_video(clip), SlowFastConfig.parse(LAYOUT), 10, GRID)
+    report = gather(open_video(clip), LAYOUT, 10, GRID)
     assert report.indices == [1, 3, 5, 7, 9, 10, 12, 14, 16, 18]
-    assert report.slow == {0, 2, 5, 7}
-    assert report.plan.tokens == {"slow": 4 * 32, "fast": 10 * 4, "total": 168}
+    slow, fast = report.pathways
+    assert set(slow.alone) == {0, 2, 5, 7} and set(fast.alone) == set(range(10)) and not slow.lanes and not fast.lanes
+    assert [[view.name for view in report.rings(row)] for row in (0, 1)] == [["slow"], ["fast"]]
+    assert [share[:2] for share in report.shares()] == [("slow 128 (76%)", 128), ("fast 40 (24%)", 40)]
     assert [int(t[0, -1, 0]) for t in report.thumbs] == [10 * i + 20 for i in report.indices]
-    slow, fast = report.examples
-    assert (slow.row, fast.row) == (5, 6)
+    assert (slow.example, fast.example) == ((5, 6), (6, 7))
     assert (len(slow.tokens), len(fast.tokens)) == (32, 4)
     # The token's colour is the frame's, in its own half.
     assert set(fast.kept[:, :4].ravel()) == {70} and set(fast.kept[:, 4:].ravel()) == {140}
 
 
 def test_patches_that_no_token_covers_stay_pale(clip):
-    config = SlowFastConfig.parse("slowfast-slow_2frms_spatial_2d_max_pool")
-    kept = gather(open_video(clip), config, 4, (5, 7)).examples[0].kept
-    assert (kept[4] == 245).all() and (kept[:, 6] == 245).all() and (kept[:4, :6] != 245).all()
+    kept = gather(open_video(clip), "slowfast-slow_2frms_spatial_2d_max_pool", 4, (5, 7)).pathways[0].kept
+    assert (kept[4] == PALE).all() and (kept[:, 6] == PALE).all() and (kept[:4, :6] != PALE).all()
+
+
+def test_bins_of_several_frames_are_lanes_and_their_example_is_a_mean(clip):
+    (view,) = gather(open_video(clip), "pool:adaptive4,each,each,max", 10, GRID).pathways
+    assert view.caption == "4 bins of 3 frames \u00d7 64 tokens (8\u00d78, the max of each patch)"
+    assert view.bins == [(0, 3), (2, 5), (5, 8), (7, 10)] and view.lanes == [[(0, 3), (5, 8)], [(2, 5), (7, 10)]]
+    assert view.reads == "4 bins of 3 frames" and not view.alone
+    report = gather(open_video(clip), "all:adaptive1,adaptive1,adaptive2,max", 10, GRID)
+    (view,) = report.pathways
+    # Frames 1, 3, ... 18 are 10 * number + 20 on the right: 115 of them in the mean.
+    assert set(view.kept[:, 4:].ravel()) == {115} and report.name_example(view) == "mean of frames #1 to #18"
+    assert view.reads == "all frames together"
+
+
+def test_frames_that_are_read_by_nobody_often_or_by_two(clip):
+    report = gather(open_video(clip), "one:every4,each,each,max+two:linspace2,adaptive2,adaptive2,mean", 10, GRID)
+    names = [[view.name for view in report.rings(row)] for row in range(10)]
+    assert names == [["one", "two"], [], [], [], ["one"], ["two"], [], [], ["one"], []]
+    assert [report.is_read(row) for row in range(10)] == [bool(name) for name in names]
+    report = gather(open_video(clip), "pllava", 6, (12, 12))
+    assert [report.repeats(row) for row in range(6)] == [" \u00d73"] * 5 + [""]
+    assert len(report.pathways[0].bins) == 16
+
+
+def test_linear_bins_weigh_their_patches(tmp_path):
+    folder = tmp_path / "ramp"
+    folder.mkdir()
+    Image.fromarray(np.repeat(np.arange(0, 240, 40, dtype=np.uint8), 3).reshape(1, 6, 3)).save(folder / "1.png")
+    (view,) = gather(open_video(folder), "pool:each,linear1,linear4,mean", 1, (1, 6)).pathways
+    # Two bins on six patches: the middles of the segments, 1 and 4, lie on patches.
+    assert view.tokens == [[(0, 1, 1, 2)], [(0, 1, 4, 5)]]
+    (view,) = gather(open_video(folder), "pool:each,linear1,linear2,mean", 1, (1, 5)).pathways
+    # Three bins on five patches: the middles of the segments are 1/3, 2 and 11/3.
+    ramp = np.array([0, 40, 80, 120, 160, 200], float)
+    patches = [(ramp[i * 6 // 5 : -(-(i + 1) * 6 // 5)]).mean() for i in range(5)]
+    want = np.interp([1 / 3, 2, 11 / 3], range(5), patches)
+    got = [view.kept[0, boxes[0][2], 0] for boxes in view.tokens]
+    assert [boxes[0][2:] for boxes in view.tokens] == [(0, 2), (2, 3), (3, 5)]
+    assert np.abs(np.array(got) - want).max() <= 0.51
+
+
+def test_class_token_is_made_of_no_patch(clip):
+    report = gather(open_video(clip), "videollm_online-interval", 5, GRID)
+    token, pool = report.pathways
+    assert token.tokens == [] and token.kept is None and token.caption == "5 frames \u00d7 1 token (the class token)"
+    assert len(pool.tokens) == 9
+    assert [view.name for view in report.rings(2)] == ["class", "pool"]
+    said = "tokens of all pathways frame by frame", "interval between frames", "pooled before the projector"
+    assert report.notes.split("  \u00b7  ") == list(said)
+
+
+def test_canvas_is_drawn_as_the_tower_sees_it(clip):
+    report = gather(open_video(clip), "ig_vlm", 8, GRID)
+    (view,) = report.pathways
+    assert view.bins == [(0, 6), (6, 8)] and view.reads == "2 pictures of 2 to 6 frames"
+    assert view.picture.shape == (3 * 48, 2 * 80, 3) and report.total == 2 * 64
+    shades = [10 * i + 20 for i in report.indices[6:]]
+    assert [int(view.picture[0, x, 0]) for x in (79, 159)] == shades and (view.picture[48:] == 255).all()
+    assert report.name_example(view) == f"composed of frames #{report.indices[6]} to #{report.indices[7]}"
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "llava_next_video-bilinear-newline_grid", "videollm_online-interval"])
+@pytest.mark.parametrize("frames", [1, 9])
+def test_budget_of_every_preset_adds_up(name, frames, clip):
+    layout = parse_layout(name)
+    report = gather(open_video(clip), name, frames, (13, 11))
+    assert sum(share.tokens for share in report.shares()) == report.total
+    assert report.total == layout.count_tokens(layout.count_pictures(frames), (13, 11))
+    assert report.layout == name and report.source
+
+
+def test_zeros_and_separators_have_their_share(clip):
+    labels = [share.label for share in gather(open_video(clip), "video_chatgpt", 10, (4, 4)).shares()]
+    assert labels == ["temporal 10 (9%)", "spatial 16 (14%)", "zeros 90 (78%)"]
+    shares = gather(open_video(clip), "llava_video_slowfast-newline_grid", 10, (8, 8)).shares()
+    want = [("slow", 16), ("fast", 9 * 4), ("newline", 4 + 9 * 2), ("separator", 10)]
+    assert [(share.label.split()[0], share.tokens) for share in shares] == want
+    assert len({share.colour for share in shares}) == 4 and shares[2].colour in SEPARATORS
+
+
+def test_a_layout_brings_the_frames_and_grid_it_was_published_with(clip):
+    assert gather(open_video(clip), "pllava").plan.grid == (24, 24)
+    report = gather(open_video(clip), "ig_vlm")
+    assert (len(report.indices), report.plan.lengths) == (6, (1,))
+    assert gather(open_video(clip), "red_villm").plan.grid == (16, 16)
+    assert len(gather(open_video(clip), "pool:each,each,each,max").indices) == 20
 
 
 @pytest.mark.parametrize(
@@ -100,10 +190,53 @@ def test_png_shows_the_pathways(layout, frames, grid, clip, tmp_path):
     pixels = to_array(out.read_bytes())
     assert pixels.shape[1] == 1540 and pixels.shape[0] > 400
     tokens = SlowFastConfig.parse(layout).plan(frames, grid).tokens
-    for name, colour in COLOURS.items():
+    for name, colour in zip(("slow", "fast"), COLOURS):
         # Nothing else of that colour is as large as the bar, which is wide by the pathway's share.
         bar = tokens[name] / tokens["total"] * 13.1 * 110 * 0.36 * 110
         assert (covered(colour, pixels) > 0.7 * bar) if tokens[name] else (covered(colour, pixels) < 50)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_draws(name, clip, tmp_path):
+    pytest.importorskip("matplotlib")
+    pixels = to_array(render(clip, tmp_path / "a.png", name, 9, GRID).read_bytes())
+    assert pixels.shape[1] == 1540 and (pixels[-20:] == 255).all() and (pixels[:, -30:] == 255).all()
+    report = gather(open_video(clip), name, 9, GRID)
+    for share in report.shares():
+        if share.share > 0.1 and not share.label.startswith("zeros"):
+            assert covered(share.colour, pixels) > 0.6 * share.share * 13.1 * 0.36 * 110**2
+    text = render(clip, tmp_path / "a.html", name, 9, GRID).read_text()
+    assert Page(text).open == [] and name in text and report.source in text and report.notes in text
+    assert f"{report.total:,} video tokens" in text
+    assert all(text.count(share.label.replace("<", "&lt;")) == 3 for share in report.shares())
+    assert text.count("<rect ") == sum(len(boxes) for view in report.pathways for boxes in view.tokens)
+    assert text.count("CLS") == (name == "videollm_online")
+
+
+def test_no_text_of_a_png_overlaps_another(clip, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    many = "+".join(f"pathway_{n}:adaptive{n},adaptive{n},adaptive{n},mean" for n in range(1, 8)) + ";newline@row"
+    texts = []
+    monkeypatch.setattr(module.png._Sheet, "save", lambda sheet, path, height: texts.extend(_extents(sheet, height)))
+    with pytest.raises(InputError):  # nothing was saved
+        render(clip, tmp_path / "a.png", many, 20, GRID)
+    assert len(texts) > 60
+    for one, (left, right, top, bottom, text) in enumerate(texts):
+        assert 0.4 < left and right < 13.6 + 0.02, text
+        for other in texts[:one]:
+            apart = other[1] <= left or right <= other[0] or other[3] <= top or bottom <= other[2]
+            assert apart, (text, other[4])
+
+
+def _extents(sheet, height):
+    """Left, right, top, bottom in inches, and the text, of everything that is written on a sheet."""
+    sheet.figure.set_size_inches(sheet.width, height)
+    sheet.axes.set_xlim(0, sheet.width)
+    sheet.axes.set_ylim(height, 0)
+    for text in sheet.axes.texts:
+        if text.get_text():
+            (left, low), (right, high) = text.get_window_extent(sheet.canvas.get_renderer()).get_points() / 100
+            yield left, right, height - high, height - low, text.get_text()
 
 
 def test_many_frames_fit(tmp_path):
@@ -140,7 +273,7 @@ def test_html_is_whole_and_self_contained(clip, tmp_path):
     assert page.open == []
     assert not re.search(r"""(src|href)=(?!["']data:)|url\(|@import""", text)
     kinds = [a["class"] for tag, a in page.tags if tag == "figure" and "class" in a]
-    assert [row for row, kind in enumerate(kinds) if kind == "slow"] == [0, 2, 5, 7] and len(kinds) == 10
+    assert [row for row, kind in enumerate(kinds) if kind == "slow picked"] == [0, 2, 5, 7] and len(kinds) == 10
     assert "168 video tokens" in text and "slow 128 (76%)" in text and LAYOUT in text
     assert sum(tag == "rect" for tag, _ in page.tags) == 32 + 4
     picture = next(a["src"] for tag, a in page.tags if tag == "img")
@@ -196,7 +329,7 @@ def test_a_failure_leaves_nothing_half_written(error, clip, tmp_path, monkeypatc
         path.write_text("half")
         raise error
 
-    monkeypatch.setattr(module, "_write_html", fail)
+    monkeypatch.setattr(html, "write", fail)
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         render(clip, tmp_path / "a.html", LAYOUT, 4, GRID)
     assert sorted(tmp_path.iterdir()) == before

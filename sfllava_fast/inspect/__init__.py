@@ -1,0 +1,50 @@
+"""A picture of what a layout takes from a video: PNG with matplotlib, or one self-contained HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config import Layout, SlowFastConfig
+from ..errors import InputError
+from ..video import open_video
+from . import html, png
+from .report import gather
+
+
+def render(
+    video_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: str | Layout = SlowFastConfig(),
+    frames: int | None = None,
+    grid: tuple[int, int] | None = None,
+    decoder: str = "pyav",
+) -> Path:
+    """Draw what `layout` takes from a video on a `grid` of patches to `out`, a .png or .html file.
+
+    frames: how many to sample; fewer where the video is shorter. None, as for grid, is what the layout was published
+    with if it has a name, else 50 and 24 x 24. Returns the path written, which appears whole or not at all. Raises
+    VideoError, LayoutError, InputError or BackendError.
+    """
+    out = Path(out)
+    writer = {".png": png, ".html": html, ".htm": html}.get(out.suffix.lower())
+    if writer is None:
+        raise InputError(f"cannot write {out}: the picture's name must end in .png or .html")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
+    report = gather(open_video(video_path, decoder), layout, frames, grid)
+    _write_whole(out, lambda path: writer.write(report, path))
+    return out
+
+
+def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
+    """Write beside `out` and move it there, so that nobody ever sees half a file."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""The report as one HTML page that needs nothing else: the standard library alone."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from .report import ZEROS, PathwayView, Report
+
+
+def write(report: Report, path: Path) -> None:
+    """Writes the report to a file."""
+    rows = range(len(report.indices))
+    page = _PAGE.format(
+        title=escape(report.title),
+        facts=escape(report.facts),
+        layout=escape(report.layout),
+        source=escape(report.source),
+        notes=escape(report.notes),
+        legend="".join(_legend(report, view) for view in report.pathways)
+        + '<span class="pale">read by no pathway</span>' * (not all(map(report.is_read, rows))),
+        thumbs="".join(_thumb(report, row) for row in rows),
+        examples="".join(_example(report, view) for view in report.pathways),
+        total=f"{report.total:,}",
+        saving=escape(report.saving),
+        bars="".join(
+            f'<div class="{"zeros" if share.colour == ZEROS else ""}" style="flex:{share.share:.6f};'
+            f'background-color:{share.colour}" title="{escape(share.label)}">{escape(share.label)}</div>'
+            for share in report.shares()
+        ),
+        shares="".join(
+            f'<span style="--c:{share.colour}">{escape(share.label)}</span>' for share in report.shares()
+        ),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _legend(report: Report, view: PathwayView) -> str:
+    kind = "bins" if view.lanes else "some" if report.picks(view) else "every"
+    text = escape(f"{view.name} pathway: {view.reads}")
+    return f'<span class="{kind}" style="--c:{view.colour}">{text}</span>'
+
+
+def _thumb(report: Report, row: int) -> str:
+    number, time = report.label(row)
+    rings, number = report.rings(row), number + report.repeats(row)
+    picked = bool(rings) and report.picks(rings[0])
+    kinds = [*(view.name for view in rings), "picked" if picked else "", "" if report.is_read(row) else "pale"]
+    shadows, inset = [], 0
+    for view in rings:
+        inset += 4 if picked else 2
+        shadows.append(f"inset 0 0 0 {inset}px {view.colour}")
+    ring = f'<i style="box-shadow:{",".join(shadows)}"></i>' if rings else ""
+    return (
+        f'<figure class="{" ".join(filter(None, kinds))}"><div class="thumb"><img alt="frame {escape(number)}" '
+        f'src="{_inline(report.thumbs[row])}">{ring}</div>'
+        f"<figcaption><b>{number}</b> {time}</figcaption>{_lanes(report, row)}</figure>"
+    )
+
+
+def _lanes(report: Report, row: int) -> str:
+    """The parts, under a frame, of the bins of several frames."""
+    parts = []
+    for view in report.pathways:
+        for lane in view.lanes:
+            here = [(start, stop) for start, stop in lane if start <= row < stop]
+            kinds = "bin" + " more" * any(row < stop - 1 for _, stop in here) if here else ""
+            parts.append(f'<div class="lane {kinds}" style="--c:{view.colour}"></div>')
+    return "".join(parts)
+
+
+def _example(report: Report, view: PathwayView) -> str:
+    height, width = view.picture.shape[:2]
+    ratio = f"aspect-ratio:{width}/{height}"
+    if view.kept is None:
+        kept, caption = '<div class="token">CLS</div>', "one token, made of no patch"
+    else:
+        kept, caption = f'<img class=kept alt="" src="{_inline(view.kept)}">', "each token's mean colour"
+    return (
+        f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
+        f"<small>{escape(view.caption)}</small></h2><div class=pair>"
+        f'<figure><div class=frame style="{ratio}"><img alt="" src="{_inline(view.picture)}">'
+        f"{_outlines(report, view)}</div><figcaption>{escape(report.name_example(view))}</figcaption></figure>"
+        f'<figure><div class=frame style="{ratio}">{kept}</div><figcaption>{caption}</figcaption></figure>'
+        "</div></section>"
+    )
+
+
+def _outlines(report: Report, view: PathwayView) -> str:
+    rows, columns = report.plan.grid
+    cells = "".join(
+        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
+        for boxes in view.tokens
+        for top, bottom, left, right in boxes
+    )
+    return f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{cells}</svg>'
+
+
+def _inline(pixels: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 RGB [H, W, 3] as a PNG file."""
+    height, width = pixels.shape[:2]
+    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line begins with its filter, 0: none
+    lines[:, 1:] = pixels.reshape(height, -1)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+:root {{ --ink: #1f2430; --muted: #6b7280; --paper: #fff; --rule: #d5d9e0; --lift: 0%; color-scheme: light dark; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e8eaf0; --muted: #9aa2b1; --paper: #14171f; --rule: #3a4150; --lift: 40%; }} }}
+body {{ font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1280px; margin: 2rem auto; padding: 0 1.25rem; }}
+h1 {{ margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }}
+h2 {{ margin: 0 0 .4rem; font-size: 1.1rem; }}
+section h2 {{ color: color-mix(in srgb, var(--c), white var(--lift)); }}
+small, figcaption, .muted {{ color: var(--muted); font-weight: normal; }}
+code {{ overflow-wrap: anywhere; }}
+h2 small {{ margin-left: .7rem; font-size: .82rem; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; }}
+.legend span::before {{ content: ""; display: inline-block; width: 1rem; height: .7rem; margin-right: .45rem;
+  box-sizing: border-box; border: 0 solid var(--c); }}
+.legend .every::before {{ border-width: 2px; }} .legend .some::before {{ border-width: 4px; }}
+.legend .bins::before {{ height: .35rem; background: var(--c); vertical-align: middle; }}
+.legend .pale::before {{ border: 1px solid var(--rule); }}
+.shares span::before {{ background: var(--c); }}
+figure {{ margin: 0; }} figcaption {{ font-size: .78rem; }}
+img {{ display: block; width: 100%; }}
+.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .6rem;
+  margin: 1rem 0 2rem; }}
+.thumb {{ position: relative; }} .thumb i {{ position: absolute; inset: 0; }}
+.picked b {{ color: var(--ink); }} figcaption b {{ font-weight: normal; }} .picked figcaption b {{ font-weight: bold; }}
+.strip .pale img {{ opacity: .25; }}
+.lane {{ height: 5px; margin-top: 3px; }} .lane.bin {{ background: var(--c); }} .lane.more {{ margin-right: -.6rem; }}
+.examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem; }}
+section:only-child {{ max-width: 640px; }}
+.pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; }}
+.frame {{ position: relative; outline: 2px solid var(--c); display: grid; place-items: center; }}
+.frame img, .frame svg {{ position: absolute; inset: 0; width: 100%; height: 100%; }}
+.kept {{ image-rendering: pixelated; }}
+.token {{ background: var(--c); color: #fff; font-weight: 700; padding: 1.1rem .8rem; }}
+rect {{ fill: none; stroke: var(--c); stroke-width: 1.2px; vector-effect: non-scaling-stroke; }}
+.bar {{ display: flex; gap: 2px; border-radius: 6px; overflow: hidden; color: #fff; font-weight: 600; }}
+.bar div {{ height: 2.2rem; line-height: 2.2rem; text-indent: .7rem; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; min-width: 0; }}
+.bar .zeros {{ color: #1f2430; background-image: repeating-linear-gradient(135deg, #0000 0 6px, #0002 6px 8px); }}
+</style></head><body>
+<h1>{title}</h1><p class="muted">{facts}<br><code>{layout}</code> {source}<br>{notes}</p>
+<p class="legend">{legend}</p>
+<div class="strip">{thumbs}</div>
+<div class="examples">{examples}</div>
+<h2 style="margin-top:2rem">{total} video tokens<small>{saving}</small></h2>
+<div class="bar">{bars}</div>
+<p class="legend shares">{shares}</p>
+</body></html>
+"""

@@ -1,0 +1,331 @@
+"""What a picture of a layout shows: sampled frames and who reads them, an example of each pathway, the token budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..canvas import CanvasVideo
+from ..config import Layout, sample_frames
+from ..layouts import Preset, find_preset, parse_layout
+from ..pathways import Range
+from ..plan import PathwayTables, Plan
+from ..reference import aggregate
+from ..video import Video
+
+# Lightness falls from one to the next, so that they differ in grey too.
+COLOURS = ("#e8590c", "#1562ab", "#4b1d6b", "#12908e", "#a61e4d")
+SEPARATORS, ZEROS = ("#7a8394", "#a9b0bc"), "#e4e7ec"
+PALE = 245  # patches that no token is made of
+_THUMB_PIXELS = 240  # longer edge
+_EXAMPLE_PIXELS = 720
+_CHUNK = 16  # frames decoded at a time, so that 64 frames of full HD never lie in memory at once
+_PLACES = {"row": "behind each row", "frame": "behind each frame", "between": "between frames", "end": "at the end"}
+
+Box = tuple[int, int, int, int]  # top, bottom, left, right, in patches
+
+
+@dataclass(frozen=True)
+class PathwayView:
+    """A pathway: the sampled frames in each of its bins, and one bin as an example.
+
+    tokens: the patches behind each token. kept: each token's mean colour, uint8 [rows, columns, 3] on the grid of
+    patches. Both are empty, or None, for the class token, which is made of no patch.
+    """
+
+    name: str
+    colour: str
+    reads: str
+    bins: list[Range]
+    example: Range
+    picture: np.ndarray
+    tokens: list[list[Box]]
+    kept: np.ndarray | None
+    caption: str
+
+    @cached_property
+    def alone(self) -> Counter[int]:
+        """Frames that are read by themselves, and how often."""
+        return Counter(start for start, stop in self.bins if stop == start + 1)
+
+    @cached_property
+    def lanes(self) -> list[list[Range]]:
+        """The bins of several frames, in as few lanes as keep overlapping ones apart."""
+        lanes: list[list[Range]] = []
+        for start, stop in dict.fromkeys(bin for bin in self.bins if bin[1] > bin[0] + 1):
+            lane = next((lane for lane in lanes if lane[-1][1] <= start), None)
+            if lane is None:
+                lanes.append(lane := [])
+            lane.append((start, stop))
+        return lanes
+
+
+class Share(NamedTuple):
+    """A part of the token budget."""
+
+    label: str
+    tokens: int
+    share: float
+    colour: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the picture shows."""
+
+    title: str
+    facts: str
+    layout: str
+    source: str
+    notes: str
+    indices: list[int]
+    times: list[float] | None
+    thumbs: np.ndarray
+    plan: Plan
+    pathways: list[PathwayView]
+
+    @property
+    def total(self) -> int:
+        return self.plan.tokens["total"]
+
+    @property
+    def saving(self) -> str:
+        patches = sum(self.plan.lengths) * self.plan.grid[0] * self.plan.grid[1]
+        pictures = "frame" if sum(self.plan.lengths) == len(self.indices) else "composed picture"
+        return f"{self.total / patches:.1%} of the {patches:,} patches of {_count(sum(self.plan.lengths), pictures)}"
+
+    def label(self, row: int) -> tuple[str, str]:
+        """Number and time of a sampled frame, as text."""
+        return f"#{self.indices[row]}", _clock(self.times[row]) if self.times else ""
+
+    def name_example(self, view: PathwayView) -> str:
+        """The frames of a pathway's example."""
+        start, stop = view.example
+        if stop == start + 1:
+            return "frame " + "  ".join(self.label(start)).rstrip()
+        how = "mean of" if self.plan.lengths == (len(self.indices),) else "composed of"
+        return f"{how} frames #{self.indices[start]} to #{self.indices[stop - 1]}"
+
+    def rings(self, row: int) -> list[PathwayView]:
+        """Who marks a frame: of the pathways that read it by itself, those that pick frames, or else all."""
+        readers = [view for view in self.pathways if row in view.alone]
+        return [view for view in readers if self.picks(view)] or readers
+
+    def picks(self, view: PathwayView) -> bool:
+        """Whether a pathway reads some frames and not others."""
+        return len(view.alone) < len(self.indices)
+
+    def repeats(self, row: int) -> str:
+        """How often a frame is read where that is more than once."""
+        times = max((view.alone[row] for view in self.pathways), default=0)
+        return f" \u00d7{times}" if times > 1 else ""
+
+    def is_read(self, row: int) -> bool:
+        return any(start <= row < stop for view in self.pathways for start, stop in view.bins)
+
+    def shares(self) -> list[Share]:
+        """The budget: by pathway, then separators, then zeros. Tokens add up to `total`."""
+        zeros = len(self.plan.zeros)
+        parts = []
+        for view, tables in zip(self.pathways, self.plan.pathways):
+            parts.append((view.name, tables.tokens_per_frame * len(view.bins), view.colour))
+        for number, separator in enumerate(self.plan.separators):
+            colour = SEPARATORS[number % len(SEPARATORS)]
+            parts.append((separator.name, self.plan.tokens.get(separator.name, 0), colour))
+        parts += [("zeros", zeros, ZEROS)] * (zeros > 0)
+        return [
+            Share(f"{name} {tokens:,} ({_percent(tokens / self.total)})", tokens, tokens / self.total, colour)
+            for name, tokens, colour in parts
+            if tokens
+        ]
+
+
+def gather(
+    video: Video, layout: str | Layout, frames: int | None = None, grid: tuple[int, int] | None = None
+) -> Report:
+    """Sample the video and lay it out; frames and grid as in `render`."""
+    preset = find_preset(layout) or Preset("", parse_layout(layout), 50, (24, 24), "", "")
+    parsed, grid = preset.layout, grid or preset.grid
+    indices = sample_frames(video.total, frames or preset.frames)
+    pictures, numbers, each = video, indices, 1
+    if parsed.canvas:
+        pictures, each = CanvasVideo(video, indices, *parsed.canvas), parsed.canvas[0] * parsed.canvas[1]
+        numbers = list(range(pictures.total))
+    plan = parsed.plan(frames=len(numbers), grid=grid)
+    thumbs = np.concatenate([_shrink(part, _THUMB_PIXELS) for part in _in_chunks(video, indices)])
+    height, width = video.size
+    facts = [f"{len(indices)} of {video.total} frames", f"{width}\u00d7{height}"]
+    if video.fps:
+        facts.append(f"{video.fps:.4g} frames/s")
+    facts.append(f"{grid[0]}\u00d7{grid[1]} patches a {'picture' if parsed.canvas else 'frame'}")
+    views = []
+    for tables, colour in zip(plan.pathways, _colours(plan)):
+        example = _example(tables, plan)
+        picture = _mean(pictures, numbers[slice(*example)])
+        tokens = [] if tables.pathway.class_token else token_boxes(tables, grid)
+        bins = [_scale(bin, each, len(indices)) for bin in tables.frames[0]]
+        views.append(
+            PathwayView(
+                name=tables.pathway.name,
+                colour=colour,
+                reads=_say_reads(bins, len(indices), "picture" if parsed.canvas else "bin"),
+                bins=bins,
+                example=_scale(example, each, len(indices)),
+                picture=_shrink(picture, _EXAMPLE_PIXELS)[0],
+                tokens=tokens,
+                kept=_keep(picture, tokens, tables, grid) if tokens else None,
+                caption=_describe(tables, plan, "picture" if parsed.canvas else "frame"),
+            )
+        )
+    return Report(
+        title=video.path.name or str(video.path),
+        facts="  \u00b7  ".join(facts),
+        layout=preset.name or str(parsed),
+        source=preset.source,
+        notes="  \u00b7  ".join(_notes(parsed, plan)),
+        indices=indices,
+        times=video.times(indices),
+        thumbs=thumbs,
+        plan=plan,
+        pathways=views,
+    )
+
+
+def _colours(plan: Plan) -> list[str]:
+    """A colour for each pathway: the first for slow, the second for fast wherever they are alone."""
+    names = [tables.pathway.name for tables in plan.pathways]
+    first = 1 if names == ["fast"] else 0
+    return [COLOURS[(first + i) % len(COLOURS)] for i in range(len(names))]
+
+
+def _notes(layout: Layout, plan: Plan) -> Iterator[str]:
+    """What the frames and boxes do not show."""
+    if layout.interleaved:
+        yield "tokens of all pathways frame by frame"
+    for separator in layout.separators:
+        yield f"{separator.name} {_PLACES[separator.where]}"
+    for path in layout.pathways:
+        if path.pad:
+            yield f"{path.name} padded with zeros to {path.pad} frames"
+    if layout.canvas:
+        yield "{} rows \u00d7 {} columns of frames composed into a picture".format(*layout.canvas)
+    if layout.stage == "before":
+        yield "pooled before the projector"
+
+
+def _in_chunks(video: Video, indices: list[int]) -> Iterator[torch.Tensor]:
+    for start in range(0, len(indices), _CHUNK):
+        yield video.frames(indices[start : start + _CHUNK])
+
+
+def _mean(video: Video, indices: list[int]) -> torch.Tensor:
+    """The mean of some frames, uint8 [1, H, W, 3]."""
+    total = sum(part.sum(0, dtype=torch.int64) for part in _in_chunks(video, indices))
+    return (total / len(indices)).round().to(torch.uint8)[None]
+
+
+def _scale(bin: Range, each: int, most: int) -> Range:
+    """A bin of pictures of `each` frames as a bin of frames."""
+    return bin[0] * each, min(bin[1] * each, most)
+
+
+def _example(tables: PathwayTables, plan: Plan) -> Range:
+    """The middle one of a pathway's frame bins, if it has any of those that no other pathway has."""
+    bins = dict.fromkeys(tables.frames[0])
+    others = {bin for path in plan.pathways if path is not tables for bin in path.frames[0]}
+    own = [bin for bin in bins if bin not in others] or list(bins)
+    return own[len(own) // 2] if own else (0, 1)
+
+
+def token_boxes(tables: PathwayTables, grid: tuple[int, int]) -> list[list[Box]]:
+    """The patches that each token of one frame is made of: one box, or one in each row that it straddles."""
+    width = grid[1]
+    if tables.shape == tuple(grid):
+        return [[(*rows, *cols)] for rows in tables.rows for cols in tables.cols]
+    return [_fold(start, stop, width) for start, stop in tables.cols]
+
+
+def _fold(start: int, stop: int, width: int) -> list[Box]:
+    """A run of flattened patches as boxes on the grid."""
+    rows = range(start // width, (stop - 1) // width + 1)
+    return [(y, y + 1, max(start - y * width, 0), min(stop - y * width, width)) for y in rows]
+
+
+def _keep(
+    frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, grid: tuple[int, int]
+) -> np.ndarray:
+    """Mean colour of each token on the grid of patches; patches that no token covers stay pale."""
+    patches = F.adaptive_avg_pool2d(frame.permute(0, 3, 1, 2).float(), grid).flatten(2).transpose(1, 2)
+    # The pathway's own pooling, weights between linear bins included, of one frame and as a mean.
+    mean = replace(tables.pathway, reduce="mean")
+    one = replace(tables, pathway=mean, frames=(((0, 1),),), first_patch=0, separators=0)
+    colours = aggregate(patches, Plan((1,), grid, (one,))).numpy()
+    total, count = np.zeros((*grid, 3)), np.zeros((*grid, 1))
+    for boxes, colour in zip(tokens, colours):
+        for top, bottom, left, right in boxes:
+            total[top:bottom, left:right] += colour
+            count[top:bottom, left:right] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), PALE).round().astype(np.uint8)
+
+
+def _say_reads(bins: list[Range], frames: int, what: str) -> str:
+    """Which frames a pathway reads, for the legend."""
+    sizes, read = {stop - start for start, stop in bins}, {row for bin in bins for row in range(*bin)}
+    if not bins:
+        return "no frame"
+    if sizes == {1}:
+        return "every frame" if len(read) == frames else f"{len(read)} of {frames} frames"
+    if sizes == {frames} and what == "bin":
+        return "all frames together"
+    return f"{_count(len(bins), what)} of {_span(sizes)} frames"
+
+
+def _describe(tables: PathwayTables, plan: Plan, alone: str) -> str:
+    """What tokens are made of; `alone` is what a frame bin of one is."""
+    each, bins = tables.tokens_per_frame, tables.frames[0]
+    sizes = {stop - start for start, stop in bins} or {1}
+    what, over = (alone, "") if sizes == {1} else ("bin", f" of {_span(sizes)} {alone}s")
+    if tables.pathway.class_token:
+        how = "the class token"
+    elif tables.reduce == "linear":
+        how = "between the patches shown"
+    elif each != plan.grid[0] * plan.grid[1]:
+        how = f"the {tables.reduce} of each box"
+    else:
+        how = "every patch" if sizes == {1} else f"the {tables.reduce} of each patch"
+    is_grid = tables.shape == plan.grid and not tables.pathway.class_token
+    shape = f"{len(tables.rows)}\u00d7{len(tables.cols)}, " if is_grid else ""
+    return f"{_count(len(bins), what)}{over} \u00d7 {_count(each, 'token')} ({shape}{how})"
+
+
+def _span(sizes: set[int]) -> str:
+    return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+
+
+def _shrink(frames: torch.Tensor, longer: int) -> np.ndarray:
+    """uint8 [n, H, W, 3] with the longer edge at most `longer`."""
+    height, width = frames.shape[1:3]
+    scale = min(1.0, longer / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).numpy()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _percent(share: float) -> str:
+    return "<1%" if share < 0.005 else f"{share:.0%}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)}:{rest:04.1f}" if minutes else f"{rest:.2f} s"
