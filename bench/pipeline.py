@@ -20,9 +20,10 @@ from sfllava_fast import checkpoint as loading
 from sfllava_fast import embedded
 from sfllava_fast.answer import Answer
 from sfllava_fast.checkpoint import Checkpoint
-from sfllava_fast.config import sample_frames
+from sfllava_fast.config import SlowFastConfig, sample_frames
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
+from sfllava_fast.layouts import parse_layout
 from sfllava_fast.video import Video, open_video
 
 from . import clip, costs, memory
@@ -127,6 +128,8 @@ class Lab:
 
     @classmethod
     def set_up(cls, settings: Settings, path: Path) -> Lab:
+        if settings.layout is not None and not isinstance(parse_layout(settings.layout), SlowFastConfig):
+            raise InputError(f"the plain pipeline has no layout {settings.layout}: name sf_llava or a slowfast-... one")
         video = open_video(path)
         checkpoint, tower = load(settings)
         plain = Baseline(checkpoint.model, tower)

@@ -53,7 +53,7 @@ class SlowFastLlava(Pipeline):
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
         max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
         separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
-        embedding of a text (see `learned.find_separators`).
+        embedding of a text (see `separator_vectors.find_separators`).
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """

@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .layouts import parse_layout, preset_frames
-from .learned import find_separators
+from .separator_vectors import find_separators
 from .ops import slowfast_aggregate
 from .plan import Plan
 from .projector import MODES, Mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted

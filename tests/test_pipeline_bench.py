@@ -419,6 +419,7 @@ def test_memory_of_a_call():
     (["--rounds", "1"], "rounds must be at least 2"),
     (["--video", "nothing.mp4"], "nothing.mp4 does not exist"),
     (["--config", "tiny", "--device", "abacus"], "unknown device 'abacus'"),
+    (["--config", "tiny", "--layout", "pllava"], "the plain pipeline has no layout pllava"),
 ])
 @pytest.mark.parametrize("main", ["bench pipeline", "sfllava-fast bench"])
 def test_wrong_input_is_one_line(arguments, error, main, video, monkeypatch, capsys):
