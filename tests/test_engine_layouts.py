@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_engine import stock_model
 from tiny_engine import QUESTION, Clip
 from tiny_llava import GRID
 
+from bench.published import LAYOUTS
 from sfllava_fast.config import sample_frames
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError, LayoutError
@@ -31,56 +31,24 @@ class Stock:
             pixels = preprocess(pictures, processor).double()
             states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         self.hidden = states[layer]  # [T, 1 + N, C]
-        self.patches = self.hidden[:, 1:].unflatten(1, (GRID, GRID))
 
     def project(self, features):
         with torch.no_grad():
             return self.model.model.multi_modal_projector(features)
 
     @property
-    def projected(self):
-        return self.project(self.patches)
-
-    @property
     def newline(self):
         return self.model.model.image_newline.detach()
 
 
-def boxes(x, size, mode="avg"):
-    """[T, H, W, D] pooled to `size` as rows [T, h, w, D]."""
-    channels = x.permute(0, 3, 1, 2)
-    pooled = {
-        "avg": lambda: F.adaptive_avg_pool2d(channels, size),
-        "bilinear": lambda: F.interpolate(channels, size, mode="bilinear"),
-    }[mode]()
-    return pooled.permute(0, 2, 3, 1)
-
-
-def newline_rows(x, newline):
-    """[T, h, w, D] with a newline behind each row: [T * h * (w + 1), D]."""
-    return torch.cat([x, newline.expand(*x.shape[:2], 1, -1)], 2).flatten(0, 2)
-
-
 def by_hand(name, stock):
-    """The tokens of a preset, from what was published."""
-    half, frames = GRID // 2, len(stock.hidden)
-    if name in ("video_chatgpt", "red_villm"):
-        temporal = F.pad(stock.patches.mean((1, 2)), (0, 0, 0, max(0, 100 - frames)))
-        return stock.project(torch.cat([temporal, stock.patches.mean(0).flatten(0, 1)]))
+    """The tokens of a preset, from what was published; the first two were pooled before the projector."""
+    layout, grid = LAYOUTS[name], (GRID, GRID)
     if name == "videollm_online":
-        pooled = boxes(stock.patches, 3).flatten(1, 2)
-        return stock.project(torch.cat([stock.hidden[:, :1], pooled], 1)).flatten(0, 1)
-    if name == "llava_next_image":
-        return boxes(stock.projected, half).flatten(0, 2)
-    if name == "llava_next_video-bilinear-newline_grid":
-        return newline_rows(boxes(stock.projected, half, "bilinear"), stock.newline)
-    if name == "pllava":
-        repeats = 16 // frames + 1
-        x = stock.projected.repeat_interleave(repeats, 0)[:16] if frames < 16 else stock.projected
-        return F.adaptive_avg_pool3d(x.permute(3, 0, 1, 2), (16, 12, 12)).flatten(1).T
-    if name in ("uniform", "ig_vlm"):
-        return stock.projected.flatten(0, 2)
-    raise KeyError(name)
+        return stock.project(layout(stock.hidden, grid, None))
+    if name in ("video_chatgpt", "red_villm"):
+        return stock.project(layout(stock.hidden[:, 1:], grid, None))
+    return layout(stock.project(stock.hidden[:, 1:]), grid, stock.newline[None])
 
 
 @pytest.mark.parametrize(
