@@ -176,33 +176,29 @@ def _print_projector(result: dict) -> None:
 
 
 def _print_dropins(result: dict) -> None:
-    facts = result["machine"]
-    console = Console(width=130, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    table = Table(title="drop-ins, 50 frames of 24x24 patches of 4096", title_justify="left")
-    for name in ("work", "published ms", "patched ms", "published / patched", "same bits"):
-        table.add_column(name, justify="left" if name == "work" else "right")
-    for work, figures in result["works"].items():
-        rows = figures["providers"]
-        times = (f"{rows[form]['p50_ms']:.4g}" for form in (dropins.PUBLISHED, dropins.PATCHED))
-        same = "yes" if figures["same_bits"] else "no"
-        table.add_row(work, *times, f"{rows[dropins.PUBLISHED]['ratio']:.2f}", same)
-    console.print(table)
-    for name, reason in result["errors"].items():
-        console.print(f"error: {name}: {reason}")
+    title = "drop-ins, 50 frames of 24x24 patches of 4096"
+    same_bits = "same bits", lambda figures: "yes" if figures["same_bits"] else "no"
+    _print_pairs(result, title, dropins.PUBLISHED, dropins.PATCHED, same_bits)
 
 
 def _print_layouts(result: dict) -> None:
+    title = "layouts at their published frames and grids"
+    rate = "GB/s", lambda figures: f"{figures['gb_per_s']:.1f}"
+    _print_pairs(result, title, layouts.PUBLISHED, layouts.OURS, rate)
+
+
+def _print_pairs(result: dict, title: str, peer: str, ours: str, last: tuple[str, Callable[[dict], str]]) -> None:
+    """A row for each work: milliseconds of both forms, their ratio, and a last column (name, text of the figures)."""
     facts = result["machine"]
-    console = Console(width=110, highlight=False, markup=False)
+    console = Console(width=130, highlight=False, markup=False)
     console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    table = Table(title="layouts at their published frames and grids", title_justify="left")
-    for name in ("work", "published ms", "op ms", "published / op", "GB/s"):
+    table = Table(title=title, title_justify="left")
+    for name in ("work", f"{peer} ms", f"{ours} ms", f"{peer} / {ours}", last[0]):
         table.add_column(name, justify="left" if name == "work" else "right")
     for work, figures in result["works"].items():
         rows = figures["providers"]
-        times = (f"{rows[form]['p50_ms']:.4g}" for form in (layouts.PUBLISHED, layouts.OURS))
-        table.add_row(work, *times, f"{rows[layouts.PUBLISHED]['ratio']:.2f}", f"{figures['gb_per_s']:.1f}")
+        times = (f"{rows[form]['p50_ms']:.4g}" for form in (peer, ours))
+        table.add_row(work, *times, f"{rows[peer]['ratio']:.2f}", last[1](figures))
     console.print(table)
     for name, reason in result["errors"].items():
         console.print(f"error: {name}: {reason}")
