@@ -82,13 +82,16 @@ def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
     def written(name: str) -> list[str]:
         return ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
 
-    projector = [*bench, "projector", "--device", "cuda", "--json", str(folder / "projector.json")]
+    projector, layouts = (
+        [*bench, name, "--device", "cuda", "--json", str(folder / f"{name}.json")] for name in ("projector", "layouts")
+    )
     return [
         _build(capability),
         Step("tests on the device", tests, 150, _why_no_system, lambda: why_no_proof(report, files)),
         Step("projector", projector, 60),
-        Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 150, _why_no_system),
-        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 60, _why_no_system),
+        Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 130, _why_no_system),
+        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 50, _why_no_system),
+        Step("layouts", layouts, 40),
     ]
 
 

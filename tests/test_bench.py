@@ -464,7 +464,8 @@ def test_the_steps(tmp_path):
 
 def test_the_steps_of_the_pipeline(tmp_path):
     found = gpu.PARTS["pipeline"](tmp_path / "nvidia-h200", "90", 4)
-    assert [step.name for step in found] == ["build", "tests on the device", "projector", "7B shapes", "embedded model"]
+    names = ["build", "tests on the device", "projector", "7B shapes", "embedded model", "layouts"]
+    assert [step.name for step in found] == names
     assert sum(step.limit for step in found) <= gpu._SECONDS
     for step in found:
         assert all((ROOT / word).exists() for word in step.command if word.startswith("tests/") or word == "setup.py")
