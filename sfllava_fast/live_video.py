@@ -145,7 +145,8 @@ class LiveVideo:
             if now >= self._alive_at + _STALL and not self._told:
                 self._told = True
                 log.warning("%s: no frame for %g s, still waiting", self.name, _STALL)
-            self._changed.wait(min(deadline, (now if self._told else self._alive_at) + _STALL) - now)
+            # A Ctrl-C that comes as a wait begins does not end it: none is long.
+            self._changed.wait(min(deadline - now, _STALL, 1.0))
 
     def _run(self) -> None:
         """The decoding thread."""

@@ -15,6 +15,8 @@ from .questions import Group, Id, Question
 from .workers import Reply, Worker
 
 DEFAULT_ATTEMPTS = 3
+# A signal that comes as a wait begins does not end it: its handler runs when the wait is over.
+_SECONDS_AT_MOST = 1.0
 _LEFT_BEHIND = "the worker, or the whole batch, ended while it was asked"
 
 
@@ -67,7 +69,7 @@ class Scheduler:
         """Wait for the next thing to happen, and do what follows from it."""
         by_connection = {worker.connection: worker for worker in self.workers}
         soonest = min(worker.deadline for worker in self.workers) - time.monotonic()
-        happened = connections.wait(by_connection, None if soonest == float("inf") else max(0, soonest))
+        happened = connections.wait(by_connection, min(max(0, soonest), _SECONDS_AT_MOST))
         for connection in happened:
             self._take(by_connection[connection], *by_connection[connection].reply())
         now = time.monotonic()
