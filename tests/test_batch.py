@@ -166,7 +166,7 @@ def test_what_nothing_can_answer_ends_the_batch_and_counts_for_no_question(answe
 
 # A batch in a process of its own: argv are the output, the log, and (id, video, question) as JSON.
 BATCH = """
-import json, sys
+import json, signal, sys
 from functools import partial
 from pathlib import Path
 from batch_answerers import make_obedient
@@ -174,6 +174,7 @@ from sfllava_fast.errors import SfllavaError
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     questions = [Question(*row) for row in json.loads(sys.argv[3])]
     try:
         run(by_video(questions), Path(sys.argv[1]), {}, partial(make_obedient, log=Path(sys.argv[2])), 2, attempts=2)
