@@ -244,9 +244,9 @@ def test_videos_of_several_lengths_go_through_in_one_launch(engine, videos, monk
 
     def aggregate(*arguments, frame_offsets, **options):
         launches.append(frame_offsets)
-        return slowfast_aggregate(*arguments, frame_offsets=frame_offsets, **options)
+        return project_and_aggregate(*arguments, frame_offsets=frame_offsets, **options)
 
-    monkeypatch.setattr("sfllava_fast.serving.vllm_model.slowfast_aggregate", aggregate)
+    monkeypatch.setattr("sfllava_fast.serving.vllm_model.project_and_aggregate", aggregate)
     together = [list(output.outputs[0].token_ids) for output in chat(engine, conversations)]
     assert launches == [[0, 50, 70, 105]]
     assert together == alone
