@@ -173,8 +173,10 @@ from batch_answerers import make_obedient
 from sfllava_fast.errors import SfllavaError
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
+from sfllava_fast.offline.workers import STOP_SIGNALS
 if __name__ == "__main__":
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    for number in STOP_SIGNALS:  # the tests may run under nohup, or in a shell's background, where some are ignored
+        signal.signal(number, signal.SIG_DFL)
     questions = [Question(*row) for row in json.loads(sys.argv[3])]
     try:
         run(by_video(questions), Path(sys.argv[1]), {}, partial(make_obedient, log=Path(sys.argv[2])), 2, attempts=2)
