@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from .errors import LayoutError
@@ -32,7 +33,7 @@ def table(found: list[dict[str, Any]]) -> Any:
     for name in ("Pooled", "What it is", "Source"):
         shown.add_column(name)
     for row in found:
-        tokens = row["error"] or f"{row['tokens']['total']:,}"
+        tokens = f"{row['tokens']['total']:,}" if row["tokens"] else "none"
         options = f"\noptions: {row['options']}" if row["options"] else ""
         grid, where = "{}x{}".format(*row["grid"]), f"{row['pooled']} the projector"
         shown.add_row(row["name"], tokens, str(row["frames"]), grid, where, row["summary"] + options, row["source"])
@@ -44,16 +45,13 @@ def _preset(text: str) -> Preset:
 
 
 def _row(preset: Preset, frames: int, grid: tuple[int, int]) -> dict[str, Any]:
-    layout, tokens, error = preset.layout, None, None
-    try:
+    layout, tokens = preset.layout, None  # None: it leaves none of this grid
+    with suppress(LayoutError):
         tokens = layout.plan(layout.count_pictures(frames), grid).tokens
-    except LayoutError:
-        error = "none"
     return {
         "name": preset.name,
         "options": OPTIONS.get(preset.name, ""),
         "tokens": tokens,
-        "error": error,
         "frames": frames,
         "grid": list(grid),
         "pooled": layout.stage,

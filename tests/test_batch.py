@@ -8,7 +8,9 @@ import sys
 import time
 from collections import Counter, deque
 from functools import partial
+from multiprocessing import connection as connections
 from pathlib import Path
+from types import SimpleNamespace
 
 import clips
 import pytest
@@ -17,6 +19,7 @@ from tiny_engine import LAYOUT
 
 from sfllava_fast import cli
 from sfllava_fast.errors import BackendError, CheckpointError, InputError
+from sfllava_fast.offline import scheduler
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
 
@@ -261,6 +264,19 @@ def test_stopped_it_says_so_and_counts_no_attempt(number, start, out, log):
         assert told == "interrupted: 1 of 2 questions are over; the same command goes on from there\n"
         wait_for(lambda: all(is_gone(worker) for _, worker in asked(log)))
     assert list(read(out)) == ["v0"]
+
+
+def test_no_wait_is_long(answer, monkeypatch):
+    """A signal that comes as a wait begins is handled behind it."""
+    waits = []
+
+    def wait(of, timeout):
+        waits.append(timeout)
+        return connections.wait(of, timeout)
+
+    monkeypatch.setattr(scheduler, "connections", SimpleNamespace(wait=wait))
+    answer(rows("ok", "ok"))
+    assert waits and all(timeout is not None and timeout <= 1 for timeout in waits)
 
 
 def test_a_worker_is_ended_by_its_batch_alone(start, out, log):

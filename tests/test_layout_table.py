@@ -32,8 +32,10 @@ def test_tokens_of_other_frames_and_grids(capsys):
 
 
 def test_a_layout_that_leaves_nothing_says_so(capsys):
-    left = {row["name"]: row["error"] for row in rows(capsys, "--grid", "1x1")}
-    assert left["llava_next_image"] == "none" and left["uniform"] is None
+    left = {row["name"]: row["tokens"] for row in rows(capsys, "--grid", "1x1")}
+    assert left["llava_next_image"] is None and left["uniform"]["total"] == 6
+    assert main(["layouts", "--grid", "1x1", "--layout", "llava_next_image"]) == 0
+    assert "none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, tokens", [("pool:each,stride3,stride3,max", 3200), ("slowfast-fast_2x2", 200)])
