@@ -15,7 +15,7 @@ from torch import nn
 
 from sfllava_fast.errors import BackendError, PatchError
 from sfllava_fast.patch import patch_llava_next
-from sfllava_fast.patch.replacement import warn_once
+from sfllava_fast.replacement import warn_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("average", "max", "bilinear")

@@ -15,7 +15,7 @@ from torch import nn
 
 from sfllava_fast.errors import BackendError, PatchError
 from sfllava_fast.patch import patch_slowfast_llava, undo
-from sfllava_fast.patch.replacement import warn_once
+from sfllava_fast.replacement import warn_once
 
 NAMES = (
     "concat", "spatial_1d_max_pool", "spatial_1d_avg_pool", "spatial_2d_max_pool", "spatial_2d_avg_pool",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .code_base import LLAVA_NEXT, find_owner, replace_methods
 from .pooling import or_published, pool
-from .replacement import Patch
+from ..replacement import Patch
 
 _REDUCTIONS = {"average": "mean", "max": "max"}
 _PREPARE = "prepare_inputs_labels_for_multimodal"

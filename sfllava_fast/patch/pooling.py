@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import Layout
 from ..errors import InputError, LayoutError
 from ..ops import slowfast_aggregate
-from .replacement import warn_once
+from ..replacement import warn_once
 
 
 def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, backend: str) -> Tensor:

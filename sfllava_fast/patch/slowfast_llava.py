@@ -12,7 +12,7 @@ from ..config import SlowFastConfig
 from ..errors import LayoutError
 from .code_base import SLOWFAST_LLAVA, find_owner, replace_methods
 from .pooling import or_published, pool
-from .replacement import Patch
+from ..replacement import Patch
 
 _ON_THE_GRID = {
     "spatial_2d_max_pool": "pool:each,stride2,stride2,max",

@@ -27,7 +27,7 @@ from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
 from ..preprocess import PreprocessSpec, preprocess
 from ..projector import MODES, Mode, project_and_aggregate
 from ..video import open_video
-from .replacement import Patch, undo, warn_once
+from ..replacement import Patch, undo, warn_once
 
 _SUFFIX = "ForConditionalGeneration"
 _IMAGE_MODELS = ("Llava", "LlavaNext")

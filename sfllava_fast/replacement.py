@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..errors import PatchError
+from .errors import PatchError
 
 log = logging.getLogger("sfllava_fast")
 

@@ -1,0 +1,1 @@
+"""Fewer vision tokens inside the language model: mixture of depths, pruning, compression into a few."""
