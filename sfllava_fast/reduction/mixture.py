@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..replacement import Patch
-from .frames import check_frames, check_ratio, clip_frames
+from .frames import check_frames, check_ratio, clip_frames, kept_of
 from .rows import gather_rows, scatter_rows, top_per_frame
 from .scorers import LayerExpert, LayerInput, Norm
 
@@ -34,6 +34,7 @@ class MixtureOfDepths(nn.Module):
         width = decoder.config.hidden_size
         make = {"norm": Norm, "learned": partial(LayerExpert, width)}[scorer]
         self.scorers = nn.ModuleDict({str(number): make() for number in self.layers})
+        self._count = len(decoder.layers)
         self._frames: tuple[int, ...] | None = None
         self._past = 0  # tokens before those of this forward pass
         mixed = [(decoder.layers[at], "forward", self._mixed(at, decoder.layers[at])) for at in self.layers]
@@ -47,6 +48,12 @@ class MixtureOfDepths(nn.Module):
             yield
         finally:
             self._frames = before
+
+    def skipped(self, frames: Sequence[int]) -> tuple[int, ...]:
+        """How many tokens of a sequence with these frames each layer leaves out, known before any forward pass."""
+        sizes = [stop - start for start, stop in zip(frames, frames[1:])]
+        left_out = sum(size - kept_of(self.ratio, size) for size in sizes)
+        return tuple(left_out if number in self.layers else 0 for number in range(self._count))
 
     def undo(self) -> None:
         self._patch.undo()
