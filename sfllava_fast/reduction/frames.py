@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
 
 from ..errors import InputError
 from ..plan import Plan
@@ -17,6 +19,25 @@ def token_frames(plan: Plan, start: int = 0) -> tuple[int, ...]:
     """
     end = plan.offsets[-1] - sum(separator.where == "end" for separator in plan.separators)
     return (*(start + item.first_token for item in plan.items), start + end)
+
+
+def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tuple[int, ...] | None:
+    """Where a prompt's vision tokens begin and end, as one frame; None where it has none.
+
+    input_ids: int64 [B, S]. placeholders: the ids that stand for vision tokens.
+    Raises InputError unless they are one run, at the same place in every row.
+    """
+    found = sum((input_ids == token for token in placeholders), start=input_ids < 0)
+    places = found.any(0).nonzero()[:, 0]
+    if not len(places):
+        return None
+    start, stop = int(places[0]), int(places[-1]) + 1
+    if not bool(found[:, start:stop].all()):
+        raise InputError(
+            "input_ids have several runs of vision tokens, or rows with theirs at different places: "
+            "give one run a prompt and batch prompts of one form, or say `with mixture.frames(offsets)`"
+        )
+    return start, stop
 
 
 def check_frames(frames: Sequence[int]) -> tuple[int, ...]:

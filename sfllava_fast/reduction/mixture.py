@@ -3,46 +3,100 @@ frame that score highest are computed on; the others pass unchanged, and leave n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..replacement import Patch
-from .frames import check_frames, check_ratio, clip_frames, kept_of
-from .rows import gather_rows, scatter_rows, top_per_frame
-from .scorers import LayerExpert, LayerInput, Norm
+from ..errors import InputError, PatchError
+from ..replacement import Patch, undo
+from .decoder import check_layers, check_pass, find_decoder
+from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder_frames
+from .held import recall
+from .routing import Pass, run_on_all, run_on_selection, select
+from .scorers import AttentionReceived, LayerExpert, LayerInput, Scorer, make_scorers
+
+_FORMAT = "sfllava_fast.mixture_of_depths"
 
 
 class MixtureOfDepths(nn.Module):
-    """Wraps a transformers model with a Llama-like decoder, in place; `undo` restores it exactly.
+    """Wraps a transformers model with a Llama-like decoder, in place; `undo`, or leaving it as a context, restores it
+    exactly. Its parameters are the scorers' alone; the model's own, and its state_dict, stay as they are.
 
-    ratio: of each frame's vision tokens, which share a mixed layer computes on. scorer: "norm" or "learned".
-    layers: which layers are mixed; None: every other one, from the second on.
+    model: for causal language modelling, LLaVA-style, or a bare decoder; wrap it after `patch_transformers`.
+    ratio: of each frame's n vision tokens, a mixed layer computes on the ceil(ratio * n) that score highest; or a
+        mapping of layers to ratios. With 1 a layer is the plain one, bit for bit.
+    scorer: "norm", "learned" (LayerExpert), "text", "attention"; an nn.Module or function of LayerInput to scores
+        [B, V], higher is kept; or a mapping of layers to these.
+    layers: which layers are mixed, counted from 0; None: every other one, from the second on, as published. The first
+        of each kind of attention never is: transformers measures the cache by it.
+    weighted: False: a kept token becomes block(token), and the score gets a gradient straight through, as if its
+        sigmoid weighed the block; trained weights serve as they are. True, as published: it becomes
+        token + score * (block(token) - token), with the raw score; scorer and model must have been trained so.
+    per_frame: False: all vision tokens compete, as if they were one frame's.
+    select_at: None: every mixed layer selects for itself. A layer's number: what that one's scorer selects, of what
+        enters it, all mixed layers keep; it comes before them or is their first.
+
+    Where the vision tokens are, `frames` tells; where nothing does, they are the run of the config's image or video
+    placeholders in `input_ids`, as one frame. All rows of a batch have theirs at the same offsets: pad on the left,
+    where prompts differ before the video, or on the right (`attention_mask` tells), where they differ behind it.
+
+    Raises PatchError for a model whose layers it does not know, InputError for the rest; either leaves it as it was.
     """
 
     def __init__(
-        self, model: nn.Module, ratio: float = 0.2, scorer: str = "norm", layers: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        ratio: float | Mapping[int, float] = 0.2,
+        scorer: Scorer = "norm",
+        layers: Sequence[int] | None = None,
+        *,
+        weighted: bool = False,
+        per_frame: bool = True,
+        select_at: int | None = None,
     ) -> None:
         super().__init__()
-        decoder = model.get_decoder()
-        self.ratio = check_ratio(ratio)
-        self.layers = tuple(range(1, len(decoder.layers), 2) if layers is None else layers)
-        width = decoder.config.hidden_size
-        make = {"norm": Norm, "learned": partial(LayerExpert, width)}[scorer]
-        self.scorers = nn.ModuleDict({str(number): make() for number in self.layers})
-        self._count = len(decoder.layers)
+        decoder = find_decoder(model)
+        if isinstance(ratio, Mapping):
+            if layers is not None and set(layers) != set(ratio):
+                raise InputError(f"ratio is for layers {sorted(ratio)}, and layers are {sorted(layers)}: give one")
+            layers = list(ratio)
+        self.layers = check_layers(decoder, layers)
+        self.ratios = {at: check_ratio(ratio[at] if isinstance(ratio, Mapping) else ratio) for at in self.layers}
+        self.weighted, self.per_frame, self.select_at = weighted, per_frame, select_at
+        if select_at is not None and (select_at not in range(self.layers[0] + 1) or len({*self.ratios.values()}) > 1):
+            raise InputError(f"select_at={select_at!r} must be a layer up to {self.layers[0]}, with one ratio for all")
+        selecting = self.layers if select_at is None else (select_at,)
+        self.scorers = make_scorers(scorer, selecting, decoder.config.hidden_size)
+        for at in selecting:
+            self.scorers[str(at)].to(next(decoder.layers[at].parameters()).device)
         self._frames: tuple[int, ...] | None = None
-        self._past = 0  # tokens before those of this forward pass
-        mixed = [(decoder.layers[at], "forward", self._mixed(at, decoder.layers[at])) for at in self.layers]
-        self._patch = Patch(decoder, [(decoder, "forward", self._counted(decoder)), *mixed])
+        self._pass: Pass | None = None
+        self._depth = len(decoder.layers)
+        undo(decoder)  # what is replaced now, and what it calls, are the stock attributes
+        replaced = [_Forward(decoder.layers[at], self._run_layer, at) for at in {*self.layers, *selecting}]
+        replaced.append(_Forward(decoder, self._run_decoder))
+        if decoder is not model:
+            replaced.append(_Forward(model, self._run_model))
+        self._patch = Patch(decoder, [(forward.owner, "forward", forward) for forward in replaced])
+
+    @classmethod
+    def fastv(cls, model: nn.Module, ratio: float = 0.5, layer: int = 2) -> MixtureOfDepths:
+        """FastV (arXiv 2403.06764) inside the language model, under any attention: layers before `layer` see every
+        token; of all vision tokens the later ones compute on those that get the most attention from the last token of
+        the prompt, in the layer before. ratio: of the tokens that are kept, 1 - R in the paper's terms."""
+        layers = range(layer, len(find_decoder(model).layers))
+        return cls(model, ratio, AttentionReceived(), layers, per_frame=False, select_at=layer - 1)
 
     @contextmanager
     def frames(self, frames: Sequence[int]) -> Iterator[None]:
-        """Within it the model's sequences have vision tokens at these offsets [F + 1]; all else is text."""
+        """Within it the model's sequences have vision tokens at these offsets [F + 1], counted from the sequence's
+        first token, padding too; all else is text. What is in a cache already stays known without."""
         before, self._frames = self._frames, check_frames(frames)
         try:
             yield
@@ -51,45 +105,125 @@ class MixtureOfDepths(nn.Module):
 
     def skipped(self, frames: Sequence[int]) -> tuple[int, ...]:
         """How many tokens of a sequence with these frames each layer leaves out, known before any forward pass."""
-        sizes = [stop - start for start, stop in zip(frames, frames[1:])]
-        left_out = sum(size - kept_of(self.ratio, size) for size in sizes)
-        return tuple(left_out if number in self.layers else 0 for number in range(self._count))
+        offsets = self._competing(check_frames(frames))
+        sizes = [stop - start for start, stop in zip(offsets, offsets[1:])]
+        ratios = [self.ratios.get(number, 1.0) for number in range(self._depth)]
+        return tuple(sum(size - kept_of(ratio, size) for size in sizes) for ratio in ratios)
+
+    def save(self, path: str | Path) -> None:
+        """The scorers' weights as safetensors, layers and ratios in the metadata, for `load`."""
+        from safetensors.torch import save_file
+
+        tensors = {name: value.detach().cpu().clone() for name, value in self.scorers.state_dict().items()}
+        save_file(tensors, path, {_FORMAT: json.dumps({"ratios": self.ratios, "weighted": self.weighted})})
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | Path, ratio: float | None = None) -> MixtureOfDepths:
+        """A model wrapped with learned scorers that were saved; ratio: instead of theirs.
+
+        Raises InputError where the file holds none, or they are not for this model; it is left as it was.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {})[_FORMAT])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(f"{path} holds no scorers of a mixture of depths: give what `save` wrote") from error
+        ratios = {int(at): ratio or saved for at, saved in settings["ratios"].items()}
+        width = find_decoder(model).config.hidden_size
+        scorers = {at: LayerExpert(width) for at in ratios}
+        try:
+            nn.ModuleDict({str(at): scorer for at, scorer in scorers.items()}).load_state_dict(tensors)
+        except RuntimeError as error:
+            raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}") from error
+        return cls(model, ratios, scorers, weighted=settings["weighted"])
 
     def undo(self) -> None:
+        """Put back the model's original attributes; PatchError where something else replaced one since."""
         self._patch.undo()
 
-    def _counted(self, decoder: nn.Module) -> Callable[..., Any]:
-        plain = decoder.forward
+    def __enter__(self) -> MixtureOfDepths:
+        return self
 
-        def forward(*positional: Any, **arguments: Any) -> Any:
-            cache = arguments.get("past_key_values")
-            self._past = cache.get_seq_length() if cache is not None else 0
-            return plain(*positional, **arguments)
+    def __exit__(self, *_: object) -> None:
+        self.undo()
 
-        return forward
+    def _competing(self, frames: tuple[int, ...]) -> tuple[int, ...]:
+        return frames if self.per_frame or not frames else (frames[0], frames[-1])
 
-    def _mixed(self, number: int, layer: nn.Module) -> Callable[..., Tensor]:
-        plain = layer.forward
+    def _run_model(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The whole model, with the frames that its input_ids tell where nobody else does."""
+        named = forward.named(args, kwargs)
+        ids, found = named.get("input_ids"), None
+        if self._frames is None and ids is not None and ids.shape[1] > 1:  # a single token is a step's
+            names = [getattr(forward.owner.config, name, None) for name in ("image_token_id", "video_token_id")]
+            found = placeholder_frames(ids, [token for token in names if token is not None])
+        with self.frames([_past(named) + at for at in found]) if found else nullcontext():
+            return forward.plain(*args, **kwargs)
 
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
-            total = hidden_states.shape[1]
-            frames = clip_frames(self._frames, self._past, self._past + total) if self._frames else ()
-            if not frames or self.ratio == 1:
-                return plain(hidden_states, **arguments)
-            scores = self.scorers[str(number)](LayerInput(hidden_states, frames[0], frames[-1], layer, arguments))
-            kept = top_per_frame(scores.detach(), frames, self.ratio)
-            text = torch.cat([torch.arange(frames[0]), torch.arange(frames[-1], total)]).expand(len(kept), -1)
-            index = torch.cat([text[:, : frames[0]], kept, text[:, frames[0] :]], dim=1)
-            rows = gather_rows(hidden_states, index)
-            cos, sin = (
-                gather_rows(part.expand(len(index), -1, -1), index) for part in arguments["position_embeddings"]
-            )
-            arguments |= {"position_embeddings": (cos, sin), "attention_mask": None, "position_ids": None}
-            out = plain(rows, **arguments)
-            if scores.requires_grad:  # straight through: the value is the block's, the score gets its gradient
-                gate = scores.sigmoid().gather(1, kept - frames[0])
-                gate = nn.functional.pad(gate, (frames[0], total - frames[-1]))
-                out = out + (gate - gate.detach())[..., None] * (out - rows)
-            return scatter_rows(hidden_states, index, out)
+    def _run_decoder(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = forward.named(args, kwargs)
+        cache, past = named.get("past_key_values"), _past(named)
+        tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        end = past + tokens.shape[1]
+        frames = clip_frames(self._frames, past, end) if self._frames else ()
+        if (cache is not None and recall(cache, past)) or frames:
+            check_pass(forward.owner, self.layers, named, end)
+        self._pass = Pass(past, self._competing(frames))
+        try:
+            return forward.plain(*args, **kwargs)
+        finally:
+            self._pass = None
 
-        return forward
+    def _run_layer(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        arguments = forward.named(args, kwargs)
+        hidden, number, now = arguments.pop("hidden_states"), forward.number, self._current(arguments)
+        if now is None:
+            return forward.plain(hidden, **arguments)
+        ratio = self.ratios.get(number, self.ratios[self.layers[0]])  # one for all where another layer selects
+        if now.frames and (ratio < 1 or self.weighted):
+            if str(number) in self.scorers:
+                at = LayerInput(hidden, now.frames[0], now.frames[-1], forward.owner, arguments)
+                now.selection = select(self.scorers[str(number)], at, now.frames, ratio)
+            if number in self.ratios:
+                return run_on_selection(forward.plain, hidden, arguments, number, now, self.weighted)
+        return run_on_all(forward.plain, hidden, arguments, number, now)
+
+    def _current(self, arguments: dict[str, Any]) -> Pass | None:
+        """The forward pass that a layer is called in; None where it is called by itself."""
+        rotary = arguments.get("position_embeddings")
+        if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+            raise PatchError(f"the model's rotary positions are a {type(rotary).__name__}, not cosines and sines")
+        if self._pass is not None:
+            rotary[0].sfllava_fast_pass = self._pass  # a checkpointed layer is called again in backward, with these
+        return getattr(rotary[0], "sfllava_fast_pass", None)
+
+
+class _Forward:
+    """What a module's `forward` is replaced by. An object, so that a copy of the model calls the copy's own."""
+
+    def __init__(self, owner: nn.Module, run: Callable[..., Any], number: int | None = None) -> None:
+        self.owner, self.run, self.number = owner, run, number
+        self.own = vars(owner).get("forward")  # as hooks of other libraries put it there
+        self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, args, kwargs)
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        return self.own or MethodType(type(self.owner).forward, self.owner)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)  # `generate` reads it
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.names, args)) | kwargs
+
+
+def _past(named: dict[str, Any]) -> int:
+    cache = named.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..errors import InputError, PatchError, check_count
+from .rows import attention_received
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,24 @@ class LayerInput:
         return self.hidden[:, self.start : self.stop]
 
     @property
-    def text(self) -> Tensor:
-        """[B, S - V, D]"""
-        return torch.cat([self.hidden[:, : self.start], self.hidden[:, self.stop :]], dim=1)
+    def seen(self) -> Tensor | None:
+        """Which of the S tokens the last one sees, bool [B, S]; None where that is all of them, so without padding."""
+        mask = self.arguments.get("attention_mask")
+        if mask is None:
+            return None
+        last = mask if mask.dim() == 2 else mask[:, 0, -1]
+        seen = last if last.dtype == torch.bool else last > (-1 if last.is_floating_point() else 0)
+        return seen[:, -self.hidden.shape[1] :].expand(len(self.hidden), -1)
+
+
+Score = Callable[[LayerInput], Tensor]
+Scorer = Union[str, Score, Mapping[int, Union[str, Score]]]
 
 
 class Norm(nn.Module):
     """The length of a token's hidden state."""
 
+    @torch.no_grad()
     def forward(self, layer: LayerInput) -> Tensor:
         return layer.vision.float().norm(dim=-1)
 
@@ -50,3 +66,119 @@ class LayerExpert(nn.Module):
 
     def forward(self, layer: LayerInput) -> Tensor:
         return self.linear(layer.vision.to(self.linear.weight.dtype))[..., 0]
+
+
+class TextSimilarity(nn.Module):
+    """The cosine of a token's hidden state with the mean of the text's, of the text in the same forward pass."""
+
+    @torch.no_grad()
+    def forward(self, layer: LayerInput) -> Tensor:
+        if layer.stop - layer.start == layer.hidden.shape[1]:
+            raise InputError(_NO_TEXT.format("text", "beside"))
+        hidden = layer.hidden.float()
+        text = torch.ones_like(hidden[..., 0]) if layer.seen is None else layer.seen.to(hidden, copy=True)
+        text[:, layer.start : layer.stop] = 0
+        mean = (hidden * text[..., None]).sum(1, keepdim=True) / text.sum(1)[:, None, None]
+        return F.cosine_similarity(layer.vision.float(), mean, dim=-1)
+
+
+class AttentionReceived(nn.Module):
+    """The attention that a token gets in this layer from the last `queries` tokens of the text behind it, the mean over
+    them and the heads (FastV, arXiv 2403.06764, which asks the last token alone).
+
+    Computed from the layer's own projections, norms and rotary positions, one block of rows: no attention matrix is
+    stored, whatever attention the model runs on. Softcapped logits are taken without the cap. Of a prompt prefilled in
+    parts it sees the part. A batch is padded on the left.
+    """
+
+    def __init__(self, queries: int = 1) -> None:
+        super().__init__()
+        check_count("queries", queries)
+        self.queries = queries
+
+    @torch.no_grad()
+    def forward(self, layer: LayerInput) -> Tensor:
+        behind = layer.hidden.shape[1] - layer.stop
+        if not behind:
+            raise InputError(_NO_TEXT.format("attention", "behind"))
+        queries, keys = _queries_and_keys(layer, min(self.queries, behind))
+        scale = layer.layer.self_attn.scaling
+        if layer.seen is None:
+            return attention_received(queries, keys, scale)[:, layer.start : layer.stop]
+        scores = queries.new_zeros(layer.hidden.shape[:2], dtype=torch.float32)
+        for row, seen in enumerate(layer.seen):  # padding takes part in no softmax
+            scores[row, seen] = attention_received(queries[row, None], keys[row, None, :, seen], scale)[0]
+        return scores[:, layer.start : layer.stop]
+
+
+_NO_TEXT = (
+    'the scorer "{}" needs text {} the vision tokens in the same forward pass: '
+    'prefill them with the question, or take the scorer "norm" or "learned"'
+)
+
+
+def _queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
+    """A layer's queries [B, H, count, d] of the last tokens and keys [B, G, S, d] of all, as its attention has them."""
+    attention = layer.layer.self_attn
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    split = hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
+    if rotate is None or not (split or hasattr(attention, "qkv_proj")):
+        raise PatchError(f'the scorer "attention" does not know {type(attention).__name__}: take another scorer')
+    hidden = layer.layer.input_layernorm(layer.hidden)
+    if split:
+        queries, keys = attention.q_proj(hidden[:, -count:]), attention.k_proj(hidden)
+    else:
+        width = attention.o_proj.in_features
+        both = attention.qkv_proj(hidden)
+        queries, keys = both[:, -count:, :width], both[..., width : (width + both.shape[-1]) // 2]
+    cos, sin = layer.arguments["position_embeddings"]
+    queries = _heads(queries, attention, "q_norm")
+    keys = _heads(keys, attention, "k_norm")
+    queries = rotate(queries, queries, cos[..., -count:, :], sin[..., -count:, :])[0]
+    return queries, rotate(keys, keys, cos, sin)[0]
+
+
+def _heads(projected: Tensor, attention: nn.Module, norm: str) -> Tensor:
+    """[B, n, heads * d] as [B, heads, n, d], normed where the model does: each head, or all of them as one."""
+    norm = getattr(attention, norm, None)
+    if norm is not None and norm.weight.numel() == projected.shape[-1]:
+        projected, norm = norm(projected), None
+    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+
+class _Function(nn.Module):
+    """A plain function as a scorer."""
+
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, layer: LayerInput) -> Tensor:
+        return self.score(layer)
+
+
+_BY_NAME = {
+    "norm": lambda width: Norm(),
+    "learned": LayerExpert,
+    "text": lambda width: TextSimilarity(),
+    "attention": lambda width: AttentionReceived(),
+}
+
+
+def make_scorers(scorer: Scorer, layers: Sequence[int], width: int) -> nn.ModuleDict:
+    """A scorer for each layer: by name, a module or function for all of them, or a mapping that has one for each."""
+    if isinstance(scorer, Mapping) and set(scorer) != set(layers):
+        raise InputError(f"the scorers are for layers {sorted(scorer)}, and scored are {sorted(layers)}")
+    each = {layer: scorer[layer] if isinstance(scorer, Mapping) else scorer for layer in layers}
+    return nn.ModuleDict({str(layer): _make(each[layer], width) for layer in layers})
+
+
+def _make(scorer: str | Score, width: int) -> nn.Module:
+    if isinstance(scorer, nn.Module):
+        return scorer
+    if isinstance(scorer, str) and scorer in _BY_NAME:
+        return _BY_NAME[scorer](width)
+    if isinstance(scorer, str) or not callable(scorer):
+        raise InputError(f"unknown scorer {scorer!r}: give one of {', '.join(_BY_NAME)}, or a module or function")
+    return _Function(scorer)
