@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Score = Callable[[int, Tensor, Tensor], Tensor]  # layer, hidden [S, D], allowed [S, S] -> scores [S]
+Score = Callable[..., Tensor]  # layer, hidden [1, S, D], what the layer is called with -> scores [S]
 
 
-def norm_score(layer: int, hidden: Tensor, allowed: Tensor) -> Tensor:
-    return hidden.square().sum(-1)
+def norm_score(layer: torch.nn.Module | None, hidden: Tensor, **_: Any) -> Tensor:
+    return hidden[0].square().sum(-1)
+
+
+def attention_score(layer: torch.nn.Module, hidden: Tensor, rows: slice = slice(-1, None), **arguments: Any) -> Tensor:
+    """Rows of the attention matrix of the stock layer."""
+    if hasattr(layer, "input_layernorm"):
+        hidden = layer.input_layernorm(hidden)
+    weights = layer.self_attn(hidden_states=hidden, **arguments)[1]
+    return weights[0, :, rows].mean((0, 1))
 
 
 def kept_tokens(scores: Tensor, frames: Sequence[int], ratio: float) -> Tensor:
@@ -31,13 +40,24 @@ def allowed_pairs(total: int, padding: int = 0, window: int | None = None) -> Te
     return seen if window is None else seen & (key > query - window)
 
 
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
+
 def logits_by_layers(
-    model, ids: Tensor, frames: Sequence[int], ratio: dict[int, float], score: Score = norm_score,
-    paddings: Sequence[int] | None = None, select_at: int | None = None, weighted: bool = False,
+    model: Any,
+    ids: Tensor,
+    frames: Sequence[int],
+    ratio: dict[int, float],
+    score: Score = norm_score,
+    paddings: Sequence[int] | None = None,
+    select_at: int | None = None,
+    weighted: bool = False,
 ) -> Tensor:
     """Logits [B, S, V] of a stock model, eager attention: the model's own layers on all tokens, where a mixed one sees
     the tokens it keeps through a mask, and its output for the others is thrown away."""
-    core, rows = model.model, []
+    core, rows, attention = model.model, [], model.config._attn_implementation
+    model.set_attn_implementation("eager")
     for row, tokens in enumerate(ids):
         padding = paddings[row] if paddings else 0
         hidden = core.embed_tokens(tokens[None])
@@ -47,15 +67,15 @@ def logits_by_layers(
         for number, layer in enumerate(core.layers):
             kind = kinds[number] if kinds else None
             rotary = core.rotary_emb(hidden, positions, *((kind,) if "Gemma3" in type(core).__name__ else ()))
-            window = core.config.sliding_window if kind in (None, "sliding_attention") else None
+            window = getattr(core.config, "sliding_window", None) if kind in (None, "sliding_attention") else None
             allowed = allowed_pairs(len(tokens), padding, window)
+            mask = additive(allowed, hidden.dtype)
             if number in ratio and select_at is None or number == select_at:
-                scores = score(number, hidden[0], allowed)
+                scores = score(layer, hidden, position_embeddings=rotary, attention_mask=mask)
                 kept = kept_tokens(scores, frames, ratio.get(number, next(iter(ratio.values()))))
             of_layer = kept if number in ratio else torch.ones(len(tokens), dtype=torch.bool)
-            mask = (allowed & of_layer) | torch.eye(len(tokens), dtype=torch.bool)
-            mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-            out = type(layer).forward(layer, hidden, attention_mask=mask[None, None], position_embeddings=rotary)
+            mask = additive(allowed & (of_layer | torch.eye(len(tokens), dtype=torch.bool)), hidden.dtype)
+            out = type(layer).forward(layer, hidden, attention_mask=mask, position_embeddings=rotary)
             if weighted and number in ratio:
                 vision = torch.zeros(len(tokens), dtype=torch.bool)
                 vision[frames[0] : frames[-1]] = True
@@ -63,6 +83,7 @@ def logits_by_layers(
                 out = hidden + gain * (out - hidden)
             hidden = torch.where(of_layer[None, :, None], out, hidden)
         rows.append(model.lm_head(core.norm(hidden))[0])
+    model.set_attn_implementation(attention)
     return torch.stack(rows)
 
 
@@ -87,7 +108,7 @@ def llama_logits(model, ids: Tensor, frames: Sequence[int], ratio: dict[int, flo
         of = f"model.layers.{number}."
         kept = torch.ones(len(ids), dtype=torch.bool)
         if number in ratio:
-            kept = kept_tokens(norm_score(number, hidden, kept), frames, ratio[number])
+            kept = kept_tokens(norm_score(None, hidden[None]), frames, ratio[number])
         normed = rms(hidden, of + "input_layernorm.weight")
         queries, keys, values = (normed @ weights[f"{of}self_attn.{name}_proj.weight"].T for name in "qkv")
         queries, keys, values = rotated(queries, heads), rotated(keys, groups), values.view(len(ids), groups, width)

@@ -22,9 +22,14 @@ class Span(NamedTuple):
         return self.stop - self.start - self.kept.shape[1]
 
 
-def spans_of(cache: Any, number: int) -> list[Span]:
-    """What a layer of a cache holds of vision tokens, to be added to; of no cache, nothing."""
-    return [] if cache is None else _layers(cache).setdefault(number, [])
+def spans_of(cache: Any, number: int, past: int) -> list[Span]:
+    """What a layer of a cache of `past` tokens holds of vision tokens, to be added to; of no cache, nothing."""
+    if cache is None:
+        return []
+    if hasattr(cache, "skipped"):  # a KvCache counts for itself; text sees all alike, so that any may stand for them
+        absent = cache.skipped[number] if past else 0
+        return [Span(0, absent, torch.empty(1, 0, dtype=torch.long))] if absent else []
+    return _layers(cache).setdefault(number, [])
 
 
 def recall(cache: Any, past: int) -> bool:
@@ -35,8 +40,7 @@ def recall(cache: Any, past: int) -> bool:
     for number, spans in _layers(cache).items():
         spans[:] = [span for span in spans if span.start < past]
         held = past - sum(span.left_out for span in spans)
-        counts = len(getattr(cache, "layers", ()))  # another cache, that never moves, may count what it skips
-        if (spans and spans[-1].stop > past) or (counts and cache.get_seq_length(number) != held):
+        if (spans and spans[-1].stop > past) or cache.get_seq_length(number) != held:
             raise InputError("the cache was cut before or among its vision tokens: prefill a new one")
     return any(_layers(cache).values())
 

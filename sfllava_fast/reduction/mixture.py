@@ -19,7 +19,7 @@ from .decoder import check_layers, check_pass, find_decoder
 from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder_frames
 from .held import recall
 from .routing import Pass, run_on_all, run_on_selection, select
-from .scorers import AttentionReceived, LayerExpert, LayerInput, Scorer, make_scorers
+from .scorers import AttentionReceived, LayerInput, Scorer, make_scorers
 
 _FORMAT = "sfllava_fast.mixture_of_depths"
 
@@ -66,7 +66,7 @@ class MixtureOfDepths(nn.Module):
             if layers is not None and set(layers) != set(ratio):
                 raise InputError(f"ratio is for layers {sorted(ratio)}, and layers are {sorted(layers)}: give one")
             layers = list(ratio)
-        self.layers = check_layers(decoder, layers)
+        self.ratio, self.layers = ratio, check_layers(decoder, layers)
         self.ratios = {at: check_ratio(ratio[at] if isinstance(ratio, Mapping) else ratio) for at in self.layers}
         self.weighted, self.per_frame, self.select_at = weighted, per_frame, select_at
         if select_at is not None and (select_at not in range(self.layers[0] + 1) or len({*self.ratios.values()}) > 1):
@@ -114,12 +114,13 @@ class MixtureOfDepths(nn.Module):
         """The scorers' weights as safetensors, layers and ratios in the metadata, for `load`."""
         from safetensors.torch import save_file
 
-        tensors = {name: value.detach().cpu().clone() for name, value in self.scorers.state_dict().items()}
-        save_file(tensors, path, {_FORMAT: json.dumps({"ratios": self.ratios, "weighted": self.weighted})})
+        settings = {name: getattr(self, name) for name in ("ratios", "weighted", "per_frame", "select_at")}
+        tensors = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        save_file(tensors, path, {_FORMAT: json.dumps(settings)})
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, ratio: float | None = None) -> MixtureOfDepths:
-        """A model wrapped with learned scorers that were saved; ratio: instead of theirs.
+        """A model wrapped with the learned scorers that were saved; ratio: instead of theirs.
 
         Raises InputError where the file holds none, or they are not for this model; it is left as it was.
         """
@@ -131,14 +132,16 @@ class MixtureOfDepths(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{path} holds no scorers of a mixture of depths: give what `save` wrote") from error
-        ratios = {int(at): ratio or saved for at, saved in settings["ratios"].items()}
+        ratios = {int(at): saved if ratio is None else ratio for at, saved in settings.pop("ratios").items()}
+        selecting = ratios if settings["select_at"] is None else [settings["select_at"]]
         width = find_decoder(model).config.hidden_size
-        scorers = {at: LayerExpert(width) for at in ratios}
-        try:
-            nn.ModuleDict({str(at): scorer for at, scorer in scorers.items()}).load_state_dict(tensors)
-        except RuntimeError as error:
-            raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}") from error
-        return cls(model, ratios, scorers, weighted=settings["weighted"])
+        of_layer = {"weight": [1, width], "bias": [1]}
+        shapes = {f"scorers.{at}.linear.{name}": of_layer[name] for at in selecting for name in of_layer}
+        if {name: list(value.shape) for name, value in tensors.items()} != shapes:
+            raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}")
+        mixture = cls(model, ratios, "learned", **settings)
+        mixture.load_state_dict(tensors)
+        return mixture
 
     def undo(self) -> None:
         """Put back the model's original attributes; PatchError where something else replaced one since."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, PatchError
 from .held import Span, columns, cut_mask, spans_of
-from .rows import gather_rows, scatter_rows, top_per_frame
+from .rows import gather_many, scatter_rows, top_per_frame
 from .scorers import LayerInput
 
 
@@ -43,8 +43,6 @@ def select(scorer: nn.Module, at: LayerInput, frames: Sequence[int], ratio: floa
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"the scorer must give scores {list(expected)}, one a vision token, not {found}")
-    if bool(scores.isnan().any()):
-        raise InputError("the scorer gave NaN: its weights, or what enters the layer, are not finite")
     kept = top_per_frame(scores.detach(), frames, ratio)
     return Selection(kept, scores.gather(1, kept - frames[0]))
 
@@ -53,7 +51,7 @@ def run_on_all(
     plain: Callable[..., Tensor], hidden: Tensor, arguments: dict[str, Any], number: int, now: Pass
 ) -> Tensor:
     """A layer on all tokens of a pass, in a cache that may lack some of the earlier ones."""
-    spans = spans_of(arguments.get("past_key_values"), number)
+    spans = spans_of(arguments.get("past_key_values"), number, now.past)
     if spans:
         arguments["attention_mask"] = _cut(arguments, number, now.past + hidden.shape[1], hidden, spans)
     return plain(hidden, **arguments)
@@ -73,14 +71,14 @@ def run_on_selection(
     before, behind = (torch.arange(*ends, device=hidden.device) for ends in ((0, start), (stop, total)))
     rows = len(hidden)
     index = torch.cat([before.expand(rows, -1), selection.kept, behind.expand(rows, -1)], dim=1)
-    spans = spans_of(arguments.get("past_key_values"), number)
+    taken, *rotary = gather_many([hidden, *arguments["position_embeddings"]], index)
+    spans = spans_of(arguments.get("past_key_values"), number, now.past)
     spans.append(Span(now.past + start, now.past + stop, now.past + selection.kept))
     arguments |= {
         "attention_mask": _cut(arguments, number, now.past + total, hidden, spans, index),
-        "position_embeddings": tuple(_positions(part, index) for part in arguments["position_embeddings"]),
+        "position_embeddings": rotary,
         "position_ids": None,  # flash attention would take the gaps for sequences packed in a row
     }
-    taken = gather_rows(hidden, index)
     out = plain(taken, **arguments)
     if not isinstance(out, Tensor):
         raise PatchError(f"the model's layers return a {type(out).__name__}, not hidden states: they cannot be mixed")
@@ -107,7 +105,3 @@ def _cut(
         held = held[:, -(window - 1 + (hidden if index is None else index).shape[1]) :]
     return cut_mask(mask, held, index, total)
 
-
-def _positions(part: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of cos or sin [1 or B, S, d]."""
-    return gather_rows(part.expand(len(index), -1, -1), index)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .frames import kept_of
 
 
@@ -17,6 +18,8 @@ def top_per_frame(scores: Tensor, frames: Sequence[int], ratio: float) -> Tensor
         ceil(ratio * n) are kept.
     Returns positions as `frames` counts them.
     """
+    if scores.isnan().any():
+        raise InputError("a score is NaN: the scorer, or the hidden states that it reads, are not finite")
     kept = []
     for start, stop in zip(frames, frames[1:]):
         of_frame = scores[:, start - frames[0] : stop - frames[0]]
@@ -28,6 +31,11 @@ def top_per_frame(scores: Tensor, frames: Sequence[int], ratio: float) -> Tensor
 def gather_rows(hidden: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, K] (int64) of hidden [B, S, D]: [B, K, D]."""
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def gather_many(tensors: Sequence[Tensor], index: Tensor) -> tuple[Tensor, ...]:
+    """The same rows of several tensors, each [B or 1, S, D]."""
+    return tuple(gather_rows(tensor.expand(len(index), -1, -1), index) for tensor in tensors)
 
 
 def scatter_rows(hidden: Tensor, index: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:

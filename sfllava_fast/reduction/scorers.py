@@ -88,7 +88,7 @@ class AttentionReceived(nn.Module):
 
     Computed from the layer's own projections, norms and rotary positions, one block of rows: no attention matrix is
     stored, whatever attention the model runs on. Softcapped logits are taken without the cap. Of a prompt prefilled in
-    parts it sees the part. A batch is padded on the left.
+    parts it sees the part, in a layer with a sliding window what the last token sees. A batch is padded on the left.
     """
 
     def __init__(self, queries: int = 1) -> None:
@@ -101,7 +101,7 @@ class AttentionReceived(nn.Module):
         behind = layer.hidden.shape[1] - layer.stop
         if not behind:
             raise InputError(_NO_TEXT.format("attention", "behind"))
-        queries, keys = _queries_and_keys(layer, min(self.queries, behind))
+        queries, keys = queries_and_keys(layer, min(self.queries, behind))
         scale = layer.layer.self_attn.scaling
         if layer.seen is None:
             return attention_received(queries, keys, scale)[:, layer.start : layer.stop]
@@ -117,14 +117,15 @@ _NO_TEXT = (
 )
 
 
-def _queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
+def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
     """A layer's queries [B, H, count, d] of the last tokens and keys [B, G, S, d] of all, as its attention has them."""
     attention = layer.layer.self_attn
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     split = hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
     if rotate is None or not (split or hasattr(attention, "qkv_proj")):
         raise PatchError(f'the scorer "attention" does not know {type(attention).__name__}: take another scorer')
-    hidden = layer.layer.input_layernorm(layer.hidden)
+    norm = getattr(layer.layer, "input_layernorm", None)  # OLMo 2 norms what comes out
+    hidden = layer.hidden if norm is None else norm(layer.hidden)
     if split:
         queries, keys = attention.q_proj(hidden[:, -count:]), attention.k_proj(hidden)
     else:
