@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FusedProjectorAggregator": "modules",
     "MemoryStream": "memory",
+    "MixtureOfDepths": "reduction.mixture",
     "PathwayProjectors": "modules",
     "SlowFastConfig": "config",
     "SlowFastAggregator": "modules",
