@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .modules import SlowFastAggregator as SlowFastAggregator
     from .ops import slowfast_aggregate as slowfast_aggregate
     from .projector import project_and_aggregate as project_and_aggregate
+    from .reduction.mixture import MixtureOfDepths as MixtureOfDepths
     from .stream import SlowFastStream as SlowFastStream
 
 

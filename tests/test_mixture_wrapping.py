@@ -132,6 +132,11 @@ def test_settings_that_cannot_be(arguments, message):
     assert attributes(model) == before
 
 
+def test_a_model_too_shallow():
+    with pytest.raises(InputError, match="one or more"):
+        MixtureOfDepths(tiny(num_hidden_layers=1))
+
+
 def test_layers_by_which_the_cache_is_measured_are_left_out():
     model = tiny("Gemma2")  # sliding, full, sliding, full, ...
     assert MixtureOfDepths(model).layers == (3, 5)

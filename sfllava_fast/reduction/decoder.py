@@ -51,7 +51,7 @@ def check_layers(decoder: nn.Module, layers: Sequence[int] | None) -> tuple[int,
     """The layers to be mixed, ascending; None: every other one, from the second on. InputError for what cannot be."""
     count, measured = len(decoder.layers), measured_layers(decoder)
     if layers is None:
-        return tuple(number for number in range(1, count, 2) if number not in measured)
+        layers = [number for number in range(1, count, 2) if number not in measured]
     if not all(isinstance(number, int) and 0 <= number < count for number in layers):
         raise InputError(f"layers must be among 0 to {count - 1}, not {list(layers)}")
     if len(set(layers)) != len(layers) or not layers:
