@@ -23,7 +23,7 @@ from ..replacement import Patch
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
 _UNLABELLED = -100  # what losses leave out
@@ -113,63 +113,26 @@ def _checked(spans: Sequence[Span], length: int) -> Sequence[Span]:
     return spans
 
 
-def drop_video(cache: DynamicCache, start: int, stop: int) -> None:
-    """Remove the keys and values of places [start, stop) from every layer of a cache, in place; all rows alike.
-
-    What is left keeps the positions that it was computed at; `continuation` says where to go on. The memory is given
-    back. Raises InputError, with the cache as it was, for places that it does not hold, and for layers that do not hold
-    every token as it is: static, sliding, quantized.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    for layer in cache.layers:
-        if type(layer) is not DynamicLayer:
-            raise InputError(f"a {type(layer).__name__} cannot drop tokens: use a DynamicCache of full attention")
-    if not 0 <= start < stop <= cache.get_seq_length():
-        raise InputError(f"the cache holds {cache.get_seq_length()} tokens: there is no [{start}, {stop}) to drop")
-    # All copies before any is put in, so that a failure leaves no torn cache; slices would keep the memory.
-    kept = [[_without(rows, start, stop) for rows in (layer.keys, layer.values)] for layer in cache.layers]
-    for layer, (keys, values) in zip(cache.layers, kept):
-        layer.keys, layer.values = keys, values
-
-
-def _without(rows: Tensor, start: int, stop: int) -> Tensor:
-    return torch.cat([rows[..., :start, :], rows[..., stop:, :]], dim=-2)
-
-
-def continuation(cache: DynamicCache, ids: Tensor, position: int) -> dict[str, Tensor]:
-    """What a transformers model's `generate` and `forward` need, beside ids [B, n] and `past_key_values`, to go on
-    behind dropped tokens: `position_ids` from `position` on, the sequence's length with the dropped ones in it."""
-    rows, count = ids.shape
-    positions = torch.arange(position, position + count, device=ids.device)
-    # A mask of ids' own length would have `generate` take the first of them for cached.
-    return {
-        "position_ids": positions.expand(rows, -1), "attention_mask": ids.new_ones(rows, cache.get_seq_length() + count)
-    }
-
-
 def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[Span], **arguments: Any) -> ModelOutput:
     """The forward pass that `compression_mask` describes, without any mask: each video is dropped from the cache when
     its compression tokens are in (the paper's two-stage forward of inference). FlashAttention serves; gradients flow.
 
     embeds: [B, S, D], compression tokens included; the spans are those of every row.
     Returns the output for the tokens behind the last video, or for that video and its tokens where nothing follows. Its
-    `past_key_values` go on at position S.
+    `past_key_values` is a DynamicCache that goes on at position S (see `dropping.drop_tokens`).
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
-    done = dropped = 0
+    from .dropping import drop_tokens
+
+    cache, done = DynamicCache(config=model.config), 0
     for span in [*_checked(spans, embeds.shape[1]), None]:
-        stop = span.end if span else embeds.shape[1]
-        if done < stop:
-            positions = torch.arange(done, stop, device=embeds.device)[None]
-            part = {"inputs_embeds": embeds[:, done:stop], "position_ids": positions}
-            output = model(**part, past_key_values=cache, use_cache=True, **arguments)
+        part = embeds[:, done : span.end if span else None]
+        if part.shape[1]:
+            output = model(inputs_embeds=part, past_key_values=cache, use_cache=True, **arguments)
         if span:
-            drop_video(cache, span.start - dropped, span.stop - dropped)
-            dropped += span.stop - span.start
-        done = stop
+            drop_tokens(cache, span.start, span.stop)
+            done = span.end
     return output
 
 
@@ -307,4 +270,5 @@ def _mask_for(model: PreTrainedModel, embeds: Tensor, spans: list[list[Span]]) -
         return create_block_mask(rule, rows, None, length, length, device=embeds.device)
     if attention not in ("sdpa", "eager"):
         raise InputError(f"{attention} takes no mask: set sdpa, eager or flex_attention, or use prefill_compressed")
-    return compression_mask(spans, length, dtype=torch.bool if attention == "sdpa" else embeds.dtype, device=embeds.device)
+    dtype = torch.bool if attention == "sdpa" else embeds.dtype
+    return compression_mask(spans, length, dtype=dtype, device=embeds.device)
