@@ -197,7 +197,8 @@ class Compression(nn.Module):
         for name, weight in self.weights.items():
             if name not in own or own[name].shape != weight.shape:
                 raise InputError(f"this model has no {name} {list(weight.shape)}, which the compression brings")
-            put = nn.Parameter(weight.to(own[name]), own[name].requires_grad)
+            # A copy: memory of a file is not aligned, by which kernels may round otherwise.
+            put = nn.Parameter(weight.to(own[name], copy=True), own[name].requires_grad)
             if not torch.equal(swaps.setdefault(own[name], put), put):
                 raise InputError(f"this model ties {name} to another weight, of which the compression has other values")
         # Not on the decoder or the model, where other patches leave their handles.
