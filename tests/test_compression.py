@@ -178,8 +178,11 @@ def test_dropped_tokens_give_their_memory_back_and_the_others_stay(model):
         for rows in (layer.keys, layer.values):
             assert rows.untyped_storage().nbytes() == rows.nbytes == 2 * 2 * 11 * 8 * 8  # rows, heads, places, width
     assert cache.get_seq_length() == 40
+    plain = DynamicCache()
+    model(inputs_embeds=embeddings(2, 11), past_key_values=plain)
+    plain.reset()
     cache.reset()
-    assert cache.get_seq_length() == 0
+    assert cache.get_seq_length() == plain.get_seq_length()  # early releases of transformers keep it
 
 
 def test_bytes_are_those_of_the_cache(model):

@@ -1,10 +1,9 @@
 """Compressing a video into a few tokens (VoCo-LLaMA, arXiv 2406.12275): k learned tokens stand behind a video's own,
 and what comes after sees the video through them alone, so that the video's keys and values can be dropped.
 
-The mask is the paper's ("Vision Compression", its adjusted attention mask M): causal, but text never attends to vision
-tokens. Where the paper's sequence (vision, compression tokens, text) says nothing, this holds: text before a video
-stays in sight of all that follows (the published code hides it: let the span begin at 0 for that), and a later video
-sees an earlier one as text does, through its compression tokens.
+The paper's sequence is vision, compression tokens, text; its adjusted attention mask is causal, less text that attends
+to vision. Where it says nothing, this holds: text before a video stays in sight of all that follows (the published code
+hides it: let the span begin at 0 for that), and a later video sees an earlier one as text does.
 """
 
 from __future__ import annotations
@@ -102,8 +101,8 @@ def _by_row(spans: Sequence[Any]) -> Sequence[Sequence[Any]]:
     return [spans] if all(isinstance(span, tuple) for span in spans) else spans
 
 
-def _checked(spans: Sequence[Span], length: int) -> Sequence[Span]:
-    free = 0
+def _checked(spans: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
+    spans, free = [Span(*span) for span in spans], 0
     for span in spans:
         if not free <= span.start < span.stop or span.end > length:
             raise InputError(f"{span} is empty, or overlaps the one before, or is not within {length} tokens")
@@ -115,7 +114,7 @@ def _checked(spans: Sequence[Span], length: int) -> Sequence[Span]:
 
 def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[Span], **arguments: Any) -> ModelOutput:
     """The forward pass that `compression_mask` describes, without any mask: each video is dropped from the cache when
-    its compression tokens are in (the paper's two-stage forward of inference). FlashAttention serves; gradients flow.
+    its compression tokens are in (the two-stage forward of the paper's figure 4). FlashAttention serves; gradients flow.
 
     embeds: [B, S, D], compression tokens included; the spans are those of every row.
     Returns the output for the tokens behind the last video, or for that video and its tokens where nothing follows. Its
