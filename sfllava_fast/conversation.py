@@ -220,7 +220,7 @@ class PrefilledSession(Conversation):
         language = self.model.language
         fits = self._cache is not None and self._cache.capacity >= capacity
         room = 0 if fits else rounded_up(capacity)
-        self.model.sessions.touch(self, room * language.token_bytes)
+        self.model.sessions.touch(self, language.cache_bytes(room) if room else 0)
         if not fits:
             cache = self.model.sessions.take_spare(room)
             cache = language.new_cache(1, room) if cache is None else cache

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .video import Video
 
-_FORMAT = "sfllava_fast session 1"
+_FORMAT = "sfllava_fast session 2"
 
 
 class Session(PrefilledSession):
@@ -59,8 +59,8 @@ class Session(PrefilledSession):
         if self._embeds is None:
             raise InputError(f"the session about {self.video} holds nothing yet: ask a question first")
         tensors = {"tokens": self.video_tokens().clone()}
-        if self._cache is not None:
-            tensors["cache"] = self._cache.buffer[..., : self._embeds.shape[1], :].contiguous()
+        for number, part in enumerate(self._cached()):
+            tensors[f"cache.{number}"] = part.contiguous()
         facts = {
             "model": self.model.fingerprint(),
             "video": self.video,
@@ -94,10 +94,10 @@ class Session(PrefilledSession):
             rows.copy_(tensors["tokens"])
             embeds[0, : len(before)] = model.language.embed_tokens(before)
             session._before, session._embeds = before, embeds
-            if "cache" in tensors:
-                cache = model.language.new_cache(1, rounded_up(embeds.shape[1]))
-                cache.buffer[..., : embeds.shape[1], :] = tensors["cache"]
-                session._cache = cache
+            if "cache.0" in tensors:
+                session._cache = model.language.new_cache(1, rounded_up(embeds.shape[1]))
+                for number, part in enumerate(session._cached()):
+                    part.copy_(tensors[f"cache.{number}"])
                 model.sessions.touch(session)
         return session
 

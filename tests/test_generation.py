@@ -63,7 +63,7 @@ def test_prefill_leaves_the_last_layer_early(language):
     assert not ran and not early.fill_only
     language.extend(full, embeds)
     last.remove()
-    assert ran and torch.equal(early.buffer, full.buffer) and early.length == full.length == 15
+    assert ran and all(map(torch.equal, early.buffers, full.buffers)) and early.length == full.length == 15
 
 
 def test_setting_the_length_back_forgets(language):
@@ -80,7 +80,8 @@ def test_rows_of_different_lengths_go_on_as_if_alone(language):
     lengths, after = [7, 19, 12], [5, 2, 9]
     rows = [embeddings(language, n + m, seed=n) for n, m in zip(lengths, after)]
     cache = language.new_cache(3, 19 + 9 + 10)
-    cache.buffer.fill_(3.0)  # what lies beyond a row's end must not count
+    for buffer in cache.buffers:
+        buffer.fill_(3.0)  # what lies beyond a row's end must not count
     padded = torch.nn.utils.rnn.pad_sequence([row[:n] for row, n in zip(rows, lengths)], batch_first=True)
     language.prefill(cache, padded)
     logits = language.extend_rows(cache, [row[n:] for row, n in zip(rows, lengths)], lengths)
@@ -98,8 +99,9 @@ def test_rows_are_taken_from_another_cache():
         taken.take(source, [1, 0, 1])
     assert taken.length == 9
     for row, of in enumerate([1, 0, 1]):
-        assert torch.equal(taken.buffer[:, :, row, :, :9], source.buffer[:, :, of, :, :9])
-        assert not taken.buffer[:, :, row, :, 16:].any()
+        for mine, theirs in zip(taken.buffers, source.buffers):
+            assert torch.equal(mine[:, row, :, :9], theirs[:, of, :, :9]) and theirs[:, of, :, :9].all()
+            assert not mine[:, row, :, 16:].any()
 
 
 ROPES = {
@@ -131,7 +133,7 @@ def test_dropped_tokens_leave_the_others_as_if_they_had_never_been(rope, dtype, 
             language.drop(dropped, 5, count)
         language.prefill(never, kept)
     assert dropped.length == never.length == 260
-    (keys, values), (expected_keys, expected_values) = (cache.buffer[0, :, ..., :260, :] for cache in (dropped, never))
+    (keys, values), (expected_keys, expected_values) = (cache.buffers[0][..., :260, :] for cache in (dropped, never))
     assert torch.equal(values, expected_values)
     assert torch.equal(keys[..., :5, :], expected_keys[..., :5, :])
     off = (keys - expected_keys).double().norm(dim=-1) / expected_keys.double().norm(dim=-1)
@@ -152,8 +154,9 @@ def test_a_model_whose_keys_cannot_be_moved_is_found_out(monkeypatch):
 
 def test_bytes_of_a_token():
     language = LanguageModel(tiny_model(tiny_config("mistral")), Attention("sdpa", "cpu", "test"))
-    assert language.token_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
-    assert language.new_cache(3, 5).nbytes == 15 * language.token_bytes
+    token = 2 * 2 * 8 * 4  # keys and values, heads, width, float32; in each of two layers
+    assert language.cache_bytes(5) == 5 * 2 * token and language.new_cache(3, 5).nbytes == 3 * 5 * 2 * token
+    assert language.cache_bytes(5, [0, 2]) == language.new_cache(1, 5, [0, 2]).nbytes == (5 + 3) * token
 
 
 def test_flash_attention_gives_way_where_a_mask_is_needed():
@@ -182,11 +185,15 @@ class FakeGraphs:
         self.captures += 1
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        self.state = [tensor.clone() for tensor in (self.step.ids, self.step.positions, self.step.cache.buffer)]
+        self.state = [tensor.clone() for tensor in self.tensors]
 
     def __exit__(self, *_):
-        for tensor, was in zip((self.step.ids, self.step.positions, self.step.cache.buffer), self.state):
+        for tensor, was in zip(self.tensors, self.state):
             tensor.copy_(was)
+
+    @property
+    def tensors(self):
+        return self.step.ids, self.step.positions, *self.step.cache.buffers
 
     def replay(self):
         self.replays += 1
