@@ -74,7 +74,7 @@ class LanguageModel:
         cache.advance(embeds.shape[1])
 
     def extend(self, cache: KvCache, embeds: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [1, V] behind embeds [1, n, D], which are appended to a cache of one row; positions as in `prefill`."""
+        """Logits [1, V] behind embeds [1, n, D], appended to a cache of one row; positions as in `prefill`."""
         cache.positions = None
         with self._placed(positions):
             hidden = self._run(cache, embeds)

@@ -52,6 +52,10 @@ class KvCache(Cache):
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
+    def first(self, tokens: int) -> list[Tensor]:
+        """What each layer holds of so many tokens, [2, rows, heads, n, width]."""
+        return [buffer[..., : tokens - absent, :] for buffer, absent in zip(self.buffers, self.skipped)]
+
     def take(self, other: KvCache, rows: Sequence[int]) -> None:
         """Copy these rows of another cache that skips the same, as far as they fit."""
         for mine, theirs in zip(self.buffers, other.buffers):

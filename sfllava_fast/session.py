@@ -59,14 +59,16 @@ class Session(PrefilledSession):
         if self._embeds is None:
             raise InputError(f"the session about {self.video} holds nothing yet: ask a question first")
         tensors = {"tokens": self.video_tokens().clone()}
-        for number, part in enumerate(self._cached()):
-            tensors[f"cache.{number}"] = part.contiguous()
+        if self._cache is not None:
+            for number, part in enumerate(self._cache.first(self._length)):
+                tensors[f"cache.{number}"] = part.contiguous()
         facts = {
             "model": self.model.fingerprint(),
             "video": self.video,
             "frames": self.frames,
             "layout": str(self.model.layout),
             "before": self._before,
+            "skipped": None if self._cache is None else self._cache.skipped,
             "turns": [[turn.question, turn.answer, turn.choices] for turn in self.turns],
         }
         path = Path(path)
@@ -85,7 +87,7 @@ class Session(PrefilledSession):
         """A saved session, for the model that wrote it. Raises InputError for any other file or model."""
         tensors, facts = _read(Path(path))
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
-            raise InputError(f"{path} was saved with another model, dtype or layout: open the video again")
+            raise InputError(f"{path} was saved with another model, dtype, layout or reduction: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
         session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
@@ -95,8 +97,8 @@ class Session(PrefilledSession):
             embeds[0, : len(before)] = model.language.embed_tokens(before)
             session._before, session._embeds = before, embeds
             if "cache.0" in tensors:
-                session._cache = model.language.new_cache(1, rounded_up(embeds.shape[1]))
-                for number, part in enumerate(session._cached()):
+                session._cache = model.language.new_cache(1, rounded_up(session._length), facts["skipped"])
+                for number, part in enumerate(session._cache.first(session._length)):
                     part.copy_(tensors[f"cache.{number}"])
                 model.sessions.touch(session)
         return session
