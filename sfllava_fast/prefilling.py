@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, InputError, first_line
+from .errors import InputError
 from .plan import Plan
 from .reduction.rows import gather_rows
-from .reduction.settings import FORMS, LEARNED, CompressionFile, Mixture, parse_reduction
+from .reduction.settings import FORMS, CompressionFile, Mixture, parse_reduction
 
 if TYPE_CHECKING:
     from .generation import LanguageModel
@@ -111,21 +111,19 @@ class MixedPrefilling(Prefilling):
 
     def __init__(self, language: LanguageModel, context: int, settings: Mixture, model: nn.Module, home: Path | None):
         from .reduction.mixture import MixtureOfDepths
+        from .reduction.scorers import AttentionReceived, TextSimilarity
 
-        scorer = settings.scorer
-        if scorer is None:
-            scorer = str(home / SHIPPED_EXPERTS) if home and (home / SHIPPED_EXPERTS).is_file() else "norm"
-        learned = scorer.endswith(LEARNED)
-        super().__init__(language, context, f"mixture:{settings}")
-        self.mixture = MixtureOfDepths(model, settings.ratio, "learned" if learned else scorer, settings.layers)
-        self.asks_anew = scorer in ("text", "attention")
-        try:
-            if learned:
-                _load(self.mixture, scorer)
-            self.mixture.to(language.device)
-        except BaseException:
-            self.mixture.undo()
-            raise
+        super().__init__(language, context, f"mixture:{settings}".rstrip(":"))
+        file = settings.file
+        if settings.scorer is None and home and (home / SHIPPED_EXPERTS).is_file() and settings.layers is None:
+            file = home / SHIPPED_EXPERTS
+        if file:
+            self.mixture = MixtureOfDepths.load(model, file, settings.ratio)
+        else:
+            ratio = 0.2 if settings.ratio is None else settings.ratio
+            self.mixture = MixtureOfDepths(model, ratio, settings.scorer or "norm", settings.layers)
+        scorers = self.mixture.scorers.values()
+        self.asks_anew = any(isinstance(scorer, (TextSimilarity, AttentionReceived)) for scorer in scorers)
 
     def choose(self, embeds: Tensor, place: Place) -> Chosen:
         return Chosen(embeds, None, self.mixture.skipped(place.frames))
@@ -219,12 +217,3 @@ def make_prefilling(
     if not isinstance(reduction, Compression):
         raise InputError(f"{reduction!r} is no reduction: pass its settings, or write {FORMS}")
     return CompressedPrefilling(language, context, reduction, text, model)
-
-
-def _load(mixture: nn.Module, file: str) -> None:
-    from safetensors.torch import load_file
-
-    try:
-        mixture.load_state_dict(load_file(file))
-    except Exception as error:
-        raise CheckpointError(f"{file} does not hold this model's learned scorers ({first_line(error)})") from error

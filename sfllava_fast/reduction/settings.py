@@ -10,25 +10,34 @@ from .frames import check_ratio
 
 if TYPE_CHECKING:
     from .pruning import Pruning
+    from .scorers import Scorer
 
-FORMS = "mixture:RATIO[:SCORER[:LAYERS]], prune:KEEP[:SCORER] or compress[:FILE]"
-LEARNED = ".safetensors"  # a scorer that ends so is the file of a learned one
+FORMS = "mixture[:RATIO[:SCORER[:LAYERS]]], prune:KEEP[:SCORER] or compress[:FILE]"
 
 
 @dataclass(frozen=True)
 class Mixture:
     """Mixture of depths (`mixture.MixtureOfDepths`): some layers compute on a share of each frame's tokens.
 
-    ratio: that share, in (0, 1]. scorer: a training-free one's name, or the safetensors file of learned ones; None: the
-    learned ones that ship with the model, else "norm". layers: the mixed ones; None: every other one, from the second.
+    ratio: that share, in (0, 1]; None: what learned scorers were trained at, else 0.2. scorer: as `MixtureOfDepths`
+    takes it, or the safetensors file of learned ones; None: those that ship with the model, else "norm". layers: the
+    mixed ones; None: those of learned scorers, else every other one, from the second.
     """
 
-    ratio: float = 0.2
-    scorer: str | None = None
+    ratio: float | None = None
+    scorer: Scorer | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if self.file and self.layers is not None:
+            raise InputError(f"{self.file} says which layers are mixed: leave out layers")
+
+    @property
+    def file(self) -> str | None:
+        """That of learned scorers."""
+        return self.scorer if isinstance(self.scorer, str) and self.scorer.endswith(".safetensors") else None
 
     @classmethod
     def parse(cls, text: str) -> Mixture:
@@ -36,15 +45,17 @@ class Mixture:
         ratio, scorer, layers = (*text.split(":"), "", "", "")[:3]
         try:
             numbers = tuple(int(layer) for layer in layers.split(",")) if layers else None
-            return cls(float(ratio or cls.ratio), scorer or None, numbers)
+            return cls(float(ratio) if ratio else None, scorer or None, numbers)
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot read the mixture {text!r}: write 0.2, 0.2:norm or 0.2:norm:1,3,5") from None
 
     def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"{self.ratio:g}"
+        scorer = self.scorer if isinstance(self.scorer, str) else type(self.scorer).__name__ if self.scorer else ""
         layers = ",".join(map(str, self.layers or ()))
-        return f"{self.ratio:g}:{self.scorer or ''}:{layers}".rstrip(":")
+        return f"{ratio}:{scorer}:{layers}".rstrip(":")
 
 
 @dataclass(frozen=True)
