@@ -115,10 +115,9 @@ class Conversation:
         )
 
     def check_open(self) -> None:
-        """InputError where the session is closed, or the model is."""
+        """InputError where the session is closed."""
         if self.closed:
             raise InputError(f"the session about {self.video} is closed: open the video again")
-        self.model.check_open()
 
     def close(self) -> None:
         """Give everything back. A closed session can be asked nothing."""

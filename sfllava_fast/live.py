@@ -140,12 +140,9 @@ class MemorySession(StreamSession):
         return {"question": self.model.language.embed_tokens(ids).float().mean(0)}
 
     def place(self, before: tuple[int, ...]) -> Place:
-        recent, start = super().place(before), len(before)
-        if not self.tokens["clips"]:
-            return recent
-        ends = accumulate((len(clip.tokens) for clip in self.stream.clips[: self.stream.shown_clips]), initial=start)
-        *clips, first = ends
-        return Place(start, (*clips, *token_frames(self.stream.plan, first)), None)
+        sizes = [len(clip.tokens) for clip in self.stream.clips[: self.stream.shown_clips]]
+        *clips, recent = accumulate(sizes, initial=len(before))
+        return Place(len(before), (*clips, *token_frames(self.plan, recent)), None)
 
     def _when_full(self) -> tuple[int, int]:
         stream, grid = self.stream, self.model.checkpoint.grid

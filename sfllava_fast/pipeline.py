@@ -131,15 +131,11 @@ class Pipeline:
         self.separators = find_separators(self.layout.separators, self.checkpoint, separators)
         self.frames = preset_frames(layout) or self.frames
 
-    def check_open(self) -> None:
-        """InputError where the reduction was undone: what is in sessions' caches belongs to it."""
-        if self.prefilling.undone:
-            raise InputError("the model is closed: load it again")
-
     def close(self) -> None:
         """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""
         for session in self.sessions:
             session.release()
+        self.sessions.spare = None
         self.prefilling.undo()
 
     def __enter__(self) -> Any:
@@ -158,6 +154,8 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
+        if self.prefilling.undone:
+            raise InputError("the model is closed: load it again")
         prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:

@@ -42,8 +42,8 @@ class Mixture:
     @classmethod
     def parse(cls, text: str) -> Mixture:
         """RATIO, RATIO:SCORER or RATIO:SCORER:LAYERS, such as 0.2:norm:1,3,5; nothing is the default."""
-        ratio, scorer, layers = (*text.split(":"), "", "", "")[:3]
         try:
+            ratio, scorer, layers = text.split(":") + [""] * (2 - text.count(":"))
             numbers = tuple(int(layer) for layer in layers.split(",")) if layers else None
             return cls(float(ratio) if ratio else None, scorer or None, numbers)
         except ValueError as error:
