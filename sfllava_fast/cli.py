@@ -194,8 +194,23 @@ def inspect(args: argparse.Namespace) -> None:
         layout, frames = args.layout, None if find_preset(args.layout) else frames
     with _progress() as say:
         say("drawing")
-        out = render(args.video, args.out, layout, args.frames or frames, args.grid or grid, args.decoder)
+        frames = args.frames or frames
+        kept = args.reduction and _kept(args, layout, frames)
+        out = render(args.video, args.out, layout, frames, args.grid or grid, args.decoder, kept)
     print(out)
+
+
+def _kept(args: argparse.Namespace, layout: Any, frames: int | None) -> Any:
+    """What a pruning keeps, as the model chooses it where there is one; the pruning itself where there is none."""
+    from .reduction.pruning import Pruning
+    from .reduction.settings import parse_reduction
+
+    pruning = parse_reduction(args.reduction)
+    if not isinstance(pruning, Pruning) or pruning.needs_question:
+        raise InputError(f"--reduction {args.reduction}: inspect draws a pruning that asks for no question")
+    if not args.model:
+        return pruning
+    return _load(args.model, layout=layout, reduction=pruning).open(args.video, frames, args.decoder).kept_tokens()
 
 
 def layouts(args: argparse.Namespace) -> None:

@@ -186,6 +186,18 @@ class PrefilledSession(Conversation):
         """The video's tokens [S, D]."""
         return self._embeds[0, len(self._before) :]
 
+    @torch.inference_mode()
+    def kept_tokens(self, question: str = "?") -> list[int] | None:
+        """Which of the video's tokens pruning keeps for a question, ascending; None without pruning."""
+        model, clock = self.model, Stopwatch(self.model.device)
+        prompt = model.prompt(question)
+        embeds, place = self.encode(prompt.before, clock), self.place(prompt.before)
+        after = model.language.embed_tokens(prompt.after)[None]
+        positions = model.prefilling.choose(torch.cat([embeds, after], dim=1), place).positions
+        if positions is None:
+            return None
+        return [at - place.start for at in positions[0].tolist() if place.start <= at < embeds.shape[1]]
+
     @property
     def nbytes(self) -> int:
         """Bytes that the session holds: the video's tokens, and their keys and values."""

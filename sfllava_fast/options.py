@@ -305,6 +305,8 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the layout's, else 50)")
+    kept = "draw what a pruning keeps: prune:64, prune:0.25:SCORER; chosen by the model, if one is named"
+    parser.add_argument("--reduction", metavar="TEXT", help=kept)
     grid = "patches of a frame (default: the layout's, else 24x24)"
     parser.add_argument("--grid", type=_grid, metavar="HxW", help=grid)
 

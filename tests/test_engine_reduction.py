@@ -306,6 +306,18 @@ def test_positions_count_in_full(reduced, plain):
 # --- settings, and what is said
 
 
+def test_a_session_tells_which_tokens_it_keeps(reduced, plain):
+    session = reduced("prune:30:attention").open(Clip(), frames=9)
+    kept, answer = session.kept_tokens(), session.ask(QUESTION, **ASK)
+    expected = Pruning(30, "attention").kept(
+        session.video_tokens(), session.plan, plain.language.core, session._embeds[0, : len(session._before)]
+    )
+    assert kept == expected.tolist() and len(kept) == answer.kept == 30
+    asked = reduced("prune:30:question").open(Clip(), frames=9)
+    assert asked.kept_tokens(QUESTIONS[1]) != asked.kept_tokens(QUESTIONS[2])
+    assert reduced("mixture:0.3").open(Clip(), frames=9).kept_tokens() is None
+
+
 @pytest.mark.parametrize(
     "text, settings",
     [

@@ -90,6 +90,32 @@ def test_rows_of_different_lengths_go_on_as_if_alone(language):
         assert list(ids) == expected_tokens(language, row, 10)
 
 
+def test_tokens_that_are_left_out_leave_no_place_and_move_no_position(language):
+    """Against a full pass in which nobody sees them. Attention is told of no gap, which it would take for an end."""
+    if getattr(language.config, "sliding_window", None):
+        pytest.skip("counts tokens")
+    kept, embeds = torch.tensor([[0, 1, 3, 4, 8, 9, 15, 16]]), embeddings(language, 1, 30)
+    told = []
+    for layer in language.core.layers:
+        layer.register_forward_pre_hook(lambda _, args, seen: told.append(seen["position_ids"][0]), with_kwargs=True)
+    cache = language.new_cache(1, 64, [12, 12])
+    language.prefill(cache, embeds[:, kept[0]], kept)
+    assert cache.length == 20 and [buffer.shape[3] for buffer in cache.buffers] == [52, 52]
+    logits = language.extend(cache, embeds[:, 20:])
+    seen = torch.ones(30, 30, dtype=torch.bool).tril()
+    seen[:, [at for at in range(20) if at not in kept[0]]] = False
+    mask = torch.zeros(30, 30).masked_fill(~(seen | torch.eye(30, dtype=torch.bool)), torch.finfo().min)
+    hidden = language.core(inputs_embeds=embeds, attention_mask=mask[None, None], use_cache=False).last_hidden_state
+    torch.testing.assert_close(logits, language.head(hidden[:, -1]), rtol=1e-4, atol=1e-4)
+    assert all((places.diff() == 1).all() for places in told) and [len(told[0]), int(told[2][0])] == [8, 20]
+    grown = [ids[0] for ids in language.tokens(cache, logits, [30], 9)]
+    cache.length = 20
+    logits = language.extend(cache, embeds[:, 20:])
+    step = cache.step = generation.StaticStep(language, cache)
+    step.start(logits.argmax(-1), [30])
+    assert [int(logits.argmax()), *(int(step()) for _ in range(8))] == grown and len(set(grown)) > 3
+
+
 def test_rows_are_taken_from_another_cache():
     language = LanguageModel(tiny_model(tiny_config()), Attention("sdpa", "cpu", "test"))
     with torch.inference_mode():
