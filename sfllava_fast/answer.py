@@ -13,7 +13,8 @@ class Answer:
     option is the index of the choice that the text names (None: none, or no choices were given). tokens counts the
     video's tokens by pathway. seconds is by stage (`stages.STAGES`): stages that a session had behind it are missing.
     ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
-    token was enough.
+    token was enough. reduction is its text, None without one; kept is how many of the video's tokens are in the
+    language model's keys and values then, in the layers that hold fewest.
     """
 
     text: str
@@ -36,6 +37,8 @@ class Answer:
     tokens_per_second: float | None
     choices: list[str] | None = None
     option: int | None = None
+    reduction: str | None = None
+    kept: int | None = None
 
     @property
     def choice(self) -> str | None:

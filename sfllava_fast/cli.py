@@ -111,7 +111,11 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.layout is not None:
         parse_layout(args.layout)  # before anything is loaded
-    names = ("layout", "dtype", "device", "backend", "attention", "projector")
+    if args.reduction is not None:
+        from .reduction.settings import parse_reduction
+
+        parse_reduction(args.reduction)
+    names = ("layout", "dtype", "device", "backend", "attention", "projector", "reduction")
     return {name: getattr(args, name) for name in names}
 
 
@@ -160,7 +164,7 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     defaults = {"backend": "auto", "attention": "auto", "projector": "exact", "decoder": "pyav", "ray": False}
     given = [
         f"--{name}"
-        for name in ("layout", "frames", "dtype", "device", *defaults)
+        for name in ("layout", "frames", "dtype", "device", "reduction", *defaults)
         if getattr(args, name) != defaults.get(name)
     ]
     if given:
@@ -190,8 +194,23 @@ def inspect(args: argparse.Namespace) -> None:
         layout, frames = args.layout, None if find_preset(args.layout) else frames
     with _progress() as say:
         say("drawing")
-        out = render(args.video, args.out, layout, args.frames or frames, args.grid or grid, args.decoder)
+        frames = args.frames or frames
+        kept = args.reduction and _kept(args, layout, frames)
+        out = render(args.video, args.out, layout, frames, args.grid or grid, args.decoder, kept)
     print(out)
+
+
+def _kept(args: argparse.Namespace, layout: Any, frames: int | None) -> Any:
+    """What a pruning keeps, as the model chooses it where there is one; the pruning itself where there is none."""
+    from .reduction.pruning import Pruning
+    from .reduction.settings import parse_reduction
+
+    pruning = parse_reduction(args.reduction)
+    if not isinstance(pruning, Pruning) or pruning.needs_question:
+        raise InputError(f"--reduction {args.reduction}: inspect draws a pruning that asks for no question")
+    if not args.model:
+        return pruning
+    return _load(args.model, layout=layout, reduction=pruning).open(args.video, frames, args.decoder).kept_tokens()
 
 
 def layouts(args: argparse.Namespace) -> None:
@@ -313,10 +332,11 @@ def _summary(answer: Answer) -> str:
     seconds = answer.seconds
     stages = "  ".join(f"{stage} {value:.3f}" for stage, value in seconds.items())
     rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
+    kept = f", {answer.kept:,} kept by {answer.reduction}" if answer.reduction else ""
     slow = f", {len(set(answer.slow_frames))} of them slow" if answer.slow_frames else ""
     return "\n".join(
         [
-            f"frames   {len(answer.frames)}{slow}; tokens: {_tokens(answer)}",
+            f"frames   {len(answer.frames)}{slow}; tokens: {_tokens(answer)}{kept}",
             f"seconds  {answer.ttft:.3f} to the first token: {stages}",
             f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
             f"attention {answer.attention}",

@@ -11,7 +11,9 @@ from torch import Tensor
 from .answer import Answer
 from .errors import InputError
 from .plan import Plan
+from .prefilling import Place
 from .prompts import Prompt, Turn, pick_option
+from .reduction.frames import token_frames
 from .stages import Stopwatch
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Conversation:
             first = clock.elapsed()
             with clock("generate"):
                 (ids,) = model.generate(cache, logits, [cache.length], max_new_tokens, on_token)
-        answer = self.make_answer(question, choices, prompt, ids, clock, first)
+        answer = self.make_answer(question, choices, prompt, ids, clock, first, cache)
         turn = Turn(question, answer.text, None if choices is None else tuple(map(str, choices)))
         self.turns = [*self.turns, turn] if follow_up else [turn]
         return answer
@@ -81,8 +83,9 @@ class Conversation:
         ids: list[int],
         clock: Stopwatch,
         ttft: float,
+        cache: KvCache,
     ) -> Answer:
-        """What is told of an answer of these token ids."""
+        """What is told of an answer of these token ids, which were decoded in this cache."""
         model = self.model
         text = model.decode_text(ids)
         seconds, steps = clock.by_stage(), len(ids) - 1
@@ -107,6 +110,8 @@ class Conversation:
             tokens_per_second=steps / seconds["generate"] if steps else None,
             choices=[str(choice) for choice in choices] if choices is not None else None,
             option=pick_option(text, choices) if choices is not None else None,
+            reduction=model.prefilling.text,
+            kept=self.tokens["total"] - max(cache.skipped) + model.prefilling.adds,
         )
 
     def check_open(self) -> None:
@@ -173,9 +178,25 @@ class PrefilledSession(Conversation):
         self._before, self._embeds = before, embeds
         return embeds
 
+    def place(self, before: tuple[int, ...]) -> Place:
+        """Where the video is behind this prompt."""
+        return Place(len(before), token_frames(self.plan, len(before)), self.plan)
+
     def video_tokens(self) -> Tensor:
         """The video's tokens [S, D]."""
         return self._embeds[0, len(self._before) :]
+
+    @torch.inference_mode()
+    def kept_tokens(self, question: str = "?") -> list[int] | None:
+        """Which of the video's tokens pruning keeps for a question, ascending; None without pruning."""
+        model, clock = self.model, Stopwatch(self.model.device)
+        prompt = model.prompt(question)
+        embeds, place = self.encode(prompt.before, clock), self.place(prompt.before)
+        after = model.language.embed_tokens(prompt.after)[None]
+        positions = model.prefilling.choose(torch.cat([embeds, after], dim=1), place).positions
+        if positions is None:
+            return None
+        return [at - place.start for at in positions[0].tolist() if place.start <= at < embeds.shape[1]]
 
     @property
     def nbytes(self) -> int:
@@ -208,29 +229,48 @@ class PrefilledSession(Conversation):
         with clock("prefill"):
             language, after = self.model.language, self.model.language.embed_tokens(prompt.after)[None]
             language.forget_scale()
-            total = embeds.shape[1] + after.shape[1]
-            if language.rescales(total):  # every position depends on how many there are
-                cache = language.new_cache(1, total + max_new_tokens)
-                return cache, language.extend(cache, torch.cat([embeds, after], dim=1))
+            total = self._length + after.shape[1]
+            # Beyond a bound every position depends on how many there are.
+            if language.rescales(total) or self.model.prefilling.asks_anew:
+                return self._prefill_anew(torch.cat([embeds, after], dim=1), max_new_tokens)
             cache = self._video_cache(total + max_new_tokens)
             return cache, language.extend(cache, after)
 
+    def _prefill_anew(self, embeds: Tensor, max_new_tokens: int) -> tuple[KvCache, Tensor]:
+        """A whole prompt in a cache of its own."""
+        prefilling, place = self.model.prefilling, self.place(self._before)
+        chosen = prefilling.choose(embeds, place)
+        cache = self.model.language.new_cache(1, embeds.shape[1] + max_new_tokens, chosen.skipped)
+        return cache, prefilling.extend(cache, chosen, place)
+
     def _video_cache(self, capacity: int) -> KvCache:
         """The video's keys and values, with room for so many tokens in all."""
-        language = self.model.language
-        fits = self._cache is not None and self._cache.capacity >= capacity
-        room = 0 if fits else rounded_up(capacity)
-        self.model.sessions.touch(self, room * language.token_bytes)
-        if not fits:
-            cache = self.model.sessions.take_spare(room)
-            cache = language.new_cache(1, room) if cache is None else cache
-            if self._cache is None:
-                language.prefill(cache, self._embeds)
-            else:
-                cache.take(self._cache, [0])
+        if self._cache is not None and self._cache.capacity >= capacity:
+            self.model.sessions.touch(self)
+        elif self._cache is not None:
+            cache = self._new_cache(capacity, self._cache.skipped)
+            cache.take(self._cache, [0])
             self._cache = cache
-        self._cache.length = self._embeds.shape[1]
+        else:
+            prefilling, place = self.model.prefilling, self.place(self._before)
+            chosen = prefilling.choose(self._embeds, place)
+            cache = self._new_cache(capacity, chosen.skipped)
+            prefilling.prefill(cache, chosen, place)
+            self._cache = cache
+        self._cache.length = self._length
         return self._cache
+
+    def _new_cache(self, capacity: int, skipped: Sequence[int]) -> KvCache:
+        """An empty cache of one row, for which other sessions may have to go."""
+        sessions, language, room = self.model.sessions, self.model.language, rounded_up(capacity)
+        sessions.touch(self, language.cache_bytes(room, skipped))
+        cache = sessions.take_spare(room, skipped)
+        return language.new_cache(1, room, skipped) if cache is None else cache
+
+    @property
+    def _length(self) -> int:
+        """Tokens up to where a question goes on."""
+        return self._embeds.shape[1] + self.model.prefilling.adds
 
     def _retire_cache(self) -> None:
         """Leave the cache's memory, with what was captured to decode in it, to whoever is next: itself, it may be."""

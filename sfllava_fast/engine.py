@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from .session import Session
 from .stages import Stopwatch
 from .stream import SlowFastStream
 from .video import Source, open_video
+
+if TYPE_CHECKING:
+    from .prefilling import Reduction
 
 
 class SlowFastLlava(Pipeline):
@@ -43,6 +46,7 @@ class SlowFastLlava(Pipeline):
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
         separators: Mapping[str, torch.Tensor] | None = None,
+        reduction: str | Reduction | None = None,
     ) -> SlowFastLlava:
         """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face's format or the original; None is the embedded model.
 
@@ -53,19 +57,22 @@ class SlowFastLlava(Pipeline):
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
         max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
         separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
-        embedding of a text (see `separator_vectors.find_separators`).
+        embedding of a text (see `separator_vectors.find_separators`). reduction: fewer of the video's tokens in the
+        language model, as `reduction.settings.FORMS` writes it or as its settings; the transformers model is changed
+        for it, and put back by `close`, or where the context ends that this model is.
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
+        home = None
         if path_or_hub_id is None:
             from .embedded import model_dir
 
-            checkpoint = replace(load_checkpoint(model_dir(), dtype, device, attention), name="embedded")
+            home = model_dir()
+            checkpoint = replace(load_checkpoint(home, dtype, device, attention), name="embedded")
         else:
             checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
-        return cls(
-            checkpoint, layout, backend, prompt, projector, max_sessions, max_session_bytes, separators
-        )
+        bounds = max_sessions, max_session_bytes
+        return cls(checkpoint, layout, backend, prompt, projector, *bounds, separators, reduction, home)
 
     def open(self, video: Source, frames: int | None = None, decoder: str = "pyav") -> Session:
         """A session of questions about a video: a file, a folder of frames, an opened Video, or frames in memory (uint8

@@ -35,13 +35,12 @@ class LanguageModel:
         # Beyond this many tokens a dynamic rotary embedding rescales every position; None: it never does.
         self.rescales_after = self.config.max_position_embeddings if rope_type(self.config) == "dynamic" else None
 
-    def new_cache(self, rows: int, capacity: int) -> KvCache:
-        return KvCache(self.config, rows, capacity, self.dtype, self.device)
+    def new_cache(self, rows: int, capacity: int, skipped: Sequence[int] | None = None) -> KvCache:
+        return KvCache(self.config, rows, capacity, self.dtype, self.device, skipped)
 
-    @cached_property
-    def token_bytes(self) -> int:
-        """Bytes of a token's keys and values."""
-        return KvCache(self.config, 1, 1, self.dtype, torch.device("meta")).nbytes
+    def cache_bytes(self, capacity: int, skipped: Sequence[int] | None = None) -> int:
+        """Bytes of a cache of one row."""
+        return KvCache(self.config, 1, capacity, self.dtype, torch.device("meta"), skipped).nbytes
 
     def embed_tokens(self, ids: Sequence[int]) -> Tensor:
         """Embeddings [n, D] of token ids."""
@@ -57,26 +56,29 @@ class LanguageModel:
             first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self.core.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
 
-    def prefill(self, cache: KvCache, embeds: Tensor) -> None:
+    def prefill(self, cache: KvCache, embeds: Tensor, positions: Tensor | None = None) -> None:
         """Keys and values of embeds [rows, n, D], the same number of tokens in each row, without their logits.
+
+        positions: [rows, n], ascending, of tokens that some were left out between (see `KvCache.skipped`).
 
         The last layer stops when its keys and values are written: nothing reads what it would go on to compute.
         """
         cache.positions, cache.fill_only = None, True
         try:
-            with self.attention.for_prefill():
+            with self.attention.for_prefill(), self._placed(positions):
                 self._run(cache, embeds)
         except Filled:
             pass
         finally:
             cache.fill_only = False
-        cache.length += embeds.shape[1]
+        cache.advance(embeds.shape[1])
 
-    def extend(self, cache: KvCache, embeds: Tensor) -> Tensor:
-        """Logits [1, V] behind embeds [1, n, D], which are appended to a cache of one row."""
+    def extend(self, cache: KvCache, embeds: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [1, V] behind embeds [1, n, D], appended to a cache of one row; positions as in `prefill`."""
         cache.positions = None
-        hidden = self._run(cache, embeds)
-        cache.length += embeds.shape[1]
+        with self._placed(positions):
+            hidden = self._run(cache, embeds)
+        cache.advance(embeds.shape[1])
         return self.head(hidden[:, -1])
 
     def drop(self, cache: KvCache, start: int, count: int) -> None:
@@ -87,7 +89,7 @@ class LanguageModel:
         """
         stop = cache.length
         cos, sin = self._turn(torch.arange(start + count, stop, device=self.device), count)
-        for keys, values in cache.buffer:
+        for keys, values in cache.buffers:
             keys[..., start : stop - count, :] = _rotate(keys[..., start + count : stop, :], cos, sin)
             values[..., start : stop - count, :] = values[..., start + count : stop, :].clone()
         cache.length -= count
@@ -118,7 +120,7 @@ class LanguageModel:
                 self.prefill(there, embeds[:, 2:])
         except (AttributeError, TypeError, RuntimeError):  # no rotary embedding, or one of another form
             return False
-        keys, expected = (cache.buffer[0, 0, ..., 0, :].float() for cache in (moved, there))
+        keys, expected = (cache.buffers[0][0, ..., 0, :].float() for cache in (moved, there))
         return bool((keys - expected).norm() <= 0.02 * expected.norm())
 
     def extend_rows(self, cache: KvCache, parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
@@ -145,14 +147,31 @@ class LanguageModel:
                 ids = step() if step else self.extend(cache, self.embed(ids[:, None])).argmax(-1)
 
     def _run(self, cache: KvCache, embeds: Tensor, **arguments: Tensor) -> Tensor:
+        if "position_ids" not in arguments:  # the model would count the tokens that its first layer holds
+            arguments["position_ids"] = torch.arange(embeds.shape[1], device=self.device)[None] + cache.length
         return self.core(
             inputs_embeds=embeds, past_key_values=cache, use_cache=True, **arguments
         ).last_hidden_state
 
+    @contextmanager
+    def _placed(self, positions: Tensor | None) -> Iterator[None]:
+        """Within it the rotary embedding is that of these positions, where there are any. Attention is told nothing of
+        them: FlashAttention would take a gap for the beginning of another sequence."""
+        if positions is None:
+            yield
+            return
+        place = self.core.rotary_emb.register_forward_pre_hook(
+            lambda _, args, arguments: (args[:1], {"position_ids": positions}), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            place.remove()
+
     def _run_masked(self, cache: KvCache, embeds: Tensor) -> Tensor:
         """Rows at `cache.positions`, each of which sees itself up to there and no more."""
         queries = cache.positions[:, None] + torch.arange(embeds.shape[1], device=self.device)
-        columns = torch.arange(cache.stop, device=self.device)
+        columns = torch.arange(cache.skipped[0], cache.stop, device=self.device)  # a video is in sight of all behind it
         seen = columns <= queries[..., None]
         if window := getattr(self.config, "sliding_window", None):
             seen &= columns > queries[..., None] - window

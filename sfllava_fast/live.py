@@ -8,6 +8,7 @@ question costs its own tokens alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,7 +20,9 @@ from .conversation import Conversation, PrefilledSession, rounded_up
 from .errors import BackendError, ContextError, InputError, LayoutError, check_count
 from .memory import MemoryStream
 from .plan import Plan
+from .prefilling import Place
 from .prompts import TEMPLATES, Prompt
+from .reduction.frames import token_frames
 from .stages import Stopwatch
 from .stream import SlowFastStream
 from .video import as_frames
@@ -136,6 +139,11 @@ class MemorySession(StreamSession):
         ids = self.model.tokenizer(question, add_special_tokens=False).input_ids
         return {"question": self.model.language.embed_tokens(ids).float().mean(0)}
 
+    def place(self, before: tuple[int, ...]) -> Place:
+        sizes = [len(clip.tokens) for clip in self.stream.clips[: self.stream.shown_clips]]
+        *clips, recent = accumulate(sizes, initial=len(before))
+        return Place(len(before), (*clips, *token_frames(self.plan, recent)), None)
+
     def _when_full(self) -> tuple[int, int]:
         stream, grid = self.stream, self.model.checkpoint.grid
         clips = stream.shown_clips * stream.clip_config.plan(stream.clip_frames, grid).tokens["total"]
@@ -174,6 +182,8 @@ class AppendSession(Conversation):
 
     def __init__(self, model: Pipeline, most: int | None, name: str) -> None:
         super().__init__(model, name, "exact")
+        if model.prefilling.text:
+            raise InputError(f"append takes no reduction, such as {model.prefilling.text}: take another mode")
         layout = model.layout
         if not _is_frame_by_frame(layout):
             raise LayoutError(f"{layout} is not laid out frame by frame, each alike: append takes such layouts")

@@ -119,6 +119,12 @@ examples:
 """
 _LAYOUT_HELP = "token layout: a name that `sfllava-fast layouts` lists, slowfast-..., or pathways"
 
+_REDUCTION_HELP = (
+    "fewer of the video's tokens in the language model: mixture:0.2 (some layers see a share of each frame's), "
+    "prune:64 or prune:0.25 (so many, or a share, go in), compress (a few learned tokens see the rest); a scorer may "
+    "follow, as in prune:64:similarity (default: none)"
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
@@ -206,6 +212,7 @@ def _add_model_options(
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the model's)")
     parser.add_argument("--frames", type=_count, metavar="N", help=frames)
+    parser.add_argument("--reduction", metavar="TEXT", help=_REDUCTION_HELP)
     parser.add_argument(
         "--backend",
         default="auto",
@@ -298,6 +305,8 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
     )
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the layout's, else 50)")
+    kept = "draw what a pruning keeps: prune:64, prune:0.25:SCORER; chosen by the model, if one is named"
+    parser.add_argument("--reduction", metavar="TEXT", help=kept)
     grid = "patches of a frame (default: the layout's, else 24x24)"
     parser.add_argument("--grid", type=_grid, metavar="HxW", help=grid)
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,7 @@ from .video import Video
 
 if TYPE_CHECKING:
     from .kv_cache import KvCache
+    from .prefilling import Reduction
 
 log = logging.getLogger("sfllava_fast")
 
@@ -64,8 +66,11 @@ class Pipeline:
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
         separators: Mapping[str, Tensor] | None = None,
+        reduction: str | Reduction | None = None,
+        home: Path | None = None,
     ) -> None:
         from .generation import LanguageModel
+        from .prefilling import make_prefilling
         from .preprocess import PreprocessSpec
 
         options = checkpoint.options or {}
@@ -105,6 +110,8 @@ class Pipeline:
             else check_family(prompt)
         )
         self.stop_ids, self.stop_text = self._find_stops()
+        # Last, since it may change the model.
+        self.prefilling = make_prefilling(reduction, self.language, self.model, checkpoint.context, home)
 
     def with_layout(self, layout: str | Layout) -> Pipeline:
         """This model in another layout; everything else, sessions among it, is shared."""
@@ -124,6 +131,19 @@ class Pipeline:
         self.separators = find_separators(self.layout.separators, self.checkpoint, separators)
         self.frames = preset_frames(layout) or self.frames
 
+    def close(self) -> None:
+        """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""
+        for session in self.sessions:
+            session.release()
+        self.sessions.spare = None
+        self.prefilling.undo()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def check_new_tokens(self, count: int | None) -> int:
         """How many tokens to generate at most."""
         count = self.max_new_tokens if count is None else count
@@ -134,6 +154,8 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
+        if self.prefilling.undone:
+            raise InputError("the model is closed: load it again")
         prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
@@ -155,7 +177,8 @@ class Pipeline:
 
     def check_context(self, prompt: Prompt, video_tokens: int, frames: int, max_new_tokens: int) -> None:
         """Raise ContextError where prompt, video and answer together exceed the language model's context."""
-        total, context = len(prompt) + video_tokens + max_new_tokens, self.checkpoint.context
+        video_tokens, context = video_tokens + self.prefilling.adds, self.prefilling.context
+        total = len(prompt) + video_tokens + max_new_tokens
         if total > context:
             raise ContextError(
                 f"{video_tokens} video tokens + {len(prompt)} of prompt + {max_new_tokens} new = {total} "
@@ -318,7 +341,7 @@ class Pipeline:
         told = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for weight in (self.language.embed.weight, self.language.head.weight, self.language.core.norm.weight):
             told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
-        told.update(f"{self.dtype} {self.projector}".encode())
+        told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()}".encode())
         return told.hexdigest()
 
     def _frames_that_fit(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ class Residents:
         while len(held) > 1 and self._is_too_much(held, coming):
             held.pop(0).release()
 
-    def take_spare(self, room: int) -> KvCache | None:
-        """The spare cache, if it has room for so many tokens; else it is dropped."""
+    def take_spare(self, room: int, skipped: Sequence[int]) -> KvCache | None:
+        """The spare cache, if it has room for so many tokens and skips these; else it is dropped."""
         spare, self.spare = self.spare, None
-        if spare is None or spare.capacity < room:
+        if spare is None or spare.capacity < room or spare.skipped != tuple(skipped):
             return None
         spare.length = 0
         return spare

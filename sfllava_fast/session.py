@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .video import Video
 
-_FORMAT = "sfllava_fast session 1"
+_FORMAT = "sfllava_fast session 2"
 
 
 class Session(PrefilledSession):
@@ -60,13 +60,15 @@ class Session(PrefilledSession):
             raise InputError(f"the session about {self.video} holds nothing yet: ask a question first")
         tensors = {"tokens": self.video_tokens().clone()}
         if self._cache is not None:
-            tensors["cache"] = self._cache.buffer[..., : self._embeds.shape[1], :].contiguous()
+            for number, part in enumerate(self._cache.first(self._length)):
+                tensors[f"cache.{number}"] = part.contiguous()
         facts = {
             "model": self.model.fingerprint(),
             "video": self.video,
             "frames": self.frames,
             "layout": str(self.model.layout),
             "before": self._before,
+            "skipped": None if self._cache is None else self._cache.skipped,
             "turns": [[turn.question, turn.answer, turn.choices] for turn in self.turns],
         }
         path = Path(path)
@@ -85,7 +87,7 @@ class Session(PrefilledSession):
         """A saved session, for the model that wrote it. Raises InputError for any other file or model."""
         tensors, facts = _read(Path(path))
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
-            raise InputError(f"{path} was saved with another model, dtype or layout: open the video again")
+            raise InputError(f"{path} was saved with another model, dtype, layout or reduction: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
         session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
@@ -94,10 +96,10 @@ class Session(PrefilledSession):
             rows.copy_(tensors["tokens"])
             embeds[0, : len(before)] = model.language.embed_tokens(before)
             session._before, session._embeds = before, embeds
-            if "cache" in tensors:
-                cache = model.language.new_cache(1, rounded_up(embeds.shape[1]))
-                cache.buffer[..., : embeds.shape[1], :] = tensors["cache"]
-                session._cache = cache
+            if "cache.0" in tensors:
+                session._cache = model.language.new_cache(1, rounded_up(session._length), facts["skipped"])
+                for number, part in enumerate(session._cache.first(session._length)):
+                    part.copy_(tensors[f"cache.{number}"])
                 model.sessions.touch(session)
         return session
 

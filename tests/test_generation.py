@@ -63,7 +63,7 @@ def test_prefill_leaves_the_last_layer_early(language):
     assert not ran and not early.fill_only
     language.extend(full, embeds)
     last.remove()
-    assert ran and torch.equal(early.buffer, full.buffer) and early.length == full.length == 15
+    assert ran and all(map(torch.equal, early.buffers, full.buffers)) and early.length == full.length == 15
 
 
 def test_setting_the_length_back_forgets(language):
@@ -80,13 +80,40 @@ def test_rows_of_different_lengths_go_on_as_if_alone(language):
     lengths, after = [7, 19, 12], [5, 2, 9]
     rows = [embeddings(language, n + m, seed=n) for n, m in zip(lengths, after)]
     cache = language.new_cache(3, 19 + 9 + 10)
-    cache.buffer.fill_(3.0)  # what lies beyond a row's end must not count
+    for buffer in cache.buffers:
+        buffer.fill_(3.0)  # what lies beyond a row's end must not count
     padded = torch.nn.utils.rnn.pad_sequence([row[:n] for row, n in zip(rows, lengths)], batch_first=True)
     language.prefill(cache, padded)
     logits = language.extend_rows(cache, [row[n:] for row, n in zip(rows, lengths)], lengths)
     steps = list(language.tokens(cache, logits, [n + m for n, m in zip(lengths, after)], 10))
     for row, ids in zip(rows, zip(*steps)):
         assert list(ids) == expected_tokens(language, row, 10)
+
+
+def test_tokens_that_are_left_out_leave_no_place_and_move_no_position(language):
+    """Against a full pass in which nobody sees them. Attention is told of no gap, which it would take for an end."""
+    if getattr(language.config, "sliding_window", None):
+        pytest.skip("counts tokens")
+    kept, embeds = torch.tensor([[0, 1, 3, 4, 8, 9, 15, 16]]), embeddings(language, 1, 30)
+    told = []
+    for layer in language.core.layers:
+        layer.register_forward_pre_hook(lambda _, args, seen: told.append(seen["position_ids"][0]), with_kwargs=True)
+    cache = language.new_cache(1, 64, [12, 12])
+    language.prefill(cache, embeds[:, kept[0]], kept)
+    assert cache.length == 20 and [buffer.shape[3] for buffer in cache.buffers] == [52, 52]
+    logits = language.extend(cache, embeds[:, 20:])
+    seen = torch.ones(30, 30, dtype=torch.bool).tril()
+    seen[:, [at for at in range(20) if at not in kept[0]]] = False
+    mask = torch.zeros(30, 30).masked_fill(~(seen | torch.eye(30, dtype=torch.bool)), torch.finfo().min)
+    hidden = language.core(inputs_embeds=embeds, attention_mask=mask[None, None], use_cache=False).last_hidden_state
+    torch.testing.assert_close(logits, language.head(hidden[:, -1]), rtol=1e-4, atol=1e-4)
+    assert all((places.diff() == 1).all() for places in told) and [len(told[0]), int(told[2][0])] == [8, 20]
+    grown = [ids[0] for ids in language.tokens(cache, logits, [30], 9)]
+    cache.length = 20
+    logits = language.extend(cache, embeds[:, 20:])
+    step = cache.step = generation.StaticStep(language, cache)
+    step.start(logits.argmax(-1), [30])
+    assert [int(logits.argmax()), *(int(step()) for _ in range(8))] == grown and len(set(grown)) > 3
 
 
 def test_rows_are_taken_from_another_cache():
@@ -98,8 +125,9 @@ def test_rows_are_taken_from_another_cache():
         taken.take(source, [1, 0, 1])
     assert taken.length == 9
     for row, of in enumerate([1, 0, 1]):
-        assert torch.equal(taken.buffer[:, :, row, :, :9], source.buffer[:, :, of, :, :9])
-        assert not taken.buffer[:, :, row, :, 16:].any()
+        for mine, theirs in zip(taken.buffers, source.buffers):
+            assert torch.equal(mine[:, row, :, :9], theirs[:, of, :, :9]) and theirs[:, of, :, :9].all()
+            assert not mine[:, row, :, 16:].any()
 
 
 ROPES = {
@@ -131,7 +159,7 @@ def test_dropped_tokens_leave_the_others_as_if_they_had_never_been(rope, dtype, 
             language.drop(dropped, 5, count)
         language.prefill(never, kept)
     assert dropped.length == never.length == 260
-    (keys, values), (expected_keys, expected_values) = (cache.buffer[0, :, ..., :260, :] for cache in (dropped, never))
+    (keys, values), (expected_keys, expected_values) = (cache.buffers[0][..., :260, :] for cache in (dropped, never))
     assert torch.equal(values, expected_values)
     assert torch.equal(keys[..., :5, :], expected_keys[..., :5, :])
     off = (keys - expected_keys).double().norm(dim=-1) / expected_keys.double().norm(dim=-1)
@@ -152,8 +180,9 @@ def test_a_model_whose_keys_cannot_be_moved_is_found_out(monkeypatch):
 
 def test_bytes_of_a_token():
     language = LanguageModel(tiny_model(tiny_config("mistral")), Attention("sdpa", "cpu", "test"))
-    assert language.token_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
-    assert language.new_cache(3, 5).nbytes == 15 * language.token_bytes
+    token = 2 * 2 * 8 * 4  # keys and values, heads, width, float32; in each of two layers
+    assert language.cache_bytes(5) == 5 * 2 * token and language.new_cache(3, 5).nbytes == 3 * 5 * 2 * token
+    assert language.cache_bytes(5, [0, 2]) == language.new_cache(1, 5, [0, 2]).nbytes == (5 + 3) * token
 
 
 def test_flash_attention_gives_way_where_a_mask_is_needed():
@@ -182,11 +211,15 @@ class FakeGraphs:
         self.captures += 1
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        self.state = [tensor.clone() for tensor in (self.step.ids, self.step.positions, self.step.cache.buffer)]
+        self.state = [tensor.clone() for tensor in self.tensors]
 
     def __exit__(self, *_):
-        for tensor, was in zip((self.step.ids, self.step.positions, self.step.cache.buffer), self.state):
+        for tensor, was in zip(self.tensors, self.state):
             tensor.copy_(was)
+
+    @property
+    def tensors(self):
+        return self.step.ids, self.step.positions, *self.step.cache.buffers
 
     def replay(self):
         self.replays += 1

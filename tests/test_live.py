@@ -102,10 +102,10 @@ def test_what_is_prefilled_serves_until_other_frames_are_kept(load, monkeypatch)
     session.push(FRAMES[5:6])
     session.ask(QUESTION, **ASK)
     assert len(prefilled) == 1
-    buffer = session._cache.buffer
+    cache = session._cache
     session.push(FRAMES[6:7])
     session.ask(QUESTION, **ASK)
-    assert len(prefilled) == 2 and session._cache.buffer is buffer
+    assert len(prefilled) == 2 and session._cache is cache
 
 
 def test_a_released_stream_is_answered_alike(load):
@@ -330,11 +330,11 @@ def test_a_follow_up_sees_the_earlier_turns(fast):
 def test_the_cache_stays_where_it_is_and_grows_for_a_long_question_only(fast):
     session = appended(fast, 8, FRAMES[:8])
     ask_stream(session)
-    place, held = session._cache.buffer.data_ptr(), session.nbytes
+    place, held = session._cache.buffers[0].data_ptr(), session.nbytes
     for start in range(0, 60, 3):
         session.push(FRAMES[start : start + 3])
         ask_stream(session)
-        assert session._cache.buffer.data_ptr() == place and session.nbytes <= held
+        assert session._cache.buffers[0].data_ptr() == place and session.nbytes <= held
     assert all(tokens.untyped_storage().nbytes() == tokens.nbytes for tokens in session._held.tokens)
     before = ask_stream(session)[1]
     long = ask_stream(session, "why " * 150)[1]
@@ -536,7 +536,7 @@ def test_an_append_that_fails_anywhere_leaves_the_session_as_it_was(load, monkey
         if len(calls) <= after:
             return plain(*arguments)
         if name == "drop":  # some layers have moved
-            arguments[0].buffer[..., 20:, :] = 7.0
+            arguments[0].buffers[0][..., 20:, :] = 7.0
         raise error
 
     with monkeypatch.context() as patch:

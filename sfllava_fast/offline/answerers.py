@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..session import Session
 
 _NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
-_DECIDE = ("layout", "frames", "dtype", "projector", "decoder", "max_new_tokens")
+_DECIDE = ("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens")
 
 
 class ModelAnswerer:

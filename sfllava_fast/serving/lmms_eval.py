@@ -74,6 +74,7 @@ class SfllavaFast(lmms):
         backend: str = "auto",
         attention: str = "auto",
         projector: str = "exact",
+        reduction: str | None = None,
         prompt: str = "auto",
         decoder: str = "pyav",
         max_new_tokens: int | None = None,
@@ -97,6 +98,7 @@ class SfllavaFast(lmms):
             attention,
             "chat_template" if protocol == "task" and prompt == "auto" else prompt,
             projector,
+            reduction=reduction,
         )
         self.device = self.model.device
 

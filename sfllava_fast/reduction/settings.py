@@ -1,0 +1,80 @@
+"""What the language model computes on of a video's tokens, as settings and as the texts that they are written in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .frames import check_ratio
+
+if TYPE_CHECKING:
+    from .pruning import Pruning
+    from .scorers import Scorer
+
+FORMS = "mixture[:RATIO[:SCORER[:LAYERS]]], prune:KEEP[:SCORER] or compress[:FILE]"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixture of depths (`mixture.MixtureOfDepths`): some layers compute on a share of each frame's tokens.
+
+    ratio: that share, in (0, 1]; None: what learned scorers were trained at, else 0.2. scorer: as `MixtureOfDepths`
+    takes it, or the safetensors file of learned ones; None: those that ship with the model, else "norm". layers: the
+    mixed ones; None: those of learned scorers, else every other one, from the second.
+    """
+
+    ratio: float | None = None
+    scorer: Scorer | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if self.file and self.layers is not None:
+            raise InputError(f"{self.file} says which layers are mixed: leave out layers")
+
+    @property
+    def file(self) -> str | None:
+        """That of learned scorers."""
+        return self.scorer if isinstance(self.scorer, str) and self.scorer.endswith(".safetensors") else None
+
+    @classmethod
+    def parse(cls, text: str) -> Mixture:
+        """RATIO, RATIO:SCORER or RATIO:SCORER:LAYERS, such as 0.2:norm:1,3,5; nothing is the default."""
+        try:
+            ratio, scorer, layers = text.split(":") + [""] * (2 - text.count(":"))
+            numbers = tuple(int(layer) for layer in layers.split(",")) if layers else None
+            return cls(float(ratio) if ratio else None, scorer or None, numbers)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot read the mixture {text!r}: write 0.2, 0.2:norm or 0.2:norm:1,3,5") from None
+
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"{self.ratio:g}"
+        scorer = self.scorer if isinstance(self.scorer, str) else type(self.scorer).__name__ if self.scorer else ""
+        layers = ",".join(map(str, self.layers or ()))
+        return f"{ratio}:{scorer}:{layers}".rstrip(":")
+
+
+@dataclass(frozen=True)
+class CompressionFile:
+    """Compression into the learned tokens of a file (`compression.Compression.load`); None: those that ship with the
+    model."""
+
+    file: str | None = None
+
+
+def parse_reduction(text: str) -> Mixture | Pruning | CompressionFile:
+    """The settings that a text means, one of FORMS. Raises InputError."""
+    kind, _, rest = text.partition(":")
+    if kind == "mixture":
+        return Mixture.parse(rest)
+    if kind == "prune":
+        from .pruning import Pruning
+
+        return Pruning.parse(rest)
+    if kind == "compress":
+        return CompressionFile(rest or None)
+    raise InputError(f"unknown reduction {text!r}: write {FORMS}")
