@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
 
-    command = commands.add_parser("reduction", help="mixture of depths: prefill time, FLOP, memory; the kernels under it")
+    command = commands.add_parser("reduction", help="mixture of depths: what a prefill takes; its kernels")
     command.set_defaults(run=_reduction)
-    _add_paired_options(command)
+    _add_paired_options(command, rounds=5)
 
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_paired_options(command: argparse.ArgumentParser) -> None:
+def _add_paired_options(command: argparse.ArgumentParser, rounds: int = 9) -> None:
     command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
-    command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
+    command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"paired rounds (default {rounds})")
     command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")

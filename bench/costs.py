@@ -128,6 +128,14 @@ def mixture_of_depths(text: Any, tokens: int, kept: int, mixed: int, scores: int
     return {"products": products, "attention": _attention(text, [seen]) // layers}
 
 
+def score(text: Any, scorer: str, tokens: int, vision: int) -> int:
+    """FLOP of a layer's scores of `vision` of its tokens: of "attention", that which the last token pays, all keys."""
+    heads = text.num_attention_heads * _head_dim(text)
+    keys = text.num_key_value_heads * _head_dim(text)
+    attention = 2 * text.hidden_size * (tokens * keys + heads) + 2 * tokens * heads
+    return {"learned": 2 * vision * text.hidden_size, "norm": 0, "text": 0, "attention": attention}[scorer]
+
+
 def unread(text: Any, tokens: int) -> int:
     """FLOP of the last layer behind the keys and values of a prompt's first tokens: attention and what comes after."""
     heads = text.num_attention_heads * _head_dim(text)

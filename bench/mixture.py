@@ -76,7 +76,7 @@ class Prefill:
         calls |= {str(mixed): partial(prefill_mixed, *pair, embeds, frames) for mixed, pair in wrapped.items()}
         held = _check(decoder, embeds, frames, wrapped, calls)
         # What the check ran was the warm-up; a call takes seconds, so that one is a sample.
-        timer = CpuTimer(warm_up=0) if device == "cpu" else timer
+        timer = CpuTimer(warm_up=0) if isinstance(timer, CpuTimer) else timer
         times = timer.times({name: Sample(call) for name, call in calls.items()}, rounds)
         counted = {PLAIN: costs.mixture_of_depths(decoder.config, embeds.shape[1], 0, 0)}
         counted |= {str(mixed): flop(decoder.config, mixed, frames, embeds.shape[1]) for mixed in MIXED}
@@ -114,7 +114,7 @@ def flop(text: Any, mixed: Mixed, frames: Sequence[int], tokens: int) -> dict[st
     """FLOP of a mixed prefill, counted from shapes."""
     vision = frames[-1] - frames[0]
     kept = tokens - vision + sum(kept_of(mixed.ratio, stop - start) for start, stop in zip(frames, frames[1:]))
-    scores = {"learned": 2 * vision * text.hidden_size, "norm": 0}[mixed.scorer] if mixed.ratio < 1 else 0
+    scores = costs.score(text, mixed.scorer, tokens, vision) if mixed.ratio < 1 else 0
     return costs.mixture_of_depths(text, tokens, kept, text.num_hidden_layers // 2, scores)
 
 

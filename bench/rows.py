@@ -12,7 +12,7 @@ from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.reduction import rows
 from sfllava_fast.reduction.frames import kept_of, token_frames
 
-from .timers import CpuTimer, CudaTimer, Sample, median_ratio, summary
+from .timers import CpuTimer, CudaTimer, median_ratio, summary
 
 OURS, TORCH = "ours", "torch"
 WIDTH, HEADS, QUERIES, RATIO = 4096, 32, 32, 0.2
