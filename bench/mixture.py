@@ -24,12 +24,12 @@ from . import costs, memory
 from .dummy import dummy_decoder, on_the_same_weights
 from .timers import CpuTimer, CudaTimer, Sample, median_ratio, summary
 
-PLAIN, SWEPT, OTHERS = "plain", "learned", ("norm",)
+PLAIN, SWEPT, OTHERS = "plain", "learned", ("norm", "text", "attention")
 RATIOS, RATIO = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1), 0.2
 BARS = {"time": 0.75, "FLOP": 0.65}  # of the plain model's, at RATIO in every other layer
 FRAMES, GRID, BEFORE, AFTER = 50, (24, 24), 35, 25  # the text of a published prompt, before and behind the video
 MID_SIZE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16, vocab_size=64)
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Forward = Callable[[], tuple[Tensor, Any]]
 
@@ -145,7 +145,7 @@ def _check(
         if mixed.ratio == 1 and not torch.equal(hidden, plain):
             raise AssertionError(f"{mixed} differs from the plain model")
         if mixed.ratio == RATIO:
-            close, expected = _CLOSE[embeds.dtype], by_hand(decoder, mixture, embeds, frames)
+            close, expected = CLOSE[embeds.dtype], by_hand(decoder, mixture, RATIO, embeds, frames)
             torch.testing.assert_close(hidden, expected, rtol=close, atol=close)
     return found
 
@@ -158,7 +158,9 @@ def _held(call: Forward, device: torch.device) -> tuple[Tensor, dict[str, int | 
     return hidden, {"cache_bytes": held, "peak_bytes": peak}
 
 
-def by_hand(decoder: nn.Module, mixture: MixtureOfDepths, embeds: Tensor, frames: Sequence[int]) -> Tensor:
+def by_hand(
+    decoder: nn.Module, mixture: MixtureOfDepths, ratio: float, embeds: Tensor, frames: Sequence[int]
+) -> Tensor:
     """The hidden states of a mixed decoder from the plain one: of each frame the best by sorting in Python, the plain
     layer on them and on the text, at their positions."""
     tokens, hidden = embeds.shape[1], embeds
@@ -172,7 +174,7 @@ def by_hand(decoder: nn.Module, mixture: MixtureOfDepths, embeds: Tensor, frames
             rows = [row for row in rows if not frames[0] <= row < frames[-1]]
             for start, stop in zip(frames, frames[1:]):
                 ranked = sorted(range(start, stop), key=lambda row: -scores[row - frames[0]])
-                rows += ranked[: ceil(Fraction(str(mixture.ratio)) * (stop - start))]
+                rows += ranked[: ceil(Fraction(str(ratio)) * (stop - start))]
         index = torch.tensor(sorted(rows), device=hidden.device)
         hidden = hidden.clone()
         hidden[:, index] = layer(hidden[:, index], position_embeddings=(cos[:, index], sin[:, index]))

@@ -11,16 +11,18 @@ from rich.table import Table
 
 from . import pairs, rows
 from .mixture import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill
+from .question import Question
 from .record import device_name
 from .rows import OURS, TORCH
 
 # 16-bit products would be emulated on many a CPU.
 PREFILLS = {"cpu": Prefill("mid-size", MID_SIZE, torch.float32), "cuda": Prefill("7b", "7b", torch.bfloat16)}
+QUESTIONS = {"cpu": Question("small", torch.float32), "cuda": Question("7b", torch.bfloat16)}
 
 
 def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
     """Every work whose name contains `only`; `save` gets what there is after each."""
-    works = PREFILLS[device], *rows.WORKS
+    works = PREFILLS[device], QUESTIONS[device], *rows.WORKS
     return pairs.run("reduction", works, lambda work, *how: work.measure(*how), device, rounds, only, save)
 
 
@@ -28,12 +30,12 @@ def show(result: dict) -> None:
     facts = result["machine"]
     console = Console(width=120, highlight=False, markup=False)
     console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    prefills = {name: work for name, work in result["works"].items() if PLAIN in work["providers"]}
-    for name, work in prefills.items():
-        console.print(_prefills(name, work))
-        console.print(_parts(work))
-    kernels = {name: work for name, work in result["works"].items() if name not in prefills}
-    if kernels:
+    for name, work in result["works"].items():
+        if name.startswith("prefill"):
+            console.print(_prefills(name, work), _parts(work), sep="\n")
+        elif name.startswith("question"):
+            console.print(_questions(name, work))
+    if kernels := {name: work for name, work in result["works"].items() if work["best_peer"] == TORCH}:
         console.print(_kernels(kernels))
     for name, work in result["works"].items():
         for against, bar in work["bars"].items():
@@ -64,6 +66,18 @@ def _shares(work: dict, contender: str) -> dict[str, float]:
     }
 
 
+def _questions(name: str, work: dict) -> Table:
+    table = Table(title=f"{name}, {work['tokens']} tokens: video prefilled and first logits", title_justify="left")
+    for column in ("reduction", "p50 ms", "of plain's", "cache MB", "of plain's"):
+        table.add_column(column, justify="left" if column == "reduction" else "right")
+    whole = work["providers"][PLAIN]["cache_bytes"]
+    for reduction, row in work["providers"].items():
+        held = row["cache_bytes"]
+        cells = f"{row['p50_ms']:.4g}", f"{row['ratio']:.3f}", f"{held / 1e6:.2f}", f"{held / whole:.4f}"
+        table.add_row(reduction, *cells)
+    return table
+
+
 def _parts(work: dict) -> Table:
     """Where the time of the plain model and of the one that the bars are about goes, beside the FLOP."""
     plain, mixed = (work["providers"][name] for name in (PLAIN, str(Mixed(SWEPT, RATIO))))
@@ -91,7 +105,7 @@ def plot(result: dict, path: Path) -> None:
     """Writes a picture: a prefill's time, FLOP, cache and peak memory against the share of the tokens kept."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    [(name, work)] = [(name, work) for name, work in result["works"].items() if PLAIN in work["providers"]]
+    [(name, work)] = [(name, work) for name, work in result["works"].items() if name.startswith("prefill")]
     rows_, figure = work["providers"], Figure(figsize=(10, 3.6), layout="constrained")
     shares, megabytes = figure.subplots(1, 2)
     swept = [str(Mixed(SWEPT, ratio)) for ratio in RATIOS]

@@ -18,10 +18,11 @@ from bench import __main__ as cli
 from bench import costs, dummy, gpu, mixture, reduction, rows
 from bench.compare import compare
 from bench.mixture import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, prefill_mixed
+from bench.question import Question
 from bench.record import passes, read_result
 from bench.timers import CpuTimer, CudaTimer
 from sfllava_fast.config import SlowFastConfig
-from sfllava_fast.reduction import mixture as wrapper
+from sfllava_fast.reduction import routing
 from sfllava_fast.reduction.frames import token_frames
 from sfllava_fast.reduction.rows import gather_rows, scatter_rows, top_per_frame
 
@@ -35,6 +36,7 @@ HELD = f"{SWEPT} {RATIO}"  # whose bars are the issue's
 def tiny(monkeypatch):
     monkeypatch.setattr(mixture, "GRID", (8, 8))
     monkeypatch.setitem(reduction.PREFILLS, "cpu", Prefill("tiny", TINY, torch.float32))
+    monkeypatch.setitem(reduction.QUESTIONS, "cpu", Question("tiny", torch.float32))
     monkeypatch.setattr(rows, "WIDTH", 64)
     monkeypatch.setattr(rows, "HEADS", 4)
 
@@ -91,7 +93,7 @@ def unmoved(hidden, index):
     return gather_rows(hidden, index) if hidden.shape[-1] == 64 else hidden[:, : index.shape[1]]
 
 
-def nearly(hidden, index, rows):
+def nearly(hidden, index, rows, weights):
     return scatter_rows(hidden, index, rows) + 1e-3
 
 
@@ -100,7 +102,7 @@ SPOILED = {"top_per_frame": last_of_each, "gather_rows": unmoved, "scatter_rows"
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_wrong_mixture_is_not_timed(tiny, monkeypatch, capsys, name):
-    monkeypatch.setattr(wrapper, name, SPOILED[name])
+    monkeypatch.setattr(routing, name, SPOILED[name])
     monkeypatch.setattr(CpuTimer, "times", None)
     assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "prefill") == 1
     assert "error: prefill tiny float32: AssertionError: Tensor-likes are not close" in capsys.readouterr().out
@@ -128,7 +130,7 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, "reduction", "--rounds", "2", "--json", written) == 0
     out, result = capsys.readouterr().out, read_result(written)
     assert result["kind"] == "reduction" and result["machine"]["commit"] and not result["errors"]
-    assert list(result["works"]) == ["prefill tiny float32", *map(str, rows.WORKS)]
+    assert list(result["works"]) == ["prefill tiny float32", "question tiny float32", *map(str, rows.WORKS)]
     work = result["works"]["prefill tiny float32"]
     assert (work["tokens"], work["vision_tokens"]) == (60 + 10 * 32 + 50 * 16, 10 * 32 + 50 * 16)
     assert list(work["providers"]) == [PLAIN, *map(str, MIXED)]
