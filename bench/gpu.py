@@ -91,8 +91,8 @@ def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
         Step("tests on the device", tests, 150, _why_no_system, lambda: why_no_proof(report, files)),
         Step("projector", projector, 60),
         Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 130, _why_no_system),
-        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 50, _why_no_system),
-        Step("reduction", reduction, 40, _why_no_system),
+        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 40, _why_no_system),
+        Step("reduction", reduction, 50, _why_no_system),
         Step("layouts", layouts, 30),
     ]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import pairs, rows
-from .mixture import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill
+from .mixture import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, shares
 from .question import Question
 from .record import device_name
 from .rows import OURS, TORCH
@@ -47,23 +47,13 @@ def show(result: dict) -> None:
 
 def _prefills(name: str, work: dict) -> Table:
     table = Table(title=f"{name}, {work['tokens']} tokens; shares of the plain model's", title_justify="left")
-    for column in ("scorer, r", "p50 ms", "time", "FLOP", "cache", "cache MB", "peak MB"):
+    for column in ("scorer, r", "p50 ms", "cache MB", "peak MB", "time", "FLOP", "cache", "peak memory"):
         table.add_column(column, justify="left" if column == "scorer, r" else "right")
     for contender, row in work["providers"].items():
-        shares = (f"{share:.3f}" for share in _shares(work, contender).values())
         held = (f"{row[key] / 1e6:.1f}" if row[key] else "" for key in ("cache_bytes", "peak_bytes"))
-        table.add_row(contender, f"{row['p50_ms']:.4g}", *shares, *held)
+        of_plain = (f"{share:.3f}" for share in shares(work["providers"], contender).values())
+        table.add_row(contender, f"{row['p50_ms']:.4g}", *held, *of_plain)
     return table
-
-
-def _shares(work: dict, contender: str) -> dict[str, float]:
-    """What a contender takes of what the plain model takes."""
-    plain, row = work["providers"][PLAIN], work["providers"][contender]
-    return {
-        "time": row["ratio"],
-        "FLOP": sum(row["flop"].values()) / sum(plain["flop"].values()),
-        "cache": row["cache_bytes"] / plain["cache_bytes"],
-    }
 
 
 def _questions(name: str, work: dict) -> Table:
@@ -107,18 +97,18 @@ def plot(result: dict, path: Path) -> None:
 
     [(name, work)] = [(name, work) for name, work in result["works"].items() if name.startswith("prefill")]
     rows_, figure = work["providers"], Figure(figsize=(10, 3.6), layout="constrained")
-    shares, megabytes = figure.subplots(1, 2)
+    of_plain, megabytes = figure.subplots(1, 2)
     swept = [str(Mixed(SWEPT, ratio)) for ratio in RATIOS]
     for what, style in {"time": "o-", "FLOP": "s--", "cache": "^:"}.items():
-        [line] = shares.plot(RATIOS, [_shares(work, contender)[what] for contender in swept], style, label=what)
+        [line] = of_plain.plot(RATIOS, [shares(rows_, contender)[what] for contender in swept], style, label=what)
         if (limit := BARS.get(what)) is not None:
-            shares.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
-    shares.set(ylabel="of the plain model's prefill", ylim=(0, 1.1))
+            of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
+    of_plain.set(ylabel="of the plain model's prefill", ylim=(0, 1.1))
     for key, label in {"peak_bytes": "most that a prefill adds", "cache_bytes": "key/value cache"}.items():
         if all(rows_[contender][key] for contender in swept):
             megabytes.plot(RATIOS, [rows_[contender][key] / 1e6 for contender in swept], "o-", label=label)
     megabytes.set(ylabel="MB", ylim=(0, None))
-    for axes in (shares, megabytes):
+    for axes in (of_plain, megabytes):
         axes.set(xlabel="r, share of vision tokens kept in every other layer")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -15,10 +15,10 @@ from test_bench import FakeCuda
 from transformers import LlamaConfig
 
 from bench import __main__ as cli
-from bench import costs, dummy, gpu, mixture, reduction, rows
+from bench import costs, dummy, gpu, mixture, question, reduction, rows
 from bench.compare import compare
 from bench.mixture import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, prefill_mixed
-from bench.question import Question
+from bench.question import Question, ask
 from bench.record import passes, read_result
 from bench.timers import CpuTimer, CudaTimer
 from sfllava_fast.config import SlowFastConfig
@@ -115,6 +115,18 @@ def test_all_tokens_must_be_the_plain_models_bits(tiny, monkeypatch, capsys):
     assert "learned 1.0 differs from the plain model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reduction", ["plain", "mixture:1", "prune:1.0", "compress:4"])
+def test_a_question_with_other_logits_is_not_timed(tiny, monkeypatch, capsys, reduction):
+    def spoiled(prefilling, *arguments):
+        logits, cache = ask(prefilling, *arguments)
+        spoils = (prefilling.text or "plain") == reduction.split(":4")[0]
+        return logits + 1e-2 * spoils, cache
+
+    monkeypatch.setattr(question, "ask", spoiled)
+    assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "question") == 1
+    assert f"error: question tiny float32: AssertionError: {reduction}: Tensor-likes" in capsys.readouterr().out
+
+
 def test_kernels_of_other_rows_are_not_timed(tiny, monkeypatch, capsys):
     monkeypatch.setattr(rows.rows, "gather_rows", lambda hidden, index: hidden[:, : index.shape[1]])
     assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "gather_rows") == 1
@@ -145,6 +157,10 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
         spent = work["providers"][name]["parts_ms"]
         assert set(spent) == {"products", "attention", "rest"} and min(spent.values()) > 0
     assert all(f"{scorer} 0.2: 0.75 of plain's time" in work["bars"] for scorer in (SWEPT, *mixture.OTHERS))
+    asked = {name: row["cache_bytes"] for name, row in result["works"]["question tiny float32"]["providers"].items()}
+    assert asked["plain"] == 2 * 1180 * a_token and asked["mixture:0.2:norm"] == (1180 + kept) * a_token
+    assert asked["prune:0.2"] == asked["prune:0.2:attention"] == 2 * (60 + 224) * a_token
+    assert asked["compress:4"] == 2 * (60 + 4) * a_token
     assert not any(change.regressed for change in compare(result, result, 0.1))
     assert main(monkeypatch, "plot", written, "--out", picture) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 80_000
@@ -171,19 +187,21 @@ def test_on_a_gpu_it_is_a_step_of_the_pipelines_part(tmp_path):
 # --- bars
 
 
-def rows_of(ratio, flop):
-    """Rows of a result. flop: the mixed model's of the plain one's 1000."""
-    def row(ratio, flop):
-        return {"ratio": ratio, "flop": {"products": flop - 100, "attention": 100}}
+def rows_of(ratio, flop, peak):
+    """Rows of a result. flop, peak: the mixed model's of the plain one's 1000."""
+    def row(ratio, flop, peak):
+        return {"ratio": ratio, "flop": {"products": flop - 9, "attention": 9}, "cache_bytes": 1, "peak_bytes": peak}
 
-    return {PLAIN: row(1.0, 1000), "learned 1.0": row(1.1, 1000), HELD: row(ratio, flop), "norm 0.1": row(9.0, 900)}
+    return {PLAIN: row(1.0, 1000, 1000), "learned 1.0": row(1.1, 1000, 1000), HELD: row(ratio, flop, peak)}
 
 
-@pytest.mark.parametrize("ratio, flop, reached", [
-    (0.74, 649, (True, True)), (0.76, 649, (False, True)), (0.74, 651, (True, False)), (0.75, 650, (True, True)),
+@pytest.mark.parametrize("ratio, flop, peak, reached", [
+    (0.75, 650, 800, (True, True, True)), (0.76, 650, 800, (False, True, True)),
+    (0.75, 651, 800, (True, False, True)), (0.75, 650, 801, (True, True, False)), (0.75, 650, None, (True, True)),
 ])
-def test_bars(ratio, flop, reached):
-    found = mixture.bars(rows_of(ratio, flop))
-    assert list(found) == [f"{HELD}: 0.75 of plain's time", f"{HELD}: 0.65 of plain's FLOP"]
+def test_bars(ratio, flop, peak, reached):
+    found = mixture.bars(rows_of(ratio, flop, peak))
+    asked = ("0.75 of plain's time", "0.65 of plain's FLOP", "0.8 of plain's peak memory")
+    assert list(found) == [f"{HELD}: {limit}" for limit in asked[: len(reached)]]
     assert tuple(bar["ratio"] >= bar["bar"] for bar in found.values()) == reached
     assert passes({"works": {"prefill": {"bars": found}}}, 1) == all(reached)
