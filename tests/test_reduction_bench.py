@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -22,7 +23,7 @@ from bench.question import Question, ask
 from bench.record import passes, read_result
 from bench.timers import CpuTimer, CudaTimer
 from sfllava_fast.config import SlowFastConfig
-from sfllava_fast.reduction import routing
+from sfllava_fast.reduction import routing  # defines the op
 from sfllava_fast.reduction.frames import token_frames
 from sfllava_fast.reduction.rows import gather_rows, scatter_rows, top_per_frame
 
@@ -48,15 +49,18 @@ def main(monkeypatch, *arguments):
 
 # --- FLOP
 
+OWN = {torch.ops.sfllava_fast.attention_received: lambda q, k, *_, out_shape: 2 * math.prod(q) * k[2]}
+
 
 @pytest.mark.parametrize("mixed, kv_heads", [
     *((mixed, 4) for mixed in MIXED if mixed.ratio in (1, RATIO)), (Mixed(SWEPT, 0.55), 2), (Mixed("norm", 0.1), 2),
 ], ids=str)
 def test_flop_by_torchs_own_counter(mixed, kv_heads):
-    """The counter knows the CPU's fused attention not at all (it counts 0), and of the unfused one the whole square."""
+    """The counter knows the CPU's fused attention not at all (it counts 0), and of the unfused one the whole square; of
+    our own op it has to be told."""
     decoder = mixture.dummy_decoder(TINY | {"num_key_value_heads": kv_heads}, torch.device("cpu"), torch.float32)
     embeds = torch.randn(1, TOKENS, 64)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=OWN) as counter:
         _, cache = prefill_mixed(*mixed.wrap(decoder), embeds, FRAMES)
     counts, bmm = counter.get_flop_counts(), torch.ops.aten.bmm
     squares = [counts[f"LlamaModel.layers.{number}.self_attn"][bmm] for number in range(4)]
