@@ -195,12 +195,16 @@ def by_hand(
 
 # --- where the time goes
 
-_PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm"))
-_ATTENTION = "aten::_scaled_dot_product"
+# Of each part, how its operators' names begin.
+_PARTS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "choosing and moving rows": ("sfllava_fast::",),
+}
 
 
 def parts(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Milliseconds of a call in matrix products, in attention, and in the rest."""
+    """Milliseconds of a call by part; on a GPU, kernels that are no operator of PyTorch's are among the rest."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
@@ -208,9 +212,10 @@ def parts(call: Callable[[], object], device: str) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         total = (time.perf_counter() - start) * 1e3
-    spent = {"products": 0.0, "attention": 0.0}
-    for event in profiler.key_averages():
-        part = "products" if event.key in _PRODUCTS else "attention" if _ATTENTION in event.key else None
-        if part:
-            spent[part] += (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e3
+    clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = profiler.key_averages()
+    spent = {
+        part: sum(getattr(event, clock) for event in events if event.key.startswith(names)) / 1e3
+        for part, names in _PARTS.items()
+    }
     return spent | {"rest": total - sum(spent.values())}

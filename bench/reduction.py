@@ -12,7 +12,7 @@ from rich.table import Table
 from . import pairs, rows
 from .mixture import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, shares
 from .question import Question
-from .record import device_name
+from .record import ResultError, device_name
 from .rows import OURS, TORCH
 
 # 16-bit products would be emulated on many a CPU.
@@ -77,7 +77,7 @@ def _parts(work: dict) -> Table:
     for part, spent in plain["parts_ms"].items():
         flop = f"{mixed['flop'][part] / plain['flop'][part]:.3f}" if part in plain["flop"] else ""
         less = mixed["parts_ms"][part]
-        table.add_row(part, f"{spent:.4g}", f"{less:.4g}", f"{less / spent:.3f}", flop)
+        table.add_row(part, f"{spent:.4g}", f"{less:.4g}", f"{less / spent:.3f}" if spent else "", flop)
     return table
 
 
@@ -92,13 +92,18 @@ def _kernels(works: dict[str, dict]) -> Table:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Writes a picture: a prefill's time, FLOP, cache and peak memory against the share of the tokens kept."""
+    """Writes a picture: a prefill's time, FLOP, cache and peak memory against the share of the tokens kept.
+
+    ResultError where no prefill was measured.
+    """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    [(name, work)] = [(name, work) for name, work in result["works"].items() if name.startswith("prefill")]
+    name = next((name for name in result["works"] if name.startswith("prefill")), None)
+    if name is None:
+        raise ResultError("no prefill is in this result: run bench reduction without --only")
+    work, swept = result["works"][name], [str(Mixed(SWEPT, ratio)) for ratio in RATIOS]
     rows_, figure = work["providers"], Figure(figsize=(10, 3.6), layout="constrained")
     of_plain, megabytes = figure.subplots(1, 2)
-    swept = [str(Mixed(SWEPT, ratio)) for ratio in RATIOS]
     for what, style in {"time": "o-", "FLOP": "s--", "cache": "^:"}.items():
         [line] = of_plain.plot(RATIOS, [shares(rows_, contender)[what] for contender in swept], style, label=what)
         if (limit := BARS.get(what)) is not None:
