@@ -30,7 +30,7 @@ RATIOS, RATIO = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1), 0.2
 BARS = {"time": 0.75, "FLOP": 0.65, "peak memory": 0.8}
 FRAMES, GRID, BEFORE, AFTER = 50, (24, 24), 35, 25  # the text of a published prompt, before and behind the video
 MID_SIZE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16, vocab_size=64)
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Forward = Callable[[], tuple[Tensor, Any]]
 
@@ -157,7 +157,7 @@ def _check(
         if mixed.ratio == 1 and not torch.equal(hidden, plain):
             raise AssertionError(f"{mixed} differs from the plain model")
         if mixed.ratio == RATIO:
-            close, expected = CLOSE[embeds.dtype], by_hand(decoder, mixture, RATIO, embeds, frames)
+            close, expected = _CLOSE[embeds.dtype], by_hand(decoder, mixture, RATIO, embeds, frames)
             torch.testing.assert_close(hidden, expected, rtol=close, atol=close)
     return found
 
@@ -198,7 +198,7 @@ def by_hand(
 # Of each part, how its operators' names begin.
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "attention": ("aten::_scaled_dot_product",),
+    "attention": tuple(f"aten::_{name}" for name in ("scaled_dot", "flash_att", "efficient_att", "cudnn_att")),
     "choosing and moving rows": ("sfllava_fast::",),
 }
 
