@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
 
+    command = commands.add_parser("reduction", help="mixture of depths: what a prefill takes; its kernels")
+    command.set_defaults(run=_reduction)
+    _add_paired_options(command, rounds=5)
+
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
     command.add_argument("old", type=Path, metavar="OLD.json")
@@ -87,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_paired_options(command: argparse.ArgumentParser) -> None:
+def _add_paired_options(command: argparse.ArgumentParser, rounds: int = 9) -> None:
     command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
-    command.add_argument("--rounds", type=int, default=9, metavar="N", help="paired rounds (default 9)")
+    command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"paired rounds (default {rounds})")
     command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
@@ -147,6 +151,12 @@ def _print_stream(result: dict) -> None:
 
 def _layouts(args: argparse.Namespace) -> int:
     return _measure_pairs(args, layouts.run, _print_layouts)
+
+
+def _reduction(args: argparse.Namespace) -> int:
+    from . import reduction  # imports transformers
+
+    return _measure_pairs(args, reduction.run, reduction.show)
 
 
 def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
@@ -219,9 +229,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in args.results]
-    kinds = {result.get("kind") for result in results} & {"pipeline", "stream"}
+    kinds = {result.get("kind") for result in results} & {"pipeline", "stream", "reduction"}
     if kinds and len(results) > 1:
-        raise ResultError("results of the pipeline and of streams are drawn alone: name one")
+        raise ResultError("results of the pipeline, of streams and of reductions are drawn alone: name one")
     if "pipeline" in kinds:
         from . import report
 
@@ -230,6 +240,10 @@ def _plot(args: argparse.Namespace) -> int:
         from . import stream
 
         stream.plot(results[0], args.out)
+    elif "reduction" in kinds:
+        from . import reduction
+
+        reduction.plot(results[0], args.out)
     else:
         plot(results, args.out)
     print(f"wrote {args.out}")

@@ -111,10 +111,29 @@ def aggregate(plan: Plan, width: int, itemsize: int) -> Cost:
 
 def prefill(text: Any, tokens: int, logits: int, itemsize: int) -> Cost:
     """The language model over a whole prompt, with logits for so many of its tokens."""
-    linear, head = _linear(text), text.vocab_size * text.hidden_size
-    flop = 2 * tokens * linear + 2 * logits * head + _attention(text, range(1, tokens + 1))
+    layers = mixture_of_depths(text, tokens, tokens, 0)
+    flop = sum(layers.values()) + 2 * logits * text.vocab_size * text.hidden_size
     moved = tokens * (text.hidden_size + _cached(text)) + logits * text.vocab_size
     return Cost(flop, itemsize * (language_weights(text) + moved))
+
+
+def mixture_of_depths(text: Any, tokens: int, kept: int, mixed: int, scores: int = 0) -> dict[str, int]:
+    """FLOP of a prompt's hidden states where `mixed` of the layers compute on `kept` tokens, chosen for `scores` each:
+    of its matrix products with weights or for scores, and of causal attention."""
+    layers = text.num_hidden_layers
+    whole = layers - mixed
+    rows = whole * tokens + mixed * kept
+    seen = whole * sum(range(1, tokens + 1)) + mixed * sum(range(1, kept + 1))
+    products = 2 * rows * _linear(text) // layers + mixed * scores
+    return {"products": products, "attention": _attention(text, [seen]) // layers}
+
+
+def score(text: Any, scorer: str, tokens: int, vision: int) -> int:
+    """FLOP of a layer's scores of `vision` of its tokens: of "attention", that which the last token pays, all keys."""
+    heads = text.num_attention_heads * _head_dim(text)
+    keys = text.num_key_value_heads * _head_dim(text)
+    attention = 2 * text.hidden_size * (tokens * keys + heads) + 2 * tokens * heads
+    return {"learned": 2 * vision * text.hidden_size, "norm": 0, "text": 0, "attention": attention}[scorer]
 
 
 def unread(text: Any, tokens: int) -> int:

@@ -36,6 +36,7 @@ _SHAPES = {
     ),
 }
 NAMES = tuple(_SHAPES)
+_TEXT = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
 _SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 
 
@@ -81,23 +82,36 @@ def _config(name: str) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
     vision, text = _SHAPES[name]
-    text = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2) | text
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(patch_size=14, **vision),
-        text_config=LlamaConfig(**text),
+        text_config=LlamaConfig(**_TEXT | text),
         image_token_index=_SPECIALS.index("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
 
 
+def dummy_decoder(shape: str | dict, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """The language model alone, without a head: of one of NAMES, or a Llama of such a configuration."""
+    from transformers import LlamaConfig, LlamaModel
+
+    text = _SHAPES[shape][1] if isinstance(shape, str) else shape
+    with torch.device(device):
+        model = LlamaModel._from_config(LlamaConfig(**_TEXT | text), dtype=dtype, attn_implementation=attention)
+    return _draw(model, device)
+
+
 def _random_model(config: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
-    """The stock model. What it says should hang on what it sees: its embeddings are small beside what its layers add to
-    them, and its attention prefers a few of thousands of tokens."""
     from transformers import LlavaNextForConditionalGeneration
 
     with torch.device(device):
         model = LlavaNextForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    return _draw(model, device)
+
+
+def _draw(model: nn.Module, device: torch.device) -> nn.Module:
+    """Random weights. What the model says should hang on what it sees: its embeddings are small beside what its layers
+    add to them, and its attention prefers a few of thousands of tokens."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

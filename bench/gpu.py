@@ -26,7 +26,7 @@ from rich.table import Table
 
 from .record import ROOT, ResultError, folder_name, write_json
 
-_SECONDS = 520
+_SECONDS = 530
 _SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
 _PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
 _OTHER_TESTS = ("backends", "ops", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
@@ -82,16 +82,18 @@ def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
     def written(name: str) -> list[str]:
         return ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
 
-    projector, layouts = (
-        [*bench, name, "--device", "cuda", "--json", str(folder / f"{name}.json")] for name in ("projector", "layouts")
+    projector, reduction, layouts = (
+        [*bench, name, "--device", "cuda", "--json", str(folder / f"{name}.json")]
+        for name in ("projector", "reduction", "layouts")
     )
     return [
         _build(capability),
         Step("tests on the device", tests, 150, _why_no_system, lambda: why_no_proof(report, files)),
         Step("projector", projector, 60),
         Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 130, _why_no_system),
-        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 50, _why_no_system),
-        Step("layouts", layouts, 40),
+        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 40, _why_no_system),
+        Step("reduction", reduction, 50, _why_no_system),
+        Step("layouts", layouts, 30),
     ]
 
 
@@ -100,7 +102,7 @@ PARTS = {"op": op_steps, "pipeline": pipeline_steps}
 
 def _build(capability: str) -> Step:
     settings = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
-    return Step("build", [*settings, sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 90, _why_no_build)
+    return Step("build", [*settings, sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 70, _why_no_build)
 
 
 def run_steps(steps: list[Step], folder: Path, file: str = "steps.json") -> int:

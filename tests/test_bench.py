@@ -464,7 +464,7 @@ def test_the_steps(tmp_path):
 
 def test_the_steps_of_the_pipeline(tmp_path):
     found = gpu.PARTS["pipeline"](tmp_path / "nvidia-h200", "90", 4)
-    names = ["build", "tests on the device", "projector", "7B shapes", "embedded model", "layouts"]
+    names = ["build", "tests on the device", "projector", "7B shapes", "embedded model", "reduction", "layouts"]
     assert [step.name for step in found] == names
     assert sum(step.limit for step in found) <= gpu._SECONDS
     for step in found:
