@@ -13,17 +13,25 @@ import random
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 
-from ..config import SlowFastConfig
-from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
-from .scenes import SPLITS, Scene, draw_scene, write_video
+from ..config import SlowFastConfig, sample_frames
 from ..errors import SfllavaError
+from ..plan import Plan
+from .batches import IGNORE, encode_questions, normalise
+from .model import build_tokenizer
+from .packing import encode_frames, packed_logits
+from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
+from .scenes import GRID, SPLITS, Scene, draw_scene, frame_times, render, write_video
 
 if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
     from ..engine import SlowFastLlava
 
 VIDEO_LENGTHS = (48, 64, 80, 96)
@@ -89,6 +97,33 @@ def examine(
                     score[0] += answer == question.answer
                     score[1] += 1
     return {name: dict(score) for name, score in scores.items()}
+
+
+def examine_packed(
+    model: LlavaForConditionalGeneration, clips: int, seed: int, split: str = "train",
+    around: Callable[[Plan], AbstractContextManager] = nullcontext, **packed: Any,
+) -> Scores:
+    """Scores of a model after `use_packed_attention`: the exam on drawn frames, without video files, a clip in one
+    forward pass. An answer is right if every word is, given the right ones before: so greedy tokens are.
+
+    around: the context of a clip's pass, from its layout's plan. packed: for `packed_logits`.
+    """
+    tokenizer, frames = build_tokenizer(), model.config.sfllava_fast["frames"]
+    layout = SlowFastConfig.parse(model.config.sfllava_fast["layout"])
+    scores: Scores = defaultdict(lambda: [0, 0])
+    for scene, total, questions in draw_exam(clips, seed, split):
+        pictures = render(scene, frame_times(sample_frames(total, frames), total), half=True)
+        ids, targets = encode_questions(tokenizer, [questions])
+        where = targets != IGNORE
+        with torch.inference_mode(), around(layout.plan(frames, (GRID, GRID))):
+            features = encode_frames(model, normalise(pictures))[None]
+            logits = packed_logits(model, features, ids, where, layout.slow_frames, **packed)
+        wrong = torch.zeros_like(where)
+        wrong[where] = logits.argmax(-1) != targets[where]
+        for question, missed in zip(questions, wrong[0].any(-1).tolist()):
+            scores[kind_of(question)][0] += not missed
+            scores[kind_of(question)][1] += 1
+    return dict(scores)
 
 
 def load_models(directory: str | None, ablation: bool) -> dict[str, SlowFastLlava]:
