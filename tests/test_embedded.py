@@ -419,11 +419,11 @@ def test_packed_questions_get_the_logits_they_would_get_alone(tokenizer, mode):
     torch.testing.assert_close(logits, torch.cat(lone), atol=2e-5, rtol=1e-4)
 
 
-def trainer(folder, **changes) -> train.Trainer:
+def trainer(folder, **changes) -> train.ModelTrainer:
     args = train.parse(["--out", str(folder / "model"), "--work", str(folder), "--ranks", "1", "--smoke"])
     for key, value in changes.items():
         setattr(args, key, value)
-    return train.Trainer(args, 0, 1)
+    return train.ModelTrainer(args, 0, 1)
 
 
 @pytest.fixture
