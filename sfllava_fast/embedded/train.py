@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from .batches import IGNORE, Diet, clip_batch, image_batch, patch_words
+from .compressing import CompressionTrainer
 from .guidance import ClipHeads, Guide
 from .model import build_model, export
 from .packing import encode_frames, packed_logits, use_packed_attention
@@ -161,11 +162,14 @@ class ModelTrainer(Trainer):
         return loss
 
 
+TRAINERS = {"model": ModelTrainer, "compression": CompressionTrainer}
+
+
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(max(1, args.threads // args.ranks))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)
     try:
-        run(ModelTrainer(args, rank, args.ranks))
+        run(TRAINERS[args.train](args, rank, args.ranks))
     finally:
         dist.destroy_process_group()
 
@@ -181,6 +185,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m sfllava_fast.embedded.train", description=__doc__.split("\n\n")[0],
         epilog="example: python -m sfllava_fast.embedded.train --out out/embedded --ranks 2",
     )
+    parser.add_argument("--train", choices=tuple(TRAINERS), default="model",
+                        help="the model; or, of a trained one, compression tokens")
+    parser.add_argument("--from", dest="start", metavar="DIR",
+                        help="the trained model that is gone on from; default: the one that ships")
     parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")
     parser.add_argument("--work", default="runs/embedded", help="where checkpoint.pt and log.jsonl go")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2 if (os.cpu_count() or 1) > 1 else 1)
@@ -194,7 +202,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="some 20 steps in all, to see that it runs")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.steps_scale = 20 / sum(stage.steps for stage in STAGES)
+        args.steps_scale = 20 / sum(stage.steps for stage in TRAINERS[args.train].STAGES)
     if args.device != "cpu":
         args.ranks = 1
     return args
@@ -204,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.ranks == 1:
         torch.set_num_threads(args.threads)
-        run(ModelTrainer(args, 0, 1))
+        run(TRAINERS[args.train](args, 0, 1))
         return 0
     torch.multiprocessing.spawn(_rank_main, (args, _free_port()), nprocs=args.ranks)
     return 0
