@@ -27,9 +27,9 @@ READ_LAYERS = (1, 2)  # behind these the scene is read from the tokens
 SCENE_WEIGHT = 2.0
 STAGES = (
     Stage("held few", "compression", 300, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), 8, True, 0.2), guided=True),
-    Stage("held some", "compression", 500, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), 16, True, 0.2), guided=True),
-    Stage("held full", "compression", 1500, 1.5e-3, 7e-4, diet=Diet(frames=16, short_names=True), guided=True),
-    Stage("held", "compression", 700, 7e-4, 2e-5, diet=Diet(frames=16, short_names=True)),
+    Stage("held some", "compression", 250, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), 16, True, 0.2), guided=True),
+    Stage("held full", "compression", 800, 1.5e-3, 7e-4, diet=Diet(frames=16, short_names=True), guided=True),
+    Stage("held", "compression", 400, 7e-4, 2e-5, diet=Diet(frames=16, short_names=True)),
 )
 
 

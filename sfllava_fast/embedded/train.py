@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .batches import IGNORE, Diet, clip_batch, image_batch, patch_words
 from .compressing import CompressionTrainer
 from .guidance import ClipHeads, Guide
+from .mixing import MixtureTrainer
 from .model import build_model, export
 from .packing import encode_frames, packed_logits, use_packed_attention
 from .scenes import COLOURS, GRID, NO_NAME, SHAPES
@@ -162,7 +163,7 @@ class ModelTrainer(Trainer):
         return loss
 
 
-TRAINERS = {"model": ModelTrainer, "compression": CompressionTrainer}
+TRAINERS = {"model": ModelTrainer, "mixture": MixtureTrainer, "compression": CompressionTrainer}
 
 
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
@@ -186,7 +187,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="example: python -m sfllava_fast.embedded.train --out out/embedded --ranks 2",
     )
     parser.add_argument("--train", choices=tuple(TRAINERS), default="model",
-                        help="the model; or, of a trained one, compression tokens")
+                        help="the model; or, for a trained one, a mixture of depths, or compression tokens")
     parser.add_argument("--from", dest="start", metavar="DIR",
                         help="the trained model that is gone on from; default: the one that ships")
     parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")

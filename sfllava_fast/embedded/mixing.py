@@ -1,0 +1,119 @@
+"""Trains a mixture of depths: `python -m sfllava_fast.embedded.train --train mixture --out DIR`.
+
+VideoLLM-MoD (arXiv 2408.16730) on the embedded model, every other layer mixed. First the layers' experts learn which
+tokens the questions of the plain model look at in their layer; then the mixed layers learn to do with those that the
+experts choose, from the right answers and from the plain model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import SlowFastConfig
+from ..reduction.frames import token_frames
+from ..reduction.mixture import MixtureOfDepths
+from ..reduction.scorers import LayerInput
+from .batches import IGNORE, ClipBatch, Diet, clip_batch
+from .model import LAYOUT, load_model
+from .packing import encode_frames, packed_logits, use_packed_attention
+from .scenes import GRID
+from .trainer import Stage, Trainer
+
+RATIO = 0.2
+FRAMES = 16
+DIET = Diet(frames=FRAMES, short_names=True)
+STAGES = (
+    Stage("looks", "experts", 150, 2e-2, 1e-3, diet=DIET),
+    Stage("depths", "layers", 500, 1e-3, 1e-5, diet=DIET),
+)
+
+
+class _Looks:
+    """Keeps how much the plain model's questions look at each visual token, by layer."""
+
+    def __init__(self, real: Tensor, tokens: int) -> None:
+        self.real, self.tokens = real, tokens
+        self.most: dict[int, Tensor] = {}
+
+    def watch(self, layer: int, scores: Tensor) -> None:
+        """scores [B, H, Q, L, 1 + S + L] before softmax: the most that any word looks at a token, in any head."""
+        looks = scores.softmax(-1)[..., 1 : 1 + self.tokens]
+        self.most[layer] = (looks * self.real[:, None, :, :, None]).amax((1, 2, 3))
+
+
+class MixtureTrainer(Trainer):
+    """Trains the experts ("experts"), then the layers that they choose for ("layers")."""
+
+    STAGES = STAGES
+
+    def __init__(self, args: argparse.Namespace, rank: int, ranks: int):
+        self.teacher, self.model = (load_model(args.start).requires_grad_(False) for _ in range(2))
+        for model in (self.teacher, self.model):
+            use_packed_attention(model)
+        torch.manual_seed(args.seed)
+        self.mixture = MixtureOfDepths(self.model, RATIO, "learned")
+        self.slow = SlowFastConfig.parse(LAYOUT).slow_frames
+        self.frames = token_frames(SlowFastConfig.parse(LAYOUT).plan(FRAMES, (GRID, GRID)), start=1)
+        layers = self.model.model.language_model.layers
+        self.layers = torch.nn.ModuleDict({str(number): layers[number] for number in self.mixture.layers})
+        self.layers.requires_grad_()
+        self.entering: dict[int, Tensor] = {}  # the plain model's hidden states, by mixed layer
+        for number in self.mixture.layers:
+            layer = self.teacher.model.language_model.layers[number]
+            layer.register_forward_pre_hook(lambda _, inputs, number=number: self.entering.update({number: inputs[0]}))
+        super().__init__(args, rank, ranks, {"model": self.model, "experts": self.mixture})
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list((self.mixture if self.now.trains == "experts" else self.layers).parameters())
+
+    def loss(self, share: int) -> Tensor:
+        stage, clips = self.now, self.now.diet.layout(self.now.name, self.step).clips
+        batch = clip_batch(self.tokenizer, stage.name, self.step, share * clips, clips, FRAMES, stage.diet)
+        with torch.no_grad():
+            features = encode_frames(self.model, batch.pixels.to(self.device)).unflatten(0, (clips, -1))
+        return self._look_loss(batch, features) if stage.trains == "experts" else self._answer_loss(batch, features)
+
+    def _look_loss(self, batch: ClipBatch, features: Tensor) -> Tensor:
+        """Cross entropy of an expert's scores, as log odds, against how much its tokens are looked at."""
+        start, stop = self.frames[0], self.frames[-1]
+        real = (batch.ids != self.tokenizer.pad_token_id).to(self.device)
+        looks = _Looks(real, stop - start)
+        with torch.no_grad():
+            packed_logits(self.teacher, features, batch.ids.to(self.device), real, self.slow, guide=looks)
+        losses = []
+        for number in self.mixture.layers:
+            entering = LayerInput(self.entering[number], start, stop, None, {})
+            scores = self.mixture.scorers[str(number)](entering)
+            losses.append(F.binary_cross_entropy_with_logits(scores, looks.most[number]))
+        return sum(losses)
+
+    def _answer_loss(self, batch: ClipBatch, features: Tensor) -> Tensor:
+        """Cross entropy against the right answers, and against what the plain model would have said."""
+        where = batch.targets != IGNORE
+        asked = batch.ids.to(self.device), where.to(self.device), self.slow
+        with torch.no_grad():
+            told = packed_logits(self.teacher, features, *asked).softmax(-1)
+        with self.mixture.frames(self.frames):
+            logits = packed_logits(self.model, features, *asked)
+        target = batch.targets[where].to(self.device)
+        self.count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
+        return F.cross_entropy(logits, target) + F.cross_entropy(logits, told)
+
+    def export(self, directory: str | Path) -> None:
+        """mixture.safetensors, as `MixtureOfDepths.load` takes it, and mixture_layers.safetensors: the mixed layers'
+        weights by their names in the decoder, in bfloat16."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        scorers = {name: p.detach().cpu() for name, p in self.mixture.state_dict().items()}
+        save_file(scorers, directory / "mixture.safetensors")
+        save_file(
+            {f"layers.{name}": p.detach().bfloat16().cpu() for name, p in self.layers.state_dict().items()},
+            directory / "mixture_layers.safetensors",
+        )
