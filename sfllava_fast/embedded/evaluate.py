@@ -126,19 +126,19 @@ def examine_packed(
     return dict(scores)
 
 
-def load_models(directory: str | None, ablation: bool) -> dict[str, SlowFastLlava]:
-    """The model as it ships, and with `ablation` also with each pathway alone."""
+def load_models(directory: str | None, ablation: bool, reduction: str | None = None) -> dict[str, SlowFastLlava]:
+    """The model as it ships, and with `ablation` also with each pathway alone, with `reduction` also so reduced."""
     from ..engine import SlowFastLlava
 
     both = SlowFastLlava.from_pretrained(directory)
-    if not ablation:
-        return {"both": both}
-    layout = SlowFastConfig.parse(both.layout)
-    alone = {
-        f"{name} only": SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
-        for name in ("slow", "fast")
-    }
-    return {"both": both, **alone}
+    models = {"both": both}
+    if ablation:
+        layout = SlowFastConfig.parse(both.layout)
+        for name in ("slow", "fast"):
+            models[f"{name} only"] = SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
+    if reduction:
+        models[reduction] = SlowFastLlava.from_pretrained(directory, reduction=reduction)
+    return models
 
 
 def total_of(scores: Scores) -> list[int]:
@@ -173,6 +173,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")
     parser.add_argument("--ablation", action="store_true",
                         help="also with the slow and the fast pathway alone")
+    parser.add_argument("--reduction", help="also with fewer tokens inside the language model, such as mixture:0.2 or "
+                        "compress, as the engine takes it")
     parser.add_argument("--model", help="a directory; default: the model that ships")
     parser.add_argument("--json", metavar="FILE", help="also write the counts there")
     return parser.parse_args(argv)
@@ -181,7 +183,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        models = load_models(args.model, args.ablation)
+        models = load_models(args.model, args.ablation, args.reduction)
         scores = examine(models, args.clips, args.seed, args.split, args.new_phrasings, args.frames)
     except SfllavaError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ experts choose, from the right answers and from the plain model's.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .scenes import GRID
 from .trainer import Stage, Trainer
 
 RATIO = 0.2
+FORM = {"weighted": False, "per_frame": True, "select_at": None}  # of MixtureOfDepths: its defaults
 FRAMES = 16
 DIET = Diet(frames=FRAMES, short_names=True)
 STAGES = (
@@ -105,15 +107,15 @@ class MixtureTrainer(Trainer):
         return F.cross_entropy(logits, target) + F.cross_entropy(logits, told)
 
     def export(self, directory: str | Path) -> None:
-        """mixture.safetensors, as `MixtureOfDepths.load` takes it, and mixture_layers.safetensors: the mixed layers'
-        weights by their names in the decoder, in bfloat16."""
+        """mixture.safetensors: the scorers by their names in MixtureOfDepths, and the mixed layers' weights by theirs in
+        the decoder, in bfloat16; how the layers are mixed in its metadata."""
         from safetensors.torch import save_file
 
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        scorers = {name: p.detach().cpu() for name, p in self.mixture.state_dict().items()}
-        save_file(scorers, directory / "mixture.safetensors")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        tensors = self.mixture.state_dict()
+        tensors |= {f"layers.{name}": weight.bfloat16() for name, weight in self.layers.state_dict().items()}
+        settings = {"ratios": {number: RATIO for number in self.layers}, **FORM}
         save_file(
-            {f"layers.{name}": p.detach().bfloat16().cpu() for name, p in self.layers.state_dict().items()},
-            directory / "mixture_layers.safetensors",
+            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+            Path(directory) / "mixture.safetensors", {"sfllava_fast.mixture_of_depths": json.dumps(settings)},
         )
