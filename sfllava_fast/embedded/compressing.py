@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batches import FACTS, IGNORE, MOST_THINGS, ClipBatch, Diet, clip_batch
-from .model import LANGUAGE_WIDTH, load_model
+from .model import LANGUAGE_WIDTH, decoder_weights, load_model
 from .packing import encode_frames, packed_logits, use_packed_attention
 from .questions import WHEN
 from .scenes import COLOURS, DIRECTIONS, SHAPES
@@ -96,18 +96,16 @@ class CompressionTrainer(Trainer):
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int):
         self.model = load_model(args.start).requires_grad_(False)
         use_packed_attention(self.model)
-        self.decoder = self.model.model.language_model
+        decoder = self.model.get_decoder()
         self.tokens = torch.nn.Embedding(TOKENS, LANGUAGE_WIDTH)
         with torch.no_grad():
-            spread = self.decoder.embed_tokens.weight.std()
+            spread = decoder.embed_tokens.weight.std()
             self.tokens.weight.normal_(0, spread, generator=torch.Generator().manual_seed(args.seed))
         self.heads = torch.nn.ModuleDict({str(layer): SceneHeads(TOKENS) for layer in READ_LAYERS})
         self.held: dict[str, Tensor] = {}  # [B, k, D] behind each of READ_LAYERS
         for layer in READ_LAYERS:
-            self.decoder.layers[layer].register_forward_hook(self._keep(str(layer)), with_kwargs=True)
-        self.trained = {
-            name: p.requires_grad_() for name, p in self.decoder.named_parameters() if "embed_tokens" not in name
-        }
+            decoder.layers[layer].register_forward_hook(self._keep(str(layer)), with_kwargs=True)
+        self.decoder = decoder_weights(self.model)
         super().__init__(args, rank, ranks, {"model": self.model, "tokens": self.tokens, "scene_heads": self.heads})
 
     def _keep(self, layer: str):
@@ -119,7 +117,7 @@ class CompressionTrainer(Trainer):
         return keep
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.tokens.parameters(), *self.trained.values(), *self.heads.parameters()]
+        return [*self.tokens.parameters(), *self.decoder.values(), *self.heads.parameters()]
 
     def loss(self, share: int) -> Tensor:
         stage, layout = self.now, self.now.diet.layout(self.now.name, self.step)
@@ -146,7 +144,7 @@ class CompressionTrainer(Trainer):
         from safetensors.torch import save_file
 
         Path(directory).mkdir(parents=True, exist_ok=True)
-        tensors = {"tokens": self.tokens.weight, **self.trained}
+        tensors = {"tokens": self.tokens.weight, **self.decoder}
         save_file(
             {name: tensor.detach().bfloat16().cpu() for name, tensor in tensors.items()},
             Path(directory) / "compression.safetensors",

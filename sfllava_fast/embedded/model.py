@@ -104,6 +104,12 @@ def load_model(directory: str | Path | None = None) -> LlavaForConditionalGenera
     return LlavaForConditionalGeneration.from_pretrained(directory or model_dir(), dtype=torch.float32)
 
 
+def decoder_weights(model: LlavaForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
+    """What a reduction trains of a frozen model, by name in the decoder: all of it but the words' embeddings."""
+    named = model.get_decoder().named_parameters()
+    return {name: p.requires_grad_() for name, p in named if "embed_tokens" not in name}
+
+
 def image_processor() -> CLIPImageProcessorPil:
     """Resize to the tower's size and normalise, as any CLIP image processor."""
     from transformers import CLIPImageProcessorPil
