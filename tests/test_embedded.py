@@ -16,6 +16,7 @@ from sfllava_fast import embedded
 from sfllava_fast.embedded import batches, compressing, evaluate, guidance, mixing, packing, questions, sample, scenes
 from sfllava_fast.embedded import train
 from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export, load_model
+from sfllava_fast.reduction.frames import token_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 
 SEEDS = range(24)
@@ -617,6 +618,33 @@ def test_packed_exam_counts_what_greedy_answers_get_right():
     assert counted == [right, asked] and 0 < right < asked
 
 
+def test_scene_targets_are_what_is_true_of_the_clip(tokenizer):
+    colours, shapes = list(scenes.COLOURS), list(scenes.SHAPES)
+    batch = batches.clip_batch(tokenizer, "scene", 0, 0, 6, 16)
+    told = compressing.scene_targets(batch)
+    assert told.shape == (6, len(compressing.SceneHeads.SIZES))
+    assert (told < torch.tensor(compressing.SceneHeads.SIZES)).all() and (told >= 0).any(0).all()
+    for clip, row in enumerate(told.tolist()):
+        scene = scenes.draw_scene(f"scene/0/{clip}")
+        assert row[-2:] == ([1 + digit for digit in divmod(scene.sign.number, 10)] if scene.sign else [0, 0])
+        assert row[-3] == len(scene.things)
+        counts = [sum(thing.colour == colour for thing in scene.things) for colour in colours]
+        counts += [sum(thing.shape == shape for thing in scene.things) for shape in shapes]
+        assert row[-19:-3] == [min(4, count) for count in counts]
+        told_kinds = [tuple(row[at : at + 2]) for at in range(0, 36, 2)]
+        passing = sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
+        found = [
+            [t for t in scene.of_kind("still") if scenes.place_name(t.begin) == place]
+            for line in scenes.PLACES for place in line
+        ]
+        found += [passing[:1], sorted(passing, key=lambda thing: thing.end)[-1:]]
+        found += [[t for t in passing if t.direction == direction] for direction in scenes.DIRECTIONS]
+        found += [[t for t in passing if questions.when(t) == moment] for moment in questions.WHEN]
+        for pair, things in zip(told_kinds, found, strict=True):
+            kinds = [(1 + colours.index(thing.colour), 1 + shapes.index(thing.shape)) for thing in things]
+            assert pair == ((*kinds, (0, 0))[0] if len(kinds) < 2 else (batches.IGNORE,) * 2), things
+
+
 REDUCED = {"mixture": mixing.MixtureTrainer, "compression": compressing.CompressionTrainer}
 
 
@@ -661,7 +689,7 @@ def test_stock_transformers_loads_the_model_whole():
     assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     assert chat_ids(processor.tokenizer, "read the sign.") == chat_ids(build_tokenizer(), "read the sign.")
-    assert sum(file.stat().st_size for file in where.parent.rglob("*") if file.is_file()) < 12e6
+    assert sum(file.stat().st_size for file in where.parent.rglob("*") if file.is_file()) < 14e6
 
 
 def test_export_keeps_the_weights(tmp_path):
@@ -690,6 +718,50 @@ def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     assert decoded.shape == drawn.shape and abs(decoded.astype(int) - drawn).mean() < 4
     answers = [model["both"].answer(embedded.sample_video(), question.text).text for question in asked]
     assert answers == embedded.sample_answers()
+
+
+def shipped(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The shipped model, packed, with the decoder's weights of a file that ships beside it; and what else is in it."""
+    from safetensors.torch import load_file
+
+    model, tensors = load_model().eval(), load_file(embedded.model_dir() / name)
+    names = dict(model.get_decoder().named_parameters())
+    assert not model.get_decoder().load_state_dict(
+        {key: tensors.pop(key) for key in names if key in tensors}, strict=False
+    ).unexpected_keys
+    packing.use_packed_attention(model)
+    return model, tensors
+
+
+def percent(scores: evaluate.Scores, *kinds: str) -> float:
+    right, asked = evaluate.total_of({kind: scores[kind] for kind in kinds or scores})
+    return 100 * right / asked
+
+
+@pytest.fixture(scope="module")
+def plain_scores():
+    model = load_model().eval()
+    packing.use_packed_attention(model)
+    return evaluate.examine_packed(model, clips=40, seed=11)
+
+
+def test_shipped_mixture_keeps_its_accuracy(plain_scores):
+    model, scorers = shipped("mixture.safetensors")
+    mixture = MixtureOfDepths(model, mixing.RATIO, "learned")
+    mixture.load_state_dict(scorers)
+    scores = evaluate.examine_packed(
+        model, clips=40, seed=11, around=lambda plan: mixture.frames(token_frames(plan, start=1))
+    )
+    assert percent(scores) >= percent(plain_scores) - 2, (scores, plain_scores)
+
+
+def test_shipped_compression_tokens_hold_the_clip():
+    model, tensors = shipped("compression.safetensors")
+    assert tensors.keys() == {"tokens"} and tensors["tokens"].shape == (4, 192)
+    tokens = tensors["tokens"].float()
+    scores = evaluate.examine_packed(model, clips=40, seed=11, compression=tokens)
+    blind = evaluate.examine_packed(model, clips=40, seed=11, compression=tokens.roll(1, 0) * 0)
+    assert percent(scores) >= 50 > percent(blind), (scores, blind)
 
 
 # What the card claims on clips of known pairs; the exported model reaches 90 to 100 % of each on 100 clips.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -49,9 +50,8 @@ class SceneHeads(torch.nn.Module):
         logits = self.read(F.rms_norm(held, held.shape[-1:]).flatten(1)).split(self.SIZES, -1)
         losses = []
         for logit, target in zip(logits, targets.T):
-            known = target != IGNORE
             losses.append(F.cross_entropy(logit, target, ignore_index=IGNORE, reduction="sum") / len(target))
-            shown = known & (target > 0)
+            shown = target > 0
             score["scene hits"] += int((logit.argmax(1) == target)[shown].sum())
             score["scene asked"] += int(shown.sum())
         return torch.stack(losses).mean()
@@ -59,26 +59,25 @@ class SceneHeads(torch.nn.Module):
 
 def scene_targets(batch: ClipBatch) -> Tensor:
     """What SceneHeads read, int64 [B, len(SIZES)]: 0 = nothing, IGNORE where two things or none of a name fit."""
-    return torch.tensor([_targets(facts, shown) for facts, shown in zip(batch.facts.tolist(), batch.shown)])
+    return torch.tensor([_targets(*clip) for clip in zip(batch.facts.tolist(), batch.shown)])
 
 
 def _targets(facts: list[list[int]], shown: Tensor) -> list[int]:
     """Of one clip: the facts of its things, and float [T, 64, things], which patches show them."""
-    things = [(dict(zip(FACTS, fact)), seen) for fact, seen in zip(facts[:-1], shown.any(1).T) if fact[1]]
+    seen = [frames.nonzero()[:, 0].tolist() for frames in shown.any(1).T]
+    things = [(dict(zip(FACTS, fact)), when) for fact, when in zip(facts[:-1], seen) if fact[1]]
     stills = [thing for thing, _ in things if thing["column"]]
-    passing = [(seen.int().argmax().item(), len(seen) - seen.flip(0).int().argmax().item(), thing)
-               for thing, seen in things if not thing["column"] and seen.any()]
-    cells = [[t for t in stills if (t["row"], t["column"]) == (row, column)]
-             for row in (1, 2, 3) for column in (1, 2, 3)]
-    ends = [[min(passing, key=lambda item: item[0])[2]], [max(passing, key=lambda item: item[0])[2]]] if passing else [
-        [], []]
-    ways = [[t for *_, t in passing if t["direction"] == way] for way in range(1, len(DIRECTIONS) + 1)]
-    whens = [[t for *_, t in passing if t["when"] == when] for when in range(1, len(WHEN) + 1)]
-    kinds = []
-    for found in (*cells, *ends, *ways, *whens):
-        kinds += _kind(found)
-    counts = [min(4, sum(t[key] == value for t, _ in things))
-              for key, names in (("colour", COLOURS), ("shape", SHAPES)) for value in range(1, len(names) + 1)]
+    passing = [(thing, when) for thing, when in things if not thing["column"] and when]
+    ends = sorted(passing, key=lambda item: item[1][0])[:1], sorted(passing, key=lambda item: -item[1][-1])[:1]
+    groups = [[t for t in stills if (t["row"], t["column"]) == cell] for cell in product((1, 2, 3), repeat=2)]
+    groups += [[t for t, _ in end] for end in ends]
+    for key, count in (("direction", len(DIRECTIONS)), ("when", len(WHEN))):
+        groups += [[t for t, _ in passing if t[key] == value] for value in range(1, count + 1)]
+    counts = [
+        min(4, sum(thing[key] == value for thing, _ in things))
+        for key, names in (("colour", COLOURS), ("shape", SHAPES)) for value in range(1, len(names) + 1)
+    ]
+    kinds = [value for group in groups for value in _kind(group)]
     return [*kinds, *counts, min(MOST_THINGS - 1, len(things)), *facts[-1][-2:]]
 
 
