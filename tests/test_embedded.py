@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from sfllava_fast import embedded
-from sfllava_fast.embedded import batches, evaluate, guidance, packing, questions, sample, scenes, train
-from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export
+from sfllava_fast.embedded import batches, compressing, evaluate, guidance, mixing, packing, questions, sample, scenes
+from sfllava_fast.embedded import train
+from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export, load_model
+from sfllava_fast.reduction.frames import token_frames
+from sfllava_fast.reduction.mixture import MixtureOfDepths
 
 SEEDS = range(24)
 
@@ -419,11 +422,11 @@ def test_packed_questions_get_the_logits_they_would_get_alone(tokenizer, mode):
     torch.testing.assert_close(logits, torch.cat(lone), atol=2e-5, rtol=1e-4)
 
 
-def trainer(folder, **changes) -> train.Trainer:
+def trainer(folder, **changes) -> train.ModelTrainer:
     args = train.parse(["--out", str(folder / "model"), "--work", str(folder), "--ranks", "1", "--smoke"])
     for key, value in changes.items():
         setattr(args, key, value)
-    return train.Trainer(args, 0, 1)
+    return train.ModelTrainer(args, 0, 1)
 
 
 @pytest.fixture
@@ -522,6 +525,154 @@ def test_the_script_runs_every_stage_on_two_ranks_and_exports(tmp_path):
     assert torch.equal(state[name].bfloat16(), kept)
 
 
+# --- fewer tokens inside the language model
+
+
+def alone_logits(plain, prefix, positions, batch, clip: int, mask=None) -> torch.Tensor:
+    """Logits at a clip's answers from the stock model, a question at a time behind a prefix [P, D]; positions: the
+    prefix's, and where the question goes on."""
+    embed, where, lone = plain.get_input_embeddings(), batch.targets != batches.IGNORE, []
+    for ids, here in zip(batch.ids[clip], where[clip]):
+        rows = torch.cat([prefix, embed(ids)])[None]
+        places = torch.tensor([[*positions[:-1], *range(positions[-1], positions[-1] + len(ids))]])
+        extra = {} if mask is None else {"attention_mask": mask(rows.shape[1])}
+        lone.append(plain(inputs_embeds=rows, position_ids=places, **extra).logits[0, -len(ids) :][here])
+    return torch.cat(lone)
+
+
+@pytest.fixture
+def packed_pair(tokenizer):
+    """A random model, the same one packed, two clips of nine frames, their features, and <s> with their visual tokens
+    [2, 1 + 164, D]."""
+    plain, packed = build_model(1).eval().requires_grad_(False), build_model(1).eval().requires_grad_(False)
+    packing.use_packed_attention(packed)
+    batch = batches.clip_batch(tokenizer, "test", 0, 0, 2, 9)
+    features = packing.encode_frames(packed, batch.pixels).unflatten(0, (2, -1))
+    visual = guidance.pool_tokens(plain.model.multi_modal_projector(features), 4)
+    start = plain.get_input_embeddings()(torch.full((2, 1), plain.config.text_config.bos_token_id))
+    return plain, packed, batch, features, torch.cat([start, visual], 1)
+
+
+def test_packed_questions_see_the_video_through_compression_tokens_alone(packed_pair):
+    plain, packed, batch, features, prefix = packed_pair
+    tokens = torch.randn(3, prefix.shape[2], generator=torch.Generator().manual_seed(0)) * 0.1
+    video, end = prefix.shape[1], prefix.shape[1] + 3
+
+    def mask(length: int) -> torch.Tensor:
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen[end:, 1:video] = False
+        return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+
+    rows = [torch.cat([one, tokens]) for one in prefix]
+    alone, whole = (
+        torch.cat([alone_logits(plain, rows[clip], range(end + 1), batch, clip, how) for clip in range(2)])
+        for how in (mask, None)
+    )
+    where = batch.targets != batches.IGNORE
+    logits = packing.packed_logits(packed, features, batch.ids, where, 4, compression=tokens)
+    torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-4)
+    assert (alone - whole).abs().max() > 1e-3
+
+
+def test_kept_tokens_stay_at_their_positions_when_packed(packed_pair):
+    plain, packed, batch, features, prefix = packed_pair
+    total, random_order = prefix.shape[1] - 1, torch.Generator().manual_seed(0)
+    kept = torch.stack([torch.randperm(total, generator=random_order)[:40].sort().values for _ in range(2)])
+    alone = [
+        alone_logits(plain, torch.cat([prefix[clip, :1], prefix[clip, 1 + kept[clip]]]),
+                     [0, *(1 + kept[clip]).tolist(), 1 + total], batch, clip)
+        for clip in range(2)
+    ]
+    where = batch.targets != batches.IGNORE
+    logits = packing.packed_logits(packed, features, batch.ids, where, 4, keep=lambda visual: kept)
+    torch.testing.assert_close(logits, torch.cat(alone), atol=2e-5, rtol=1e-4)
+
+
+def test_packed_questions_get_what_mixed_layers_would_give_them_alone(packed_pair):
+    plain, packed, batch, features, prefix = packed_pair
+    frames = [1 + 32 * number for number in range(5)] + [133 + 4 * number for number in range(9)]
+    mixtures = [MixtureOfDepths(model, 0.2, "norm") for model in (plain, packed)]
+    where = batch.targets != batches.IGNORE
+    before = packing.packed_logits(packed, features, batch.ids, where, 4)
+    with mixtures[0].frames(frames), mixtures[1].frames(frames):
+        mixed = packing.packed_logits(packed, features, batch.ids, where, 4)
+        alone = [
+            alone_logits(plain, prefix[clip], range(prefix.shape[1] + 1), batch, clip) for clip in range(2)
+        ]
+    torch.testing.assert_close(mixed, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    assert (mixed - before).abs().max() > 1e-3
+
+
+def test_packed_exam_counts_what_greedy_answers_get_right():
+    """The model's own answers, token by token, about the drawn frames of the same clips."""
+    model = load_model().eval()
+    packing.use_packed_attention(model)
+    counted = evaluate.total_of(evaluate.examine_packed(model, clips=4, seed=5))
+    whole, right, asked = evaluate.load_models(None, ablation=False)["both"], 0, 0
+    for scene, total, exam in evaluate.draw_exam(4, 5, "train"):
+        # The tower's size: nothing is left to resize.
+        halves = scenes.render(scene, scenes.frame_times(list(range(total)), total), half=True)
+        answers = evaluate.answer_all(whole, halves, exam)
+        right += sum(answer == question.answer for answer, question in zip(answers, exam))
+        asked += len(exam)
+    assert counted == [right, asked] and 0 < right < asked
+
+
+def test_scene_targets_are_what_is_true_of_the_clip(tokenizer):
+    colours, shapes = list(scenes.COLOURS), list(scenes.SHAPES)
+    batch = batches.clip_batch(tokenizer, "scene", 0, 0, 6, 16)
+    told = compressing.scene_targets(batch)
+    assert told.shape == (6, len(compressing.SceneHeads.SIZES))
+    assert (told < torch.tensor(compressing.SceneHeads.SIZES)).all() and (told >= 0).any(0).all()
+    for clip, row in enumerate(told.tolist()):
+        scene = scenes.draw_scene(f"scene/0/{clip}")
+        assert row[-2:] == ([1 + digit for digit in divmod(scene.sign.number, 10)] if scene.sign else [0, 0])
+        assert row[-3] == len(scene.things)
+        counts = [sum(thing.colour == colour for thing in scene.things) for colour in colours]
+        counts += [sum(thing.shape == shape for thing in scene.things) for shape in shapes]
+        assert row[-19:-3] == [min(4, count) for count in counts]
+        told_kinds = [tuple(row[at : at + 2]) for at in range(0, 36, 2)]
+        passing = sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
+        found = [
+            [t for t in scene.of_kind("still") if scenes.place_name(t.begin) == place]
+            for line in scenes.PLACES for place in line
+        ]
+        found += [passing[:1], sorted(passing, key=lambda thing: thing.end)[-1:]]
+        found += [[t for t in passing if t.direction == direction] for direction in scenes.DIRECTIONS]
+        found += [[t for t in passing if questions.when(t) == moment] for moment in questions.WHEN]
+        for pair, things in zip(told_kinds, found, strict=True):
+            kinds = [(1 + colours.index(thing.colour), 1 + shapes.index(thing.shape)) for thing in things]
+            assert pair == ((*kinds, (0, 0))[0] if len(kinds) < 2 else (batches.IGNORE,) * 2), things
+
+
+REDUCED = {"mixture": mixing.MixtureTrainer, "compression": compressing.CompressionTrainer}
+
+
+def reduced_trainer(folder, kind: str):
+    args = train.parse(
+        ["--train", kind, "--out", str(folder / "out"), "--work", str(folder), "--ranks", "1", "--smoke"]
+    )
+    return REDUCED[kind](args, 0, 1)
+
+
+@pytest.mark.parametrize("kind", REDUCED)
+def test_reduced_training_resumes_bit_for_bit_and_leaves_the_rest_alone(tmp_path, small_batches, kind):
+    run = reduced_trainer(tmp_path, kind)
+    before = {name: p.clone() for name, p in run.model.state_dict().items()}
+    while run.next_stage():
+        run.train_step()
+    run.save(tmp_path / "checkpoint.pt")
+    after = [run.train_step() for _ in range(2)]
+    again = reduced_trainer(tmp_path, kind)
+    again.load(tmp_path / "checkpoint.pt")
+    assert [again.train_step() for _ in range(2)] == after
+    for a, b in zip(run.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+    for name, p in run.model.state_dict().items():
+        trained = "language_model" in name and "embed_tokens" not in name
+        assert torch.equal(p, before[name]) != trained, name
+
+
 # --- what ships
 
 
@@ -538,7 +689,7 @@ def test_stock_transformers_loads_the_model_whole():
     assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     assert chat_ids(processor.tokenizer, "read the sign.") == chat_ids(build_tokenizer(), "read the sign.")
-    assert sum(file.stat().st_size for file in where.parent.rglob("*") if file.is_file()) < 12e6
+    assert sum(file.stat().st_size for file in where.parent.rglob("*") if file.is_file()) < 14e6
 
 
 def test_export_keeps_the_weights(tmp_path):
@@ -567,6 +718,50 @@ def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     assert decoded.shape == drawn.shape and abs(decoded.astype(int) - drawn).mean() < 4
     answers = [model["both"].answer(embedded.sample_video(), question.text).text for question in asked]
     assert answers == embedded.sample_answers()
+
+
+def shipped(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The shipped model, packed, with the decoder's weights of a file that ships beside it; and what else is in it."""
+    from safetensors.torch import load_file
+
+    model, tensors = load_model().eval(), load_file(embedded.model_dir() / name)
+    names = dict(model.get_decoder().named_parameters())
+    assert not model.get_decoder().load_state_dict(
+        {key: tensors.pop(key) for key in names if key in tensors}, strict=False
+    ).unexpected_keys
+    packing.use_packed_attention(model)
+    return model, tensors
+
+
+def percent(scores: evaluate.Scores, *kinds: str) -> float:
+    right, asked = evaluate.total_of({kind: scores[kind] for kind in kinds or scores})
+    return 100 * right / asked
+
+
+@pytest.fixture(scope="module")
+def plain_scores():
+    model = load_model().eval()
+    packing.use_packed_attention(model)
+    return evaluate.examine_packed(model, clips=40, seed=11)
+
+
+def test_shipped_mixture_keeps_its_accuracy(plain_scores):
+    model, scorers = shipped("mixture.safetensors")
+    mixture = MixtureOfDepths(model, mixing.RATIO, "learned")
+    mixture.load_state_dict(scorers)
+    scores = evaluate.examine_packed(
+        model, clips=40, seed=11, around=lambda plan: mixture.frames(token_frames(plan, start=1))
+    )
+    assert percent(scores) >= percent(plain_scores) - 2, (scores, plain_scores)
+
+
+def test_shipped_compression_tokens_hold_the_clip():
+    model, tensors = shipped("compression.safetensors")
+    assert tensors.keys() == {"tokens"} and tensors["tokens"].shape == (4, 192)
+    tokens = tensors["tokens"].float()
+    scores = evaluate.examine_packed(model, clips=40, seed=11, compression=tokens)
+    blind = evaluate.examine_packed(model, clips=40, seed=11, compression=tokens.roll(1, 0) * 0)
+    assert percent(scores) >= 50 > percent(blind), (scores, blind)
 
 
 # What the card claims on clips of known pairs; the exported model reaches 90 to 100 % of each on 100 clips.

@@ -13,17 +13,25 @@ import random
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 
-from ..config import SlowFastConfig
-from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
-from .scenes import SPLITS, Scene, draw_scene, write_video
+from ..config import SlowFastConfig, sample_frames
 from ..errors import SfllavaError
+from ..plan import Plan
+from .batches import IGNORE, encode_questions, normalise
+from .model import build_tokenizer
+from .packing import encode_frames, packed_logits
+from .questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
+from .scenes import GRID, SPLITS, Scene, draw_scene, frame_times, render, write_video
 
 if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
     from ..engine import SlowFastLlava
 
 VIDEO_LENGTHS = (48, 64, 80, 96)
@@ -91,19 +99,46 @@ def examine(
     return {name: dict(score) for name, score in scores.items()}
 
 
-def load_models(directory: str | None, ablation: bool) -> dict[str, SlowFastLlava]:
-    """The model as it ships, and with `ablation` also with each pathway alone."""
+def examine_packed(
+    model: LlavaForConditionalGeneration, clips: int, seed: int, split: str = "train",
+    around: Callable[[Plan], AbstractContextManager] = nullcontext, **packed: Any,
+) -> Scores:
+    """Scores of a model after `use_packed_attention`: the exam on drawn frames, without video files, a clip in one
+    forward pass. An answer is right if every word is, given the right ones before: so greedy tokens are.
+
+    around: the context of a clip's pass, from its layout's plan. packed: for `packed_logits`.
+    """
+    tokenizer, frames = build_tokenizer(), model.config.sfllava_fast["frames"]
+    layout = SlowFastConfig.parse(model.config.sfllava_fast["layout"])
+    scores: Scores = defaultdict(lambda: [0, 0])
+    for scene, total, questions in draw_exam(clips, seed, split):
+        pictures = render(scene, frame_times(sample_frames(total, frames), total), half=True)
+        ids, targets = encode_questions(tokenizer, [questions])
+        where = targets != IGNORE
+        with torch.inference_mode(), around(layout.plan(frames, (GRID, GRID))):
+            features = encode_frames(model, normalise(pictures))[None]
+            logits = packed_logits(model, features, ids, where, layout.slow_frames, **packed)
+        wrong = torch.zeros_like(where)
+        wrong[where] = logits.argmax(-1) != targets[where]
+        for question, missed in zip(questions, wrong[0].any(-1).tolist()):
+            scores[kind_of(question)][0] += not missed
+            scores[kind_of(question)][1] += 1
+    return dict(scores)
+
+
+def load_models(directory: str | None, ablation: bool, reduction: str | None = None) -> dict[str, SlowFastLlava]:
+    """The model as it ships, and with `ablation` also with each pathway alone, with `reduction` also so reduced."""
     from ..engine import SlowFastLlava
 
     both = SlowFastLlava.from_pretrained(directory)
-    if not ablation:
-        return {"both": both}
-    layout = SlowFastConfig.parse(both.layout)
-    alone = {
-        f"{name} only": SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
-        for name in ("slow", "fast")
-    }
-    return {"both": both, **alone}
+    models = {"both": both}
+    if ablation:
+        layout = SlowFastConfig.parse(both.layout)
+        for name in ("slow", "fast"):
+            models[f"{name} only"] = SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
+    if reduction:
+        models[reduction] = SlowFastLlava.from_pretrained(directory, reduction=reduction)
+    return models
 
 
 def total_of(scores: Scores) -> list[int]:
@@ -138,6 +173,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")
     parser.add_argument("--ablation", action="store_true",
                         help="also with the slow and the fast pathway alone")
+    parser.add_argument("--reduction", help="also with fewer tokens inside the language model, such as mixture:0.2 or "
+                        "compress, as the engine takes it")
     parser.add_argument("--model", help="a directory; default: the model that ships")
     parser.add_argument("--json", metavar="FILE", help="also write the counts there")
     return parser.parse_args(argv)
@@ -146,7 +183,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        models = load_models(args.model, args.ablation)
+        models = load_models(args.model, args.ablation, args.reduction)
         scores = examine(models, args.clips, args.seed, args.split, args.new_phrasings, args.frames)
     except SfllavaError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import model_dir
 from .questions import vocabulary
 from .scenes import GRID, PATCH, TOWER_SIZE
 
@@ -94,6 +95,19 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
             part.weight.data.mul_((2 * text.num_hidden_layers) ** -0.5)
     return model
+
+
+def load_model(directory: str | Path | None = None) -> LlavaForConditionalGeneration:
+    """A trained model in float32; None: the one that ships."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(directory or model_dir(), dtype=torch.float32)
+
+
+def decoder_weights(model: LlavaForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
+    """What a reduction trains of a frozen model, by name in the decoder: all of it but the words' embeddings."""
+    named = model.get_decoder().named_parameters()
+    return {name: p.requires_grad_() for name, p in named if "embed_tokens" not in name}
 
 
 def image_processor() -> CLIPImageProcessorPil:

@@ -9,14 +9,10 @@ average their gradients.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import socket
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,33 +20,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from .batches import IGNORE, Diet, clip_batch, image_batch, patch_words
+from .compressing import CompressionTrainer
 from .guidance import ClipHeads, Guide
-from .model import build_model, build_tokenizer, export
+from .mixing import MixtureTrainer
+from .model import build_model, export
 from .packing import encode_frames, packed_logits, use_packed_attention
-from .questions import TYPES
 from .scenes import COLOURS, GRID, NO_NAME, SHAPES
-
-LOG_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training: which part it trains, its steps, its learning rate from peak to end, its data."""
-
-    name: str
-    trains: str  # "tower", "words" (projector and embeddings) or "language" (those and the decoder)
-    steps: int
-    rate: float
-    end_rate: float
-    warmup: int = 30
-    diet: Diet = Diet()
-    guided: bool = False
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine from `rate` to `end_rate`."""
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.end_rate + (self.rate - self.end_rate) * fall)
-
+from .trainer import Stage, Trainer, run
 
 FORM = Diet(tinted=0.5)  # half of the shapes have no colour's name, so shape is read without regard to colour
 STAGES = (
@@ -66,7 +42,6 @@ STAGES = (
 )
 WORDED_IMAGES = 8
 IMAGES_PER_RANK = 32
-BATCH_RANKS = 2  # the global batch is always that of two ranks
 
 
 class PatchHeads(torch.nn.Module):
@@ -112,36 +87,23 @@ class PatchHeads(torch.nn.Module):
         return total
 
 
-class Trainer:
-    """One rank's model, optimiser and place in the schedule."""
+class ModelTrainer(Trainer):
+    """Trains the model itself: "tower", "words" (projector and embeddings) or "language" (those and the decoder)."""
+
+    STAGES = STAGES
 
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int):
-        self.args, self.rank, self.ranks = args, rank, ranks
-        self.device = torch.device(args.device)
-        self.tokenizer = build_tokenizer()
         self.model = build_model(args.seed)
         use_packed_attention(self.model)
         self.patch_heads = PatchHeads(self.model.config.vision_config.hidden_size)
         self.clip_heads = ClipHeads()
-        for part in (self.model, self.patch_heads, self.clip_heads):
-            part.to(self.device).train()
-        self.stage, self.step, self.score, self.seconds = 0, 0, Counter(), 0.0
-        self.optimizer = self._optimizer()
+        modules = {"model": self.model, "patch_heads": self.patch_heads, "clip_heads": self.clip_heads}
+        super().__init__(args, rank, ranks, modules)
 
-    @property
-    def stages(self) -> list[Stage]:
-        scale = self.args.steps_scale
-        return [
-            replace(s, steps=max(1, round(s.steps * scale)), warmup=math.ceil(s.warmup * scale))
-            for s in STAGES
-        ]
+    def export(self, directory: str | Path) -> None:
+        export(self.model, directory)
 
-    @property
-    def now(self) -> Stage:
-        return self.stages[self.stage]
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that this stage trains."""
+    def parameters(self) -> list[torch.nn.Parameter]:
         inner = self.model.model
         if self.now.trains == "tower":
             tower = [p for key, p in inner.vision_tower.named_parameters() if "post_layernorm" not in key]
@@ -152,28 +114,8 @@ class Trainer:
         decoder = [p for key, p in inner.language_model.named_parameters() if "embed_tokens" not in key]
         return [*words, *decoder, *self.clip_heads.parameters()]
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self._parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.03)
-
-    def train_step(self) -> float:
-        """One update; returns this rank's loss."""
-        self.optimizer.param_groups[0]["lr"] = self.now.rate_at(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        shares = range(self.rank, BATCH_RANKS, self.ranks)
-        losses = []
-        for share in shares:
-            on_images = self.now.trains in ("tower", "words")
-            loss = self._image_loss(share) if on_images else self._language_loss(share)
-            (loss / len(shares)).backward()
-            losses.append(loss.item())
-        parameters = self._parameters()
-        for p in parameters:  # a reader that had nothing to read on this rank may have had on the other
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self._average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.step += 1
-        return sum(losses) / len(losses)
+    def loss(self, share: int) -> torch.Tensor:
+        return self._image_loss(share) if self.now.trains in ("tower", "words") else self._language_loss(share)
 
     def _images(self, share: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Patch features and labels of `count` single frames."""
@@ -213,146 +155,22 @@ class Trainer:
         logits = packed_logits(self.model, features, *questions, layout.slow, layout.mode, guide)
         target = batch.targets[where].to(self.device)
         if layout.mode == "both":
-            self._count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
+            self.count_hits(batch.types, where, (logits.argmax(1) == target).cpu())
         loss = F.cross_entropy(logits, target)
         if guide is not None:
             loss = loss + guide.loss(self.clip_heads, self.score)
             loss = loss + 0.3 * self._align_loss(*self._images(share, WORDED_IMAGES))
         return loss
 
-    def _count_hits(self, types: torch.Tensor, where: torch.Tensor, hits: torch.Tensor) -> None:
-        """Questions answered rightly, word for word, given the words before."""
-        wrong = torch.zeros_like(where)
-        wrong[where] = ~hits
-        right = ~wrong.any(-1)
-        for kind, ok in zip(types.flatten().tolist(), right.flatten().tolist()):
-            self.score[f"{TYPES[kind]} hits"] += ok
-            self.score[f"{TYPES[kind]} asked"] += 1
 
-    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        if self.ranks == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.div_(self.ranks).split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))
-
-    def finished_stage(self) -> bool:
-        return self.step >= self.now.steps
-
-    def next_stage(self) -> bool:
-        """Moves on; False where there is no stage left."""
-        if self.stage + 1 == len(self.stages):
-            return False
-        trained = self.now.trains
-        self.stage, self.step, self.score = self.stage + 1, 0, Counter()
-        if self.now.trains != trained:
-            self.optimizer = self._optimizer()
-        return True
-
-    def save(self, path: Path) -> None:
-        """Writes everything that a resumed run needs, never half of it."""
-        state = {
-            "model": self.model.state_dict(), "patch_heads": self.patch_heads.state_dict(),
-            "clip_heads": self.clip_heads.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "stage": self.stage, "step": self.step, "seconds": self.seconds, "scale": self.args.steps_scale,
-        }
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["scale"] != self.args.steps_scale:
-            sys.exit(f"{path} was trained with --steps-scale {state['scale']}: pass the same to resume it")
-        self.model.load_state_dict(state["model"])
-        self.patch_heads.load_state_dict(state["patch_heads"])
-        self.clip_heads.load_state_dict(state["clip_heads"])
-        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
-        self.optimizer = self._optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def run(args: argparse.Namespace, rank: int, ranks: int) -> None:
-    """The whole schedule on one rank; rank 0 reports, saves and exports."""
-    trainer = Trainer(args, rank, ranks)
-    work = Path(args.work)
-    checkpoint = work / "checkpoint.pt"
-    if args.resume and checkpoint.exists():
-        trainer.load(checkpoint)
-    lead = rank == 0
-    work.mkdir(parents=True, exist_ok=True)
-    with Report(work, trainer, lead) as report:
-        running = True
-        while running:
-            saved = time.monotonic()
-            while not trainer.finished_stage():
-                begun = time.monotonic()
-                loss = trainer.train_step()
-                trainer.seconds += time.monotonic() - begun
-                report.step(loss)
-                if lead and time.monotonic() - saved > args.save_every:
-                    saved = time.monotonic()
-                    trainer.save(checkpoint)
-                    export(trainer.model, args.out)
-            report.flush()
-            running = trainer.next_stage()
-            if lead:
-                trainer.save(checkpoint)
-                export(trainer.model, args.out)
-
-
-class Report:
-    """Progress on stderr and one JSON line each LOG_EVERY steps in log.jsonl; silent on other ranks."""
-
-    def __init__(self, work: Path, trainer: Trainer, lead: bool):
-        self.trainer, self.lead, self.losses = trainer, lead, []
-        self.path = work / "log.jsonl"
-
-    def __enter__(self) -> Report:
-        if self.lead:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.progress = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
-            self.progress.start()
-            self.bars = {s.name: self.progress.add_task(s.name, total=s.steps) for s in self.trainer.stages}
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.lead:
-            self.progress.stop()
-
-    def step(self, loss: float) -> None:
-        self.losses.append(loss)
-        if not self.lead:
-            return
-        self.progress.update(self.bars[self.trainer.now.name], completed=self.trainer.step)
-        if self.trainer.step % LOG_EVERY == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.lead or not self.losses:
-            return
-        score = self.trainer.score
-        kinds = [key.removesuffix(" asked") for key in score if key.endswith(" asked") and score[key]]
-        rates = {kind: round(score[f"{kind} hits"] / score[f"{kind} asked"], 3) for kind in kinds}
-        line = {
-            "stage": self.trainer.now.name, "step": self.trainer.step,
-            "loss": round(sum(self.losses) / len(self.losses), 4),
-            "seconds": round(self.trainer.seconds), "right": rates,
-        }
-        with self.path.open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        head = f"{line['stage']} {line['step']} loss {line['loss']} {line['seconds']} s"
-        self.progress.console.print(f"{head} {rates}")
-        self.losses, self.trainer.score = [], Counter()
+TRAINERS = {"model": ModelTrainer, "mixture": MixtureTrainer, "compression": CompressionTrainer}
 
 
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(max(1, args.threads // args.ranks))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)
     try:
-        run(args, rank, args.ranks)
+        run(TRAINERS[args.train](args, rank, args.ranks))
     finally:
         dist.destroy_process_group()
 
@@ -368,6 +186,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m sfllava_fast.embedded.train", description=__doc__.split("\n\n")[0],
         epilog="example: python -m sfllava_fast.embedded.train --out out/embedded --ranks 2",
     )
+    parser.add_argument("--train", choices=tuple(TRAINERS), default="model",
+                        help="the model; or, for a trained one, a mixture of depths, or compression tokens")
+    parser.add_argument("--from", dest="start", metavar="DIR",
+                        help="the trained model that is gone on from; default: the one that ships")
     parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")
     parser.add_argument("--work", default="runs/embedded", help="where checkpoint.pt and log.jsonl go")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2 if (os.cpu_count() or 1) > 1 else 1)
@@ -381,7 +203,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="some 20 steps in all, to see that it runs")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.steps_scale = 20 / sum(stage.steps for stage in STAGES)
+        args.steps_scale = 20 / sum(stage.steps for stage in TRAINERS[args.train].STAGES)
     if args.device != "cpu":
         args.ranks = 1
     return args
@@ -391,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.ranks == 1:
         torch.set_num_threads(args.threads)
-        run(args, 0, 1)
+        run(TRAINERS[args.train](args, 0, 1))
         return 0
     torch.multiprocessing.spawn(_rank_main, (args, _free_port()), nprocs=args.ranks)
     return 0
