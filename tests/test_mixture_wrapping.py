@@ -47,9 +47,11 @@ def test_wrapping_again_undoes_the_first():
     model = tiny()
     before = attributes(model)
     first = MixtureOfDepths(model, 0.3)
-    second = MixtureOfDepths(model.model, 0.6, layers=[4])
+    second = MixtureOfDepths(model.model, 0.6, layers=[1])
     expected = logits(model, second)
     assert torch.equal(logits(model, first), logits(model))
+    with first.frames(FRAMES):
+        assert torch.equal(logits(model, second), expected)
     first.undo()
     assert torch.equal(logits(model, second), expected)
     second.undo()
