@@ -10,6 +10,7 @@ from mixture_oracle import attention_score, llama_logits, logits_by_layers, norm
 from tiny_llava import tiny_config, tiny_model
 from torch import nn
 from transformers import DynamicCache
+from transformers.masking_utils import flash_attention_mask
 
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 from sfllava_fast.reduction.scorers import AttentionReceived
@@ -100,27 +101,42 @@ def test_prefill_in_parts_and_decoding_equal_full_recomputation(family, attentio
     assert [cache.get_seq_length(at) for at in range(6)] == [TOTAL - count for count in mixture.skipped(FRAMES)]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def flash(module, query, key, value, attention_mask, scaling, position_ids=None, **_):
+    """Attention as flash-attn's: causal from the last row up, padding by key; a gap in positions begins a sequence."""
+    assert position_ids is None or bool((position_ids.diff() <= 1).all())
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None]
+    key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
+    logits = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("stand_in", flash)
+transformers.AttentionMaskInterface.register("stand_in", flash_attention_mask)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "stand_in"])
 @pytest.mark.parametrize("scorer", ["norm", "attention"])
 def test_left_padding(attention, scorer):
     """Rows that begin behind padding keep their own positions, and padding takes part in no score."""
-    model, ids, paddings = tiny(attention=attention, dtype=torch.float32), prompt(rows=2), [0, 2]
+    model, ids = tiny(attention=attention, dtype=torch.float32), prompt(rows=2)
+    paddings, frames, cut = [0, 7], (8, 14, 20, 26), 30  # the attention scorer asks the last token of the prefill
     mask = torch.ones_like(ids)
-    mask[1, :2] = 0
+    mask[1, :7] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     mixture = MixtureOfDepths(model, {1: 0.3, 3: 0.6}, scorer)
     score = {"norm": norm_score, "attention": attention_score}[scorer]
-    cut = 30  # the attention scorer asks the last token of the prefill
-    expected = logits_by_layers(model, ids[:, :cut], FRAMES, mixture.ratios, score, paddings)
+    expected = logits_by_layers(model, ids[:, :cut], frames, mixture.ratios, score, paddings)
     cache = DynamicCache(config=model.config)
-    with mixture.frames(FRAMES):
+    with mixture.frames(frames):
         prefill = dict(attention_mask=mask[:, :cut], position_ids=positions[:, :cut])
         found = model(ids[:, :cut], past_key_values=cache, **prefill).logits
         close(found[0], expected[0])
-        close(found[1, 2:], expected[1, 2:])
+        close(found[1, 7:], expected[1, 7:])
         if scorer == "norm":
             found = model(ids[:, cut:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, cut:])
-            expected = logits_by_layers(model, ids, FRAMES, mixture.ratios, score, paddings)
+            expected = logits_by_layers(model, ids, frames, mixture.ratios, score, paddings)
             close(found.logits, expected[:, cut:])
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mixture_oracle import allowed_pairs
+from test_mixture import tiny
 from torch import nn
 
 from sfllava_fast.errors import InputError, PatchError
@@ -53,6 +55,20 @@ def test_attention_that_is_not_known():
     given.layer.self_attn.scaling = 1.0
     with pytest.raises(PatchError, match="does not know MultiheadAttention"):
         AttentionReceived()(given)
+
+
+def test_attention_leaves_padding_out():
+    """A row behind 7 tokens of padding scores as it does alone."""
+    model = tiny(dtype=torch.float32)
+    layer, hidden = model.model.layers[1], torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+    rotary = model.model.rotary_emb(hidden, torch.arange(20)[None])
+    mask = allowed_pairs(20, padding=7)[None, None]
+    scorer = AttentionReceived(2)
+    padded = LayerInput(hidden, 9, 15, layer, {"position_embeddings": rotary, "attention_mask": mask})
+    alone = {"position_embeddings": tuple(part[:, 7:] for part in rotary)}
+    torch.testing.assert_close(scorer(padded), scorer(LayerInput(hidden[:, 7:], 2, 8, layer, alone)))
+    unmasked = LayerInput(hidden, 9, 15, layer, {"position_embeddings": rotary})
+    assert (scorer(padded) - scorer(unmasked)).abs().max() > 1e-3
 
 
 def test_training_free_scorers_take_no_part_in_gradients():
