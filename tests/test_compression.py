@@ -308,7 +308,7 @@ def test_tokens_learn():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_put_in_and_back(tied, tmp_path):
-    model, trained = llama(tied), llama(tied, seed=7)
+    model, trained = llama(tied).requires_grad_(), llama(tied, seed=7)
     names = ["embed_tokens.weight", "layers.1.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"]
     theirs = dict(trained.model.named_parameters()) | {"lm_head.weight": trained.lm_head.weight}
     path = learned(weights={name: theirs[name] for name in names}).save(tmp_path / "k2.safetensors")
@@ -323,6 +323,7 @@ def test_weights_are_put_in_and_back(tied, tmp_path):
     assert not expected.load_state_dict(dict(zip(full, map(theirs.get, names))), strict=False).unexpected_keys
     with compression.install(model):
         assert torch.equal(model(ids).logits, expected(ids).logits)
+        assert all(weight.requires_grad for weight in model.parameters())
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         again = compression.install(model)  # as a notebook's cell would
         assert torch.equal(model(ids).logits, expected(ids).logits)
@@ -336,8 +337,9 @@ def test_weights_and_mixture_of_depths_leave_each_other_alone():
     model = llama()
     weight, layer = model.model.norm.weight, model.model.layers[1]
     mixture = MixtureOfDepths(model.float())
-    put = learned(weights={"norm.weight": torch.ones(WIDTH)}).install(model)
+    put = learned(weights={"norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16)}).install(model)
     assert "forward" in vars(layer) and model.model.norm.weight is not weight
+    assert model.model.norm.weight.dtype == torch.float32
     mixture.undo()
     assert "forward" not in vars(layer) and model.model.norm.weight is not weight
     put.undo()
