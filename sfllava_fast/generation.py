@@ -141,6 +141,8 @@ class LanguageModel:
         if cache.rows > 1 or (self.device.type == "cuda" and not self.rescales(max(lengths) + most)):
             step = cache.step = cache.step or StaticStep(self, cache)
             step.start(ids, lengths)
+        else:
+            (cache.length,) = lengths
         for made in range(most):
             yield ids.tolist()
             if made < most - 1:

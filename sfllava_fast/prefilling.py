@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Reduction = Mixture | Pruning | CompressionFile | Compression
 
-# Files that a model may bring beside its weights.
-SHIPPED_EXPERTS, SHIPPED_TOKENS = "mixture.safetensors", "compression.safetensors"
+# Files that a model may bring in its directory; not beside its weights, where others load all that there is.
+SHIPPED_EXPERTS, SHIPPED_TOKENS = "reduction/mixture.safetensors", "reduction/compression.safetensors"
 
 
 class Place(NamedTuple):
@@ -115,8 +115,8 @@ class MixedPrefilling(Prefilling):
 
         super().__init__(language, context, f"mixture:{settings}".rstrip(":"))
         file = settings.file
-        if settings.scorer is None and home and (home / SHIPPED_EXPERTS).is_file() and settings.layers is None:
-            file = home / SHIPPED_EXPERTS
+        if settings.scorer is None and settings.layers is None:
+            file = _shipped(home, SHIPPED_EXPERTS)
         if file:
             self.mixture = MixtureOfDepths.load(model, file, settings.ratio)
         else:
@@ -210,10 +210,14 @@ def make_prefilling(
     if isinstance(reduction, Pruning):
         return PrunedPrefilling(language, context, reduction)
     if isinstance(reduction, CompressionFile):
-        file = reduction.file or home and home / SHIPPED_TOKENS
+        file = reduction.file or _shipped(home, SHIPPED_TOKENS)
         if file is None:
             raise InputError("this model brings no compression tokens: name a file of them, compress:FILE")
         reduction = Compression.load(file)
     if not isinstance(reduction, Compression):
         raise InputError(f"{reduction!r} is no reduction: pass its settings, or write {FORMS}")
     return CompressedPrefilling(language, context, reduction, text, model)
+
+
+def _shipped(home: Path | None, name: str) -> Path | None:
+    return home / name if home is not None and (home / name).is_file() else None

@@ -5,26 +5,19 @@ import weakref
 
 import pytest
 import torch
-from tiny_engine import LAYOUT, QUESTION, Clip, count_calls, logits_of
+from tiny_engine import LAYOUT, QUESTION, Clip, count_calls, file_session, logits_of
 from tiny_llava import byte_tokenizer
 
 from sfllava_fast import SlowFastLlava
 from sfllava_fast.errors import BackendError, ContextError, InputError, LayoutError, OutOfMemoryError
 from sfllava_fast.prompts import Turn
-from sfllava_fast.session import Session
 from sfllava_fast.stream import kept_frames
-from sfllava_fast.video import MemoryVideo, open_video
+from sfllava_fast.video import open_video
 
 OTHER = "Where does it go, and why so slowly?"
 ASK = {"max_new_tokens": 4}
 FRAMES = Clip(60).pictures
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32; logits are about 1, and products are summed in another order
-
-
-def file_session(model, frames):
-    """A session about all of these frames: `open` would sample other ones, so many or not."""
-    plan = model.layout.plan(len(frames), model.checkpoint.grid)
-    return Session(model, "file", MemoryVideo(frames), range(len(frames)), plan)
 
 
 def ask_file(model, frames, question=QUESTION):

@@ -358,6 +358,12 @@ def test_a_batch_answers_as_each_alone(model):
     assert len({tuple(answer.token_ids) for answer in answers}) > 2
 
 
+def test_a_batch_of_one_question(model):
+    (answer,) = model.answer_batch([(Clip(), QUESTION)], frames=9, **ASK)
+    assert answer.token_ids == model.answer(Clip(), QUESTION, frames=9, **ASK).token_ids
+    assert len(set(answer.token_ids)) > 1
+
+
 def test_a_batch_runs_the_language_model_once_a_step(load, monkeypatch):
     model = load()
     encoded = count_calls(monkeypatch, model, "write_video")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from sfllava_fast.session import Session
 from sfllava_fast.video import MemoryVideo
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
@@ -26,6 +27,12 @@ class Clip(MemoryVideo):
 class Unreadable(Clip):
     def stream(self, *_):
         raise AssertionError("frames were decoded although the question cannot be answered")
+
+
+def file_session(model, frames):
+    """A session about all of these frames: `open` would sample other ones, so many or not."""
+    plan = model.layout.plan(len(frames), model.checkpoint.grid)
+    return Session(model, "file", MemoryVideo(frames), range(len(frames)), plan)
 
 
 def count_calls(monkeypatch, owner, name):
