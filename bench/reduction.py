@@ -108,7 +108,7 @@ def plot(result: dict, path: Path) -> None:
         [line] = of_plain.plot(RATIOS, [shares(rows_, contender)[what] for contender in swept], style, label=what)
         if (limit := BARS.get(what)) is not None:
             of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
-    of_plain.set(ylabel="of the plain model's prefill", ylim=(0, 1.1))
+    of_plain.set(ylabel="of the plain model's prefill", ylim=(0, None))
     for key, label in {"peak_bytes": "most that a prefill adds", "cache_bytes": "key/value cache"}.items():
         if all(rows_[contender][key] for contender in swept):
             megabytes.plot(RATIOS, [rows_[contender][key] / 1e6 for contender in swept], "o-", label=label)

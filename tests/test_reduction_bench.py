@@ -26,7 +26,7 @@ from sfllava_fast import backends
 from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.reduction import routing  # defines the op
 from sfllava_fast.reduction.frames import token_frames
-from sfllava_fast.reduction.rows import gather_rows, scatter_rows, top_per_frame
+from sfllava_fast.reduction.rows import gather_many, scatter_rows, top_per_frame
 
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=8)
 FRAMES = (5, 15, 25, 29, 33)  # two frames of 10 tokens, two of 4
@@ -37,6 +37,7 @@ HELD = f"{SWEPT} {RATIO}"  # whose bars are the issue's
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(mixture, "GRID", (8, 8))
+    monkeypatch.setattr(mixture, "FRAMES", 10)
     monkeypatch.setitem(reduction.PREFILLS, "cpu", Prefill("tiny", TINY, torch.float32))
     monkeypatch.setitem(reduction.QUESTIONS, "cpu", Question("tiny", torch.float32))
     monkeypatch.setattr(rows, "WIDTH", 64)
@@ -93,16 +94,17 @@ def last_of_each(scores, frames, ratio):
     return top_per_frame(-scores, frames, ratio)
 
 
-def unmoved(hidden, index):
-    """Right for hidden states, not for the angles of positions."""
-    return gather_rows(hidden, index) if hidden.shape[-1] == 64 else hidden[:, : index.shape[1]]
+def unmoved(tensors, index):
+    """Right for hidden states, not for the angles of their positions."""
+    hidden, *rotary = tensors
+    return [*gather_many([hidden], index), *(part[:, : index.shape[1]] for part in rotary)]
 
 
 def nearly(hidden, index, rows, weights):
     return scatter_rows(hidden, index, rows) + 1e-3
 
 
-SPOILED = {"top_per_frame": last_of_each, "gather_rows": unmoved, "scatter_rows": nearly}
+SPOILED = {"top_per_frame": last_of_each, "gather_many": unmoved, "scatter_rows": nearly}
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -124,7 +126,7 @@ def test_all_tokens_must_be_the_plain_models_bits(tiny, monkeypatch, capsys):
 def test_a_question_with_other_logits_is_not_timed(tiny, monkeypatch, capsys, reduction):
     def spoiled(prefilling, *arguments):
         logits, cache = ask(prefilling, *arguments)
-        spoils = (prefilling.text or "plain") == reduction.split(":4")[0]
+        spoils = (prefilling.text or PLAIN).startswith(reduction.removesuffix(":4"))
         return logits + 1e-2 * spoils, cache
 
     monkeypatch.setattr(question, "ask", spoiled)
@@ -149,14 +151,14 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
     assert result["kind"] == "reduction" and result["machine"]["commit"] and not result["errors"]
     assert list(result["works"]) == ["prefill tiny float32", "question tiny float32", *map(str, rows.WORKS)]
     work = result["works"]["prefill tiny float32"]
-    assert (work["tokens"], work["vision_tokens"]) == (60 + 10 * 32 + 50 * 16, 10 * 32 + 50 * 16)
+    assert (work["tokens"], work["vision_tokens"]) == (540, 10 * 32 + 10 * 16)
     assert list(work["providers"]) == [PLAIN, *map(str, MIXED)]
     compiled = backends.BACKENDS["cpu"].why_unavailable(None) is None  # else rows are moved by PyTorch's operators
-    kept = 60 + 10 * 7 + 50 * 4  # a fifth of each frame, rounded up
+    kept = 60 + 10 * 7 + 10 * 4  # a fifth of each frame, rounded up
     a_token = 2 * 64 * 4  # bytes of a layer's keys and values
     held = {name: row["cache_bytes"] for name, row in work["providers"].items()}
-    assert held[PLAIN] == held[f"{SWEPT} 1.0"] == 4 * 1180 * a_token
-    assert held[HELD] == held["norm 0.2"] == (2 * 1180 + 2 * kept) * a_token
+    assert held[PLAIN] == held[f"{SWEPT} 1.0"] == 4 * 540 * a_token
+    assert held[HELD] == held["norm 0.2"] == (2 * 540 + 2 * kept) * a_token
     for name, row in work["providers"].items():
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["ratio"] > 0 and name in out
     for name in (PLAIN, HELD):
@@ -166,8 +168,8 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
         assert min(spent.values()) > 0
     assert all(f"{scorer} 0.2: 0.75 of plain's time" in work["bars"] for scorer in (SWEPT, *mixture.OTHERS))
     asked = {name: row["cache_bytes"] for name, row in result["works"]["question tiny float32"]["providers"].items()}
-    assert asked["plain"] == 2 * 1180 * a_token and asked["mixture:0.2:norm"] == (1180 + kept) * a_token
-    assert asked["prune:0.2"] == asked["prune:0.2:attention"] == 2 * (60 + 224) * a_token
+    assert asked["plain"] == 2 * 540 * a_token and asked["mixture:0.2:norm"] == (540 + kept) * a_token
+    assert asked["prune:0.2"] == asked["prune:0.2:attention"] == 2 * (60 + 96) * a_token
     assert asked["compress:4"] == 2 * (60 + 4) * a_token
     assert not any(change.regressed for change in compare(result, result, 0.1))
     assert main(monkeypatch, "plot", written, "--out", picture) == 0
