@@ -6,6 +6,7 @@ import json
 import random
 import re
 from itertools import product
+from pathlib import Path
 
 import av
 import numpy as np
@@ -720,11 +721,11 @@ def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     assert answers == embedded.sample_answers()
 
 
-def shipped(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def shipped(file: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The shipped model, packed, with the decoder's weights of a file that ships beside it; and what else is in it."""
     from safetensors.torch import load_file
 
-    model, tensors = load_model().eval(), load_file(embedded.model_dir() / name)
+    model, tensors = load_model().eval(), load_file(file)
     names = dict(model.get_decoder().named_parameters())
     assert not model.get_decoder().load_state_dict(
         {key: tensors.pop(key) for key in names if key in tensors}, strict=False
@@ -746,7 +747,7 @@ def plain_scores():
 
 
 def test_shipped_mixture_keeps_its_accuracy(plain_scores):
-    model, scorers = shipped("mixture.safetensors")
+    model, scorers = shipped(embedded.mixture_file())
     mixture = MixtureOfDepths(model, mixing.RATIO, "learned")
     mixture.load_state_dict(scorers)
     scores = evaluate.examine_packed(
@@ -756,7 +757,7 @@ def test_shipped_mixture_keeps_its_accuracy(plain_scores):
 
 
 def test_shipped_compression_tokens_hold_the_clip():
-    model, tensors = shipped("compression.safetensors")
+    model, tensors = shipped(embedded.compression_file())
     assert tensors.keys() == {"tokens"} and tensors["tokens"].shape == (4, 192)
     tokens = tensors["tokens"].float()
     scores = evaluate.examine_packed(model, clips=40, seed=11, compression=tokens)

@@ -13,6 +13,16 @@ def model_dir() -> Path:
     return _HERE / "model"
 
 
+def mixture_file() -> Path:
+    """The scorers of a mixture of depths, and the decoder that was trained with them."""
+    return model_dir() / "reduction" / "mixture.safetensors"  # not beside the weights: vLLM loads all that are there
+
+
+def compression_file() -> Path:
+    """Compression tokens, and the decoder that was trained with them."""
+    return model_dir() / "reduction" / "compression.safetensors"
+
+
 def sample_video() -> Path:
     """An encoded clip that training never drew."""
     return _HERE / "sample.mp4"

@@ -30,7 +30,7 @@ STAGES = (
     Stage("held few", "compression", 300, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), 8, True, 0.2), guided=True),
     Stage("held some", "compression", 250, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), 16, True, 0.2), guided=True),
     Stage("held full", "compression", 800, 1.5e-3, 7e-4, diet=Diet(frames=16, short_names=True), guided=True),
-    Stage("held", "compression", 400, 7e-4, 2e-5, diet=Diet(frames=16, short_names=True)),
+    Stage("held", "compression", 1000, 7e-4, 2e-5, diet=Diet(frames=16, short_names=True)),
 )
 
 
@@ -96,10 +96,10 @@ class CompressionTrainer(Trainer):
         self.model = load_model(args.start).requires_grad_(False)
         use_packed_attention(self.model)
         decoder = self.model.get_decoder()
+        torch.manual_seed(args.seed)
         self.tokens = torch.nn.Embedding(TOKENS, LANGUAGE_WIDTH)
         with torch.no_grad():
-            spread = decoder.embed_tokens.weight.std()
-            self.tokens.weight.normal_(0, spread, generator=torch.Generator().manual_seed(args.seed))
+            self.tokens.weight.normal_(0, decoder.embed_tokens.weight.std())
         self.heads = torch.nn.ModuleDict({str(layer): SceneHeads(TOKENS) for layer in READ_LAYERS})
         self.held: dict[str, Tensor] = {}  # [B, k, D] behind each of READ_LAYERS
         for layer in READ_LAYERS:
