@@ -35,7 +35,8 @@ def _logits(
     present = row < rows
     head, query = group * (rows // count) + row // count, row % count
     queries += batch * _elements(query_batch, VECTOR)
-    at = queries + (head * _elements(query_head, VECTOR) + query * _elements(query_row, VECTOR))[:, None] + depth[None, :]
+    first = head * _elements(query_head, VECTOR) + query * _elements(query_row, VECTOR)
+    at = queries + first[:, None] + depth[None, :]
     inside = present[:, None] & (depth < _elements(channels, VECTOR))[None, :]
     logits = tl.dot(tl.load(at, mask=inside, other=0.0), block, input_precision="ieee") * scale
     seen = present[:, None] & (key[None, :] <= (tokens - count + query)[:, None])
@@ -64,8 +65,8 @@ def sum_blocks(
         )  # fmt: skip
         most = tl.max(logits, 1)
         seen = tl.where(most == float("-inf"), 0.0, most)
-        total = most + tl.log(tl.sum(tl.exp(logits - seen[:, None]), 1))
-        total = tl.where(most == float("-inf"), most, total)
+        total = tl.sum(tl.exp(logits - seen[:, None]), 1)
+        total = most + tl.log(tl.where(most == float("-inf"), 1.0, total))
         tl.store(sums + (member.to(tl.int64) * rows + row) * blocks + number, total, mask=row < rows)
 
 

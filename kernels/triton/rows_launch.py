@@ -1,6 +1,7 @@
 """Launches of the kernels for rows and attention (rows.py, attention.py), in the style of the aggregator's beside them.
 
-Functions have the names and arguments of the ops that the C++ kernels implement on the CPU, and fill what they are given.
+Functions have the names and arguments of the ops that the C++ kernels implement on the CPU; they fill what they are
+given.
 """
 
 import torch
@@ -20,8 +21,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def select_rows(scores, table, kept, nan):
     """kept[:] = positions of each frame's highest scores; nan[0] = 1 where one is NaN.
 
-    scores: [B, V] float32, bfloat16 or float16. table: int32 [F, 4] on the host, kept for as long as the process: start,
-        tokens, kept, place of each frame. kept: int64 [B, K], contiguous. nan: int32 [1].
+    scores: [B, V] float32, bfloat16 or float16. table: int32 [F, 4] on the host: start, tokens, kept and place of each
+        frame; cached on the device. kept: int64 [B, K], contiguous. nan: int32 [1].
     """
     block = max(16, _power_of_two(int(table[:, 1].max())))
     with device_of(scores):
@@ -32,13 +33,14 @@ def select_rows(scores, table, kept, nan):
 
 
 def copy_rows(tensors, index, out):
-    """out[i][:] = rows of tensors[i], [B, S, D] with unit stride over D: up to three of one size of element in a launch.
+    """out[i][:] = rows of tensors[i], [B, S, D] with unit stride over D; up to three of one element size in a launch.
 
     index: int64 [B, K]. out: each [B, K, D] of the tensor's dtype, contiguous.
     """
     with device_of(index):
         for size, dtype in _INTEGERS.items():
-            pairs = [(x.view(dtype), y.view(dtype)) for x, y in zip(tensors, out) if x.element_size() == size and y.numel()]
+            of_size = [pair for pair in zip(tensors, out) if pair[1].numel() and pair[1].element_size() == size]
+            pairs = [(x.view(dtype), y.view(dtype)) for x, y in of_size]
             for start in range(0, len(pairs), _TOGETHER):
                 _copy_together(pairs[start : start + _TOGETHER], index)
 

@@ -124,15 +124,15 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
     Returns float32 [B, N], which sums to 1. Of the [H, M, N] probabilities only a few rows exist at a time, so that it
     serves beside FlashAttention, which never stores any. Not differentiable.
     """
-    if queries.dim() != 4 or keys.dim() != 4 or queries.shape[::3] != keys.shape[::3] or queries.shape[1] % keys.shape[1]:
-        raise InputError(
-            f"queries must be [B, H, M, d] and keys [B, G, N, d], H a multiple of G, not {list(queries.shape)} and "
-            f"{list(keys.shape)}"
-        )
+    shapes = f"{list(queries.shape)} and {list(keys.shape)}"
+    if queries.dim() != 4 or keys.dim() != 4 or queries.shape[::3] != keys.shape[::3]:
+        raise InputError(f"queries must be [B, H, M, d] and keys [B, G, N, d], not {shapes}")
+    if not keys.shape[1] or queries.shape[1] % keys.shape[1]:
+        raise InputError(f"the queries' heads must be a multiple of the keys', not {shapes}")
     if not 1 <= queries.shape[2] <= keys.shape[2]:
         raise InputError(f"{queries.shape[2]} queries cannot be those of the last of {keys.shape[2]} tokens")
     if queries.dtype != keys.dtype or queries.device != keys.device or not keys.is_floating_point():
-        raise InputError(f"queries and keys must be of one floating dtype and device, not {queries.dtype}, {keys.dtype}")
+        raise InputError(f"queries {queries.dtype} and keys {keys.dtype} must be of one floating dtype, on one device")
     run = _attention_received if is_unwatched(queries) else torch.ops.sfllava_fast.attention_received
     return run(queries.detach(), keys.detach(), float(scale), backend)
 

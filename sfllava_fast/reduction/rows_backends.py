@@ -21,8 +21,8 @@ _DEVICES = {"cpu": "cpu", "triton": "cuda"}
 def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
     """What has the kernels for this tensor as functions; None where the reference serves.
 
-    unfit: why no kernel can serve the call. "auto" falls back to the reference, and says once where kernels are missing;
-    a backend asked for by name serves, or BackendError says why not.
+    unfit: why no kernel can serve the call. "auto" falls back to the reference, and says once where kernels are
+    missing; a backend asked for by name serves, or BackendError says why not.
     """
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r} for rows: choose one of {', '.join(NAMES)}")
@@ -44,8 +44,7 @@ def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
 
 @lru_cache(maxsize=256)
 def frame_table(frames: Sequence[int], ratio: float) -> Tensor:
-    """What `select_rows` reads, int32 [F, 4] on the CPU: each frame's start, its tokens, how many are kept, and where in
-    the result."""
+    """What `select_rows` reads, int32 [F, 4] on the CPU: start, tokens, how many are kept, and where in the result."""
     table, first = [], 0
     for start, stop in zip(frames, frames[1:]):
         kept = kept_of(ratio, stop - start)
