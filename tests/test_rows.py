@@ -88,7 +88,8 @@ def test_copies_of_any_dtype(backend, dtype):
     hidden = torch.randint(0, 2, (2, 6, 5)).to(dtype)
     index = INDEX.expand(2, -1)
     assert torch.equal(gather_rows(hidden, index, backend=backend), taken(hidden, index))
-    assert torch.equal(scatter_rows(hidden, index, hidden[:, 3:], backend=backend), merged(hidden, index, hidden[:, 3:]))
+    rows = hidden[:, 3:]
+    assert torch.equal(scatter_rows(hidden, index, rows, backend=backend), merged(hidden, index, rows))
 
 
 @both
@@ -155,7 +156,8 @@ def test_rows_that_cannot_be_moved(call, message):
 
 def test_gradients_of_the_reference():
     index = torch.tensor([[0, 2, 5], [1, 2, 3]])
-    hidden, rows, one = (torch.randn(n, s, 4, dtype=torch.float64, requires_grad=True) for n, s in ((2, 6), (2, 3), (1, 6)))
+    shapes = (2, 6, 4), (2, 3, 4), (1, 6, 4)
+    hidden, rows, one = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: gather_many((a, b), index), (hidden, one))
     assert torch.autograd.gradcheck(lambda a, b: scatter_rows(a, index, b), (hidden, rows))
@@ -167,7 +169,8 @@ def test_gradients_of_the_reference():
 def test_gradients_of_the_kernels(dtype):
     """Those that autograd finds through the reference's operators."""
     index = torch.tensor([[0, 2, 5], [1, 2, 3]])
-    leaves = [normal(shape, dtype).requires_grad_() for shape in ((2, 6, 33), (2, 3, 33))] + [torch.rand(2, 3).requires_grad_()]
+    leaves = [normal((2, 6, 33), dtype), normal((2, 3, 33), dtype), torch.rand(2, 3)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     upstream = normal((2, 6, 33), dtype), normal((2, 3, 33), dtype)
     found = []
     for scatter, gather in ((scatter_rows, gather_rows), (rows_reference.scatter_rows, rows_reference.gather_rows)):
@@ -191,10 +194,12 @@ def test_what_needs_no_gradient_gets_none():
 @both
 @dtypes
 @pytest.mark.parametrize(
-    "heads, groups, count, tokens, channels", [(4, 4, 1, 70, 128), (6, 2, 3, 37, 80), (2, 1, 19, 19, 33), (1, 1, 1, 1, 1)]
+    "heads, groups, count, tokens, channels",
+    [(4, 4, 1, 70, 128), (6, 2, 3, 37, 80), (2, 1, 19, 19, 33), (1, 1, 1, 1, 1)],
 )
 def test_attention_received(backend, dtype, heads, groups, count, tokens, channels):
-    queries, keys = normal((2, count, heads, channels), dtype).transpose(1, 2), normal((2, groups, tokens, channels), dtype)
+    queries = normal((2, count, heads, channels), dtype).transpose(1, 2)
+    keys = normal((2, groups, tokens, channels), dtype)
     got = attention_received(queries, keys, channels**-0.5, backend=backend)
     check_received(got, queries, keys, channels**-0.5)
 

@@ -15,7 +15,7 @@ from sfllava_fast import backends
 
 
 def cases(kernels):
-    """Kernel, what is compiled, tensors' dtypes, constants, options: 288 tokens of a frame, 4096 channels, heads of 128."""
+    """Kernel, what is compiled, tensors' dtypes, constants, options: frames of 288, 4096 channels, heads of 128."""
     launch, rows, attention = kernels.rows_launch, kernels.rows_launch.kernels, kernels.rows_launch.attention
     yield rows.select_rows, "a frame", (bfloat16, int32, int64, int32), (512,), {"num_warps": 4}
     yield rows.copy_rows, "16 bits", (int64, *(int16,) * 6), (3, 4096, 8), {"num_warps": 4}
