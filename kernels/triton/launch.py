@@ -21,7 +21,9 @@ def vector_of(tensors, steps):
 
 
 def launch(kernel, programs, tensors, numbers, constants, **options):
-    """A tensor that is None is never read."""
+    """A tensor that is None is never read. No programs, no launch."""
+    if not programs:
+        return
     tensors = [tensors[0] if tensor is None else tensor for tensor in tensors]
     device = tensors[0].device.index
     if device is None:  # the interpreter

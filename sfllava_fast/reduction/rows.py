@@ -64,9 +64,9 @@ def gather_rows(hidden: Tensor, index: Tensor, *, backend: str = "auto") -> Tens
 def gather_many(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]:
     """The same rows of several tensors, such as hidden states and their rotary cosines and sines, in one launch.
 
-    tensors: each [B or 1, S, D], of any dtype and any strides but of one between channels; D may differ.
-    index: int64 [B, K], ascending in each row and without repeats: what is asked of a CPU's, and taken on trust on a
-        GPU, where rows outside of a tensor are never read. Differentiable in `tensors`.
+    tensors: each [B or 1, S, D], of any dtype, with unit stride over D and any other strides; D may differ.
+    index: int64 [B, K], ascending in each row and without repeats. That is checked on a CPU; on a GPU, where looking
+        would wait for the device, rows outside of a tensor are left out. Differentiable in `tensors`.
     """
     for tensor in tensors:
         batch, tokens = tensor.shape[:2] if tensor.dim() == 3 else (0, 0)
