@@ -29,7 +29,7 @@ from .record import ROOT, ResultError, folder_name, write_json
 _SECONDS = 530
 _SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
 _PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
-_OTHER_TESTS = ("backends", "ops", "table", "reference", "cpu_kernel", "stable_abi", "config", "bench")
+_OTHER_TESTS = ("backends", "ops", "table", "reference", "cpu_kernel", "rows", "stable_abi", "config", "bench")
 _TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", str(Path(sys.executable).parent))
 
 
@@ -75,7 +75,7 @@ def op_steps(folder: Path, capability: str, workers: int) -> list[Step]:
 def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
     """In the order of what would be missed most, but for the tests, without which nothing counts."""
     report, bench = folder / "tests.xml", [sys.executable, "-m", "bench"]
-    files = ("test_gpu_system", "test_triton_project")
+    files = ("test_gpu_system", "test_triton_project", "test_triton_rows")
     tests = [*_pytest(min(4, workers)), *(f"tests/{name}.py" for name in files), "-m", "gpu", f"--junitxml={report}"]
     pipeline = [*bench, "pipeline", "--device", "cuda"]
 

@@ -156,7 +156,7 @@ def _why_no_gpu(name: str, not_loaded: str | None, device: torch.device | None) 
 @cache
 def _try_on(name: str, device: torch.device) -> str | None:
     """Why a backend fails on a GPU, from its first, small call there: a compiler that is missing, no code for it."""
-    _refuse_to_be_captured(name, device)
+    refuse_to_be_captured(name, device)
     plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
     features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
     tokens, gradient = features.new_empty(plan.offsets[-1], 40), torch.empty_like(features)
@@ -172,7 +172,7 @@ def _try_on(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _refuse_to_be_captured(name: str, device: torch.device) -> None:
+def refuse_to_be_captured(name: str, device: torch.device) -> None:
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
 
@@ -184,7 +184,7 @@ def _by_preference(device: torch.device) -> tuple[Backend, ...]:
     ready = [name for name in gpu_backends if not BACKENDS[name].why_unavailable(device)]
     if len(ready) < 2:
         return tuple(BACKENDS.values())
-    _refuse_to_be_captured("auto", device)
+    refuse_to_be_captured("auto", device)
     fastest = min(ready, key=lambda name: _time_on(name, device))
     return tuple(sorted(BACKENDS.values(), key=lambda backend: backend.name != fastest))
 
@@ -247,10 +247,10 @@ def _why_not(backend: Backend, features: Tensor, say: bool = False) -> str | Non
         return unfit
     unavailable = backend.why_unavailable(features.device)
     if unavailable and say:
-        _say_once(backend.name, unavailable)
+        say_once(backend.name, unavailable)
     return unavailable
 
 
 @cache
-def _say_once(name: str, reason: str) -> None:
+def say_once(name: str, reason: str) -> None:
     log.warning("backend %s is not available: %s; falling back", name, reason)

@@ -79,7 +79,7 @@ def slowfast_aggregate(
     if out is not None:
         if needs_grad:
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
-        if _is_unwatched(features):
+        if is_unwatched(features):
             _aggregate_out(*call, backend, out, separators)
         else:
             _check_same_kind(out, features)  # the dispatcher would serve a meta tensor with nothing
@@ -88,7 +88,7 @@ def slowfast_aggregate(
     elif needs_grad:
         tokens = _Aggregate.apply(*call, backend, separators)
     else:
-        aggregate = _aggregate if _is_unwatched(features) else torch.ops.sfllava_fast.aggregate
+        aggregate = _aggregate if is_unwatched(features) else torch.ops.sfllava_fast.aggregate
         tokens = aggregate(*call, backend, separators)
     if apart:
         return _split(tokens, config, features.shape[0], (height, width), offsets)
@@ -97,7 +97,7 @@ def slowfast_aggregate(
     return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
 
 
-def _is_unwatched(features: Tensor) -> bool:
+def is_unwatched(features: Tensor) -> bool:
     """Whether nothing traces, transforms or intercepts the call: then what the op would run can be called at once.
 
     Dispatching to an op written in Python takes as long as all of the rest of a call.
@@ -319,8 +319,8 @@ def check_out(out: Tensor, features: Tensor, tokens: int, channels: int) -> None
         raise InputError("out needs unit stride over channels and rows that do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
-    first, last = _span(out)
-    begin, end = _span(features)
+    first, last = span(out)
+    begin, end = span(features)
     if first < end and begin < last:
         raise InputError("out overlaps the features in memory: pass a buffer of its own")
 
@@ -330,7 +330,7 @@ def _check_same_kind(out: Tensor, features: Tensor, name: str = "out") -> None:
         raise InputError(f"{name} must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and past the last byte, that the tensor can touch."""
     begin, last = tensor.data_ptr(), 0
     for size, stride in zip(tensor.shape, tensor.stride()):

@@ -24,7 +24,7 @@ ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda",
 def fresh():
     """Reasons are found out once a process: forget them before the test and after it."""
     caches = (
-        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._by_preference, backends._say_once,
+        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._by_preference, backends.say_once,
     )
     for cache in caches:
         cache.cache_clear()

@@ -386,7 +386,7 @@ def test_backends_by_name():
 def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(backends, "LIBRARY", tmp_path / "_C.so")
     backends.load_library.cache_clear()
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     try:
         x = torch.randn(5, 16, 8)
         with caplog.at_level(logging.WARNING, "sfllava_fast"):
@@ -400,7 +400,7 @@ def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, 
     finally:
         monkeypatch.undo()
         backends.load_library.cache_clear()
-        backends._say_once.cache_clear()
+        backends.say_once.cache_clear()
 
 
 def test_a_broken_library_is_a_reason_and_not_a_crash(tmp_path, monkeypatch):

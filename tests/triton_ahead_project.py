@@ -39,10 +39,11 @@ def cases(launch, major):
 
 def compile_for(arch):
     driver.set_active(Target(arch))
-    launch = backends.triton_kernels().project_launch
-    for kernel, name, dtypes, constants, tile, place in cases(launch, arch // 10):
+    kernels = backends.triton_kernels()
+    for kernel, name, dtypes, constants, tile, place in cases(kernels.project_launch, arch // 10):
         constants = (*constants, *tile[:3], 8)
-        compiled = launch.compile_kernel(kernel, dtypes, constants, tile.warps, tile.stages, arch)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = kernels.launch.compile_kernel(kernel, dtypes, constants, arch, **options)
         yield {
             "kernel": kernel.fn.__name__,
             "name": name,

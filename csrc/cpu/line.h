@@ -80,6 +80,36 @@ class Line {
     for (int i = 0; i < kRegs; ++i) reg_[i] = V::add(reg_[i], V::multiply(x.reg_[i], V::fill(weight)));
   }
 
+  // this + weight * (to - this)
+  void move_towards(const Line& to, float weight) {
+    for (int i = 0; i < kRegs; ++i) {
+      reg_[i] = V::add(reg_[i], V::multiply(V::fill(weight), V::subtract(to.reg_[i], reg_[i])));
+    }
+  }
+
+  // Part sums of products.
+  class Dot {
+   public:
+    float sum() const {
+      alignas(kLineBytes) float parts[V::kFloats];
+      V::store_floats(parts, sums_);
+      for (int half = V::kFloats / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+      }
+      return parts[0];
+    }
+
+   private:
+    friend Line;
+    typename V::Register sums_ = V::fill(0);
+  };
+  // Of this and of floats that `store_sums` wrote; products and sums may be fused.
+  void add_products(const float* with, Dot& dot) const {
+    for (int i = 0; i < kRegs; ++i) {
+      dot.sums_ = V::multiply_add(reg_[i], V::load_floats(with + i * V::kFloats), dot.sums_);
+    }
+  }
+
   void divide(float by) {
     for (auto& r : reg_) r = V::divide(r, V::fill(by));
   }

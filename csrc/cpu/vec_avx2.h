@@ -14,7 +14,9 @@ struct Avx2 {
   static Register load_floats(const float* p) { return _mm256_load_ps(p); }
   static void store_floats(float* p, Register r) { _mm256_store_ps(p, r); }
   static Register add(Register a, Register b) { return _mm256_add_ps(a, b); }
+  static Register subtract(Register a, Register b) { return _mm256_sub_ps(a, b); }
   static Register multiply(Register a, Register b) { return _mm256_mul_ps(a, b); }
+  static Register multiply_add(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
   static Register divide(Register a, Register b) { return _mm256_div_ps(a, b); }
   // vmaxps returns its second operand for equals and NaN, so only a NaN in x needs a hand.
   static Register max(Register x, Register kept) {

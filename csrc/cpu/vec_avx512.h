@@ -14,7 +14,9 @@ struct Avx512 {
   static Register load_floats(const float* p) { return _mm512_load_ps(p); }
   static void store_floats(float* p, Register r) { _mm512_store_ps(p, r); }
   static Register add(Register a, Register b) { return _mm512_add_ps(a, b); }
+  static Register subtract(Register a, Register b) { return _mm512_sub_ps(a, b); }
   static Register multiply(Register a, Register b) { return _mm512_mul_ps(a, b); }
+  static Register multiply_add(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
   static Register divide(Register a, Register b) { return _mm512_div_ps(a, b); }
   // vmaxps returns its second operand for equals and NaN, so only a NaN in x needs a hand.
   static Register max(Register x, Register kept) {

@@ -14,7 +14,9 @@ struct Generic {
   static float load_floats(const float* p) { return *p; }
   static void store_floats(float* p, float r) { *p = r; }
   static float add(float a, float b) { return a + b; }
+  static float subtract(float a, float b) { return a - b; }
   static float multiply(float a, float b) { return a * b; }
+  static float multiply_add(float a, float b, float c) { return a * b + c; }
   static float divide(float a, float b) { return a / b; }
   static float max(float x, float kept) { return x > kept || x != x ? x : kept; }
 

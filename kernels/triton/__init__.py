@@ -11,6 +11,10 @@ import torch
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
 from .project_launch import project_pool as project_pool, project_pooled as project_pooled
+from .rows_launch import (
+    blend_rows as blend_rows, copy_rows as copy_rows, receive_attention as receive_attention,
+    replace_rows as replace_rows, select_rows as select_rows,
+)  # fmt: skip
 from .tiling import find_tiling
 
 _WARPS = 1

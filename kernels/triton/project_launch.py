@@ -1,12 +1,12 @@
 """Launches of the projector's kernels (project.py), in the style of the aggregator's beside them."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from ..table import on_device
 from .gather import gather
+from .launch import device_of, launch
 from .project import add_parts, project_rows, project_tiles
 
 _PART_BLOCK = 1024
@@ -47,7 +47,7 @@ def project_pool(hidden, weight, bias, plan, tile=None):
     pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
     kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.
     """
-    with _device_of(hidden):
+    with device_of(hidden):
         tile = tile or _pool_tile(hidden, plan)
         order = gather(plan, tile.rows)
         table = on_device(order.table, hidden.device)
@@ -56,17 +56,17 @@ def project_pool(hidden, weight, bias, plan, tile=None):
         kept = hidden.new_empty(len(order.kept_frames), hidden.shape[1], inner)
         vector = _vector((hidden, weight), (*hidden.stride()[:2], weight.stride(0), width, inner))
         chunks = -(-inner // tile.channels)
-        _launch(
+        launch(
             project_tiles, order.tiles * chunks, (hidden, weight, bias, table, buffer, kept),
             (*[stride // vector for stride in (*hidden.stride()[:2], weight.stride(0))], width, chunks),
             (width % tile.depth == 0, inner, bias is not None, bool(order.kept_frames), order.has_small, order.padded,
              order.unit, tile.rows, tile.channels, tile.depth, vector),
-            tile.warps, tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if order.sums:
             chunks = -(-inner // _PART_BLOCK)
             tensors = buffer, table[order.sums_at :]
-            _launch(add_parts, order.sums * chunks, tensors, (chunks,), (inner, _PART_BLOCK), warps=4, stages=1)
+            launch(add_parts, order.sums * chunks, tensors, (chunks,), (inner, _PART_BLOCK), num_warps=4, num_stages=1)
     return buffer[: order.tokens], kept
 
 
@@ -80,22 +80,18 @@ def project_pooled(pooled, weight, bias, out, tile=None):
     rows, inner = pooled.shape
     if not rows:
         return
-    with _device_of(out):
+    with device_of(out):
         tile = tile or _tiles(ROWS_TILES, out)[0]
         outer = out.shape[1]
         vector = _vector((pooled, weight, out), (weight.stride(0), out.stride(0), inner, outer))
         programs = -(-rows // tile.rows) * -(-outer // tile.channels)
-        _launch(
+        launch(
             project_rows, programs, (pooled, weight, bias, out),
             (weight.stride(0) // vector, out.stride(0) // vector, rows, inner // vector),
             (inner % tile.depth == 0, outer, bias is not None, torch.finfo(out.dtype).max,
              tile.rows, tile.channels, tile.depth, vector),
-            tile.warps, tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-
-
-def _device_of(tensor):
-    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
 
 
 def _tiles(tiles, tensor):
@@ -112,22 +108,3 @@ def _vector(tensors, steps):
     """Elements in 16 bytes of a 16-bit dtype where every address that a kernel forms is a multiple of that; else 1."""
     aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
     return 8 if aligned and not any(step % 8 for step in steps) else 1
-
-
-def _launch(kernel, programs, tensors, numbers, constants, warps, stages):
-    """A bias that is None is never read."""
-    tensors = [tensors[0] if tensor is None else tensor for tensor in tensors]
-    device = tensors[0].device.index
-    if device is None:  # the interpreter
-        kernel[(programs,)](*tensors, *numbers, *constants)
-        return
-    compiled = compile_kernel(kernel, tuple(tensor.dtype for tensor in tensors), constants, warps, stages, device)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled[(programs, 1, 1)](*[tensor.data_ptr() for tensor in tensors], *numbers, *constants, stream=stream)
-
-
-@lru_cache(maxsize=256)
-def compile_kernel(kernel, dtypes, constants, warps, stages, device):
-    """The kernel for tensors of these dtypes, on a device, which must be the current one."""
-    numbers = len(kernel.arg_names) - len(dtypes) - len(constants)
-    return kernel.warmup(*dtypes, *[0] * numbers, *constants, grid=(1,), num_warps=warps, num_stages=stages)

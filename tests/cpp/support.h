@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "pool.h"
+#include "isa.h"
 
 #define CHECK(what)                                                   \
   do {                                                                \
@@ -321,7 +321,7 @@ template <class Body>
 void for_isas(const Body& body) {
   for (const char* name : {"generic", "avx2", "avx512"}) {
     if (!cpu::force_isa(name)) continue;
-    CHECK(std::strcmp(cpu::isa_name(), name) == 0);
+    CHECK(std::strcmp(cpu::isa().name, name) == 0);
     std::printf("%s\n", name);
     body(name);
   }
