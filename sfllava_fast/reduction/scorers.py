@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .rows import attention_received
+
 
 @dataclass(frozen=True)
 class LayerInput:
@@ -50,3 +52,27 @@ class LayerExpert(nn.Module):
 
     def forward(self, layer: LayerInput) -> Tensor:
         return self.linear(layer.vision.to(self.linear.weight.dtype))[..., 0]
+
+
+class AttentionReceived(nn.Module):
+    """The attention that a token gets from the last `queries` tokens in this layer, over all heads (FastV, arXiv
+    2403.06764, asks the last one): a block of rows, whatever attention the model runs on."""
+
+    def __init__(self, queries: int = 1) -> None:
+        super().__init__()
+        self.queries = queries
+
+    def forward(self, layer: LayerInput) -> Tensor:
+        attention = layer.layer.self_attn
+        hidden, (cos, sin) = layer.layer.input_layernorm(layer.hidden), layer.arguments["position_embeddings"]
+        last = slice(-self.queries, None)
+        queries = _turned(attention.q_proj(hidden[:, last]), attention.head_dim, cos[:, last], sin[:, last])
+        keys = _turned(attention.k_proj(hidden), attention.head_dim, cos, sin)
+        return attention_received(queries, keys, attention.scaling)[:, layer.start : layer.stop]
+
+
+def _turned(rows: Tensor, width: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Projections [B, n, H * width] as heads [B, H, n, width], with the rotary embedding of their positions."""
+    heads = rows.unflatten(-1, (-1, width)).transpose(1, 2)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
