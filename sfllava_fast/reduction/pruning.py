@@ -9,7 +9,7 @@ layers, and their keys and values, shrink too; by attention, that costs the firs
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from ..errors import InputError, check_count
 from ..plan import Plan
 from .frames import check_ratio, kept_of
-from .scorers import AttentionReceived, LayerInput, Norm
+from .scorers import AttentionReceived, LayerInput
 
 SCORERS = ("similarity", "attention", "question", "norm", "random")
+Scorer = Callable[[Tensor, Plan], Tensor]
 
 
 class Pruned(NamedTuple):
@@ -37,25 +38,25 @@ class Pruning:
     """Which of a video's tokens the language model gets.
 
     keep: a number of tokens, or a share of them, a float in (0, 1]; of equal scores the first are kept. below: instead
-        of keep, for similarity alone: as many as it takes for each token that is left out to be at least so similar to
-        one kept beside it.
-    scorer: "similarity" (to the tokens at the same place of other frames), "attention" (received from the video's last
-        tokens), "question" (the same, from the question), "norm", "random"; or a module that scores a LayerInput as
-        those of `scorers` do, shown the video alone.
-    layer: whose attention; the layers before it are run. queries: how many last tokens attend.
-    separators: whether those stay; they come on top of keep. Without it, they go.
+        of keep, by similarity alone: the first frame of each pathway, and as many as it takes for each token that is
+        left out to be at least so similar to one kept at its place, the next before or behind it.
+    scorer: "similarity" (see `novelty`); "attention", received from the video's last tokens; "question", received from
+        the question's; "norm"; "random"; or a function of tokens [S, D] and plan to scores [S], higher = keep.
+    layer: the decoder layer whose attention it is, counted from 0; those before it are run. queries: how many last
+        tokens attend, at most. FastV with K = 2 has layer 1 and one query, of the question.
+    separators: whether those stay, beside what `keep` says; else they go.
     """
 
     keep: int | float | None = None
-    scorer: str | nn.Module = "similarity"
+    scorer: str | Scorer = "similarity"
     below: float | None = None
     layer: int = 1
-    queries: int = 1
+    queries: int = 64
     separators: bool = True
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.below is None):
-            raise InputError("pruning needs keep, a number or share of the tokens, or below, a similarity; not both")
+            raise InputError("pruning needs keep, a number or share of the tokens, or else below, a similarity")
         if isinstance(self.scorer, str) and self.scorer not in SCORERS:
             raise InputError(f"unknown scorer {self.scorer!r} of pruning: choose one of {', '.join(SCORERS)}")
         if isinstance(self.keep, float):
@@ -64,27 +65,27 @@ class Pruning:
             check_count("keep", self.keep)
         if self.below is not None and (self.scorer != "similarity" or not 0 < self.below <= 1):
             raise InputError(f"below={self.below!r}: it is a similarity above 0 and at most 1, of scorer='similarity'")
+        check_count("queries", self.queries)
 
     @classmethod
     def parse(cls, text: str) -> Pruning:
         """KEEP or KEEP:SCORER, where KEEP is 64, 0.25 or below0.95."""
         amount, _, scorer = text.partition(":")
+        scorer = scorer or "similarity"
         try:
-            if amount.startswith("below"):
-                return cls(below=float(amount.removeprefix("below")), scorer=scorer or "similarity")
-            return cls(float(amount) if "." in amount else int(amount), scorer or "similarity")
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
+            below = float(amount.removeprefix("below")) if amount.startswith("below") else None
+            keep = None if below is not None else float(amount) if "." in amount else int(amount)
+        except ValueError:
             raise InputError(f"cannot read the pruning {text!r}: write 64, 0.25 or below0.95, and :SCORER") from None
+        return cls(keep, scorer, below)
 
     def __str__(self) -> str:
         amount = self.keep if self.below is None else f"below{self.below}"
-        return f"{amount}:{self.scorer if isinstance(self.scorer, str) else type(self.scorer).__name__}"
+        return f"{amount}:{self.scorer if isinstance(self.scorer, str) else self.scorer.__name__}"
 
     @property
     def needs_question(self) -> bool:
-        """Whether another question may keep other tokens."""
+        """Whether another question keeps other tokens."""
         return self.scorer == "question"
 
     @property
@@ -92,11 +93,14 @@ class Pruning:
         return self.scorer in ("attention", "question")
 
     def most(self, plan: Plan) -> int:
-        """How many tokens are kept at most; exactly so many unless `below` decides."""
-        total, separators = plan.tokens["total"], len(plan.separator_rows)
-        if self.below is not None:
-            return total if self.separators else total - separators
-        keep = self.keep if isinstance(self.keep, int) else kept_of(self.keep, total - separators)
+        """How many tokens are kept at most; exactly so many unless `below` decides. Raises InputError where the plan
+        has fewer than `keep`."""
+        separators = len(plan.separator_rows)
+        pooled = plan.tokens["total"] - separators
+        keep = pooled if self.keep is None else self.keep
+        keep = kept_of(keep, pooled) if isinstance(keep, float) else keep
+        if keep > pooled:
+            raise InputError(f"keep={keep}, and the layout makes {pooled} tokens: keep at most those")
         return keep + separators * self.separators
 
     def kept(
@@ -115,32 +119,29 @@ class Pruning:
         """
         if len(plan.lengths) != 1 or tokens.shape[:-1] != (plan.tokens["total"],):
             raise InputError(f"tokens must be [{plan.tokens['total']}, D], one video's, not {list(tokens.shape)}")
-        separators = torch.tensor([row for row, _ in plan.separator_rows], dtype=torch.long, device=tokens.device)
+        most = self.most(plan)
         with torch.no_grad():
-            scores = self._scores(tokens, plan, decoder, before, question)
-        # What has no score to lose cannot take the place of what has.
-        scores = scores.float().index_fill(0, separators, float("inf") if self.separators else float("-inf"))
-        if self.below is not None:
-            return (check_scores(scores, tokens) > -self.below).nonzero()[:, 0]
-        return prune_tokens(tokens, scores, self.most(plan)).kept
+            scores = check_scores(self._scores(tokens, plan, decoder, before, question), tokens).float()
+        separators = torch.tensor([row for row, _ in plan.separator_rows], dtype=torch.long, device=tokens.device)
+        scores = scores.index_fill(0, separators, float("inf") if self.separators else float("-inf"))
+        if self.below is None:
+            return top(scores, most)
+        first = torch.cat([index[0] for index in places(plan)]).to(tokens.device)
+        return (scores > -self.below).index_fill(0, first, True).nonzero()[:, 0]
 
     def _scores(
         self, tokens: Tensor, plan: Plan, decoder: nn.Module | None, before: Tensor | None, question: Tensor | None
     ) -> Tensor:
-        if self.scorer == "similarity":
-            return novelty(tokens, plan)
-        if self.scorer == "random":
-            return torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
+        if callable(self.scorer):
+            return self.scorer(tokens, plan)
         if not self.needs_decoder:
-            scorer = Norm() if self.scorer == "norm" else self.scorer
-            return scorer(LayerInput(tokens[None], 0, len(tokens), None, {}))[0]
+            return {"similarity": novelty, "norm": _norm, "random": _random}[self.scorer](tokens, plan)
         if decoder is None or self.needs_question and question is None:
-            raise InputError(f"pruning by {self.scorer} needs the language model's decoder, and by question one")
-        start = 0 if before is None else len(before)
-        parts = [before, tokens, question if self.needs_question else None]
-        embeds = torch.cat([part for part in parts if part is not None])
-        at = layer_input(decoder, embeds[None], start, start + len(tokens), self.layer)
-        return AttentionReceived(self.queries)(at)[0]
+            raise InputError(f"pruning by {self.scorer} needs the language model{' and a' * self.needs_question}")
+        start, last = 0 if before is None else len(before), question if self.needs_question else None
+        embeds = torch.cat([part for part in (before, tokens, last) if part is not None])
+        entered = layer_input(decoder, embeds[None], start, start + len(tokens), self.layer)
+        return AttentionReceived(min(self.queries, len(tokens if last is None else last)))(entered)[0]
 
 
 def prune_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Pruned:
@@ -151,10 +152,14 @@ def prune_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Pruned:
     """
     check_count("keep", keep)
     if keep > tokens.shape[-2]:
-        raise InputError(f"keep={keep} of {tokens.shape[-2]} tokens: keep at most all")
-    order = check_scores(scores, tokens).argsort(dim=-1, descending=True, stable=True)
-    kept = order[..., :keep].sort(dim=-1).values
+        raise InputError(f"keep={keep} of {tokens.shape[-2]} tokens: keep at most those")
+    kept = top(check_scores(scores, tokens), keep)
     return Pruned(tokens.gather(-2, kept[..., None].expand(*kept.shape, tokens.shape[-1])), kept)
+
+
+def top(scores: Tensor, keep: int) -> Tensor:
+    """Where the `keep` highest of scores [..., S] are, int64 [..., keep], ascending; of equal ones the first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
 
 
 def check_scores(scores: Tensor, tokens: Tensor) -> Tensor:
@@ -163,6 +168,22 @@ def check_scores(scores: Tensor, tokens: Tensor) -> Tensor:
         raise InputError(f"scores must be {list(tokens.shape[:-1])}, one a token, not {list(scores.shape)}")
     if scores.isnan().any():
         raise InputError("some scores are NaN: check the tokens and the scorer")
+    return scores
+
+
+def novelty(tokens: Tensor, plan: Plan) -> Tensor:
+    """How unlike its neighbours in time each token is, float32 [S]: minus a cosine similarity.
+
+    A token is compared at its place, with those that joined before it, in the order that keeps most: there joins the
+    token that is least like the joined one next before it and the one next behind it, again and again. A still scene
+    adds nothing; a slow fade, which from frame to frame is almost still, adds its end, then its middle, and so on. The
+    score is the least of any so far, so that the tokens above a bound are those that joined first. In the first frame,
+    which has none before it, tokens are compared with their mean.
+    """
+    scores = tokens.new_full((len(tokens),), float("-inf"), dtype=torch.float32)  # zeros stand for nothing
+    for index in places(plan):
+        index = index.to(tokens.device)
+        scores[index] = _novelty(F.normalize(tokens[index].float(), dim=-1))
     return scores
 
 
@@ -177,21 +198,6 @@ def places(plan: Plan) -> Iterator[Tensor]:
         yield torch.tensor(first)[:, None] + cells.flatten()
 
 
-def novelty(tokens: Tensor, plan: Plan) -> Tensor:
-    """How unlike its kept neighbours in time each token is, float32 [S]: minus a cosine similarity.
-
-    The first frame of a pathway comes before all else, by how unlike the frame's mean its tokens are. Then at each
-    place, which no other touches, the token joins that is least like the joined one before it and the one behind it,
-    again and again: a still scene adds nothing, a slow fade adds its end, its middle, and so on. A token's score is
-    the least that anything had up to its turn, so that those above any bound are a start of the order.
-    """
-    scores = tokens.new_full((len(tokens),), float("-inf"), dtype=torch.float32)  # zeros stand for nothing
-    for index in places(plan):
-        index = index.to(tokens.device)
-        scores[index] = _novelty(F.normalize(tokens[index].float(), dim=-1))
-    return scores
-
-
 def _novelty(rows: Tensor) -> Tensor:
     """Scores [F, n] of unit vectors [F, n, D]."""
     count, width = rows.shape[:2]
@@ -199,18 +205,25 @@ def _novelty(rows: Tensor) -> Tensor:
     alike = F.pad(alike, (0, 1), value=-1.0)  # behind the last frame there is none
     frames, every = torch.arange(count, device=rows.device), torch.arange(width, device=rows.device)
     before, behind = frames.new_zeros(width, count), frames.new_full((width, count), count)
-    scores, best = rows.new_zeros(width, count), rows.new_full((width,), -1.0)
+    scores, most = rows.new_zeros(width, count), rows.new_full((width,), -1.0)
+    scores[:, 0] = -rows[0] @ F.normalize(rows[0].mean(0), dim=0)
     joined = (frames == 0).expand(width, count).clone()
     for _ in range(count - 1):
         near = alike.gather(2, torch.stack([before, behind], dim=2)).amax(2)
         value, new = near.masked_fill(joined, 2.0).min(1)  # of equals the first
-        best = best.maximum(value)
-        scores[every, new] = -best
-        joined[every, new] = True
+        most = most.maximum(value)
+        scores[every, new], joined[every, new] = -most, True
         before = before.where(frames <= new[:, None], before.maximum(new[:, None]))
         behind = behind.where(frames >= new[:, None], behind.minimum(new[:, None]))
-    scores[:, 0] = 2.0 - rows[0] @ F.normalize(rows[0].mean(0), dim=0)
     return scores.T
+
+
+def _norm(tokens: Tensor, plan: Plan) -> Tensor:
+    return tokens.float().norm(dim=-1)
+
+
+def _random(tokens: Tensor, plan: Plan) -> Tensor:
+    return torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
 
 
 class _Reached(Exception):
@@ -220,6 +233,8 @@ class _Reached(Exception):
 def layer_input(decoder: nn.Module, embeds: Tensor, start: int, stop: int, number: int) -> LayerInput:
     """What enters decoder layer `number` for embeds [B, S, D], whose vision tokens are [start, stop); the layers before
     it are run, with whatever attention the model has."""
+    if number not in range(len(decoder.layers)):
+        raise InputError(f"layer={number}, and the language model has {len(decoder.layers)}: 0 is the first")
     layer, seen = decoder.layers[number], {}
 
     def stop_here(module: nn.Module, positional: tuple, arguments: dict) -> None:
