@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from ..errors import InputError, check_count
 from ..plan import Plan
 from .frames import check_ratio, kept_of
-from .scorers import AttentionReceived, LayerInput
+from .rows import attention_received
+from .scorers import LayerInput, queries_and_keys
 
 SCORERS = ("similarity", "attention", "question", "norm", "random")
 Scorer = Callable[[Tensor, Plan], Tensor]
@@ -137,11 +138,14 @@ class Pruning:
         if not self.needs_decoder:
             return {"similarity": novelty, "norm": _norm, "random": _random}[self.scorer](tokens, plan)
         if decoder is None or self.needs_question and question is None:
-            raise InputError(f"pruning by {self.scorer} needs the language model{' and a' * self.needs_question}")
+            asked = " and a question" * self.needs_question
+            raise InputError(f"pruning by {self.scorer} needs the language model{asked}")
         start, last = 0 if before is None else len(before), question if self.needs_question else None
         embeds = torch.cat([part for part in (before, tokens, last) if part is not None])
         entered = layer_input(decoder, embeds[None], start, start + len(tokens), self.layer)
-        return AttentionReceived(min(self.queries, len(tokens if last is None else last)))(entered)[0]
+        queries, keys = queries_and_keys(entered, min(self.queries, len(tokens if last is None else last)))
+        received = attention_received(queries, keys, entered.layer.self_attn.scaling)
+        return received[0, entered.start : entered.stop]
 
 
 def prune_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Pruned:
@@ -174,11 +178,11 @@ def check_scores(scores: Tensor, tokens: Tensor) -> Tensor:
 def novelty(tokens: Tensor, plan: Plan) -> Tensor:
     """How unlike its neighbours in time each token is, float32 [S]: minus a cosine similarity.
 
-    A token is compared at its place, with those that joined before it, in the order that keeps most: there joins the
-    token that is least like the joined one next before it and the one next behind it, again and again. A still scene
-    adds nothing; a slow fade, which from frame to frame is almost still, adds its end, then its middle, and so on. The
-    score is the least of any so far, so that the tokens above a bound are those that joined first. In the first frame,
-    which has none before it, tokens are compared with their mean.
+    At each place of a pathway the first frame's token begins, and then joins, again and again, the one that is least
+    like its nearest joined ones in time, before and behind it; that is its score, or the least of those that joined
+    earlier, so that the tokens above any bound are those that joined first. A still scene adds nothing, and a slow
+    fade, almost still from frame to frame, its end, then its middle, and so on. The first frame's tokens, which have
+    none before them, are compared with the mean of that frame's others.
     """
     scores = tokens.new_full((len(tokens),), float("-inf"), dtype=torch.float32)  # zeros stand for nothing
     for index in places(plan):
@@ -206,7 +210,7 @@ def _novelty(rows: Tensor) -> Tensor:
     frames, every = torch.arange(count, device=rows.device), torch.arange(width, device=rows.device)
     before, behind = frames.new_zeros(width, count), frames.new_full((width, count), count)
     scores, most = rows.new_zeros(width, count), rows.new_full((width,), -1.0)
-    scores[:, 0] = -rows[0] @ F.normalize(rows[0].mean(0), dim=0)
+    scores[:, 0] = -(rows[0] * F.normalize(rows[0].sum(0) - rows[0], dim=-1)).sum(-1)
     joined = (frames == 0).expand(width, count).clone()
     for _ in range(count - 1):
         near = alike.gather(2, torch.stack([before, behind], dim=2)).amax(2)

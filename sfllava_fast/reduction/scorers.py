@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rows import attention_received
-
 
 @dataclass(frozen=True)
 class LayerInput:
@@ -54,21 +52,13 @@ class LayerExpert(nn.Module):
         return self.linear(layer.vision.to(self.linear.weight.dtype))[..., 0]
 
 
-class AttentionReceived(nn.Module):
-    """The attention that a token gets from the last `queries` tokens in this layer, over all heads (FastV, arXiv
-    2403.06764, asks the last one): a block of rows, whatever attention the model runs on."""
-
-    def __init__(self, queries: int = 1) -> None:
-        super().__init__()
-        self.queries = queries
-
-    def forward(self, layer: LayerInput) -> Tensor:
-        attention = layer.layer.self_attn
-        hidden, (cos, sin) = layer.layer.input_layernorm(layer.hidden), layer.arguments["position_embeddings"]
-        last = slice(-self.queries, None)
-        queries = _turned(attention.q_proj(hidden[:, last]), attention.head_dim, cos[:, last], sin[:, last])
-        keys = _turned(attention.k_proj(hidden), attention.head_dim, cos, sin)
-        return attention_received(queries, keys, attention.scaling)[:, layer.start : layer.stop]
+def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
+    """A layer's queries [B, H, count, d] of the last tokens and keys [B, G, S, d] of all, as its attention has them."""
+    attention = layer.layer.self_attn
+    hidden, (cos, sin) = layer.layer.input_layernorm(layer.hidden), layer.arguments["position_embeddings"]
+    queries, keys = attention.q_proj(hidden[:, -count:]), attention.k_proj(hidden)
+    queries = _turned(queries, attention.head_dim, cos[:, -count:], sin[:, -count:])
+    return queries, _turned(keys, attention.head_dim, cos, sin)
 
 
 def _turned(rows: Tensor, width: int, cos: Tensor, sin: Tensor) -> Tensor:
