@@ -8,8 +8,7 @@ layers, and their keys and values, shrink too; by attention, that costs the firs
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, check_count
 from ..plan import Plan
+from ..reference import token_rows
 from .frames import check_ratio, kept_of
 from .rows import attention_received
 from .scorers import LayerInput, queries_and_keys
@@ -127,7 +127,7 @@ class Pruning:
         scores = scores.index_fill(0, separators, float("inf") if self.separators else float("-inf"))
         if self.below is None:
             return top(scores, most)
-        first = torch.cat([index[0] for index in places(plan)]).to(tokens.device)
+        first = torch.cat([index[:1].flatten() for index in places(plan, tokens.device)])
         return (scores > -self.below).index_fill(0, first, True).nonzero()[:, 0]
 
     def _scores(
@@ -185,21 +185,16 @@ def novelty(tokens: Tensor, plan: Plan) -> Tensor:
     none before them, are compared with the mean of that frame's others.
     """
     scores = tokens.new_full((len(tokens),), float("-inf"), dtype=torch.float32)  # zeros stand for nothing
-    for index in places(plan):
-        index = index.to(tokens.device)
-        scores[index] = _novelty(F.normalize(tokens[index].float(), dim=-1))
+    for index in places(plan, tokens.device):
+        if len(index):
+            scores[index] = _novelty(F.normalize(tokens[index].float(), dim=-1))
     return scores
 
 
-def places(plan: Plan) -> Iterator[Tensor]:
+def places(plan: Plan, device: torch.device | None = None) -> list[Tensor]:
     """Each pathway's tokens by frame and place, int64 [frames, places]: a column is one place as time goes on."""
-    firsts: dict[int, list[int]] = defaultdict(list)
-    for item in plan.items:
-        firsts[item.pathway].append(item.first_token)
-    for pathway, first in firsts.items():
-        tables = plan.pathways[pathway]
-        cells = torch.arange(len(tables.rows))[:, None] * tables.pitch + torch.arange(len(tables.cols))
-        yield torch.tensor(first)[:, None] + cells.flatten()
+    rows = token_rows(plan, device)
+    return [of_path.view(-1, path.tokens_per_frame) for of_path, path in zip(rows, plan.pathways)]
 
 
 def _novelty(rows: Tensor) -> Tensor:
