@@ -83,7 +83,7 @@ def test_novelty_is_the_plain_greedy_choice(layout):
                 most = max(most, near[new])
                 want[column[new]] = -most
                 joined.append(new)
-    np.testing.assert_allclose(novelty(tokens, plan).numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(novelty(tokens, plan).numpy(), want, atol=2e-5)
 
 
 def turned(plan, degrees):
@@ -100,7 +100,7 @@ def turned(plan, degrees):
 def test_a_still_scene_costs_its_first_frame():
     plan = plan_of("pool:each,stride2,stride2,mean", 8)
     still = turned(plan, lambda pathway, frame, place: 20 * place)
-    assert Pruning(below=0.999).kept(still, plan).tolist() == [0, 1, 2, 3]
+    assert Pruning(below=1).kept(still, plan).tolist() == [0, 1, 2, 3]
     # Something passes at place 2 in frames 3 and 4: it is kept where it comes and where it has gone.
     passing = turned(plan, lambda pathway, frame, place: 20 * place + 60 * (place == 2 and frame in (3, 4)))
     assert Pruning(below=0.999).kept(passing, plan).tolist() == [0, 1, 2, 3, 4 * 3 + 2, 4 * 5 + 2]

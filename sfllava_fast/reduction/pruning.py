@@ -200,7 +200,7 @@ def places(plan: Plan, device: torch.device | None = None) -> list[Tensor]:
 def _novelty(rows: Tensor) -> Tensor:
     """Scores [F, n] of unit vectors [F, n, D]."""
     count, width = rows.shape[:2]
-    alike = torch.einsum("fnd,gnd->nfg", rows, rows)
+    alike = torch.einsum("fnd,gnd->nfg", rows, rows).round(decimals=5)  # tokens that are the same are alike the same
     alike = F.pad(alike, (0, 1), value=-1.0)  # behind the last frame there is none
     frames, every = torch.arange(count, device=rows.device), torch.arange(width, device=rows.device)
     before, behind = frames.new_zeros(width, count), frames.new_full((width, count), count)
