@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
 
+    command = commands.add_parser("pruning", help="how right the embedded model is with fewer video tokens")
+    command.set_defaults(run=_pruning)
+    command.add_argument("--clips", type=int, default=60, metavar="N", help="16 questions each (default 60)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
     command.add_argument("old", type=Path, metavar="OLD.json")
@@ -149,6 +154,16 @@ def _layouts(args: argparse.Namespace) -> int:
     return _measure_pairs(args, layouts.run, _print_layouts)
 
 
+def _pruning(args: argparse.Namespace) -> int:
+    from . import pruning  # imports transformers
+
+    if args.clips < 1:
+        raise ResultError(f"{args.clips} clips ask nothing: give --clips 1 or more")
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    pruning.show(pruning.run(args.clips, save))
+    return 0
+
+
 def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
@@ -219,9 +234,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in args.results]
-    kinds = {result.get("kind") for result in results} & {"pipeline", "stream"}
+    kinds = {result.get("kind") for result in results} & {"pipeline", "stream", "pruning"}
     if kinds and len(results) > 1:
-        raise ResultError("results of the pipeline and of streams are drawn alone: name one")
+        raise ResultError("results of the pipeline, of streams and of pruning are drawn alone: name one")
     if "pipeline" in kinds:
         from . import report
 
@@ -230,6 +245,10 @@ def _plot(args: argparse.Namespace) -> int:
         from . import stream
 
         stream.plot(results[0], args.out)
+    elif "pruning" in kinds:
+        from . import pruning
+
+        pruning.plot(results[0], args.out)
     else:
         plot(results, args.out)
     print(f"wrote {args.out}")

@@ -121,8 +121,7 @@ class Pruning:
         if len(plan.lengths) != 1 or tokens.shape[:-1] != (plan.tokens["total"],):
             raise InputError(f"tokens must be [{plan.tokens['total']}, D], one video's, not {list(tokens.shape)}")
         most = self.most(plan)
-        with torch.no_grad():
-            scores = check_scores(self._scores(tokens, plan, decoder, before, question), tokens).float()
+        scores = self.scores(tokens, plan, decoder, before, question)
         separators = torch.tensor([row for row, _ in plan.separator_rows], dtype=torch.long, device=tokens.device)
         scores = scores.index_fill(0, separators, float("inf") if self.separators else float("-inf"))
         if self.below is None:
@@ -130,13 +129,27 @@ class Pruning:
         first = torch.cat([index[:1].flatten() for index in places(plan, tokens.device)])
         return (scores > -self.below).index_fill(0, first, True).nonzero()[:, 0]
 
-    def _scores(
-        self, tokens: Tensor, plan: Plan, decoder: nn.Module | None, before: Tensor | None, question: Tensor | None
+    @torch.no_grad()
+    def scores(
+        self,
+        tokens: Tensor,
+        plan: Plan,
+        decoder: nn.Module | None = None,
+        before: Tensor | None = None,
+        question: Tensor | None = None,
     ) -> Tensor:
+        """How much each token matters, float32 [S]; separators have scores too. Arguments and errors are `kept`'s."""
         if callable(self.scorer):
-            return self.scorer(tokens, plan)
-        if not self.needs_decoder:
-            return {"similarity": novelty, "norm": _norm, "random": _random}[self.scorer](tokens, plan)
+            scores = self.scorer(tokens, plan)
+        elif self.needs_decoder:
+            scores = self._received(tokens, decoder, before, question)
+        else:
+            scores = {"similarity": novelty, "norm": _norm, "random": _random}[self.scorer](tokens, plan)
+        return check_scores(scores, tokens).float()
+
+    def _received(
+        self, tokens: Tensor, decoder: nn.Module | None, before: Tensor | None, question: Tensor | None
+    ) -> Tensor:
         if decoder is None or self.needs_question and question is None:
             asked = " and a question" * self.needs_question
             raise InputError(f"pruning by {self.scorer} needs the language model{asked}")
