@@ -25,7 +25,7 @@ from sfllava_fast.reduction.rows import gather_rows
 from .record import device_name, machine
 
 KEPT = (144, 96, 64, 48, 32, 16, 8)
-IN_PLACE = "question, in place"
+RANDOM, IN_PLACE = "random", "question, in place"
 _IN_PLACE_LAYERS = 2  # FastV's K: they run on every token
 _CHOSEN_BY = {
     "similarity": "similarity between frames",
@@ -33,13 +33,14 @@ _CHOSEN_BY = {
     IN_PLACE: "the same, pruned behind layer 2 (FastV)",
     "attention": "attention from the video's last tokens",
     "norm": "norm",
-    "random": "random",
+    RANDOM: "random",
 }
 
 
 class Clip(NamedTuple):
-    """tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
+    """number: which one. tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
 
+    number: int
     tokens: Tensor
     ids: Tensor
     targets: Tensor
@@ -63,10 +64,12 @@ class Examinee:
         model = self.model
         batch = clip_batch(model.tokenizer, "pruning exam", 0, number, 1, model.frames)
         tokens = slowfast_aggregate(model.project(model.encode(batch.pixels)), model.layout)
-        return Clip(tokens, batch.ids[0], batch.targets[0], batch.types[0])
+        return Clip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
 
     def scores(self, clip: Clip, scorer: str) -> Tensor:
         """Of each token [S]; [Q, S] where questions differ."""
+        if scorer == RANDOM:  # other tokens of every clip
+            return torch.rand(len(clip.tokens), generator=torch.Generator().manual_seed(clip.number))
         pruning = Pruning(1, scorer)
         asked = [self.decoder.embed_tokens(ids) for ids in clip.questions()] if pruning.needs_question else [None]
         each = [pruning.scores(clip.tokens, self.plan, self.decoder, self.before, question) for question in asked]
@@ -132,7 +135,7 @@ def _examine(examinee: Examinee, clip: Clip):
     """(scorer, how many are kept, which questions are answered right)."""
     yield "all", len(clip.tokens), examinee.answer(clip, torch.arange(len(clip.tokens)))
     entered = examinee.enter(clip)
-    for scorer in SCORERS:
+    for scorer in (*SCORERS, RANDOM):
         scores = examinee.scores(clip, scorer)
         for count in KEPT:
             kept = prune_tokens(clip.tokens.expand(*scores.shape[:-1], -1, -1), scores, count).kept
@@ -170,7 +173,7 @@ def plot(result: dict, path: Path) -> None:
     for name, label in _CHOSEN_BY.items():
         rows = result["works"][name]["providers"]
         values = [100 * rows[str(kept)]["ratio"] for kept in KEPT]
-        style = {"linestyle": "--"} if name in ("norm", "random") else {}
+        style = {"linestyle": "--"} if name in ("norm", RANDOM) else {}
         axes.plot([total, *KEPT], [whole, *values], marker="o", markersize=4, label=label, **style)
     axes.set(xscale="log", xlabel=f"video tokens kept, of {total}", ylabel="per cent right", ylim=(0, 100))
     axes.set_xticks([total, *KEPT], [str(kept) for kept in (total, *KEPT)], minor=False)

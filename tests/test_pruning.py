@@ -159,15 +159,13 @@ def test_a_share_is_of_the_tokens_that_patches_are_pooled_into():
     assert Pruning(1.0).kept(tokens_of(plan), plan).tolist() == list(range(plan.tokens["total"]))
 
 
-def test_norm_random_and_a_function():
+def test_norm_and_a_function():
     plan = plan_of()
     tokens = tokens_of(plan)
     order = np.argsort(-np.linalg.norm(tokens.numpy(), axis=1))
     assert Pruning(9, "norm").kept(tokens, plan).tolist() == sorted(order[:9].tolist())
     shortest = Pruning(9, lambda tokens, plan: -tokens.norm(dim=1)).kept(tokens, plan)
     assert shortest.tolist() == sorted(order[-9:].tolist())
-    some = Pruning(9, "random").kept(tokens, plan)
-    assert some.equal(Pruning(9, "random").kept(2 * tokens, plan)) and some.tolist() != list(range(9))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +251,7 @@ def test_a_text_without_a_scorer_is_by_similarity():
         (lambda: Pruning(-0.5), "ratio must be above 0"),
         (lambda: Pruning(float("nan")), "ratio must be above 0"),
         (lambda: Pruning("64"), "keep must be an integer"),
-        (lambda: Pruning(4, "best"), "unknown scorer 'best'.*similarity, attention, question, norm, random"),
+        (lambda: Pruning(4, "best"), "unknown scorer 'best'.*similarity, attention, question, norm"),
         (lambda: Pruning(below=1.5), "similarity above 0 and at most 1"),
         (lambda: Pruning(below=0.9, scorer="norm"), "of scorer='similarity'"),
         (lambda: Pruning(4, queries=0), "queries must be"),

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 pytest.importorskip("rich")
-from bench.pruning import Clip, Examinee  # noqa: E402
+from bench.pruning import Examinee  # noqa: E402
 
 from sfllava_fast.embedded.batches import IGNORE  # noqa: E402
 
@@ -41,7 +41,7 @@ def test_right_is_what_greedy_decoding_says(examinee):
             targets[row, place] = head(hidden.last_hidden_state[:, -1]).argmax()
             embeds = torch.cat([embeds, decoder.embed_tokens(clip.ids[row, place + 1 : place + 2])])
             positions = torch.cat([positions, positions[-1:] + 1])
-    said = Clip(clip.tokens, clip.ids, targets, clip.types)
+    said = clip._replace(targets=targets)
     assert examinee.answer(said, kept).all() and examinee.answer(said, kept.expand(16, -1)).all()
     right = examinee.answer(clip, kept)
     assert right.equal((targets == clip.targets).all(1)) and 0 < right.sum() < 16

@@ -23,7 +23,7 @@ from .frames import check_ratio, kept_of
 from .rows import attention_received
 from .scorers import LayerInput, queries_and_keys
 
-SCORERS = ("similarity", "attention", "question", "norm", "random")
+SCORERS = ("similarity", "attention", "question", "norm")
 Scorer = Callable[[Tensor, Plan], Tensor]
 
 
@@ -42,7 +42,7 @@ class Pruning:
         of keep, by similarity alone: the first frame of each pathway, and as many as it takes for each token that is
         left out to be at least so similar to one kept at its place, the next before or behind it.
     scorer: "similarity" (see `novelty`); "attention", received from the video's last tokens; "question", received from
-        the question's; "norm"; "random"; or a function of tokens [S, D] and plan to scores [S], higher = keep.
+        the question's; "norm"; or a function of tokens [S, D] and plan to scores [S], higher = keep.
     layer: the decoder layer whose attention it is, counted from 0; those before it are run. queries: how many last
         tokens attend, at most. FastV with K = 2 has layer 1 and one query, of the question.
     separators: whether those stay, beside what `keep` says; else they go.
@@ -144,7 +144,7 @@ class Pruning:
         elif self.needs_decoder:
             scores = self._received(tokens, decoder, before, question)
         else:
-            scores = {"similarity": novelty, "norm": _norm, "random": _random}[self.scorer](tokens, plan)
+            scores = novelty(tokens, plan) if self.scorer == "similarity" else tokens.float().norm(dim=-1)
         return check_scores(scores, tokens).float()
 
     def _received(
@@ -228,14 +228,6 @@ def _novelty(rows: Tensor) -> Tensor:
         before = before.where(frames <= new[:, None], before.maximum(new[:, None]))
         behind = behind.where(frames >= new[:, None], behind.minimum(new[:, None]))
     return scores.T
-
-
-def _norm(tokens: Tensor, plan: Plan) -> Tensor:
-    return tokens.float().norm(dim=-1)
-
-
-def _random(tokens: Tensor, plan: Plan) -> Tensor:
-    return torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
 
 
 class _Reached(Exception):
