@@ -38,7 +38,7 @@ _CHOSEN_BY = {
 
 
 class Clip(NamedTuple):
-    """number: which one. tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
+    """tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
 
     number: int
     tokens: Tensor

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 pytest.importorskip("rich")
-from bench.pruning import Examinee  # noqa: E402
-
-from sfllava_fast.embedded.batches import IGNORE  # noqa: E402
+pytest.importorskip("transformers")
+from bench.pruning import Examinee
+from sfllava_fast.embedded.batches import IGNORE
 
 
 @pytest.fixture(scope="module")
