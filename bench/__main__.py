@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_reduction)
     _add_paired_options(command, rounds=5)
 
+    command = commands.add_parser("pruning", help="how right the embedded model is with fewer video tokens")
+    command.set_defaults(run=_pruning)
+    command.add_argument("--clips", type=int, default=60, metavar="N", help="16 questions each (default 60)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+
     command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
     command.set_defaults(run=_compare)
     command.add_argument("old", type=Path, metavar="OLD.json")
@@ -159,6 +164,16 @@ def _reduction(args: argparse.Namespace) -> int:
     return _measure_pairs(args, reduction.run, reduction.show)
 
 
+def _pruning(args: argparse.Namespace) -> int:
+    from . import pruning  # imports transformers
+
+    if args.clips < 1:
+        raise ResultError(f"{args.clips} clips ask nothing: give --clips 1 or more")
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    pruning.show(pruning.run(args.clips, save))
+    return 0
+
+
 def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
@@ -229,9 +244,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in args.results]
-    kinds = {result.get("kind") for result in results} & {"pipeline", "stream", "reduction"}
+    kinds = {result.get("kind") for result in results} & {"pipeline", "stream", "reduction", "pruning"}
     if kinds and len(results) > 1:
-        raise ResultError("results of the pipeline, of streams and of reductions are drawn alone: name one")
+        raise ResultError("results of the pipeline, of streams, reductions and pruning are drawn alone: name one")
     if "pipeline" in kinds:
         from . import report
 
@@ -244,6 +259,10 @@ def _plot(args: argparse.Namespace) -> int:
         from . import reduction
 
         reduction.plot(results[0], args.out)
+    elif "pruning" in kinds:
+        from . import pruning
+
+        pruning.plot(results[0], args.out)
     else:
         plot(results, args.out)
     print(f"wrote {args.out}")

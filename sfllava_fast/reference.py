@@ -21,7 +21,7 @@ from .plan import PathwayTables, Plan
 def aggregate(features: Tensor, plan: Plan) -> Tensor:
     """Tokens [S, D] of packed patches [sum(plan.lengths), N, D]; zeros where the plan has no pathway's tokens."""
     out = features.new_zeros(plan.offsets[-1], features.shape[2])
-    for path, rows in zip(plan.pathways, _token_rows(plan, out.device)):
+    for path, rows in zip(plan.pathways, token_rows(plan, out.device)):
         if len(rows):
             out[rows] = _pool(features, path)
     return out
@@ -34,13 +34,13 @@ def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
     """
     wide = torch.zeros(features.shape, dtype=_accumulator(features.dtype), device=features.device)
     flat = wide.view(-1, features.shape[-1])
-    for path, rows in zip(plan.pathways, _token_rows(plan, grad.device)):
+    for path, rows in zip(plan.pathways, token_rows(plan, grad.device)):
         if len(rows):
             _pool_backward(grad[rows].to(wide.dtype), features, path, flat)
     return wide.to(features.dtype)
 
 
-def _token_rows(plan: Plan, device: torch.device) -> list[Tensor]:
+def token_rows(plan: Plan, device: torch.device) -> list[Tensor]:
     """Which rows of the output the tokens of each pathway are, in the order of its boxes."""
     rows = []
     for index, path in enumerate(plan.pathways):

@@ -17,6 +17,7 @@ from sfllava_fast.inspect import html, render
 from sfllava_fast.inspect.html import encode_png
 from sfllava_fast.inspect.report import COLOURS, PALE, SEPARATORS, gather, token_boxes
 from sfllava_fast.layouts import PRESETS, parse_layout
+from sfllava_fast.reduction.pruning import Pruning
 from sfllava_fast.video import open_video
 
 Image = pytest.importorskip("PIL.Image")
@@ -213,13 +214,14 @@ def test_every_preset_draws(name, clip, tmp_path):
     assert text.count("CLS") == (name == "videollm_online")
 
 
-def test_no_text_of_a_png_overlaps_another(clip, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [None, Pruning(0.3)])
+def test_no_text_of_a_png_overlaps_another(kept, clip, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     many = "+".join(f"pathway_{n}:adaptive{n},adaptive{n},adaptive{n},mean" for n in range(1, 8)) + ";newline@row"
     texts = []
     monkeypatch.setattr(module.png._Sheet, "save", lambda sheet, path, height: texts.extend(_extents(sheet, height)))
     with pytest.raises(InputError):  # nothing was saved
-        render(clip, tmp_path / "a.png", many, 20, GRID)
+        render(clip, tmp_path / "a.png", many, 20, GRID, kept=kept)
     assert len(texts) > 60
     for one, (left, right, top, bottom, text) in enumerate(texts):
         assert 0.4 < left and right < 13.6 + 0.02, text
@@ -333,3 +335,90 @@ def test_a_failure_leaves_nothing_half_written(error, clip, tmp_path, monkeypatc
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         render(clip, tmp_path / "a.html", LAYOUT, 4, GRID)
     assert sorted(tmp_path.iterdir()) == before
+
+
+KEPT = [0, 1, 9, 96 + 31, 128 + 4 * 3 + 2]  # of 4 slow frames of 32 tokens, and 10 fast ones of 4
+
+
+def test_kept_tokens_are_lit_and_the_others_dim(clip):
+    report = gather(open_video(clip), LAYOUT, 10, GRID, KEPT)
+    slow, fast = (view.pruned for view in report.pathways)
+    assert [slow.count(frame) for frame in range(4)] == ["3 of 32", "0 of 32", "0 of 32", "1 of 32"]
+    assert slow.text == "4 of 128 tokens kept" and fast.text == "1 of 40 tokens kept"
+    assert report.budget == "5 of 168 video tokens" and report.saving.startswith("0.8% of the 640 patches")
+    want = [("slow 4 of 128 (76%)", 4 / 128), ("fast 1 of 40 (24%)", 1 / 40)]
+    assert [(share.label, share.kept) for share in report.shares()] == want
+    # Frames of 48 x 80 are 8 x 8 patches of 6 x 10; token 9 is in the third row of slow tokens, 4 in a row, 1 x 2 each.
+    lit = np.zeros((48, 80), bool)
+    lit[0:6, 0:40] = lit[12:18, 20:40] = True
+    tile, frame = slow.tiles[0], report.thumbs[0]
+    assert (tile == frame).all(2)[lit].all() and (np.abs(tile.astype(int) - frame).min(2)[~lit] > 50).all()
+    lit[:] = False
+    lit[24:, :40] = True
+    tile, frame = fast.tiles[3], report.thumbs[3]
+    assert (tile == frame).all(2)[lit].all() and (np.abs(tile.astype(int) - frame).min(2)[~lit] > 50).all()
+    assert (np.abs(slow.tiles[1].astype(int) - report.thumbs[2]) > 50).all()
+
+
+def test_pruning_by_pixels_keeps_what_moves(tmp_path):
+    folder = tmp_path / "passing"
+    folder.mkdir()
+    background = np.random.default_rng(0).integers(0, 100, (64, 64, 3), np.uint8)
+    for number in range(6):
+        pixels = background.copy()
+        if number in (2, 3):
+            pixels[40:48, 8:16] = 255
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    report = gather(open_video(folder), "pool:each,each,each,max", 6, GRID, Pruning(below=0.9))
+    (view,) = report.pathways
+    assert report.indices == [0, 1, 2, 2, 3, 4]
+    # It comes in the third of these, and what was behind it is back in the last.
+    assert np.argwhere(view.pruned.tokens[1:]).tolist() == [[1, 41], [4, 41]] and view.pruned.tokens[0].all()
+    assert report.notes == "prune:below0.9:similarity, by the patches' pixels"
+    with pytest.raises(InputError, match="needs the language model"):
+        gather(open_video(folder), LAYOUT, 6, GRID, Pruning(4, "attention"))
+
+
+def test_a_kept_class_token_and_a_kept_canvas(clip):
+    token, pool = gather(open_video(clip), "videollm_online", 2, GRID, [10, 11]).pathways
+    assert [token.pruned.count(frame) for frame in (0, 1)] == ["0 of 1", "1 of 1"]
+    assert token.pruned.tiles[1].min() < 100 < 190 < token.pruned.tiles[0].min()
+    assert [pool.pruned.count(frame) for frame in (0, 1)] == ["0 of 9", "1 of 9"]
+    (view,) = gather(open_video(clip), "ig_vlm", 8, GRID, range(64)).pathways
+    height, width = view.pruned.tiles.shape[1:3]
+    assert width / height == pytest.approx(2 * 80 / (3 * 48), rel=0.02)  # two columns, three rows of frames
+    assert view.pruned.count(0) == "64 of 64" and view.pruned.tiles[0].min() < 50 < view.pruned.tiles[1].min()
+
+
+def test_pictures_of_pruned_tokens_are_whole(clip, tmp_path):
+    pytest.importorskip("matplotlib")
+    half = [*range(64), *range(128, 148)]
+    pixels = to_array(render(clip, tmp_path / "a.png", LAYOUT, 10, GRID, kept=half).read_bytes())
+    assert pixels.shape[1] == 1540 and (pixels[-20:] == 255).all() and (pixels[:, -30:] == 255).all()
+    bar = 13.1 * 0.36 * 110**2
+    for colour, share in zip(COLOURS, (64 / 168, 20 / 168)):
+        assert 0.8 * share * bar < covered(colour, pixels) < 2.2 * share * bar
+    text = render(clip, tmp_path / "a.html", LAYOUT, 10, GRID, kept=half).read_text()
+    page = Page(text)
+    assert page.open == [] and "84 of 168 video tokens" in text and text.count("slow 64 of 128 (76%)") == 3
+    tiles = [to_array(base64.b64decode(a["src"].partition(",")[2])) for tag, a in page.tags if tag == "img"]
+    assert len(tiles) == 10 + 4 + 10 and text.count(" of 32</span>") == 4 and text.count(" of 4</span>") == 10
+    assert tiles[10].max() < 200 < tiles[13].min()  # the first slow frame is lit, the last is not
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_drawn_pruned(name, clip, tmp_path):
+    text = render(clip, tmp_path / "a.html", name, 9, GRID, kept=Pruning(0.25)).read_text()
+    assert Page(text).open == []
+    report = gather(open_video(clip), name, 9, GRID, Pruning(0.25))
+    separators = len(report.plan.separator_rows)
+    assert report.stays.sum() == separators + -(-(report.total - separators) // 4)
+    assert all(share.kept == 1 for share in report.shares() if share.colour in SEPARATORS)
+    assert f"{report.stays.sum():,} of {report.total:,} video tokens" in text
+
+
+@pytest.mark.parametrize("kept", [[], [168], [-1], [[0, 1]]])
+def test_bad_kept(kept, clip, tmp_path):
+    with pytest.raises(InputError, match="positions among the 168 tokens"):
+        render(clip, tmp_path / "a.html", LAYOUT, 10, GRID, kept=kept)
+    assert not (tmp_path / "a.html").exists()

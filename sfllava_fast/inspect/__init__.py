@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config import Layout, SlowFastConfig
 from ..errors import InputError
+from ..reduction.pruning import Pruning
 from ..video import open_video
 from . import html, png
 from .report import gather
@@ -20,12 +21,14 @@ def render(
     frames: int | None = None,
     grid: tuple[int, int] | None = None,
     decoder: str = "pyav",
+    kept: Sequence[int] | Pruning | None = None,
 ) -> Path:
     """Draw what `layout` takes from a video on a `grid` of patches to `out`, a .png or .html file.
 
     frames: how many to sample; fewer where the video is shorter. None, as for grid, is what the layout was published
-    with if it has a name, else 50 and 24 x 24. Returns the path written, which appears whole or not at all. Raises
-    VideoError, LayoutError, InputError or BackendError.
+    with if it has a name, else 50 and 24 x 24. kept: the positions of the tokens that pruning keeps, as a model chose
+    them; or a pruning that needs no model: it is shown the patches' pixels in the place of features. Returns the path
+    written, which appears whole or not at all. Raises VideoError, LayoutError, InputError or BackendError.
     """
     out = Path(out)
     writer = {".png": png, ".html": html, ".htm": html}.get(out.suffix.lower())
@@ -33,7 +36,7 @@ def render(
         raise InputError(f"cannot write {out}: the picture's name must end in .png or .html")
     if not out.parent.is_dir():
         raise InputError(f"cannot write {out}: there is no folder {out.parent}")
-    report = gather(open_video(video_path, decoder), layout, frames, grid)
+    report = gather(open_video(video_path, decoder), layout, frames, grid, kept)
     _write_whole(out, lambda path: writer.write(report, path))
     return out
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import ZEROS, PathwayView, Report
+from .report import ZEROS, PathwayView, Report, Share
 
 
 def write(report: Report, path: Path) -> None:
@@ -25,12 +25,13 @@ def write(report: Report, path: Path) -> None:
         legend="".join(_legend(report, view) for view in report.pathways)
         + '<span class="pale">read by no pathway</span>' * (not all(map(report.is_read, rows))),
         thumbs="".join(_thumb(report, row) for row in rows),
-        examples="".join(_example(report, view) for view in report.pathways),
-        total=f"{report.total:,}",
+        examples="".join((_kept if report.is_pruned else _example)(report, view) for view in report.pathways),
+        kind="pruned" if report.is_pruned else "examples",
+        budget=escape(report.budget),
         saving=escape(report.saving),
         bars="".join(
             f'<div class="{"zeros" if share.colour == ZEROS else ""}" style="flex:{share.share:.6f};'
-            f'background-color:{share.colour}" title="{escape(share.label)}">{escape(share.label)}</div>'
+            f'{_fill(share)}" title="{escape(share.label)}">{escape(share.label)}</div>'
             for share in report.shares()
         ),
         shares="".join(
@@ -38,6 +39,14 @@ def write(report: Report, path: Path) -> None:
         ),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _fill(share: Share) -> str:
+    """A bar's colour, pale behind the part that is kept; its label is then to be read beside it."""
+    if share.kept == 1:
+        return f"background-color:{share.colour}"
+    part = f"{share.kept:.2%}"
+    return f"color:#0000;background:linear-gradient(90deg,{share.colour} {part},{share.colour}40 {part})"
 
 
 def _legend(report: Report, view: PathwayView) -> str:
@@ -72,6 +81,19 @@ def _lanes(report: Report, row: int) -> str:
             kinds = "bin" + " more" * any(row < stop - 1 for _, stop in here) if here else ""
             parts.append(f'<div class="lane {kinds}" style="--c:{view.colour}"></div>')
     return "".join(parts)
+
+
+def _kept(report: Report, view: PathwayView) -> str:
+    """Every bin of a pathway, lit where its tokens are kept."""
+    tiles = "".join(
+        f'<figure><div class="thumb frame"><img alt="" src="{_inline(tile)}"></div>'
+        f"<figcaption>{report.name_bin(bin)} <span>{view.pruned.count(number)}</span></figcaption></figure>"
+        for number, (bin, tile) in enumerate(zip(view.bins, view.pruned.tiles))
+    )
+    return (
+        f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
+        f"<small>{escape(view.pruned.text)}</small></h2><div class=strip>{tiles}</div></section>"
+    )
 
 
 def _example(report: Report, view: PathwayView) -> str:
@@ -149,10 +171,11 @@ img {{ display: block; width: 100%; }}
 .strip .pale img {{ opacity: .25; }}
 .lane {{ height: 5px; margin-top: 3px; }} .lane.bin {{ background: var(--c); }} .lane.more {{ margin-right: -.6rem; }}
 .examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem; }}
-section:only-child {{ max-width: 640px; }}
+.examples section:only-child {{ max-width: 640px; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; }}
 .frame {{ position: relative; outline: 2px solid var(--c); display: grid; place-items: center; }}
-.frame img, .frame svg {{ position: absolute; inset: 0; width: 100%; height: 100%; }}
+.pruned .frame {{ outline-width: 1px; }} .pruned figcaption span {{ float: right; }}
+.pair .frame img, .frame svg {{ position: absolute; inset: 0; width: 100%; height: 100%; }}
 .kept {{ image-rendering: pixelated; }}
 .token {{ background: var(--c); color: #fff; font-weight: 700; padding: 1.1rem .8rem; }}
 rect {{ fill: none; stroke: var(--c); stroke-width: 1.2px; vector-effect: non-scaling-stroke; }}
@@ -164,8 +187,8 @@ rect {{ fill: none; stroke: var(--c); stroke-width: 1.2px; vector-effect: non-sc
 <h1>{title}</h1><p class="muted">{facts}<br><code>{layout}</code> {source}<br>{notes}</p>
 <p class="legend">{legend}</p>
 <div class="strip">{thumbs}</div>
-<div class="examples">{examples}</div>
-<h2 style="margin-top:2rem">{total} video tokens<small>{saving}</small></h2>
+<div class="{kind}">{examples}</div>
+<h2 style="margin-top:2rem">{budget}<small>{saving}</small></h2>
 <div class="bar">{bars}</div>
 <p class="legend shares">{shares}</p>
 </body></html>

@@ -25,7 +25,7 @@ def write(report: Report, path: Path) -> None:
     sheet = _Sheet(_WIDTH)
     below = _draw_head(sheet, report)
     below = _draw_strip(sheet, report, below + 0.3)
-    below = _draw_examples(sheet, report, below + 0.3)
+    below = (_draw_kept if report.is_pruned else _draw_examples)(sheet, report, below + 0.3)
     below = _draw_budget(sheet, report, below + 0.2)
     sheet.save(path, below + 0.3)
 
@@ -83,9 +83,9 @@ class _Sheet:
 
         self.axes.add_patch(Rectangle((x, y), width, height, **({"fill": False} | style)))
 
-    def fill(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+    def fill(self, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1.0) -> None:
         """A filled box; zeros are hatched."""
-        style = {"hatch": "////", "edgecolor": MUTED} if colour == ZEROS else {}
+        style = {"hatch": "////", "edgecolor": MUTED} if colour == ZEROS else {"alpha": alpha}
         self.box(x, y, width, height, facecolor=colour, fill=True, linewidth=0, **style)
 
     def boxes(self, outlines: list[tuple[float, float, float, float]], colour: str, line: float) -> None:
@@ -152,9 +152,7 @@ def _line(report: Report, view: PathwayView) -> float:
 
 def _draw_strip(sheet: _Sheet, report: Report, y: float) -> float:
     count, shape = len(report.indices), report.thumbs.shape[1] / report.thumbs.shape[2]
-    most = min(count, max(8, math.ceil(math.sqrt(2.6 * count * shape))))
-    per_row = math.ceil(count / math.ceil(count / most))
-    thumb = min((_INNER - _GAP * (per_row - 1)) / per_row, 1.9 / max(shape, 0.75))
+    per_row, thumb = _tiling(count, shape)
     lanes = [(view, lane) for view in report.pathways for lane in view.lanes]
     line = thumb * shape + 0.36 + _LANE * len(lanes)
     for row in range(count):
@@ -169,6 +167,13 @@ def _draw_strip(sheet: _Sheet, report: Report, y: float) -> float:
                     goes_on = row < stop - 1 and not is_last
                     sheet.fill(x, at, thumb + _GAP * goes_on, 0.065, view.colour)
     return y + math.ceil(count / per_row) * line
+
+
+def _tiling(count: int, shape: float) -> tuple[int, float]:
+    """How many pictures stand beside each other, and how wide each is; shape is their height over their width."""
+    most = min(count, max(8, math.ceil(math.sqrt(2.6 * count * shape))))
+    per_row = math.ceil(count / math.ceil(count / most))
+    return per_row, min((_INNER - _GAP * (per_row - 1)) / per_row, 1.9 / max(shape, 0.75))
 
 
 def _draw_thumb(
@@ -197,6 +202,28 @@ def _draw_thumb(
     used = sheet.text(x, y + height + 0.14, number + report.repeats(row), size, colour, width, weight=weight)
     if width - used > 0.3:
         sheet.text(x + width, y + height + 0.14, time, size, MUTED, width - used - 0.05, ha="right")
+
+
+def _draw_kept(sheet: _Sheet, report: Report, y: float) -> float:
+    """Every bin of every pathway, lit where its tokens are kept."""
+    for view in (view for view in report.pathways if view.bins):
+        tiles = view.pruned.tiles
+        shape = tiles.shape[1] / tiles.shape[2]
+        per_row, width = _tiling(len(tiles), shape)
+        heading = sheet.text(_MARGIN, y, f"{view.name.capitalize()} pathway", 12.5, view.colour, weight="bold")
+        sheet.text(_MARGIN + heading + 0.15, y, view.pruned.text, 9.5, MUTED)
+        for number, bin in enumerate(view.bins):
+            down, across = divmod(number, per_row)
+            x, top = _MARGIN + across * (width + _GAP), y + 0.22 + down * (width * shape + 0.32)
+            sheet.image(x, top, width, width * shape, tiles[number])
+            sheet.box(x, top, width, width * shape, edgecolor=view.colour, linewidth=_THIN)
+            size, under = min(8.5, 5.6 * width + 1.6), top + width * shape + 0.14
+            used = sheet.text(x, under, report.name_bin(bin), size, INK, width)
+            if width - used > 0.3:
+                count = view.pruned.count(number)
+                sheet.text(x + width, under, count, size, MUTED, width - used - 0.05, ha="right")
+        y += 0.22 + math.ceil(len(tiles) / per_row) * (width * shape + 0.32) + 0.25
+    return y
 
 
 def _draw_examples(sheet: _Sheet, report: Report, y: float) -> float:
@@ -251,13 +278,16 @@ def _draw_class_token(
 
 
 def _draw_budget(sheet: _Sheet, report: Report, y: float) -> float:
-    total = sheet.text(_MARGIN, y, f"{report.total:,} video tokens", 12.5, weight="bold")
+    total = sheet.text(_MARGIN, y, report.budget, 12.5, weight="bold")
     sheet.text(_MARGIN + total + 0.3, y, report.saving, 9.5, MUTED)
     x, outside = _MARGIN, []
     for share in report.shares():
         width = _INNER * share.share
-        sheet.fill(x, y + 0.2, width, 0.36, share.colour)
-        if share.colour != ZEROS and width > 0.085 * len(share.label) + 0.25:
+        sheet.fill(x, y + 0.2, width, 0.36, share.colour, 0.25 if share.kept < 1 else 1.0)
+        if share.kept < 1:
+            sheet.fill(x, y + 0.2, width * share.kept, 0.36, share.colour)
+            outside.append(share)
+        elif share.colour != ZEROS and width > 0.085 * len(share.label) + 0.25:
             sheet.text(x + 0.12, y + 0.385, share.label, 10, PAPER, width - 0.2, weight="bold")
         else:
             outside.append(share)

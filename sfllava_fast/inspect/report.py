@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from ..canvas import CanvasVideo
 from ..config import Layout, sample_frames
+from ..errors import InputError
 from ..layouts import Preset, find_preset, parse_layout
 from ..pathways import Range
 from ..plan import PathwayTables, Plan
+from ..reduction.pruning import Pruning, places
 from ..reference import aggregate
 from ..video import Video
 
@@ -24,6 +26,8 @@ from ..video import Video
 COLOURS = ("#e8590c", "#1562ab", "#4b1d6b", "#12908e", "#a61e4d")
 SEPARATORS, ZEROS = ("#7a8394", "#a9b0bc"), "#e4e7ec"
 PALE = 245  # patches that no token is made of
+_DIM = 0.22  # what is left of a picture where its token is pruned
+_SIDE = 8  # pixels a patch has where tokens are made of pixels
 _THUMB_PIXELS = 240  # longer edge
 _EXAMPLE_PIXELS = 720
 _CHUNK = 16  # frames decoded at a time, so that 64 frames of full HD never lie in memory at once
@@ -33,11 +37,28 @@ Box = tuple[int, int, int, int]  # top, bottom, left, right, in patches
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What pruning leaves of a pathway. tokens: bool [bins, tokens a bin]. tiles: the bins' pictures, uint8
+    [bins, h, w, 3], lit where their tokens are kept."""
+
+    tokens: np.ndarray
+    tiles: np.ndarray
+
+    @property
+    def text(self) -> str:
+        return f"{self.tokens.sum():,} of {_count(self.tokens.size, 'token')} kept"
+
+    def count(self, number: int) -> str:
+        """Of one bin."""
+        return f"{self.tokens[number].sum()} of {self.tokens.shape[1]}"
+
+
+@dataclass(frozen=True)
 class PathwayView:
     """A pathway: the sampled frames in each of its bins, and one bin as an example.
 
     tokens: the patches behind each token. kept: each token's mean colour, uint8 [rows, columns, 3] on the grid of
-    patches. Both are empty, or None, for the class token, which is made of no patch.
+    patches. Both are empty, or None, for the class token, which is made of no patch. pruned: None where all are kept.
     """
 
     name: str
@@ -49,6 +70,7 @@ class PathwayView:
     tokens: list[list[Box]]
     kept: np.ndarray | None
     caption: str
+    pruned: Kept | None = None
 
     @cached_property
     def alone(self) -> Counter[int]:
@@ -68,12 +90,13 @@ class PathwayView:
 
 
 class Share(NamedTuple):
-    """A part of the token budget."""
+    """A part of the token budget. kept: how much of it pruning leaves, 0 to 1."""
 
     label: str
     tokens: int
     share: float
     colour: str
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -90,20 +113,35 @@ class Report:
     thumbs: np.ndarray
     plan: Plan
     pathways: list[PathwayView]
+    stays: np.ndarray  # bool [total]: which tokens pruning keeps
 
     @property
     def total(self) -> int:
         return self.plan.tokens["total"]
 
     @property
+    def is_pruned(self) -> bool:
+        return any(view.pruned for view in self.pathways)
+
+    @property
+    def budget(self) -> str:
+        return f"{self.stays.sum():,} of " * self.is_pruned + f"{self.total:,} video tokens"
+
+    @property
     def saving(self) -> str:
         patches = sum(self.plan.lengths) * self.plan.grid[0] * self.plan.grid[1]
         pictures = "frame" if sum(self.plan.lengths) == len(self.indices) else "composed picture"
-        return f"{self.total / patches:.1%} of the {patches:,} patches of {_count(sum(self.plan.lengths), pictures)}"
+        share = self.stays.sum() / patches
+        return f"{share:.1%} of the {patches:,} patches of {_count(sum(self.plan.lengths), pictures)}"
 
     def label(self, row: int) -> tuple[str, str]:
         """Number and time of a sampled frame, as text."""
         return f"#{self.indices[row]}", _clock(self.times[row]) if self.times else ""
+
+    def name_bin(self, bin: Range) -> str:
+        """The numbers of a bin's frames."""
+        first, last = self.indices[bin[0]], self.indices[bin[1] - 1]
+        return f"#{first}" if bin[1] == bin[0] + 1 else f"#{first} to #{last}"
 
     def name_example(self, view: PathwayView) -> str:
         """The frames of a pathway's example."""
@@ -111,7 +149,7 @@ class Report:
         if stop == start + 1:
             return "frame " + "  ".join(self.label(start)).rstrip()
         how = "mean of" if self.plan.lengths == (len(self.indices),) else "composed of"
-        return f"{how} frames #{self.indices[start]} to #{self.indices[stop - 1]}"
+        return f"{how} frames {self.name_bin(view.example)}"
 
     def rings(self, row: int) -> list[PathwayView]:
         """Who marks a frame: of the pathways that read it by itself, those that pick frames, or else all."""
@@ -132,25 +170,29 @@ class Report:
 
     def shares(self) -> list[Share]:
         """The budget: by pathway, then separators, then zeros. Tokens add up to `total`."""
-        zeros = len(self.plan.zeros)
         parts = []
-        for view, tables in zip(self.pathways, self.plan.pathways):
-            parts.append((view.name, tables.tokens_per_frame * len(view.bins), view.colour))
+        for view, index in zip(self.pathways, places(self.plan)):
+            parts.append((view.name, index.flatten().tolist(), view.colour))
         for number, separator in enumerate(self.plan.separators):
-            colour = SEPARATORS[number % len(SEPARATORS)]
-            parts.append((separator.name, self.plan.tokens.get(separator.name, 0), colour))
-        parts += [("zeros", zeros, ZEROS)] * (zeros > 0)
-        return [
-            Share(f"{name} {tokens:,} ({_percent(tokens / self.total)})", tokens, tokens / self.total, colour)
-            for name, tokens, colour in parts
-            if tokens
-        ]
+            rows = [row for row, which in self.plan.separator_rows if which == number]
+            parts.append((separator.name, rows, SEPARATORS[number % len(SEPARATORS)]))
+        parts.append(("zeros", self.plan.zeros, ZEROS))
+        return [self._share(name, rows, colour) for name, rows, colour in parts if rows]
+
+    def _share(self, name: str, rows: list[int], colour: str) -> Share:
+        tokens, kept, share = len(rows), int(self.stays[rows].sum()), len(rows) / self.total
+        of = f"{kept:,} of " * self.is_pruned
+        return Share(f"{name} {of}{tokens:,} ({_percent(share)})", tokens, share, colour, kept / tokens)
 
 
 def gather(
-    video: Video, layout: str | Layout, frames: int | None = None, grid: tuple[int, int] | None = None
+    video: Video,
+    layout: str | Layout,
+    frames: int | None = None,
+    grid: tuple[int, int] | None = None,
+    kept: Sequence[int] | Pruning | None = None,
 ) -> Report:
-    """Sample the video and lay it out; frames and grid as in `render`."""
+    """Sample the video and lay it out; frames, grid and kept as in `render`."""
     preset = find_preset(layout) or Preset("", parse_layout(layout), 50, (24, 24), "", "")
     parsed, grid = preset.layout, grid or preset.grid
     indices = sample_frames(video.total, frames or preset.frames)
@@ -165,8 +207,16 @@ def gather(
     if video.fps:
         facts.append(f"{video.fps:.4g} frames/s")
     facts.append(f"{grid[0]}\u00d7{grid[1]} patches a {'picture' if parsed.canvas else 'frame'}")
+    notes = list(_notes(parsed, plan))
+    if isinstance(kept, Pruning):
+        notes.append(f"prune:{kept}, by the patches' pixels")
+        kept = kept.kept(pixel_tokens(pictures, numbers, plan), plan).tolist()
+    stays = _stays(kept, plan)
+    small = thumbs
+    if parsed.canvas and kept is not None:
+        small = np.concatenate([_shrink(part, _THUMB_PIXELS) for part in _in_chunks(pictures, numbers)])
     views = []
-    for tables, colour in zip(plan.pathways, _colours(plan)):
+    for tables, colour, index in zip(plan.pathways, _colours(plan), places(plan)):
         example = _example(tables, plan)
         picture = _mean(pictures, numbers[slice(*example)])
         tokens = [] if tables.pathway.class_token else token_boxes(tables, grid)
@@ -182,6 +232,7 @@ def gather(
                 tokens=tokens,
                 kept=_keep(picture, tokens, tables, grid) if tokens else None,
                 caption=_describe(tables, plan, "picture" if parsed.canvas else "frame"),
+                pruned=None if kept is None else _light(tables, tokens, stays[index.numpy()], small, grid),
             )
         )
     return Report(
@@ -189,13 +240,55 @@ def gather(
         facts="  \u00b7  ".join(facts),
         layout=preset.name or str(parsed),
         source=preset.source,
-        notes="  \u00b7  ".join(_notes(parsed, plan)),
+        notes="  \u00b7  ".join(notes),
         indices=indices,
         times=video.times(indices),
         thumbs=thumbs,
         plan=plan,
         pathways=views,
+        stays=stays,
     )
+
+
+def pixel_tokens(video: Video, indices: list[int], plan: Plan) -> torch.Tensor:
+    """Tokens [S, D] of the plan, made of pixels where a model would make them of features: no model is needed."""
+    rows, columns = plan.grid
+    parts = []
+    for frames in _in_chunks(video, indices):
+        small = F.interpolate(frames.permute(0, 3, 1, 2).float(), (rows * _SIDE, columns * _SIDE), mode="area")
+        patches = F.unfold(small / 127.5 - 1, _SIDE, stride=_SIDE).transpose(1, 2)
+        parts.append(torch.cat([patches.mean(1, keepdim=True), patches], dim=1)[:, -plan.patches :])
+    return aggregate(torch.cat(parts), plan)
+
+
+def _stays(kept: Sequence[int] | None, plan: Plan) -> np.ndarray:
+    """Which of the plan's tokens are kept, bool [S]."""
+    total = plan.tokens["total"]
+    stays = np.full(total, kept is None)
+    if kept is not None:
+        positions = np.asarray(kept)
+        if positions.ndim != 1 or not len(positions) or positions.min() < 0 or positions.max() >= total:
+            raise InputError(f"kept must be positions among the {total} tokens that the layout makes here")
+        stays[positions] = True
+    return stays
+
+
+def _light(
+    tables: PathwayTables, tokens: list[list[Box]], stays: np.ndarray, small: np.ndarray, grid: tuple[int, int]
+) -> Kept:
+    """A pathway's bins, dimmed but for what tokens are made of that stay, bool [bins, tokens]."""
+    height, width = small.shape[1:3]
+    rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
+    tiles = np.empty((len(stays), height, width, 3), np.uint8)
+    tokens = tokens or [[(0, grid[0], 0, grid[1])]]  # a class token is about the whole frame
+    for tile, (start, stop), of_bin in zip(tiles, tables.frames[0], stays):
+        lit = np.zeros(grid, bool)
+        for boxes in (tokens[number] for number in np.flatnonzero(of_bin)):
+            for top, bottom, begin, end in boxes:
+                lit[top:bottom, begin:end] = True
+        picture = small[start:stop].mean(0)
+        tile[:] = np.where(lit[rows][:, columns, None], picture, _DIM * picture + (1 - _DIM) * PALE)
+    return Kept(stays, tiles)
 
 
 def _colours(plan: Plan) -> list[str]:
