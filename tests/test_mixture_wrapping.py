@@ -1,7 +1,9 @@
 """Mixture of depths: what is replaced on a model and put back, saved and loaded, and what cannot be served."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -189,6 +191,16 @@ def test_scores_that_cannot_be(scores):
     mixture.scorers["3"] = mixture.scorers["1"]
     found = logits(model, mixture)
     assert torch.equal(found, logits(model, MixtureOfDepths(model, 0.3)))
+
+
+def test_a_pass_that_nobody_goes_back_through_is_freed():
+    """The scores' graph and what a checkpointed layer would need of the pass do not keep each other alive."""
+    model, kept = tiny(), []
+    mixture = MixtureOfDepths(model, 0.3, "learned").double()
+    model.model.rotary_emb.register_forward_hook(lambda _, args, out: kept.append(weakref.ref(out[0])))
+    assert logits(model, mixture).requires_grad
+    gc.collect()
+    assert kept[0]() is None
 
 
 def test_what_a_forward_pass_cannot_serve():

@@ -130,7 +130,7 @@ class MixtureOfDepths(nn.Module):
             with safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {})[_FORMAT])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path} holds no scorers of a mixture of depths: give what `save` wrote") from error
         ratios = {int(at): saved if ratio is None else ratio for at, saved in settings.pop("ratios").items()}
         selecting = ratios if settings["select_at"] is None else [settings["select_at"]]
@@ -178,6 +178,7 @@ class MixtureOfDepths(nn.Module):
         try:
             return forward.plain(*args, **kwargs)
         finally:
+            self._pass.forget_graph()
             self._pass = None
 
     def _run_layer(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

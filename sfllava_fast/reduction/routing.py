@@ -35,6 +35,11 @@ class Pass:
     frames: tuple[int, ...]
     selection: Selection | None = None
 
+    def forget_graph(self) -> None:
+        """A pass hangs on the rotary positions, which its graph holds: scores that held the graph would never go."""
+        if self.selection is not None:
+            self.selection = Selection(self.selection.kept, self.selection.scores.detach())
+
 
 def select(scorer: nn.Module, at: LayerInput, frames: Sequence[int], ratio: float) -> Selection:
     """The tokens of each frame that score highest. Raises InputError for scores of the wrong shape, or NaN."""
