@@ -428,6 +428,18 @@ def test_a_file_that_is_none(tmp_path):
         learned().save(tmp_path / "no" / "where")
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def half(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    path = learned().save(tmp_path / "k2.safetensors")
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(InputError, match="no space left"):
+        learned(k=3).save(path)
+    assert list(tmp_path.iterdir()) == [path] and len(Compression.load(path).tokens) == 2
+
+
 def test_a_cache_that_cannot_drop(model):
     cache = DynamicCache()
     model(inputs_embeds=embeddings(1, 20), past_key_values=cache)
