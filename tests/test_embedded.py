@@ -649,6 +649,16 @@ def test_scene_targets_are_what_is_true_of_the_clip(tokenizer):
 REDUCED = {"mixture": mixing.MixtureTrainer, "compression": compressing.CompressionTrainer}
 
 
+@pytest.mark.parametrize(("options", "said"), [
+    (["--from", str(embedded.model_dir())], "trained from scratch"),
+    (["--train", "mixture", "--from", "x"], "--from x"),
+])
+def test_the_script_refuses_a_start_that_is_none(options, said, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--out", "out", *options])
+    assert said in capsys.readouterr().err
+
+
 def reduced_trainer(folder, kind: str):
     args = train.parse(
         ["--train", kind, "--out", str(folder / "out"), "--work", str(folder), "--ranks", "1", "--smoke"]
