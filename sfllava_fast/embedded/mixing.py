@@ -36,7 +36,7 @@ STAGES = (
 
 
 class _Looks:
-    """Keeps how much the plain model's questions look at each visual token, by layer."""
+    """A guide that only keeps how much the questions look at each visual token, by layer."""
 
     def __init__(self, real: Tensor, tokens: int) -> None:
         self.real, self.tokens = real, tokens

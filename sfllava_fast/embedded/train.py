@@ -3,7 +3,8 @@
 Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels, then the
 projector, until a patch reads as the words for what it shows. On clips, first of few shapes, then of many: the
 language model, some of its heads shown where to look, at the end without that help. Ranks are processes that
-average their gradients.
+average their gradients. `--train mixture` and `--train compression` go on from a trained model: see mixing.py and
+compressing.py.
 """
 
 from __future__ import annotations
@@ -202,6 +203,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
     parser.add_argument("--smoke", action="store_true", help="some 20 steps in all, to see that it runs")
     args = parser.parse_args(argv)
+    if args.start and args.train == "model":
+        parser.error("the model is trained from scratch: --from goes with --train mixture or compression")
+    if args.start and not (Path(args.start) / "config.json").is_file():
+        parser.error(f"--from {args.start}: give the directory that a training of the model wrote")
     if args.smoke:
         args.steps_scale = 20 / sum(stage.steps for stage in TRAINERS[args.train].STAGES)
     if args.device != "cpu":
