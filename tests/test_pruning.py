@@ -101,6 +101,8 @@ def test_a_still_scene_costs_its_first_frame():
     plan = plan_of("pool:each,stride2,stride2,mean", 8)
     still = turned(plan, lambda pathway, frame, place: 20 * place)
     assert Pruning(below=1).kept(still, plan).tolist() == [0, 1, 2, 3]
+    repeated = torch.randn(4, 192, generator=torch.Generator().manual_seed(0)).repeat(8, 1)
+    assert Pruning(below=1).kept(repeated, plan).tolist() == [0, 1, 2, 3]
     # Something passes at place 2 in frames 3 and 4: it is kept where it comes and where it has gone.
     passing = turned(plan, lambda pathway, frame, place: 20 * place + 60 * (place == 2 and frame in (3, 4)))
     assert Pruning(below=0.999).kept(passing, plan).tolist() == [0, 1, 2, 3, 4 * 3 + 2, 4 * 5 + 2]
@@ -232,9 +234,13 @@ def test_only_the_layers_before_it_are_run_and_nothing_stays_behind(models):
     decoder(inputs_embeds=tokens[None])
 
 
-@pytest.mark.parametrize("text", ["64:similarity", "0.25:question", "below0.95:similarity", "7:norm"])
+@pytest.mark.parametrize(
+    "text", ["64:similarity", "0.25:question", "below0.95:similarity", "7:norm", "8:question,layer=0,queries=1"]
+)
 def test_a_text_is_read_back(text):
     assert str(Pruning.parse(text)) == text
+    assert Pruning.parse("8:norm,separators=0") == Pruning(8, "norm", separators=False)
+    assert str(Pruning(8, separators=False)) == "8:similarity,separators=0"
 
 
 def test_a_text_without_a_scorer_is_by_similarity():
@@ -257,6 +263,10 @@ def test_a_text_without_a_scorer_is_by_similarity():
         (lambda: Pruning(4, queries=0), "queries must be"),
         (lambda: Pruning.parse("many"), "cannot read the pruning 'many': write 64, 0.25 or below0.95"),
         (lambda: Pruning.parse("belowhalf"), "cannot read the pruning"),
+        (lambda: Pruning.parse("8:norm,layers=2"), "cannot read the pruning"),
+        (lambda: Pruning.parse("8:norm,keep=2"), "cannot read the pruning"),
+        (lambda: Pruning.parse("8:norm,queries"), "cannot read the pruning"),
+        (lambda: Pruning.parse("8:norm,queries=0"), "queries must be"),
         (lambda: Pruning.parse(""), "cannot read the pruning"),
         (lambda: prune_tokens(torch.zeros(3, 2), torch.zeros(3), 4), "keep=4 of 3 tokens"),
         (lambda: prune_tokens(torch.zeros(3, 2), torch.zeros(3), 0), "keep must be"),

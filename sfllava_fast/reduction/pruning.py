@@ -9,7 +9,7 @@ layers, and their keys and values, shrink too; by attention, that costs the firs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -70,19 +70,27 @@ class Pruning:
 
     @classmethod
     def parse(cls, text: str) -> Pruning:
-        """KEEP or KEEP:SCORER, where KEEP is 64, 0.25 or below0.95."""
-        amount, _, scorer = text.partition(":")
-        scorer = scorer or "similarity"
+        """KEEP, KEEP:SCORER or KEEP:SCORER,NAME=NUMBER,...; KEEP is 64, 0.25 or below0.95, NAME layer, queries or
+        separators."""
+        amount, _, rest = text.partition(":")
+        scorer, *settings = rest.split(",")
         try:
             below = float(amount.removeprefix("below")) if amount.startswith("below") else None
             keep = None if below is not None else float(amount) if "." in amount else int(amount)
-        except ValueError:
-            raise InputError(f"cannot read the pruning {text!r}: write 64, 0.25 or below0.95, and :SCORER") from None
-        return cls(keep, scorer, below)
+            numbers = {name: int(number) for name, number in (setting.split("=") for setting in settings)}
+            return cls(keep, scorer or "similarity", below, **numbers)
+        except InputError:
+            raise
+        except (ValueError, TypeError):
+            form = "write 64, 0.25 or below0.95, then :SCORER, then ,layer=1 or ,queries=1"
+            raise InputError(f"cannot read the pruning {text!r}: {form}") from None
 
     def __str__(self) -> str:
         amount = self.keep if self.below is None else f"below{self.below}"
-        return f"{amount}:{self.scorer if isinstance(self.scorer, str) else self.scorer.__name__}"
+        scorer = self.scorer if isinstance(self.scorer, str) else self.scorer.__name__
+        others = {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+        changed = {name: int(value) for name, value in others.items() if value != getattr(Pruning, name)}
+        return f"{amount}:{scorer}" + "".join(f",{name}={value}" for name, value in changed.items())
 
     @property
     def needs_question(self) -> bool:
