@@ -74,7 +74,9 @@ def test_gathering_and_putting_back(backend, call):
     assert_same(scatter_rows(hidden, index, rows, weights, backend=backend), blended)
     out = GuardedRows(hidden.shape[1] * len(hidden), hidden.shape[2], hidden.dtype)
     view = out.rows.unflatten(0, hidden.shape[:2])
-    assert scatter_rows(hidden, index, rows, weights, out=view, backend=backend) is view
+    assert scatter_rows(hidden, index, rows, out=view, backend=backend) is view
+    assert_same(view, merged(hidden, index, rows))
+    scatter_rows(hidden, index, rows, weights, out=view, backend=backend)
     assert_same(view, blended)
     view.copy_(hidden)
     scatter_rows(view, index, rows, weights, out=view, backend=backend)
