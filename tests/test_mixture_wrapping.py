@@ -108,6 +108,27 @@ def test_saved_experts_are_loaded(tmp_path):
     assert attributes(model) == before
 
 
+def test_weights_that_were_trained_with_experts_come_and_go_with_them(tmp_path):
+    model, path = tiny(), tmp_path / "experts.safetensors"
+    trained = {name: 1.5 * weight for name, weight in model.get_decoder().named_parameters() if ".1." in name}
+    before, plain = attributes(model), logits(model)
+    MixtureOfDepths(model, 0.25, "learned", weights=trained).save(path)
+    loaded = MixtureOfDepths.load(model, path)
+    found = logits(model, loaded)
+    loaded.undo()
+    assert attributes(model) == before and torch.equal(logits(model), plain)
+    other = tiny()
+    with torch.no_grad():
+        for name, weight in trained.items():
+            other.get_decoder().get_parameter(name).copy_(weight)
+    expected = MixtureOfDepths(other, 0.25, "learned")
+    expected.load_state_dict(loaded.state_dict())
+    assert torch.equal(found, logits(other, expected)) and not torch.equal(found, plain)
+    with pytest.raises(InputError, match="has no layers.9"):
+        MixtureOfDepths(model, 0.25, weights={"layers.9.mlp.up_proj.weight": torch.zeros(2, 2)})
+    assert attributes(model) == before and torch.equal(logits(model), plain)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint_files import one_line
 from ..errors import InputError, first_line
 from ..replacement import Patch
+from .weights import weight_replacements
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -187,29 +188,12 @@ class Compression(nn.Module):
         Raises InputError, with the model as it was, where its embeddings have another width, or it lacks a weight of
         that name and shape.
         """
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
         if self.tokens.shape[1] != embedding.weight.shape[1]:
             wide = f"{self.tokens.shape[1]} wide, the model's embeddings {embedding.weight.shape[1]}"
             raise InputError(f"the compression tokens are {wide}: train them with this model")
-        own = dict(model.get_decoder().named_parameters()) | {"lm_head.weight": head.weight}
-        swaps: dict[nn.Parameter, nn.Parameter] = {}
-        for name, weight in self.weights.items():
-            if name not in own or own[name].shape != weight.shape:
-                raise InputError(f"this model has no {name} {list(weight.shape)}, which the compression brings")
-            # A copy: memory of a file is not aligned, by which kernels may round otherwise.
-            put = nn.Parameter(weight.to(own[name], copy=True), own[name].requires_grad)
-            if not torch.equal(swaps.setdefault(own[name], put), put):
-                raise InputError(f"this model ties {name} to another weight, of which the compression has other values")
         # Not on the decoder or the model, where other patches leave their handles.
-        return Patch(
-            embedding,
-            [
-                (module, name, swaps[held])
-                for module in model.modules()
-                for name, held in module.named_parameters(recurse=False)
-                if held in swaps
-            ],
-        )
+        return Patch(embedding, weight_replacements(model, model.get_decoder(), self.weights))
 
     def insert(self, embeds: Tensor, videos: Sequence[Any]) -> tuple[Tensor, list[list[Span]]]:
         """embeds [B, S, D] with the tokens behind every video, [B, S + n * k, D], and each row's spans in it.

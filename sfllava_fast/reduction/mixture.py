@@ -20,6 +20,7 @@ from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder
 from .held import recall
 from .routing import Pass, run_on_all, run_on_selection, select
 from .scorers import AttentionReceived, LayerInput, Scorer, make_scorers
+from .weights import weight_replacements
 
 _FORMAT = "sfllava_fast.mixture_of_depths"
 
@@ -41,6 +42,8 @@ class MixtureOfDepths(nn.Module):
     per_frame: False: all vision tokens compete, as if they were one frame's.
     select_at: None: every mixed layer selects for itself. A layer's number: what that one's scorer selects, of what
         enters it, all mixed layers keep; it comes before them or is their first.
+    weights: of the decoder, by name as in its `named_parameters`, that were trained with learned scorers: they take the
+        place of the model's own until `undo`.
 
     Where the vision tokens are, `frames` tells; where nothing does, they are the run of the config's image or video
     placeholders in `input_ids`, as one frame. All rows of a batch have theirs at the same offsets: pad on the left,
@@ -59,6 +62,7 @@ class MixtureOfDepths(nn.Module):
         weighted: bool = False,
         per_frame: bool = True,
         select_at: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         decoder = find_decoder(model)
@@ -83,7 +87,9 @@ class MixtureOfDepths(nn.Module):
         replaced.append(_Forward(decoder, self._run_decoder))
         if decoder is not model:
             replaced.append(_Forward(model, self._run_model))
-        self._patch = Patch(decoder, [(forward.owner, "forward", forward) for forward in replaced])
+        self.weights = dict(weights or {})
+        swaps = weight_replacements(model, decoder, self.weights)
+        self._patch = Patch(decoder, [*((forward.owner, "forward", forward) for forward in replaced), *swaps])
 
     @classmethod
     def fastv(cls, model: nn.Module, ratio: float = 0.5, layer: int = 2) -> MixtureOfDepths:
@@ -111,16 +117,16 @@ class MixtureOfDepths(nn.Module):
         return tuple(sum(size - kept_of(ratio, size) for size in sizes) for ratio in ratios)
 
     def save(self, path: str | Path) -> None:
-        """The scorers' weights as safetensors, layers and ratios in the metadata, for `load`."""
+        """The scorers' weights and `weights` as safetensors, layers and ratios in the metadata, for `load`."""
         from safetensors.torch import save_file
 
         settings = {name: getattr(self, name) for name in ("ratios", "weighted", "per_frame", "select_at")}
-        tensors = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        tensors = {name: value.detach().cpu().clone() for name, value in (self.state_dict() | self.weights).items()}
         save_file(tensors, path, {_FORMAT: json.dumps(settings)})
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, ratio: float | None = None) -> MixtureOfDepths:
-        """A model wrapped with the learned scorers that were saved; ratio: instead of theirs.
+        """A model wrapped with the learned scorers and the weights that were saved; ratio: instead of theirs.
 
         Raises InputError where the file holds none, or they are not for this model; it is left as it was.
         """
@@ -136,10 +142,11 @@ class MixtureOfDepths(nn.Module):
         selecting = ratios if settings["select_at"] is None else [settings["select_at"]]
         width = find_decoder(model).config.hidden_size
         of_layer = {"weight": [1, width], "bias": [1]}
+        weights = {name: tensors.pop(name) for name in [*tensors] if not name.startswith("scorers.")}
         shapes = {f"scorers.{at}.linear.{name}": of_layer[name] for at in selecting for name in of_layer}
         if {name: list(value.shape) for name, value in tensors.items()} != shapes:
             raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}")
-        mixture = cls(model, ratios, "learned", **settings)
+        mixture = cls(model, ratios, "learned", **settings, weights=weights)
         mixture.load_state_dict(tensors)
         return mixture
 
