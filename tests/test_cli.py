@@ -90,6 +90,8 @@ class StandIn:
             seconds=dict(SECONDS),
             ttft=2.5,
             tokens_per_second=12.5,
+            reduction=self.options.get("reduction"),
+            kept=7,
         )
         return SimpleNamespace(
             text="a red circle",
@@ -157,6 +159,8 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
         "eager",
         "--projector",
         "commuted",
+        "--reduction",
+        "mixture:0.3",
         "--max-new-tokens",
         "7",
         "--decoder",
@@ -175,12 +179,14 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
         device="cpu",
         attention="eager",
         projector="commuted",
+        reduction="mixture:0.3",
     )
     assert model.frames == 5
     assert model.asked == [
         dict(question="what?", max_new_tokens=7, choices=["a cat", "a dog"], follow_up=False)
     ]
-    assert capsys.readouterr().out == "a cat\n"
+    said = capsys.readouterr()
+    assert said.out == "a cat\n" and ", 7 kept by mixture:0.3\n" in said.err
 
 
 @pytest.mark.parametrize("follow_up", [False, True])
