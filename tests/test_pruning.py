@@ -103,6 +103,7 @@ def test_a_still_scene_costs_its_first_frame():
     assert Pruning(below=1).kept(still, plan).tolist() == [0, 1, 2, 3]
     repeated = torch.randn(4, 192, generator=torch.Generator().manual_seed(0)).repeat(8, 1)
     assert Pruning(below=1).kept(repeated, plan).tolist() == [0, 1, 2, 3]
+    assert Pruning(below=0.9).kept(torch.ones(32, 3), plan).tolist() == [0, 1, 2, 3]  # all are like their mean
     # Something passes at place 2 in frames 3 and 4: it is kept where it comes and where it has gone.
     passing = turned(plan, lambda pathway, frame, place: 20 * place + 60 * (place == 2 and frame in (3, 4)))
     assert Pruning(below=0.999).kept(passing, plan).tolist() == [0, 1, 2, 3, 4 * 3 + 2, 4 * 5 + 2]
