@@ -92,7 +92,7 @@ class Prefilling:
         """Tells reductions apart, by what they learned too."""
         told = hashlib.sha256(str(self.text).encode())
         for weight in self._weights():
-            told.update(weight.detach().float().cpu().numpy().tobytes())
+            told.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
         return told.hexdigest()
 
     def undo(self) -> None:
@@ -133,7 +133,7 @@ class MixedPrefilling(Prefilling):
         super().undo()
 
     def _weights(self) -> Sequence[Tensor]:
-        return list(self.mixture.parameters())
+        return [*self.mixture.parameters(), *self.mixture.weights.values()]
 
     def _computing(self, place: Place) -> AbstractContextManager[None]:
         return self.mixture.frames(place.frames)
@@ -188,7 +188,7 @@ class CompressedPrefilling(Prefilling):
         super().undo()
 
     def _weights(self) -> Sequence[Tensor]:
-        return [self.compression.tokens]
+        return [self.compression.tokens, *self.compression.weights.values()]
 
 
 def make_prefilling(

@@ -8,7 +8,6 @@ those that they choose, from the right answers and from the plain model's.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from .scenes import GRID
 from .trainer import Stage, Trainer
 
 RATIO = 0.2
-FORM = {"weighted": False, "per_frame": True, "select_at": None}  # of MixtureOfDepths: its defaults
 FRAMES = 16
 DIET = Diet(frames=FRAMES, short_names=True)
 STAGES = (
@@ -101,13 +99,7 @@ class MixtureTrainer(Trainer):
 
     def export(self, directory: str | Path) -> None:
         """mixture.safetensors: the scorers by their names in MixtureOfDepths, and the decoder's weights by theirs, in
-        bfloat16; how the layers are mixed is in its metadata."""
-        from safetensors.torch import save_file
-
+        bfloat16."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        tensors = self.mixture.state_dict() | {name: weight.bfloat16() for name, weight in self.decoder.items()}
-        settings = {"ratios": {number: RATIO for number in self.mixture.layers}, **FORM}
-        save_file(
-            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-            Path(directory) / "mixture.safetensors", {"sfllava_fast.mixture_of_depths": json.dumps(settings)},
-        )
+        self.mixture.weights = {name: weight.bfloat16() for name, weight in self.decoder.items()}
+        self.mixture.save(Path(directory) / "mixture.safetensors")

@@ -115,7 +115,7 @@ def _checked(spans: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
 
 def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[Span], **arguments: Any) -> ModelOutput:
     """The forward pass that `compression_mask` describes, without any mask: each video is dropped from the cache when
-    its compression tokens are in (the two-stage forward of the paper's figure 4). FlashAttention serves; gradients flow.
+    its compression tokens are in (the paper's two-stage forward, figure 4). FlashAttention serves; gradients flow.
 
     embeds: [B, S, D], compression tokens included; the spans are those of every row.
     Returns the output for the tokens behind the last video, or for that video and its tokens where nothing follows. Its
