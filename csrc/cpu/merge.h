@@ -23,7 +23,8 @@ void stream_row(const char* from, char* to, int64_t bytes) {
   using Bits = Line<V, float>;  // a load and a store of these change no bit
   int64_t at = 0;
   for (; at + kLineBytes <= bytes; at += kLineBytes) {
-    const float* line = reinterpret_cast<const float*>(from + at);
+    float line[Bits::kSize];  // rows of 16-bit elements may begin between two floats
+    std::memcpy(line, from + at, kLineBytes);
     Bits::load(line, WholeLine{}).template store<kMax>(reinterpret_cast<float*>(to + at), WholeLine{}, true);
   }
   std::memcpy(to + at, from + at, bytes - at);
