@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from .errors import InputError
 from .plan import Plan
 from .reduction.rows import gather_rows
-from .reduction.settings import FORMS, CompressionFile, Mixture, parse_reduction
+from .reduction.settings import FORMS, CompressionFile, FastV, Mixture, parse_reduction
 
 if TYPE_CHECKING:
     from .generation import LanguageModel
     from .kv_cache import KvCache
     from .reduction.compression import Compression
+    from .reduction.mixture import MixtureOfDepths
     from .reduction.pruning import Pruning
 
-    Reduction = Mixture | Pruning | CompressionFile | Compression
+    Reduction = Mixture | FastV | Pruning | CompressionFile | Compression
 
 # Files that a model may bring in its directory; not beside its weights, where others load all that there is.
 SHIPPED_EXPERTS, SHIPPED_TOKENS = "reduction/mixture.safetensors", "reduction/compression.safetensors"
@@ -107,23 +108,12 @@ class Prefilling:
 
 
 class MixedPrefilling(Prefilling):
-    """Mixture of depths: mixed layers hold the best of each frame."""
+    """Mixture of depths, FastV among them: mixed layers hold the best of each frame."""
 
-    def __init__(self, language: LanguageModel, context: int, settings: Mixture, model: nn.Module, home: Path | None):
-        from .reduction.mixture import MixtureOfDepths
-        from .reduction.scorers import AttentionReceived, TextSimilarity
-
-        super().__init__(language, context, f"mixture:{settings}".rstrip(":"))
-        file = settings.file
-        if settings.scorer is None and settings.layers is None:
-            file = _shipped(home, SHIPPED_EXPERTS)
-        if file:
-            self.mixture = MixtureOfDepths.load(model, file, settings.ratio)
-        else:
-            ratio = 0.2 if settings.ratio is None else settings.ratio
-            self.mixture = MixtureOfDepths(model, ratio, settings.scorer or "norm", settings.layers)
-        scorers = self.mixture.scorers.values()
-        self.asks_anew = any(isinstance(scorer, (TextSimilarity, AttentionReceived)) for scorer in scorers)
+    def __init__(self, language: LanguageModel, context: int, mixture: MixtureOfDepths, text: str) -> None:
+        super().__init__(language, context, text)
+        self.mixture = mixture
+        self.asks_anew = any(getattr(scorer, "needs_text", False) for scorer in mixture.scorers.values())
 
     def choose(self, embeds: Tensor, place: Place) -> Chosen:
         return Chosen(embeds, None, self.mixture.skipped(place.frames))
@@ -202,8 +192,8 @@ def make_prefilling(
         raise InputError("this model's attention has a sliding window, in which no token may be missing: no reduction")
     text = reduction if isinstance(reduction, str) else "compress"
     reduction = parse_reduction(reduction) if isinstance(reduction, str) else reduction
-    if isinstance(reduction, Mixture):
-        return MixedPrefilling(language, context, reduction, model, home)
+    if isinstance(reduction, (Mixture, FastV)):
+        return MixedPrefilling(language, context, *_mix(model, reduction, home))
     from .reduction.compression import Compression
     from .reduction.pruning import Pruning
 
@@ -217,6 +207,21 @@ def make_prefilling(
     if not isinstance(reduction, Compression):
         raise InputError(f"{reduction!r} is no reduction: pass its settings, or write {FORMS}")
     return CompressedPrefilling(language, context, reduction, text, model)
+
+
+def _mix(model: nn.Module, settings: Mixture | FastV, home: Path | None) -> tuple[MixtureOfDepths, str]:
+    """The model wrapped, and how that is told."""
+    from .reduction.mixture import MixtureOfDepths
+
+    if isinstance(settings, FastV):
+        return MixtureOfDepths.fastv(model, settings.ratio, settings.layer), f"fastv:{settings}"
+    text, file = f"mixture:{settings}".rstrip(":"), settings.file
+    if settings.scorer is None and settings.layers is None:
+        file = _shipped(home, SHIPPED_EXPERTS)
+    if file:
+        return MixtureOfDepths.load(model, file, settings.ratio), text
+    ratio = 0.2 if settings.ratio is None else settings.ratio
+    return MixtureOfDepths(model, ratio, settings.scorer or "norm", settings.layers), text
 
 
 def _shipped(home: Path | None, name: str) -> Path | None:

@@ -13,7 +13,7 @@ from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.frames import kept_of, token_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 from sfllava_fast.reduction.pruning import Pruning
-from sfllava_fast.reduction.settings import CompressionFile, Mixture, parse_reduction
+from sfllava_fast.reduction.settings import CompressionFile, FastV, Mixture, parse_reduction
 
 QUESTIONS = [QUESTION, "Where does it go, and why so slowly?", "Is it red?"]
 LAYERS, K, WIDTH = 4, 3, 32
@@ -21,7 +21,7 @@ TINY = {"text": {"num_hidden_layers": LAYERS}}
 ASK = {"max_new_tokens": 8}
 SOME = ["mixture:0.3:LEARNED", "prune:30", "compress:TOKENS"]  # one of each kind
 REUSED = [*SOME, "mixture:0.5:norm:2,3", "prune:0.4:attention", "prune:below0.99"]
-ANEW = ["mixture:0.3:text", "mixture:0.3:attention", "prune:30:question"]
+ANEW = ["fastv:0.3", "mixture:0.3:text", "mixture:0.3:attention", "prune:30:question"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def expected_logits(plain, model, session, prompt, ids=()):
     after = plain.language.embed_tokens([*prompt.after, *ids])
     reduction, start = model.prefilling, len(prompt.before)
     video, before = session.video_tokens(), plain.language.embed_tokens(prompt.before)
-    if model.prefilling.text.startswith("mixture"):
+    if model.prefilling.text.startswith(("mixture", "fastv")):
         frames = token_frames(session.plan, start)
         hidden = mixed_forward(plain, reduction.mixture, torch.cat([before, video, after])[None], frames, len(ids))
         return plain.language.head(hidden[:, -1])
@@ -90,16 +90,18 @@ def expected_logits(plain, model, session, prompt, ids=()):
 def mixed_forward(plain, mixture, hidden, frames, generated):
     """Layer by layer: a mixed one on the rows that its scorer, asked again, would keep, and on all text."""
     core, total = plain.language.core, hidden.shape[1]
+    of_all = mixture.select_at is not None  # FastV's
+    frames = (frames[0], frames[-1]) if of_all else frames
     cos, sin = core.rotary_emb(hidden, torch.arange(total)[None])
     for number, layer in enumerate(core.layers):
-        rows = torch.arange(total)
-        if number in mixture.layers:
+        if str(number) in mixture.scorers:
             scores = scores_of(mixture, number, hidden[:, : total - generated], frames, layer, (cos, sin))
-            parts = [torch.arange(frames[0])]
+            parts, ratio = [torch.arange(frames[0])], mixture.ratios[mixture.layers[0]]
             for first, stop in zip(frames, frames[1:]):
-                best = scores[first - frames[0] : stop - frames[0]].topk(kept_of(mixture.ratios[number], stop - first))
+                best = scores[first - frames[0] : stop - frames[0]].topk(kept_of(ratio, stop - first))
                 parts.append(first + best.indices.sort().values)
-            rows = torch.cat([*parts, torch.arange(frames[-1], total)])
+            kept = torch.cat([*parts, torch.arange(frames[-1], total)])
+        rows = kept if number in mixture.layers else torch.arange(total)
         causal = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()[None, None]
         out = layer(hidden[:, rows], attention_mask=causal, position_embeddings=(cos[:, rows], sin[:, rows]))
         hidden = hidden.index_copy(1, rows, out)
@@ -326,6 +328,8 @@ def test_a_session_tells_which_tokens_it_keeps(reduced, plain):
         ("mixture:0.2", Mixture(0.2)),
         ("mixture:0.5:norm:1,3", Mixture(0.5, "norm", (1, 3))),
         ("mixture::a/b.safetensors", Mixture(scorer="a/b.safetensors")),
+        ("fastv", FastV()),
+        ("fastv:0.25:3", FastV(0.25, 3)),
         ("prune:64", Pruning(64)),
         ("prune:0.25:attention", Pruning(0.25, "attention")),
         ("compress", CompressionFile()),
@@ -349,6 +353,8 @@ def test_texts(text, settings):
         ("mixture:0.2:norm:one", "cannot read the mixture"),
         ("mixture:0.2:norm:1:2", "cannot read the mixture"),
         ("mixture:0.2:a.safetensors:1", "leave out layers"),
+        ("fastv:0", "above 0 and at most 1"),
+        ("fastv:0.5:two", "write 0.5 or 0.5:2"),
         ("prune", "cannot read the pruning"),
         ("prune:0", "at least 1"),
         ("prune:64:beauty", "unknown scorer 'beauty'"),
@@ -366,6 +372,7 @@ def test_bad_texts_are_one_line_before_anything_is_loaded(text, said, capsys):
         ("mixture:0.2:beauty", InputError, "unknown scorer"),
         ("mixture:0.2:norm:0", InputError, "layer 0"),
         ("mixture:0.2:norm:9", InputError, "layers must be among"),
+        ("fastv:0.5:9", InputError, "layer"),
         ("mixture::TOKENS", InputError, "holds no scorers"),
         ("compress", InputError, "name a file of them"),
         ("compress:nowhere.safetensors", CheckpointError, "nowhere.safetensors"),

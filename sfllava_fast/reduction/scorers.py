@@ -71,6 +71,8 @@ class LayerExpert(nn.Module):
 class TextSimilarity(nn.Module):
     """The cosine of a token's hidden state with the mean of the text's, of the text in the same forward pass."""
 
+    needs_text = True
+
     @torch.no_grad()
     def forward(self, layer: LayerInput) -> Tensor:
         if layer.stop - layer.start == layer.hidden.shape[1]:
@@ -90,6 +92,8 @@ class AttentionReceived(nn.Module):
     stored, whatever attention the model runs on. Softcapped logits are taken without the cap. Of a prompt prefilled in
     parts it sees the part, in a layer with a sliding window what the last token sees. A batch is padded on the left.
     """
+
+    needs_text = True
 
     def __init__(self, queries: int = 1) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .pruning import Pruning
     from .scorers import Scorer
 
-FORMS = "mixture[:RATIO[:SCORER[:LAYERS]]], prune:KEEP[:SCORER] or compress[:FILE]"
+FORMS = "mixture[:RATIO[:SCORER[:LAYERS]]], fastv[:RATIO[:LAYER]], prune:KEEP[:SCORER] or compress[:FILE]"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,31 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class FastV:
+    """FastV (`mixture.MixtureOfDepths.fastv`): the layers from `layer` on compute on a share of all of a video's tokens,
+    those that the question attended to most in the layer before."""
+
+    ratio: float = 0.5
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+    @classmethod
+    def parse(cls, text: str) -> FastV:
+        """RATIO or RATIO:LAYER, such as 0.25:3; nothing is the paper's."""
+        ratio, _, layer = text.partition(":")
+        try:
+            share, first = float(ratio or cls.ratio), int(layer or cls.layer)
+        except ValueError:
+            raise InputError(f"cannot read {text!r} as FastV's: write 0.5 or 0.5:2") from None
+        return cls(share, first)
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g}:{self.layer}"
+
+
+@dataclass(frozen=True)
 class CompressionFile:
     """Compression into the learned tokens of a file (`compression.Compression.load`); None: those that ship with the
     model."""
@@ -66,11 +91,13 @@ class CompressionFile:
     file: str | None = None
 
 
-def parse_reduction(text: str) -> Mixture | Pruning | CompressionFile:
+def parse_reduction(text: str) -> Mixture | FastV | Pruning | CompressionFile:
     """The settings that a text means, one of FORMS. Raises InputError."""
     kind, _, rest = text.partition(":")
     if kind == "mixture":
         return Mixture.parse(rest)
+    if kind == "fastv":
+        return FastV.parse(rest)
     if kind == "prune":
         from .pruning import Pruning
 
