@@ -120,15 +120,14 @@ def flop(text: Any, mixed: Mixed, frames: Sequence[int], tokens: int) -> dict[st
 
 
 def shares(rows: dict[str, dict], name: str) -> dict[str, float]:
-    """What a contender takes of what the plain model takes; peak memory where it could be measured."""
+    """What a contender takes of what the plain model takes."""
     plain, row = rows[PLAIN], rows[name]
-    found = {
+    return {
         "time": row["ratio"],
         "FLOP": sum(row["flop"].values()) / sum(plain["flop"].values()),
         "cache": row["cache_bytes"] / plain["cache_bytes"],
+        "peak memory": row["peak_bytes"] / plain["peak_bytes"],
     }
-    measured = plain["peak_bytes"] and row["peak_bytes"]
-    return found | ({"peak memory": row["peak_bytes"] / plain["peak_bytes"]} if measured else {})
 
 
 def bars(rows: dict[str, dict]) -> dict[str, dict]:
@@ -162,9 +161,9 @@ def _check(
     return found
 
 
-def _held(call: Forward, device: torch.device) -> tuple[Tensor, dict[str, int | None]]:
+def _held(call: Forward, device: torch.device) -> tuple[Tensor, dict[str, int]]:
     results = []
-    peak = memory.growth(device, lambda: results.append(call()))
+    peak = memory.tensor_peak(device, lambda: results.append(call()))
     [(hidden, cache)] = results
     held = memory.size(part for layer in cache.layers for part in (layer.keys, layer.values))
     return hidden, {"cache_bytes": held, "peak_bytes": peak}

@@ -50,7 +50,7 @@ def _prefills(name: str, work: dict) -> Table:
     for column in ("scorer, r", "p50 ms", "cache MB", "peak MB", "time", "FLOP", "cache", "peak memory"):
         table.add_column(column, justify="left" if column == "scorer, r" else "right")
     for contender, row in work["providers"].items():
-        held = (f"{row[key] / 1e6:.1f}" if row[key] else "" for key in ("cache_bytes", "peak_bytes"))
+        held = (f"{row[key] / 1e6:.1f}" for key in ("cache_bytes", "peak_bytes"))
         of_plain = (f"{share:.3f}" for share in shares(work["providers"], contender).values())
         table.add_row(contender, f"{row['p50_ms']:.4g}", *held, *of_plain)
     return table
@@ -109,9 +109,8 @@ def plot(result: dict, path: Path) -> None:
         if (limit := BARS.get(what)) is not None:
             of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
     of_plain.set(ylabel="of the plain model's prefill", ylim=(0, None))
-    for key, label in {"peak_bytes": "most that a prefill adds", "cache_bytes": "key/value cache"}.items():
-        if all(rows_[contender][key] for contender in swept):
-            megabytes.plot(RATIOS, [rows_[contender][key] / 1e6 for contender in swept], "o-", label=label)
+    for key, label in {"peak_bytes": "tensors at the peak of a prefill", "cache_bytes": "key/value cache"}.items():
+        megabytes.plot(RATIOS, [rows_[contender][key] / 1e6 for contender in swept], "o-", label=label)
     megabytes.set(ylabel="MB", ylim=(0, None))
     for axes in (of_plain, megabytes):
         axes.set(xlabel="r, share of vision tokens kept in every other layer")

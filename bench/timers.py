@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -48,8 +49,10 @@ class CpuTimer:
         """Seconds of a call of each contender in each round."""
         evict = torch.zeros(self._EVICT_BYTES, dtype=torch.uint8)
         times: dict[str, list[float]] = {name: [] for name in samples}
+        order = random.Random(0)
         for round_ in range(-self._warm_up, rounds):
-            for name, sample in samples.items():
+            # Anew each time: a call's speed depends on the memory that the one before it left behind.
+            for name, sample in order.sample([*samples.items()], len(samples)):
                 evict.add_(1)
                 start = time.perf_counter()
                 sample.run()
