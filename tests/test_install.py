@@ -93,7 +93,7 @@ def test_wheel_from_sdist_has_kernels_for_every_python(sdist, tmp_path):
     assert not [name for name in names if name.startswith("sfllava_fast/_bench/test_")]
     assert "sfllava_fast/embedded/model/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "kernels"))]
-    assert wheel.stat().st_size < 12e6
+    assert wheel.stat().st_size < 14e6  # the embedded model is most of it
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--target", str(target), str(wheel))
     assert "ready" in check(target, "cpu")
