@@ -15,6 +15,7 @@ from .errors import InputError, first_line
 from .plan import Plan
 from .prompts import Turn
 from .stages import Stopwatch
+from .tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -52,16 +53,13 @@ class Session(PrefilledSession):
 
         Raises InputError where nothing has been asked yet, or the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         self.check_open()
         if self._embeds is None:
             raise InputError(f"the session about {self.video} holds nothing yet: ask a question first")
-        tensors = {"tokens": self.video_tokens().clone()}
+        tensors = {"tokens": self.video_tokens()}
         if self._cache is not None:
             for number, part in enumerate(self._cache.first(self._length)):
-                tensors[f"cache.{number}"] = part.contiguous()
+                tensors[f"cache.{number}"] = part
         facts = {
             "model": self.model.fingerprint(),
             "video": self.video,
@@ -71,16 +69,8 @@ class Session(PrefilledSession):
             "skipped": None if self._cache is None else self._cache.skipped,
             "turns": [[turn.question, turn.answer, turn.choices] for turn in self.turns],
         }
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, part, metadata={"format": _FORMAT, "session": json.dumps(facts)})
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write the session to {path}: {first_line(error)}") from error
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        metadata = {"format": _FORMAT, "session": json.dumps(facts)}
+        return save_tensors("the session", path, tensors, metadata)
 
     @classmethod
     def load(cls, model: Pipeline, path: str | Path) -> Session:

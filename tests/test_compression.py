@@ -429,7 +429,7 @@ def test_a_file_that_is_none(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 

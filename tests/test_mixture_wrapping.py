@@ -108,6 +108,13 @@ def test_saved_experts_are_loaded(tmp_path):
     assert attributes(model) == before
 
 
+def test_experts_are_written_whole_or_not_at_all(tmp_path):
+    mixture, kept = MixtureOfDepths(tiny(), 0.25, "learned"), tmp_path / "experts.safetensors"
+    with pytest.raises(InputError, match="cannot write the scorers to"):
+        mixture.save(tmp_path / "nowhere" / "experts.safetensors")
+    assert mixture.save(kept) == kept and list(tmp_path.iterdir()) == [kept]
+
+
 def test_weights_that_were_trained_with_experts_come_and_go_with_them(tmp_path):
     model, path = tiny(), tmp_path / "experts.safetensors"
     trained = {name: 1.5 * weight for name, weight in model.get_decoder().named_parameters() if ".1." in name}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint_files import one_line
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..replacement import Patch
+from ..tensor_file import save_tensors
 from .weights import weight_replacements
 
 if TYPE_CHECKING:
@@ -167,20 +168,7 @@ class Compression(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write the file that `load` reads, whole or not at all. Raises InputError where it cannot be written."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        tensors = {"tokens": self.tokens} | self.weights
-        try:
-            save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, part)
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write the compression tokens to {path}: {first_line(error)}") from error
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return save_tensors("the compression tokens", path, {"tokens": self.tokens} | self.weights, {})
 
     def install(self, model: PreTrainedModel) -> Patch:
         """Put the weights into a model, tied ones in every place; `undo` of what is returned puts back its own.

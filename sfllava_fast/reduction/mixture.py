@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, PatchError
 from ..replacement import Patch, undo
+from ..tensor_file import save_tensors
 from .decoder import check_layers, check_pass, find_decoder
 from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder_frames
 from .held import recall
@@ -116,13 +117,11 @@ class MixtureOfDepths(nn.Module):
         ratios = [self.ratios.get(number, 1.0) for number in range(self._depth)]
         return tuple(sum(size - kept_of(ratio, size) for size in sizes) for ratio in ratios)
 
-    def save(self, path: str | Path) -> None:
-        """The scorers' weights and `weights` as safetensors, layers and ratios in the metadata, for `load`."""
-        from safetensors.torch import save_file
-
+    def save(self, path: str | Path) -> Path:
+        """Write the scorers' weights and `weights` as safetensors, layers and ratios in the metadata, for `load`: whole
+        or not at all. Raises InputError where they cannot be written."""
         settings = {name: getattr(self, name) for name in ("ratios", "weighted", "per_frame", "select_at")}
-        tensors = {name: value.detach().cpu().clone() for name, value in (self.state_dict() | self.weights).items()}
-        save_file(tensors, path, {_FORMAT: json.dumps(settings)})
+        return save_tensors("the scorers", path, self.state_dict() | self.weights, {_FORMAT: json.dumps(settings)})
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, ratio: float | None = None) -> MixtureOfDepths:

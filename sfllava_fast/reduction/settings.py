@@ -60,8 +60,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class FastV:
-    """FastV (`mixture.MixtureOfDepths.fastv`): the layers from `layer` on compute on a share of all of a video's tokens,
-    those that the question attended to most in the layer before."""
+    """FastV (`mixture.MixtureOfDepths.fastv`): the layers from `layer` on compute on a share of a video's tokens, those
+    that the question attended to most in the layer before."""
 
     ratio: float = 0.5
     layer: int = 2
