@@ -6,7 +6,7 @@ JOBS   ?= 2
 SETUP  := $(VENV)/.ready
 VLLM   := 0.31.0 0.32.0
 
-.PHONY: demo test sanitize bench gpu gpu-pipeline test-torch test-lmms test-vllm clean
+.PHONY: demo test sanitize bench gpu gpu-pipeline test-matrix test-newest test-torch test-lmms test-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -36,9 +36,18 @@ gpu:
 gpu-pipeline:
 	@$(MAKE) --no-print-directory gpu ARGS='--part pipeline $(ARGS)'
 
-# The built wheel on an older and a newer torch, in environments of their own: gigabytes, so not in CI.
+# Other versions of the dependencies and of Python: ROWS="decoding transformers-newest" for some of them. All of them take
+# hours and tens of gigabytes; CI runs those two.
+test-matrix: $(SETUP)
+	$(BIN)/python tests/matrix.py --jobs $(JOBS) $(ROWS)
+
+# Every test with the newest of each dependency on the newest Python: for a look every week.
+test-newest: $(SETUP)
+	$(BIN)/python tests/matrix.py --jobs $(JOBS) newest
+
+# The compiled library under the oldest and the newest torch: gigabytes, so not in CI.
 test-torch: $(SETUP)
-	$(BIN)/python tests/other_torch.py 2.10.0 2.15.0
+	$(BIN)/python tests/matrix.py --jobs $(JOBS) torch-2.10 torch-newest
 
 # The model of lmms-eval under lmms-eval itself, in an environment of its own: 130 packages, so not in CI.
 test-lmms: .venv-lmms/.ready
@@ -70,6 +79,7 @@ test-vllm: $(VLLM:%=.venv-vllm/%/.ready)
 
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing into $(VENV). Where nvcc is found, the CUDA kernels take some minutes: SFLLAVA_FAST_CUDA=0 leaves them out.'
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77' cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
