@@ -26,7 +26,7 @@ def why_no_compiler():
         return f"compiled kernels are for Linux, not {sys.platform}"
     compilers = [os.environ.get("CXX") or "c++", "g++", "clang++"]
     if not any(shutil.which(compiler.split()[0]) for compiler in compilers):
-        return "no C++ compiler was found"
+        return "no C++ compiler was found; install one, such as g++, and install sfllava_fast again"
     return None
 
 
@@ -63,6 +63,7 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         options = ["-G", "Ninja"] if shutil.which("ninja") else []
         if target.stem == "_C_cuda":
+            print("sfllava_fast: nvcc compiles the CUDA kernels, which takes some minutes", file=sys.stderr, flush=True)
             options += ["-DSFLLAVA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
         # A folder of its own: CMake remembers its tools' paths, and an isolated build's are gone the next time.
         with tempfile.TemporaryDirectory() as build:

@@ -48,7 +48,7 @@ class Backend:
 @cache
 def load_library() -> str | None:
     """Loads the compiled CPU kernels into torch, once; the reason where that cannot be."""
-    return _load(LIBRARY, "without compiled kernels (no C++ compiler then, or SFLLAVA_FAST_CPU=0)")
+    return _load(LIBRARY, "C++ compiler, such as g++", "SFLLAVA_FAST_CPU")
 
 
 @cache
@@ -56,19 +56,29 @@ def load_cuda_library() -> str | None:
     """Loads the compiled CUDA kernels into torch, once; the reason where that cannot be."""
     if not torch.version.cuda:
         return f"torch {torch.__version__} is not built for CUDA"
-    return _load(CUDA_LIBRARY, "without CUDA kernels (no nvcc then, or SFLLAVA_FAST_CUDA=0)")
+    return _load(CUDA_LIBRARY, "nvcc", "SFLLAVA_FAST_CUDA")
 
 
-def _load(library: Path, without: str) -> str | None:
+def _load(library: Path, compiler: str, setting: str) -> str | None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
         return f"torch {torch.__version__} lacks the stable ABI of torch 2.10"
     if not library.exists():
-        return f"the package was installed {without}"
+        return _why_missing(library, compiler, setting)
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return f"{library.name} could not be loaded: {first_line(error)}"
     return None
+
+
+def _why_missing(library: Path, compiler: str, setting: str) -> str:
+    tree = library.parents[1]
+    if (tree / "setup.py").exists():  # on the path before what is installed, if Python was started in it
+        return (
+            f"the source tree {tree} was imported, and {library.name} is not built in it: `pip install -e {tree}` "
+            "builds it; if the package is installed, start Python in another folder"
+        )
+    return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): add it, and install again"
 
 
 @cache

@@ -112,7 +112,13 @@ def test_without_compiler_it_installs_on_the_reference_and_says_so(sdist, tmp_pa
     run = subprocess.run([*command, "--target", str(target), str(sdist)], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     assert "installing without compiled kernels: no C++ compiler was found" in run.stdout + run.stderr
-    assert "not available: the package was installed without compiled kernels" in check(target, "auto")
+    assert "not available: the package was installed without _C.so (no C++ compiler" in check(target, "auto")
+
+
+def test_a_source_tree_in_front_of_an_installation_is_named(sdist):
+    """`pip install .`, then Python started in the clone: its own folder is imported, which has no library."""
+    told = run_in(sdist.parent / "source", "from sfllava_fast import backends; print(backends.load_library())").stdout
+    assert told.startswith(f"the source tree {sdist.parent / 'source'} was imported, and _C.so is not built in it")
 
 
 def test_required_kernels_fail_loudly(sdist, tmp_path):
