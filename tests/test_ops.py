@@ -182,6 +182,7 @@ def test_compile_once_for_every_number_of_frames(config, graphs):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)
         for frames in (5, 2, 9, 16, 50):
             x = torch.randn(frames, 16, 8)
             assert torch.equal(fn(x), plain(x) * 2)
@@ -394,8 +395,8 @@ def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, 
             slowfast_aggregate(x, LAYOUT)
             slowfast_aggregate(x.double(), LAYOUT)
         assert [record.name for record in caplog.records] == ["sfllava_fast"]
-        assert "without compiled kernels" in caplog.text and "\n" not in caplog.records[0].getMessage()
-        with pytest.raises(BackendError, match="without compiled kernels"):
+        assert "without _C.so" in caplog.text and "\n" not in caplog.records[0].getMessage()
+        with pytest.raises(BackendError, match="without _C.so"):
             slowfast_aggregate(x, LAYOUT, backend="cpu")
     finally:
         monkeypatch.undo()
