@@ -67,4 +67,4 @@ class DecodedVideo(Video):
         for index in unique:
             if stop.is_set():
                 return
-            yield index, self._pictures[self._row_of[index]]
+            yield index, self._pictures[self._row_of[index]].numpy()

@@ -11,8 +11,8 @@ from torch import nn
 from sfllava_fast import checkpoint as loading
 from sfllava_fast.attention import resolve_attention
 from sfllava_fast.checkpoint import Checkpoint
-from sfllava_fast.preprocess import CLIP_MEAN, CLIP_STD
 from sfllava_fast.prompts import TEMPLATES
+from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD
 
 _CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)
 # name: (CLIP, Llama); tiny is for tests, small has about 100M weights

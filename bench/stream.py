@@ -19,7 +19,7 @@ import numpy as np
 from sfllava_fast import SlowFastLlava
 from sfllava_fast.embedded.scenes import CANVAS, draw_scene, frame_times, render
 from sfllava_fast.live import STREAM_MODES
-from sfllava_fast.live_video import open_live
+from sfllava_fast.video import open_live
 
 from .record import first_line, machine
 

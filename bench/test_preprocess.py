@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfllava_fast.preprocess import PreprocessSpec, preprocess
+from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 pytest.importorskip("pytest_benchmark")
 Image = pytest.importorskip("PIL.Image")

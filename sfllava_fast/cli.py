@@ -76,7 +76,7 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def watch(args: argparse.Namespace) -> None:
-    from .live_video import open_live
+    from .video import open_live
     from .watch import time_stamp, watch_live
 
     _check_questions(args.questions)
@@ -148,7 +148,6 @@ def batch(args: argparse.Namespace) -> int:
 
 def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
     from .offline.answerers import model_answerer
-
     from .video import import_decoder
 
     if args.upload:

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from .backends import choose
-from .canvas import CanvasVideo
 from .checkpoint import Checkpoint
 from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from .layouts import parse_layout, preset_frames
-from .separator_vectors import find_separators
 from .ops import slowfast_aggregate
 from .plan import Plan
 from .projector import MODES, Mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
@@ -38,8 +36,10 @@ from .prompts import (
     unknown_words,
 )
 from .residents import DEFAULT_SESSIONS, Residents
+from .separator_vectors import find_separators
 from .stages import Stopwatch, is_out_of_memory
 from .video import Video
+from .video.canvas import CanvasVideo
 
 if TYPE_CHECKING:
     from .kv_cache import KvCache
@@ -71,7 +71,7 @@ class Pipeline:
     ) -> None:
         from .generation import LanguageModel
         from .prefilling import make_prefilling
-        from .preprocess import PreprocessSpec
+        from .video.preprocess import PreprocessSpec
 
         options = checkpoint.options or {}
         text = checkpoint.model.config.text_config
@@ -223,7 +223,7 @@ class Pipeline:
 
     def _encode_frames(self, clip: Video, frames: Sequence[int], clock: Stopwatch) -> list[Tensor]:
         """Patch features of these frames, in parts [t, N, C]; on a GPU decoding goes on while the tower runs."""
-        from .pixels import load_pixels
+        from .video.pixels import load_pixels
 
         if self.layout.canvas:
             clip = CanvasVideo(clip, frames, *self.layout.canvas)
@@ -293,7 +293,7 @@ class Pipeline:
     def features(self, frames: Tensor, clock: Stopwatch) -> Tensor:
         """What is pooled of frames in memory, uint8 RGB [T, H, W, 3]: [T, N, D] that the projector made, or patch
         features [T, N, C] where the layout pools before it."""
-        from .preprocess import preprocess
+        from .video.preprocess import preprocess
 
         with clock("preprocess"):
             pixels = preprocess(frames, self.preprocess_spec, self.dtype, self.device)

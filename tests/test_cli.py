@@ -402,7 +402,7 @@ def test_ctrl_c_from_the_shell(tmp_path):
     pipe = tmp_path / "clip.mp4"
     os.mkfifo(pipe)
     script = (
-        "import sys; from sfllava_fast import cli, video; print('ready', flush=True); sys.exit(cli.main())"
+        "import sys; from sfllava_fast import cli, engine; print('ready', flush=True); sys.exit(cli.main())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, "ask", str(pipe), "what?"],

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 from sfllava_fast import embedded
-from sfllava_fast.embedded import batches, compressing, evaluate, guidance, mixing, packing, questions, sample, scenes
-from sfllava_fast.embedded import train
+from sfllava_fast.embedded import (
+    batches,
+    compressing,
+    evaluate,
+    guidance,
+    mixing,
+    packing,
+    questions,
+    sample,
+    scenes,
+    train,
+)
 from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export, load_model
 from sfllava_fast.reduction.frames import token_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
@@ -168,7 +178,7 @@ def test_patch_labels_lie_on_drawn_pixels():
 
 
 def test_training_frames_are_what_preprocessing_makes_of_video_frames():
-    from sfllava_fast.preprocess import PreprocessSpec, preprocess
+    from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
     scene = scenes.draw_scene(3)
     times = scenes.frame_times(list(range(0, 64, 4)), 64)

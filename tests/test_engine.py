@@ -32,9 +32,9 @@ from sfllava_fast.errors import (
     LayoutError,
     VideoError,
 )
-from sfllava_fast.preprocess import PreprocessSpec, preprocess
 from sfllava_fast.prompts import pick_option
 from sfllava_fast.stages import STAGES, Stopwatch
+from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 LONG = {"text": {"max_position_embeddings": 4096}}
 

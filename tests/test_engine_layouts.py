@@ -14,7 +14,7 @@ from sfllava_fast.config import sample_frames
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts import PRESETS, find_preset
-from sfllava_fast.preprocess import PreprocessSpec, preprocess
+from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 LONG = {"text": {"max_position_embeddings": 4096}}
 EVERY = [*PRESETS, "llava_next_video-bilinear-newline_grid", "videollm_online-interval"]

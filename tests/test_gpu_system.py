@@ -8,8 +8,8 @@ from sfllava_fast.attention import resolve_attention
 from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import OutOfMemoryError
-from sfllava_fast.pixels import load_pixels
-from sfllava_fast.preprocess import preprocess
+from sfllava_fast.video.pixels import load_pixels
+from sfllava_fast.video.preprocess import preprocess
 
 pytestmark = [
     pytest.mark.gpu,

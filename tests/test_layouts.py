@@ -15,9 +15,9 @@ from torch.library import opcheck
 
 from bench.published import LAYOUTS, bilinear, pooled
 from sfllava_fast import backends, slowfast_aggregate
-from sfllava_fast.canvas import compose_canvas
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts import PRESETS, parse_layout
+from sfllava_fast.video.canvas import compose_canvas
 
 each_layout = pytest.mark.parametrize("text", LAYOUTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

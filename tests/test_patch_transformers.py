@@ -32,7 +32,7 @@ from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError, LayoutError, PatchError, SfllavaError
 from sfllava_fast.layouts import parse_layout
 from sfllava_fast.patch import patch_transformers, undo
-from sfllava_fast.preprocess import PreprocessSpec, preprocess
+from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 IMAGE_MODELS = ["Llava", "LlavaNext"]
 VIDEO_MODELS = ["LlavaNextVideo", "LlavaOnevision"]

@@ -25,9 +25,9 @@ from sfllava_fast import SlowFastConfig, cli, prompts, slowfast_aggregate
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.generation import LanguageModel
-from sfllava_fast.preprocess import preprocess
 from sfllava_fast.session import Session
 from sfllava_fast.video import open_video
+from sfllava_fast.video.preprocess import preprocess
 
 FRAMES, NEW_TOKENS = 12, 5
 

@@ -24,10 +24,10 @@ from tiny_llava import SPECIALS, byte_tokenizer, write_checkpoint
 from sfllava_fast import reference
 from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.engine import SlowFastLlava
-from sfllava_fast.preprocess import PreprocessSpec, preprocess
 from sfllava_fast.projector import project_and_aggregate
 from sfllava_fast.prompts import build_prompt, user_words
 from sfllava_fast.serving import chat_template
+from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.vllm

@@ -21,7 +21,7 @@ class Clip(MemoryVideo):
         light = torch.linspace(1, 200, total).view(-1, 1, 1, 1)
         noise = torch.randint(0, 55, (total, 30, 40, 3), generator=generator)
         super().__init__((light + noise).to(torch.uint8))
-        self.path, self.pictures = Path("clip"), self._frames
+        self.path, self.pictures = Path("clip"), torch.from_numpy(self._frames)
 
 
 class Unreadable(Clip):

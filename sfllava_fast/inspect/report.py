@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..canvas import CanvasVideo
 from ..config import Layout, sample_frames
 from ..errors import InputError
 from ..layouts import Preset, find_preset, parse_layout
@@ -21,6 +20,7 @@ from ..plan import PathwayTables, Plan
 from ..reduction.pruning import Pruning, places
 from ..reference import aggregate
 from ..video import Video
+from ..video.canvas import CanvasVideo
 
 # Lightness falls from one to the next, so that they differ in grey too.
 COLOURS = ("#e8590c", "#1562ab", "#4b1d6b", "#12908e", "#a61e4d")

@@ -24,10 +24,10 @@ from ..errors import InputError, PatchError
 from ..layouts import parse_patches_only, preset_frames
 from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
-from ..preprocess import PreprocessSpec, preprocess
 from ..projector import MODES, Mode, project_and_aggregate
-from ..video import open_video
 from ..replacement import Patch, undo, warn_once
+from ..video import open_video
+from ..video.preprocess import PreprocessSpec, preprocess
 
 _SUFFIX = "ForConditionalGeneration"
 _IMAGE_MODELS = ("Llava", "LlavaNext")

@@ -31,8 +31,8 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..config import sample_frames
 from ..errors import CheckpointError, InputError
-from ..preprocess import PreprocessSpec, preprocess
 from ..projector import project_and_aggregate
+from ..video.preprocess import PreprocessSpec, preprocess
 from .settings import VideoSettings
 
 

@@ -40,7 +40,7 @@ class SlowFastVideoLoader(VideoLoader):
             try:
                 video = open_video(file, decoder)
                 indices = sample_frames(video.total, num_frames)
-                frames = video.frames(indices).numpy()
+                frames = video.arrays(indices)
             except VideoError as error:  # the folder's name would tell a client nothing
                 raise VideoError(str(error).replace(f"{folder}/", "the ")) from error
         fps = video.fps or 0.0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .video import Numbered, Video
+from .base import Numbered, Video
 
 _WHITE = 255
 
@@ -41,4 +41,4 @@ class CanvasVideo(Video):
             if stop.is_set():
                 return
             frames = self._video.frames(self._frames[picture * each : (picture + 1) * each])
-            yield picture, compose_canvas(frames, *self._shape)[0]
+            yield picture, compose_canvas(frames, *self._shape)[0].numpy()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 from .preprocess import PreprocessSpec, empty_pixels, write_pixels
 
 if TYPE_CHECKING:
-    from .video import Video
+    from .base import Video
 
 _WORKERS = 4  # threads that preprocess, at most: more than one decoder keeps busy
 _BATCHES_AHEAD = 2

@@ -9,7 +9,6 @@ the source's clock was set, and no such time has passed; stamps that go back by 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import select
@@ -23,13 +22,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, VideoError
-from .video import check_file, import_package, picture_stream, quarter_turns, reason, rgb_converter
+import numpy as np
+
+from ..errors import InputError, VideoError
+from .base import as_tensor, check_file, import_package, log, reason
+from .pyav import frame_rate, open_container, picture_stream, quarter_turns, rgb_converter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger("sfllava_fast")
 
 DEFAULT_RATE = 2.0  # frames a second, as VideoLLM-online (arXiv 2406.11816) takes them
 _AHEAD = 8  # sampled frames that wait to be taken, at most
@@ -71,7 +71,7 @@ class LiveVideo:
     """The sampled frames of a source, decoded in a thread as they come; made by `open_live`.
 
     Iterate it for (seconds, frame): seconds from the first frame; frame uint8 RGB [H, W, 3], upright, of the size that
-    the source has at that moment. At most eight frames wait to be taken. A file or a pipe then waits itself; of a
+    the source has at that moment: a tensor, or an array from `arrays()`. At most eight frames wait to be taken. A file or a pipe then waits itself; of a
     device or a live URL the oldest that nobody took are dropped.
 
     name: of the source, for messages. live: whether frames may be dropped, dropped: how many were. damaged: packets
@@ -82,7 +82,7 @@ class LiveVideo:
         self.name, self.live = source.name, False
         self.dropped = self.damaged = 0
         self._av, self._source, self._rate = av, source, rate
-        self._ready: deque[tuple[float, Tensor]] = deque()
+        self._ready: deque[tuple[float, np.ndarray]] = deque()
         self._opened = self._ended = self._stopped = False
         self._broke: str | None = None  # why the stream broke off
         self._error: BaseException | None = None
@@ -92,6 +92,11 @@ class LiveVideo:
         self._thread.start()
 
     def next_frame(self, timeout: float | None = None) -> tuple[float, Tensor] | None:
+        """`next_array` with the frame as a tensor."""
+        following = self.next_array(timeout)
+        return following and (following[0], as_tensor(following[1]))
+
+    def next_array(self, timeout: float | None = None) -> tuple[float, np.ndarray] | None:
         """The next (seconds, frame), or None at the end of the stream and behind `close`.
 
         Waits for as long as it takes, and says once in the log that nothing comes; with a timeout raises TimeoutError
@@ -108,6 +113,10 @@ class LiveVideo:
 
     def __iter__(self) -> Iterator[tuple[float, Tensor]]:
         return iter(self.next_frame, None)
+
+    def arrays(self) -> Iterator[tuple[float, np.ndarray]]:
+        """What iterating gives, as arrays: needs no torch."""
+        return iter(self.next_array, None)
 
     def close(self) -> None:
         """Stop decoding and say in the log what was lost.
@@ -204,7 +213,7 @@ class LiveVideo:
                     self._alive_at, self._told = time.monotonic(), False
                 yield frame
 
-    def _deliver(self, seconds: float, frame: Tensor) -> None:
+    def _deliver(self, seconds: float, frame: np.ndarray) -> None:
         with self._changed:
             if self.live and len(self._ready) == _AHEAD:
                 self._ready.popleft()
@@ -238,8 +247,8 @@ class _Clock:
     def __init__(self, stream: Any, name: str) -> None:
         self.now: Fraction | None = None
         self.jumps = 0
-        self._name, self._unit = name, stream.time_base
-        self._rate = stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE
+        self._name, self._unit = name, Fraction(stream.time_base)
+        self._rate = frame_rate(stream) or _UNKNOWN_RATE
         self._start: Fraction | None = None  # what the source's clock says at 0 seconds
         self._told = False
 
@@ -312,7 +321,7 @@ class _Source:
 
     def open(self, av: Any) -> Any:
         try:
-            return av.open(self._file, metadata_errors="ignore", **self._options)
+            return open_container(av, self._file, **self._options)
         except (av.FFmpegError, OSError, ValueError) as error:
             if self._pipe is not None and not self._pipe.count:
                 raise VideoError(f"{self.name} is empty: its writer ended without a byte") from error

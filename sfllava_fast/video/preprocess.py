@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .errors import InputError
+from ..errors import InputError
 
 Mode = Literal["stretch", "crop", "pad"]
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import clips
 import numpy as np
 import pytest
-import torch
 
-from sfllava_fast import video as video_module
-from sfllava_fast.config import sample_frames
+from sfllava_fast import sample_frames
 from sfllava_fast.errors import BackendError, InputError, RenumberedError, VideoError
-from sfllava_fast.video import open_video
+from sfllava_fast.video import base, open_video, pyav
 
 EVERY_CLIP = [*clips.ENCODED, *clips.COPIED]
 DECORD_CLIPS = ["plain.mp4", "fast_start.mp4", "variable_rate.mp4", "vp9.webm"]
@@ -43,11 +45,11 @@ def true_frames(folder):
     return frames
 
 
-def assert_same_frames(got: torch.Tensor, indices: list[int], truth: np.ndarray) -> None:
+def assert_same_frames(got: np.ndarray, indices: list[int], truth: np.ndarray) -> None:
     """Every frame is nearest to ffmpeg's frame of its number, and next to equal to it."""
-    assert got.dtype == torch.uint8 and got.shape == (len(indices), *truth.shape[1:])
+    assert got.dtype == np.uint8 and got.shape == (len(indices), *truth.shape[1:])
     truth = truth.astype(np.int16)
-    for frame, index in zip(got.numpy(), indices):
+    for frame, index in zip(got, indices):
         distance = np.abs(truth - frame).mean(axis=(1, 2, 3))
         assert distance.argmin() == index
         assert distance[index] < 2, f"frame {index} differs by {distance[index]} on average"
@@ -62,16 +64,16 @@ def test_pyav_gives_the_frames_of_ffmpeg(name, folder, true_frames):
     assert (video.decoder, video.size) == ("pyav", truth.shape[1:3])
     for ask in ASKS.values():
         indices = ask(video.total)
-        assert_same_frames(video.frames(indices), indices, truth)
+        assert_same_frames(video.arrays(indices), indices, truth)
 
 
 def assert_streams(video, truth: np.ndarray) -> None:
     """Each frame once, in the order shown, and good for as long as it is held."""
     for ask in ASKS.values():
-        numbers, frames = zip(*video.stream(ask(video.total)))
+        numbers, frames = zip(*video.stream_arrays(ask(video.total)))
         assert list(numbers) == sorted(set(ask(video.total)))
-        assert_same_frames(torch.stack(frames), numbers, truth)
-        assert torch.equal(torch.stack(frames), video.frames(numbers))
+        assert_same_frames(np.stack(frames), numbers, truth)
+        assert np.array_equal(np.stack(frames), video.arrays(numbers))
 
 
 @pytest.mark.parametrize("name", EVERY_CLIP)
@@ -89,7 +91,7 @@ def test_decord_streams_the_frames_of_ffmpeg(name, folder, true_frames):
 @pytest.fixture
 def closed(monkeypatch):
     """Paths of the containers that were closed."""
-    seen, whole = [], video_module._open
+    seen, whole = [], pyav.open_stream
 
     @contextmanager
     def count(av, path):
@@ -99,13 +101,13 @@ def closed(monkeypatch):
         finally:
             seen.append(path)
 
-    monkeypatch.setattr(video_module, "_open", count)
+    monkeypatch.setattr(pyav, "open_stream", count)
     return seen
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "raw.h264"])
 def test_closing_a_stream_early_frees_the_decoder(name, folder, closed):
-    frames = open_video(clips.make(folder, name)).stream(range(50))
+    frames = open_video(clips.make(folder, name)).stream_arrays(range(50))
     closed.clear()
     assert [next(frames)[0], next(frames)[0]] == [0, 1] and not closed
     frames.close()
@@ -115,7 +117,7 @@ def test_closing_a_stream_early_frees_the_decoder(name, folder, closed):
 @pytest.mark.parametrize("name", ["plain.mp4", "raw.h264"])
 def test_a_stream_that_is_stopped_ends(name, folder, closed):
     stop = threading.Event()
-    frames = open_video(clips.make(folder, name)).stream([0, 1, 50], stop)
+    frames = open_video(clips.make(folder, name)).stream_arrays([0, 1, 50], stop)
     closed.clear()
     assert next(frames)[0] == 0
     stop.set()
@@ -128,8 +130,8 @@ def test_a_folder_stops_reading_ahead_when_its_stream_is_closed(tmp_path):
         Image.new("RGB", (6, 4), (value, 0, 0)).save(tmp_path / f"{value}.png")
     before = threading.enumerate()
     video = open_video(tmp_path)
-    assert [frame[0, 0, 0].item() for _, frame in video.stream(range(30))] == list(range(30))
-    frames = video.stream(range(30))
+    assert [frame[0, 0, 0].item() for _, frame in video.stream_arrays(range(30))] == list(range(30))
+    frames = video.stream_arrays(range(30))
     next(frames)
     frames.close()
     assert threading.enumerate() == before
@@ -149,24 +151,24 @@ def misindexed(path, drop=()):
 def test_a_stream_goes_on_where_the_index_fails(folder, true_frames):
     numbers = [0, 10, 30, 50]
     video = misindexed(clips.make(folder, "plain.mp4"))
-    got, frames = zip(*video.stream(numbers))
+    got, frames = zip(*video.stream_arrays(numbers))
     assert list(got) == numbers and video._index is None
-    assert_same_frames(torch.stack(frames), numbers, true_frames("plain.mp4"))
-    again = misindexed(clips.make(folder, "plain.mp4")).frames(numbers)
-    assert torch.equal(torch.stack(frames), again)
+    assert_same_frames(np.stack(frames), numbers, true_frames("plain.mp4"))
+    again = misindexed(clips.make(folder, "plain.mp4")).arrays(numbers)
+    assert np.array_equal(np.stack(frames), again)
 
 
 def test_a_stream_says_when_what_it_gave_has_other_numbers(folder, true_frames):
     numbers, given = [0, 10, 29, 50], []
     video = misindexed(clips.make(folder, "plain.mp4"), drop=[5])
     with pytest.raises(RenumberedError, match="read it again"):
-        for number, _ in video.stream(numbers):
+        for number, _ in video.stream_arrays(numbers):
             given.append(number)
     assert given == [0, 10]
-    got, frames = zip(*video.stream(numbers))
+    got, frames = zip(*video.stream_arrays(numbers))
     assert list(got) == numbers
-    assert_same_frames(torch.stack(frames), numbers, true_frames("plain.mp4"))
-    whole = misindexed(clips.make(folder, "plain.mp4"), drop=[5]).frames(numbers)
+    assert_same_frames(np.stack(frames), numbers, true_frames("plain.mp4"))
+    whole = misindexed(clips.make(folder, "plain.mp4"), drop=[5]).arrays(numbers)
     assert_same_frames(whole, numbers, true_frames("plain.mp4"))
 
 
@@ -178,14 +180,14 @@ def test_decord_gives_the_frames_of_ffmpeg(name, folder, true_frames):
     assert (video.total, video.decoder, video.size) == (len(truth), "decord", truth.shape[1:3])
     for ask in ASKS.values():
         indices = ask(video.total)
-        assert_same_frames(video.frames(indices), indices, truth)
+        assert_same_frames(video.arrays(indices), indices, truth)
 
 
 def test_pyav_and_decord_agree_bit_for_bit(folder):
     pytest.importorskip("decord")
     path = clips.make(folder, "plain.mp4")
     indices = sample_frames(clips.FRAMES, 9)
-    assert torch.equal(open_video(path).frames(indices), open_video(path, "decord").frames(indices))
+    assert np.array_equal(open_video(path).arrays(indices), open_video(path, "decord").arrays(indices))
 
 
 @pytest.mark.parametrize(
@@ -205,15 +207,15 @@ def test_only_clips_without_presentation_times_are_decoded_whole(name, indexed, 
 def test_decodes_only_the_groups_that_hold_a_wanted_frame(folder, monkeypatch):
     video = open_video(clips.make(folder, "plain.mp4"))  # key frames at 0, 25 and 50
     decoded = []
-    whole = video_module.PyavVideo._decode_segments
+    whole = pyav.PyavVideo._decode_segments
 
     def count(self, *arguments):
         for start, frames in whole(self, *arguments):
             decoded.extend(frames := list(frames))
             yield start, frames
 
-    monkeypatch.setattr(video_module.PyavVideo, "_decode_segments", count)
-    video.frames([25, 51])
+    monkeypatch.setattr(pyav.PyavVideo, "_decode_segments", count)
+    video.arrays([25, 51])
     assert len(decoded) <= 6
 
 
@@ -222,15 +224,18 @@ def test_reading_by_the_index_is_decoding_everything_bit_for_bit(name, folder):
     pytest.importorskip("av")
     video, whole = open_video(clips.make(folder, name)), open_video(clips.make(folder, name))
     whole._index = None
-    every = whole.frames(range(whole.total))
+    every = whole.arrays(range(whole.total))
     for step in (1, 2, 3, 5, 7):
         indices = range(step // 2, video.total, step)
-        assert torch.equal(video.frames(indices), every[list(indices)])
+        assert np.array_equal(video.arrays(indices), every[list(indices)])
 
 
 def test_frames_that_nobody_needs_are_not_decoded(folder, monkeypatch):
+    context = pytest.importorskip("av").codec.context.CodecContext.create("h264", "r")
+    if not hasattr(context, "field_order"):
+        pytest.skip("this PyAV does not tell progressive frames from fields")
     video, decoded = open_video(clips.make(folder, "plain.mp4")), 0
-    whole = video_module.PyavVideo._decode_segments
+    whole = pyav.PyavVideo._decode_segments
 
     def count(self, *arguments):
         nonlocal decoded
@@ -238,11 +243,11 @@ def test_frames_that_nobody_needs_are_not_decoded(folder, monkeypatch):
             decoded += len(frames)
             yield start, frames
 
-    monkeypatch.setattr(video_module.PyavVideo, "_decode_segments", count)
-    video.frames(range(clips.FRAMES))
+    monkeypatch.setattr(pyav.PyavVideo, "_decode_segments", count)
+    video.arrays(range(clips.FRAMES))
     assert decoded == clips.FRAMES
     decoded = 0
-    video.frames(range(4, clips.FRAMES, 5))
+    video.arrays(range(4, clips.FRAMES, 5))
     assert clips.FRAMES / 5 < decoded < clips.FRAMES * 0.8
 
 
@@ -264,7 +269,7 @@ def test_a_stream_cut_in_the_middle_of_a_group_counts_as_ffmpeg_does(folder, tmp
     truth = clips.truth(path)
     video = open_video(path)
     assert 0 < video.total == len(truth) < clips.FRAMES
-    assert_same_frames(video.frames([0, video.total - 1]), [0, video.total - 1], truth)
+    assert_same_frames(video.arrays([0, video.total - 1]), [0, video.total - 1], truth)
 
 
 def test_a_damaged_file_says_how_many_frames_are_left(folder, tmp_path, caplog):
@@ -275,9 +280,9 @@ def test_a_damaged_file_says_how_many_frames_are_left(folder, tmp_path, caplog):
     path.write_bytes(data)
     video = open_video(path)
     with pytest.raises(VideoError, match=r"damaged: only \d+ of 60 frames can be decoded"):
-        video.frames([0, clips.FRAMES - 1])
+        video.arrays([0, clips.FRAMES - 1])
     assert 0 < video.total < clips.FRAMES
-    assert len(video.frames([video.total - 1])) == 1
+    assert len(video.arrays([video.total - 1])) == 1
     assert "packets cannot be decoded" in caplog.text
 
 
@@ -376,14 +381,14 @@ def test_unknown_decoder(tmp_path):
 def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"anything")
-    real = video_module.importlib.import_module
+    real = base.importlib.import_module
 
     def absent(name):
         if name == module:
             raise ImportError(f"No module named {name!r}")
         return real(name)
 
-    monkeypatch.setattr(video_module.importlib, "import_module", absent)
+    monkeypatch.setattr(base.importlib, "import_module", absent)
     with pytest.raises(BackendError, match=r"pip install 'sfllava_fast\[video\]'"):
         open_video(path, decoder)
 
@@ -391,11 +396,11 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
 @pytest.mark.parametrize("index", [-1, clips.FRAMES])
 def test_frame_numbers_outside_the_video(index, folder):
     with pytest.raises(InputError, match=f"frame {index} does not exist.*0 to 59"):
-        open_video(clips.make(folder, "plain.mp4")).frames([0, index])
+        open_video(clips.make(folder, "plain.mp4")).arrays([0, index])
 
 
 def test_no_frames_asked(folder):
-    assert open_video(clips.make(folder, "plain.mp4")).frames([]).shape == (0, clips.HEIGHT, clips.WIDTH, 3)
+    assert open_video(clips.make(folder, "plain.mp4")).arrays([]).shape == (0, clips.HEIGHT, clips.WIDTH, 3)
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -406,7 +411,7 @@ def test_folder_of_frames_in_natural_order(decoder, tmp_path):
     (tmp_path / "notes.txt").write_text("not a frame")
     video = open_video(tmp_path, decoder)
     assert (video.total, video.fps, video.size, video.decoder) == (3, None, (4, 6), "images")
-    assert video.frames([2, 0, 1, 1])[:, 0, 0, 0].tolist() == [10, 1, 2, 2]
+    assert video.arrays([2, 0, 1, 1])[:, 0, 0, 0].tolist() == [10, 1, 2, 2]
     assert video.times([0]) is None
 
 
@@ -417,9 +422,9 @@ def test_folder_of_frames_of_two_sizes_or_unreadable(tmp_path):
     (tmp_path / "3.png").write_bytes(b"no picture")
     video = open_video(tmp_path)
     with pytest.raises(VideoError, match=r"2\.png is 8x4, the first frame 6x4"):
-        video.frames([0, 1])
+        video.arrays([0, 1])
     with pytest.raises(VideoError, match=r"cannot read the frame .*3\.png"):
-        video.frames([2])
+        video.arrays([2])
 
 
 def test_one_image_is_a_video_of_one_frame(tmp_path):
@@ -427,7 +432,7 @@ def test_one_image_is_a_video_of_one_frame(tmp_path):
     Image.new("RGB", (32, 16), (200, 10, 30)).save(tmp_path / "one.png")
     video = open_video(tmp_path / "one.png")
     assert video.total == 1
-    assert video.frames([0])[0, 8, 8].tolist() == [200, 10, 30]
+    assert video.arrays([0])[0, 8, 8].tolist() == [200, 10, 30]
 
 
 # --- frames in memory
@@ -437,26 +442,57 @@ def test_one_image_is_a_video_of_one_frame(tmp_path):
 def test_frames_in_memory(kind):
     frames = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     frames = frames[::-1] if kind == "reversed array" else frames
-    video = open_video(torch.from_numpy(frames) if kind == "tensor" else frames)
+    given = frames
+    if kind == "tensor":
+        given = pytest.importorskip("torch").from_numpy(frames)
+    video = open_video(given)
     assert (video.total, video.size, video.decoder, video.times([1])) == (5, (4, 6), "memory", None)
-    assert torch.equal(video.frames([4, 0, 4]), torch.from_numpy(frames[[4, 0, 4]]))
+    assert np.array_equal(video.arrays([4, 0, 4]), frames[[4, 0, 4]])
     assert open_video(video) is video
     with pytest.raises(InputError, match="frame 5 does not exist"):
-        video.frames([5])
+        video.arrays([5])
 
 
 @pytest.mark.parametrize(
-    "frames, found",
-    [
-        (torch.zeros(2, 4, 6, 3), r"float32 \[2, 4, 6, 3\]"),
-        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), r"uint8 \[2, 3, 4, 6\]"),
-        (torch.zeros(0, 4, 6, 3, dtype=torch.uint8), r"uint8 \[0, 4, 6, 3\]"),
-        (np.zeros((4, 6, 3), np.uint8), r"uint8 \[4, 6, 3\]"),
-    ],
+    ("shape", "dtype"), [((2, 4, 6, 3), "float32"), ((2, 3, 4, 6), "uint8"), ((0, 4, 6, 3), "uint8"), ((4, 6, 3), "uint8")]
 )
-def test_frames_of_another_kind(frames, found):
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_frames_of_another_kind(kind, shape, dtype):
+    frames = np.zeros(shape, dtype)
+    if kind == "tensor":
+        frames = pytest.importorskip("torch").from_numpy(frames)
+    found = re.escape(f"{dtype} {list(shape)}")
     with pytest.raises(InputError, match=rf"\Aframes must be uint8 RGB \[T, H, W, 3\], not {found}\Z"):
         open_video(frames)
+
+
+def test_tensors_share_the_memory_of_arrays(folder, monkeypatch):
+    pytest.importorskip("torch")
+    made, plain = [], base.as_tensor
+    monkeypatch.setattr(base, "as_tensor", lambda array: made.append(array) or plain(array))
+    video = open_video(clips.make(folder, "plain.mp4"))
+    for tensor in (video.frames([3, 1]), *(frame for _, frame in video.stream([3, 1]))):
+        array = made.pop(0)
+        assert tensor.data_ptr() == array.ctypes.data and tuple(tensor.shape) == array.shape
+
+
+def test_decoding_needs_no_torch(folder, tmp_path):
+    """In a process that cannot import torch: a file and frames in memory, by number and as they come."""
+    path, script = clips.make(folder, "plain.mp4"), tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.modules['torch'] = None\n"
+        "from sfllava_fast.video import open_live, open_video\n"
+        "video = open_video(sys.argv[1])\n"
+        "frames = video.arrays(range(video.total))\n"
+        "with open_live(sys.argv[1], 1) as live:\n"
+        "    watched = list(live.arrays())\n"
+        "assert all((frame == frames[round(seconds * 25)]).all() for seconds, frame in watched)\n"
+        "assert (open_video(frames).arrays([5]) == frames[[5]]).all()\n"
+        "print(frames.shape, len(watched))"
+    )
+    root = str(Path(base.__file__).parents[2])
+    done = subprocess.run([sys.executable, script, path], cwd=root, env={"PYTHONPATH": root}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(60, 96, 128, 3) 3\n", "")
 
 
 def test_what_is_no_video():

@@ -18,9 +18,9 @@ import clips
 import numpy as np
 import pytest
 
-from sfllava_fast import live_video
 from sfllava_fast.errors import BackendError, InputError, VideoError
-from sfllava_fast.live_video import open_live
+from sfllava_fast.video import live as live_video
+from sfllava_fast.video import open_live
 
 av = pytest.importorskip("av")
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -105,7 +105,7 @@ def assert_frames(got, numbers, truth, times=None):
     times = [Fraction(number, 25) for number in range(len(truth))] if times is None else times
     assert [seconds for seconds, _ in got] == pytest.approx([float(times[n]) for n in numbers], abs=1e-3)
     for (_, frame), number in zip(got, numbers):
-        distance = np.abs(truth[:, ::2, ::2].astype(np.int16) - frame.numpy()[::2, ::2]).mean(axis=(1, 2, 3))
+        distance = np.abs(truth[:, ::2, ::2].astype(np.int16) - frame[::2, ::2]).mean(axis=(1, 2, 3))
         assert distance.argmin() == number and distance[number] < 2
 
 
@@ -124,7 +124,7 @@ def test_the_first_frame_at_or_after_each_moment(name, rate, folder, caplog):
     truth = true_frames(path)
     times = [Fraction(number, 25) for number in range(len(truth))]
     with open_live(path, rate) as live:
-        got = list(live)
+        got = list(live.arrays())
     assert not live.live and live.dropped == live.damaged == 0 and caplog.text == ""
     assert_frames(got, due(times, rate), truth)
 
@@ -137,20 +137,20 @@ def test_frames_missing_in_the_source_are_served_by_the_next(folder):
     numbers = due(times, 5)
     assert [float(times[n]) for n in numbers] == [0, 0.2, 0.8, 2.04, 2.2]
     with open_live(path, 5) as live:
-        assert_frames(list(live), numbers, true_frames(path), times)
+        assert_frames(list(live.arrays()), numbers, true_frames(path), times)
 
 
 def test_frames_are_turned_upright(folder):
     path = clips.make(folder, "rotated.mp4")
     truth = true_frames(path, (clips.WIDTH, clips.HEIGHT))
     with open_live(path, 5) as live:
-        assert_frames(list(live), range(0, 60, 5), truth)
+        assert_frames(list(live.arrays()), range(0, 60, 5), truth)
 
 
 def test_frames_without_time_stamps_count_by_the_average_rate(clip, caplog):
     path = clip("h264")
     with open_live(path, 5) as live:
-        assert_frames(list(live), range(0, 60, 5), true_frames(path))
+        assert_frames(list(live.arrays()), range(0, 60, 5), true_frames(path))
     assert [r.getMessage() for r in caplog.records] == [
         f"{path} has frames without time stamps: they count as 25 a second"
     ]
@@ -163,7 +163,7 @@ def test_a_stream_may_change_its_size(folder, tmp_path):
     both = tmp_path / "both.ts"
     both.write_bytes(small.read_bytes() + large.read_bytes())
     with open_live(both, 25) as live:
-        shapes = [tuple(frame.shape) for _, frame in live]
+        shapes = [tuple(frame.shape) for _, frame in live.arrays()]
     assert shapes == [(96, 128, 3)] * 30 + [(120, 160, 3)] * 30
 
 
@@ -178,7 +178,7 @@ def test_a_clock_that_is_set_does_not_move_the_stream(offset, clip, folder, tmp_
     path.write_bytes(clip("mpegts").read_bytes() + other.read_bytes())
     truth = true_frames(clip("mpegts"))
     with caplog.at_level("INFO"), open_live(path, 25) as live:
-        got = list(live)
+        got = list(live.arrays())
     # The last frame before a break of the clock is 1/25 s long too.
     assert [seconds for seconds, _ in got] == pytest.approx([n / 25 for n in range(120)], abs=1e-3)
     for part in (got[:60], [(seconds - 2.4, frame) for seconds, frame in got[60:]]):
@@ -215,7 +215,7 @@ def test_seconds_of_time_stamps(stamps, seconds, jumps):
 def test_a_pipe_gives_what_the_file_gives(container, clip, writer):
     path = clip(container)
     with open_live(writer(path.read_bytes()), 5) as live:
-        assert_frames(list(live), range(0, 60, 5), true_frames(path))
+        assert_frames(list(live.arrays()), range(0, 60, 5), true_frames(path))
     assert not live.live and live.dropped == live.damaged == 0
 
 
@@ -234,7 +234,7 @@ def test_standard_input(clip, stdin):
     thread.start()
     stdin(os.fdopen(reader))
     with open_live("-", 5) as live:
-        assert_frames(list(live), range(0, 60, 5), true_frames(path))
+        assert_frames(list(live.arrays()), range(0, 60, 5), true_frames(path))
     thread.join()
 
 
@@ -242,7 +242,7 @@ def test_standard_input_from_a_file_may_be_any_container(folder, stdin):
     path = clips.make(folder, "plain.mp4")  # its index stands at its end
     stdin(path.open())
     with open_live("-", 5) as live:
-        assert_frames(list(live), range(0, 60, 5), true_frames(path))
+        assert_frames(list(live.arrays()), range(0, 60, 5), true_frames(path))
 
 
 @pytest.mark.parametrize("container", PIPED)
@@ -254,13 +254,13 @@ def test_frames_come_while_the_writer_stalls(container, clip, writer, caplog, mo
         before = []
         with pytest.raises(TimeoutError, match=r"pipe0: no frame for 0\.3 s"):
             while True:
-                before.append(live.next_frame(timeout=0.3))
+                before.append(live.next_array(timeout=0.3))
         with pytest.raises(TimeoutError):
-            live.next_frame(timeout=0.1)
+            live.next_array(timeout=0.1)
         stalls = [r.getMessage() for r in caplog.records if "no frame" in r.getMessage()]
         assert stalls == [f"{live.name}: no frame for 0.05 s, still waiting"]
         more.set()
-        after = list(live)
+        after = list(live.arrays())
     # A decoder holds a few frames back, and a demuxer the packet that may not be whole.
     assert 20 < len(before) < 50
     assert_frames(before + after, range(60), true_frames(clip(container)))
@@ -271,16 +271,16 @@ def test_a_slow_stream_is_not_held_back_to_learn_its_rate(folder, writer):
     clips.ffmpeg("-f", "lavfi", "-i", "testsrc2=size=128x96:rate=1:duration=20", *H264, "-live", "1", path)
     data, more = path.read_bytes(), threading.Event()
     with open_live(writer(data[: len(data) // 4], more.wait, data[len(data) // 4 :]), 1) as live:
-        first = [live.next_frame(timeout=10)[0] for _ in range(2)]
+        first = [live.next_array(timeout=10)[0] for _ in range(2)]
         more.set()
-        assert first + [seconds for seconds, _ in live] == list(range(20))
+        assert first + [seconds for seconds, _ in live.arrays()] == list(range(20))
 
 
 def test_a_stall_is_told_once_and_waited_out(clip, writer, caplog, monkeypatch):
     monkeypatch.setattr(live_video, "_STALL", 0.05)
     data = clip("mpegts").read_bytes()
     with open_live(writer(data[:9400], lambda: time.sleep(0.5), data[9400:]), 25) as live:
-        assert len(list(live)) == 60
+        assert len(list(live.arrays())) == 60
     assert ["no frame for" in r.getMessage() for r in caplog.records].count(True) == 1
 
 
@@ -290,7 +290,7 @@ def test_closing_ends_a_thread_that_waits_for_bytes(sent, clip, writer):
     path = writer(clip("mpegts").read_bytes()[:sent], more.wait)
     if sent:
         with open_live(path, 2) as live:
-            assert live.next_frame()[0] == 0
+            assert live.next_array()[0] == 0
             thread = live._thread
             assert thread.is_alive()
     else:
@@ -306,7 +306,7 @@ def test_closing_ends_a_thread_that_waits_for_room(folder):
     with open_live(clips.make(folder, "plain.mp4"), 25) as live:
         until(lambda: len(live._ready) == 8)
     assert not live._thread.is_alive()
-    assert live.next_frame() is None
+    assert live.next_array() is None
 
 
 def test_a_pipe_without_a_writer_can_be_left(tmp_path, monkeypatch):
@@ -330,7 +330,7 @@ def test_a_file_waits_for_the_consumer(folder):
         until(lambda: len(live._ready) == 8)
         time.sleep(0.2)
         assert len(live._ready) == 8
-        assert_frames(list(live), range(60), true_frames(path))
+        assert_frames(list(live.arrays()), range(60), true_frames(path))
     assert live.dropped == 0
 
 
@@ -348,7 +348,7 @@ def test_a_stream_that_starts_within_a_group_begins_at_the_first_whole_frame(cli
     data = clip("mpegts").read_bytes()
     truth = true_frames(clip("mpegts"))
     with open_live(writer(data[188 * 20 :]), 25) as live:
-        got = list(live)
+        got = list(live.arrays())
     assert_frames([(seconds + 1, frame) for seconds, frame in got], range(25, 60), truth)
 
 
@@ -361,7 +361,7 @@ def test_damage_is_stepped_over_and_counted(container, clip, writer, caplog):
         at = len(data) // 2
         data[at : at + 2000] = bytes(2000)
     with open_live(writer(bytes(data)), 25) as live:
-        got = list(live)
+        got = list(live.arrays())
     assert live.damaged and 30 < len(got) < 60
     assert f"{live.name} is damaged: {live.damaged} packets or frames could not be decoded" in caplog.text
     # A group of frames that was not touched is as it was.
@@ -384,8 +384,8 @@ def test_what_is_cut_short_ends_with_what_there_was(name, told, piped, folder, w
     data = data[: len(data) // 2]
     (tmp_path / name).write_bytes(data)
     with open_live(writer(data) if piped else tmp_path / name, 25) as live:
-        got = list(live)
-        assert live.next_frame() is None
+        got = list(live.arrays())
+        assert live.next_array() is None
     assert 10 < len(got) < 50
     assert_frames(got[:-1], range(len(got) - 1), true_frames(whole))
     assert told is None or re.search(told, caplog.text)
@@ -393,7 +393,7 @@ def test_what_is_cut_short_ends_with_what_there_was(name, told, piped, folder, w
 
 def test_a_source_that_is_closed_gives_no_warning(folder, caplog):
     with open_live(clips.make(folder, "plain.mp4"), 25) as live:
-        live.next_frame()
+        live.next_array()
     assert caplog.text == ""
 
 
@@ -438,7 +438,7 @@ def test_a_file_without_video_is_one_line(kind, message, folder, tmp_path):
 def one_line(message, source):
     with pytest.raises(VideoError, match=message) as caught:
         with open_live(source) as live:
-            list(live)
+            list(live.arrays())
     assert "\n" not in str(caught.value)
 
 
@@ -464,7 +464,7 @@ def test_a_bug_in_the_thread_reaches_the_consumer(folder, monkeypatch):
     monkeypatch.setattr(live_video, "quarter_turns", lambda frame: 1 / 0)
     # At once or with the first frame: the thread may come upon it before the consumer waits.
     with pytest.raises(ZeroDivisionError), open_live(clips.make(folder, "plain.mp4")) as live:
-        live.next_frame()
+        live.next_array()
 
 
 # --- devices and URLs
@@ -486,7 +486,7 @@ def camera(monkeypatch):
 def test_a_device_drops_the_oldest_frames(camera, caplog):
     with open_live(camera.path, 25) as live:
         live._thread.join(20)
-        got = list(live)
+        got = list(live.arrays())
     assert camera.asked == [("/dev/zero", "v4l2")]
     assert live.live and live.dropped == 52
     assert [seconds for seconds, _ in got] == pytest.approx([n / 25 for n in range(52, 60)])
@@ -495,7 +495,7 @@ def test_a_device_drops_the_oldest_frames(camera, caplog):
 
 def test_a_device_whose_frames_are_taken_drops_none(camera, folder):
     with open_live(camera.path, 2) as live:
-        assert len(list(live)) == 5
+        assert len(list(live.arrays())) == 5
     assert live.dropped == 0
 
 
@@ -536,7 +536,7 @@ def test_a_live_url_drops_what_nobody_takes(clip, serve):
     data = clip("mpegts").read_bytes()
     with open_live(serve(data), 25) as live:
         live._thread.join(20)
-        got = list(live)
+        got = list(live.arrays())
     assert live.live and live.dropped == 52
     assert_frames(got, range(52, 60), true_frames(clip("mpegts")))
 
@@ -546,7 +546,7 @@ def test_a_url_that_says_its_length_waits(folder, serve):
     data = path.read_bytes()
     with open_live(serve(data, length=len(data)), 25) as live:
         until(lambda: len(live._ready) == 8)
-        assert_frames(list(live), range(60), true_frames(path))
+        assert_frames(list(live.arrays()), range(60), true_frames(path))
     assert not live.live and live.dropped == 0
 
 
@@ -554,7 +554,7 @@ def test_a_url_that_goes_silent_ends(clip, serve, caplog, monkeypatch):
     monkeypatch.setattr(live_video, "_URL_TIMEOUTS", (20.0, 0.3))
     more = threading.Event()
     with open_live(serve(clip("mpegts").read_bytes()[:9400], more.wait), 2) as live:
-        assert list(live)
+        assert list(live.arrays())
     more.set()
     assert f"{live.name} broke off: nothing came for 0.3 s" in caplog.text
 

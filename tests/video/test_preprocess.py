@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from torch.nn import functional as F
 
-from sfllava_fast import preprocess as module
 from sfllava_fast.errors import InputError
-from sfllava_fast.preprocess import CLIP_MEAN, CLIP_STD, PreprocessSpec, preprocess
+from sfllava_fast.video import preprocess as module
+from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD, PreprocessSpec, preprocess
 
 Image = pytest.importorskip("PIL.Image")
 

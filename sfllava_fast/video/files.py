@@ -1,0 +1,123 @@
+"""A video from whatever holds it: a file, a folder of images, frames in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+
+from ..errors import BackendError, InputError, VideoError
+from .base import Numbered, Video, check_file, import_package
+from .decord import DecordVideo
+from .folder import FolderVideo
+from .headers import declared_bytes
+from .pyav import PyavVideo, open_stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MemoryVideo(Video):
+    """Frames that are decoded already: uint8 RGB [T, H, W, 3]."""
+
+    decoder = "memory"
+    fps = None
+
+    def __init__(self, frames: Tensor | np.ndarray) -> None:
+        super().__init__(Path("frames"))
+        _check_frames(frames)
+        self._frames = _for_torch(frames) if isinstance(frames, np.ndarray) else frames.cpu().numpy()
+        self.total, *size = frames.shape[:3]
+        self.size = tuple(size)
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        yield from ((number, self._frames[number]) for number in unique)
+
+
+DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
+_MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
+Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
+
+
+def import_decoder(decoder: str) -> None:
+    """Import what a decoder needs, once, so that timings can leave that out.
+
+    Raises BackendError for a decoder that is unknown or not installed.
+    """
+    if decoder not in DECODERS:
+        raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
+    for module in _MODULES[decoder]:
+        import_package(module, decoder)
+
+
+def as_frames(frames: Tensor | np.ndarray) -> Tensor:
+    """Frames in memory as a tensor; InputError unless they are uint8 RGB [T, H, W, 3], one or more."""
+    _check_frames(frames)
+    if not isinstance(frames, np.ndarray):
+        return frames
+    import torch
+
+    return torch.from_numpy(_for_torch(frames))
+
+
+def _check_frames(frames: object) -> None:
+    if not isinstance(frames, np.ndarray) and not _is_tensor(frames):
+        raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {type(frames).__name__}")
+    dtype = str(frames.dtype).removeprefix("torch.")
+    if dtype != "uint8" or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {dtype} {list(frames.shape)}")
+
+
+def _for_torch(array: np.ndarray) -> np.ndarray:
+    """An array that can be a tensor: torch has no negative strides, and warns of memory that cannot be written."""
+    return np.require(array, requirements=("C", "W"))
+
+
+def _is_tensor(value: object) -> bool:
+    """Without importing torch: where nobody has, there is no tensor."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def open_video(video: Source, decoder: str = "pyav") -> Video:
+    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8
+    RGB [T, H, W, 3]); an opened Video comes back as it is.
+
+    Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
+    decoder that is unknown or not installed; each in one line.
+    """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, np.ndarray) or _is_tensor(video):
+        return MemoryVideo(video)
+    if not isinstance(video, (str, os.PathLike)):
+        raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
+    if decoder not in DECODERS:
+        raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
+    path = Path(video)
+    if path.is_dir():
+        return FolderVideo(path)
+    size = check_file(path)
+    declared = declared_bytes(path)
+    if declared > size:
+        raise VideoError(_truncated(path, size, declared))
+    return DECODERS[decoder](path)
+
+
+def _truncated(path: Path, size: int, declared: int) -> str:
+    """What is wrong with a file that ends before its own header says, with the frames that are left."""
+    try:
+        video = PyavVideo(path)
+        with open_stream(import_package("av", "pyav"), path) as (container, stream):
+            announced = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
+        left = sum(1 for _ in video.decode_all())
+        frames = f"{left} of {announced} frames" if announced else f"{left} frames"
+    except (VideoError, BackendError):
+        frames = "no frame"
+    short = f"{path} is cut short ({size} of {declared} bytes)"
+    return f"{short}: {frames} can be decoded; copy or download it again"

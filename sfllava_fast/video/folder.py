@@ -1,0 +1,88 @@
+"""A folder of image frames, read with Pillow."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import VideoError
+from .base import Numbered, Video, one_line
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_READERS = 8  # threads, at most
+
+
+class FolderVideo(Video):
+    """A folder of image frames in natural order (frame2 before frame10), read with Pillow."""
+
+    decoder = "images"
+    fps = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        names = (
+            p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        )
+        self._files = sorted(names, key=_natural)
+        if not self._files:
+            raise VideoError(
+                f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames"
+            )
+        self.total = len(self._files)
+        self.size = tuple(self._load(0).shape[:2])
+
+    def _load(self, index: int) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        file = self._files[index]
+        try:
+            with Image.open(file) as image:
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise VideoError(f"cannot read the frame {file}: {one_line(error)}") from error
+
+    def _load_alike(self, index: int) -> np.ndarray:
+        image = self._load(index)
+        if image.shape[:2] != self.size:
+            raise VideoError(
+                f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
+                "the frames of a folder must be of one size"
+            )
+        return image
+
+    def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
+        workers = min(_allowed_threads(), _READERS)
+        pool, ahead = ThreadPoolExecutor(workers, "sfllava-read"), deque()
+        todo = iter(unique)
+        try:
+            for index in unique:
+                ahead.extend(pool.submit(self._load_alike, i) for i in islice(todo, workers + 1 - len(ahead)))
+                if stop.is_set():
+                    return
+                yield index, ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _allowed_threads() -> int:
+    """What torch is allowed, where it is used at all."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else os.cpu_count() or 1
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
+
+
+def _wide(size: Sequence[int]) -> str:
+    return f"{size[1]}x{size[0]}"
