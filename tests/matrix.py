@@ -83,7 +83,7 @@ ROWS = {
     "transformers-newest": Row(("transformers",), MODELS),
     "transformers-5.23": Row(("transformers==5.23.0",), MODELS),
     "oldest": Row(("oldest",)),
-    "av-14": Row(("av==14.0.0", *DECODERS), DECODING, "3.11"),
+    "av-14": Row(("av==14.1.0", *DECODERS), DECODING, "3.11"),
     "av-18": Row(("av==18.1.0", *DECODERS), DECODING, "3.11"),
     "triton-3.6": Row(("triton==3.6.0",), TRITON),
     "triton-newest": Row(("triton",), TRITON),
