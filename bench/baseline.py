@@ -21,6 +21,7 @@ from sfllava_fast.checkpoint import rope_type
 from sfllava_fast.config import sample_frames
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.prompts import Prompt
+from sfllava_fast.transformers_release import cache_argument, cache_in
 from sfllava_fast.video import Video, open_video
 
 from .dummy import on_the_same_weights
@@ -81,10 +82,10 @@ class Baseline:
             output = self.model(inputs_embeds=embeds, use_cache=True)
             ids = [int(output.logits[0, -1].argmax())]
         with self._timed("generate", seconds):
-            cache = output.past_key_values
+            cache = cache_argument(self.model, cache_in(output))
             while not self.ends(ids, max_new_tokens):
                 step = torch.tensor([ids[-1:]], device=self.device)
-                logits = self.model(input_ids=step, past_key_values=cache, use_cache=True).logits
+                logits = self.model(input_ids=step, use_cache=True, **cache).logits
                 ids.append(int(logits[0, -1].argmax()))
         return PlainAnswer(ids, seconds, embeds)
 

@@ -19,6 +19,7 @@ from sfllava_fast.config import SlowFastConfig
 from sfllava_fast.reduction.frames import kept_of, token_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 from sfllava_fast.reduction.scorers import LayerInput
+from sfllava_fast.transformers_release import cache_argument
 
 from . import costs, memory
 from .dummy import dummy_decoder, on_the_same_weights
@@ -101,7 +102,8 @@ def prefill(decoder: nn.Module, embeds: Tensor) -> tuple[Tensor, Any]:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=decoder.config)
-    return decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state, cache
+    arguments = cache_argument(decoder, cache)
+    return decoder(inputs_embeds=embeds, use_cache=True, **arguments).last_hidden_state, cache
 
 
 def prefill_mixed(

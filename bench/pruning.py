@@ -21,6 +21,7 @@ from sfllava_fast.embedded.batches import IGNORE, clip_batch
 from sfllava_fast.embedded.questions import TYPES
 from sfllava_fast.reduction.pruning import SCORERS, Pruning, layer_input, prune_tokens
 from sfllava_fast.reduction.rows import gather_rows
+from sfllava_fast.transformers_release import cache_argument
 
 from .record import device_name, machine
 
@@ -82,10 +83,11 @@ class Examinee:
         positions = torch.cat([torch.arange(start).expand(len(kept), -1), start + kept], dim=1)
         embeds = torch.cat([self.before.expand(len(kept), -1, -1), clip.tokens[kept]], dim=1)
         cache = DynamicCache(config=self.decoder.config)
-        self.decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+        held = cache_argument(self.decoder, cache)
+        self.decoder(inputs_embeds=embeds, position_ids=positions, use_cache=True, **held)
         cache.batch_repeat_interleave(count // len(kept))
         behind = start + len(clip.tokens) + torch.arange(clip.ids.shape[1]).expand(count, -1)
-        hidden = self.decoder(input_ids=clip.ids, position_ids=behind, past_key_values=cache, use_cache=True)
+        hidden = self.decoder(input_ids=clip.ids, position_ids=behind, use_cache=True, **held)
         return self._is_right(clip, hidden.last_hidden_state)
 
     def enter(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:

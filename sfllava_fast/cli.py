@@ -405,7 +405,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def _messages(verbose: bool) -> Iterator[None]:
-    """Our warnings on stderr, one line each; the libraries' only when asked for."""
+    """Our warnings on stderr, one line each; the libraries' only when asked for, by --verbose or Python's own -W."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     handler.addFilter(_lower_level)
@@ -418,7 +418,7 @@ def _messages(verbose: bool) -> Iterator[None]:
             os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings():
-            if not verbose:
+            if not verbose and not sys.warnoptions:
                 warnings.simplefilter("ignore")
             yield
     finally:

@@ -18,6 +18,7 @@ from .attention import Attention
 from .checkpoint import rope_type
 from .errors import first_line
 from .kv_cache import Filled, KvCache
+from .transformers_release import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,9 +152,8 @@ class LanguageModel:
     def _run(self, cache: KvCache, embeds: Tensor, **arguments: Tensor) -> Tensor:
         if "position_ids" not in arguments:  # the model would count the tokens that its first layer holds
             arguments["position_ids"] = torch.arange(embeds.shape[1], device=self.device)[None] + cache.length
-        return self.core(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=True, **arguments
-        ).last_hidden_state
+        arguments |= cache_argument(self.core, cache)
+        return self.core(inputs_embeds=embeds, use_cache=True, **arguments).last_hidden_state
 
     @contextmanager
     def _placed(self, positions: Tensor | None) -> Iterator[None]:

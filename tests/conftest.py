@@ -1,8 +1,9 @@
-"""What every test shares: one torch thread each, and property tests without deadlines."""
+"""What every test shares: one torch thread each, deprecations as errors, and property tests without deadlines."""
 
 import json
 import os
 import signal
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,6 +14,10 @@ except ImportError:  # the tests of decoding need none
     torch = None
 else:
     torch.set_num_threads(1)
+# As in pyproject.toml, for what pytest's filters do not reach: processes that tests start, and the command line.
+_WARNINGS = [f"error::{kind}" for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
+sys.warnoptions += _WARNINGS
+os.environ["PYTHONWARNINGS"] = ",".join(_WARNINGS)
 settings.register_profile(
     "sfllava",
     deadline=None,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from functools import partial
 from multiprocessing import connection as connections
@@ -22,6 +23,7 @@ from sfllava_fast.errors import BackendError, CheckpointError, InputError
 from sfllava_fast.offline import scheduler
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
+from sfllava_fast.offline.workers import Desk, Reply
 
 
 @pytest.fixture
@@ -168,6 +170,18 @@ def test_what_nothing_can_answer_ends_the_batch_and_counts_for_no_question(answe
 
 
 # A batch in a process of its own: argv are the output, the log, and (id, video, question) as JSON.
+def test_a_worker_shows_warnings_of_libraries_only_when_asked(monkeypatch, caplog):
+    caplog.set_level("WARNING", "sfllava_fast")  # loading sets it in a worker's process: put back behind the test
+
+    def load(*options):
+        monkeypatch.setattr(sys, "warnoptions", [*options])
+        with warnings.catch_warnings():
+            return Desk().load(lambda *_: warnings.warn("old", FutureWarning, stacklevel=2), 0, 1)[0]
+
+    assert load() == Reply.READY
+    assert load("error") == Reply.UNUSABLE  # as pytest's filter has it
+
+
 BATCH = """
 import json, signal, sys
 from functools import partial

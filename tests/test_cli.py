@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import clips
@@ -337,6 +339,13 @@ def test_inspect_takes_the_grid_of_a_checkpoint_in_the_original_format(folder, t
     command = "inspect", folder, "--out", tmp_path / "a.html", "--layout", LAYOUT, "--frames", 6, "--model", model
     assert run(*command) == 0
     assert "6\u00d76 patches" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize("options, verbose, shown", [([], False, False), (["error"], False, True), ([], True, True)])
+def test_warnings_of_libraries_are_shown_when_asked_for(options, verbose, shown, monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", options)
+    with pytest.raises(FutureWarning) if shown else nullcontext(), cli._messages(verbose):
+        warnings.warn("old", FutureWarning, stacklevel=2)
 
 
 def test_info_as_a_table_and_as_json(capsys):

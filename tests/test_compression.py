@@ -18,6 +18,7 @@ from sfllava_fast.reduction.compression import (
 )
 from sfllava_fast.reduction.dropping import drop_tokens
 from sfllava_fast.reduction.mixture import MixtureOfDepths
+from sfllava_fast.transformers_release import cache_argument, cache_in
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 97
 TWO = [Span(3, 13, 2), Span(16, 22, 1)]  # text, ten of a video, two tokens, text, six of a video, one token, text
@@ -120,8 +121,8 @@ def test_dropping_is_masking(model, case):
     assert behind == length - (spans[-1].end if spans and spans[-1].end < length else 0)
     torch.testing.assert_close(dropped.logits, masked[:, -behind:], rtol=0, atol=1e-10)
     own = sum(stop - start for start, stop, _ in spans)
-    assert dropped.past_key_values.layers[-1].keys.shape[2] == length - own
-    assert dropped.past_key_values.get_seq_length() == length
+    assert cache_in(dropped).layers[-1].keys.shape[2] == length - own
+    assert cache_in(dropped).get_seq_length() == length
     if spans and spans[-1].end < length:  # the mask matters
         plain = model(inputs_embeds=embeds).logits
         assert (plain - masked)[:, -1].abs().max() > 0.1
@@ -133,7 +134,7 @@ def test_a_masked_forward_goes_on_in_parts(model):
     whole = model(inputs_embeds=embeds, attention_mask=compression_mask(spans, length)).logits
     for start, stop in [(0, 9), (9, 14), (14, 29), (29, 30)]:
         mask = compression_mask(spans, length, (start, stop))
-        part = model(inputs_embeds=embeds[:, start:stop], attention_mask=mask, past_key_values=cache)
+        part = model(inputs_embeds=embeds[:, start:stop], attention_mask=mask, **cache_argument(model, cache))
         parts.append(part.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
 
@@ -141,10 +142,10 @@ def test_a_masked_forward_goes_on_in_parts(model):
 def test_generate_goes_on_behind_a_dropped_video(model):
     spans, length = CASES["two"]
     embeds, question = embeddings(1, length), torch.tensor([[5, 6, 7]])
-    cache = prefill_compressed(model, embeds, spans).past_key_values
+    cache = cache_in(prefill_compressed(model, embeds, spans))
     ids = torch.cat([torch.zeros(1, length, dtype=torch.long), question], 1)
     made = model.generate(
-        ids, past_key_values=cache, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+        ids, **cache_argument(model, cache), attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     words = made.sequences[:, length:]
@@ -166,7 +167,7 @@ def test_a_llava_model_drops_and_masks_alike():
 
 def test_dropped_tokens_give_their_memory_back_and_the_others_stay(model):
     cache = DynamicCache()
-    model(inputs_embeds=embeddings(2, 40), past_key_values=cache)
+    model(inputs_embeds=embeddings(2, 40), **cache_argument(model, cache))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     held = [weakref.ref(rows) for layer in cache.layers for rows in (layer.keys, layer.values)]
     drop_tokens(cache, 2, 30)
@@ -179,7 +180,7 @@ def test_dropped_tokens_give_their_memory_back_and_the_others_stay(model):
             assert rows.untyped_storage().nbytes() == rows.nbytes == 2 * 2 * 11 * 8 * 8  # rows, heads, places, width
     assert cache.get_seq_length() == 40
     plain = DynamicCache()
-    model(inputs_embeds=embeddings(2, 11), past_key_values=plain)
+    model(inputs_embeds=embeddings(2, 11), **cache_argument(model, plain))
     plain.reset()
     cache.reset()
     assert cache.get_seq_length() == plain.get_seq_length()  # early releases of transformers keep it
@@ -187,7 +188,7 @@ def test_dropped_tokens_give_their_memory_back_and_the_others_stay(model):
 
 def test_bytes_are_those_of_the_cache(model):
     spans, length = CASES["two"]
-    cache = prefill_compressed(model, embeddings(1, length), spans).past_key_values
+    cache = cache_in(prefill_compressed(model, embeddings(1, length), spans))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == cache_bytes(model.config, length - 16, torch.float64)
     vicuna = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32)
@@ -442,7 +443,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_drop(model):
     cache = DynamicCache()
-    model(inputs_embeds=embeddings(1, 20), past_key_values=cache)
+    model(inputs_embeds=embeddings(1, 20), **cache_argument(model, cache))
     drop_tokens(cache, 5, 9)
     layers, keys = list(cache.layers), cache.layers[0].keys
     for start, stop in [(4, 6), (8, 10), (9, 21), (12, 12), (13, 12), (-3, 2)]:
@@ -452,7 +453,7 @@ def test_a_cache_that_cannot_drop(model):
     with pytest.raises(InputError, match=r"\[0, 0\)"):
         drop_tokens(DynamicCache(), 0, 1)
     static = StaticCache(config=model.config, max_cache_len=32)
-    model(inputs_embeds=embeddings(1, 20), past_key_values=static)
+    model(inputs_embeds=embeddings(1, 20), **cache_argument(model, static))
     with pytest.raises(InputError, match="a StaticLayer cannot drop tokens"):
         drop_tokens(static, 5, 9)
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 import sfllava_fast.generation as generation
 from sfllava_fast.attention import Attention
 from sfllava_fast.generation import LanguageModel
+from sfllava_fast.transformers_release import cache_argument
 
 FAMILIES = {
     "llama": {},
@@ -33,12 +34,12 @@ def embeddings(language, *shape, seed=0):
 
 def expected_tokens(language, embeds, count):
     """Greedy tokens by transformers' own growing cache, all tokens at once."""
-    cache = DynamicCache(config=language.config)
-    hidden = language.core(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True).last_hidden_state
+    held = cache_argument(language.core, DynamicCache(config=language.config))
+    hidden = language.core(inputs_embeds=embeds[None], **held, use_cache=True).last_hidden_state
     ids = [int(language.head(hidden[0, -1]).argmax())]
     while len(ids) < count:
         step = torch.tensor([ids[-1:]])
-        hidden = language.core(input_ids=step, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = language.core(input_ids=step, **held, use_cache=True).last_hidden_state
         ids.append(int(language.head(hidden[0, -1]).argmax()))
     return ids
 

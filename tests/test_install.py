@@ -40,6 +40,12 @@ print(code, record.machine("cpu")["commit"])
 pytestmark = pytest.mark.xdist_group("install")  # they share the build below
 
 
+@pytest.fixture(autouse=True)
+def warnings_of_pip(monkeypatch):
+    """Its own use of its dependencies is not ours."""
+    monkeypatch.delenv("PYTHONWARNINGS")
+
+
 def pip(*arguments, **env):
     # The environment's own setuptools and cmake build it: an isolated build would fetch them again.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]

@@ -14,6 +14,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 from sfllava_fast.reduction.scorers import AttentionReceived
+from sfllava_fast.transformers_release import cache_argument, cache_in
 
 FRAMES = (3, 11, 19, 27)
 TOTAL = 34
@@ -94,9 +95,9 @@ def test_prefill_in_parts_and_decoding_equal_full_recomputation(family, attentio
     cache, logits = DynamicCache(config=model.config), []
     with mixture.frames(FRAMES):
         for part in (ids[:, :11], ids[:, 11:27], ids[:, 27:30]):
-            logits.append(model(part, past_key_values=cache).logits)
+            logits.append(model(part, **cache_argument(model, cache)).logits)
     for token in ids[:, 30:].T:
-        logits.append(model(token[:, None], past_key_values=cache).logits)
+        logits.append(model(token[:, None], **cache_argument(model, cache)).logits)
     close(torch.cat(logits, dim=1), expected)
     assert [cache.get_seq_length(at) for at in range(6)] == [TOTAL - count for count in mixture.skipped(FRAMES)]
 
@@ -131,11 +132,12 @@ def test_left_padding(attention, scorer):
     cache = DynamicCache(config=model.config)
     with mixture.frames(frames):
         prefill = dict(attention_mask=mask[:, :cut], position_ids=positions[:, :cut])
-        found = model(ids[:, :cut], past_key_values=cache, **prefill).logits
+        found = model(ids[:, :cut], **cache_argument(model, cache), **prefill).logits
         close(found[0], expected[0])
         close(found[1, 7:], expected[1, 7:])
         if scorer == "norm":
-            found = model(ids[:, cut:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, cut:])
+            rest = {"attention_mask": mask, "position_ids": positions[:, cut:]}
+            found = model(ids[:, cut:], **cache_argument(model, cache), **rest)
             expected = logits_by_layers(model, ids, frames, mixture.ratios, score, paddings)
             close(found.logits, expected[:, cut:])
 
@@ -163,12 +165,12 @@ def test_fastv(attention):
     expected = logits_by_layers(model, ids[:, :30], (start, stop), ratios, attention_score, select_at=1)
     cache = DynamicCache(config=model.config)
     with mixture.frames(FRAMES):
-        close(model(ids[:, :30], past_key_values=cache).logits, expected)
+        close(model(ids[:, :30], **cache_argument(model, cache)).logits, expected)
     assert [cache.get_seq_length(at) for at in range(6)] == [30, 30, 12, 12, 12, 12]
     assert mixture.skipped(FRAMES) == (0, 0, 18, 18, 18, 18)
     asked = partial(attention_score, rows=slice(29, 30))  # the prefill's last token
     stays = logits_by_layers(model, ids, (start, stop), ratios, asked, select_at=1)
-    found = [model(token[:, None], past_key_values=cache).logits for token in ids[:, 30:].T]
+    found = [model(token[:, None], **cache_argument(model, cache)).logits for token in ids[:, 30:].T]
     close(torch.cat(found, dim=1), stays[:, 30:])
 
 
@@ -195,10 +197,10 @@ def test_ratio_1_is_the_plain_model_bit_for_bit(attention):
     def everything():
         model.zero_grad()
         cache = DynamicCache(config=model.config)
-        first = model(ids[:, :30], past_key_values=cache).logits
+        first = model(ids[:, :30], **cache_argument(model, cache)).logits
         first.square().mean().backward()
         with torch.no_grad():
-            step = model(ids[:, 30:], past_key_values=cache).logits
+            step = model(ids[:, 30:], **cache_argument(model, cache)).logits
         kept = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         return [first, step, *kept, *(weight.grad.clone() for weight in model.parameters())]
 
@@ -219,17 +221,17 @@ def test_generate_with_placeholders_and_beams():
     plain = model.generate(**settings)
     mixture = MixtureOfDepths(model, 0.2)
     found = model.generate(**settings)
-    lengths = [layer.get_seq_length() for layer in found.past_key_values.layers]
+    lengths = [layer.get_seq_length() for layer in cache_in(found).layers]
     assert lengths == [49, 49 - 28, 49, 49 - 28]
     assert not torch.equal(found.sequences, plain.sequences)
     uncached = model(found.sequences, pixel_values=pixels, use_cache=False).logits[:, 41:-1]
     torch.testing.assert_close(torch.stack(found.logits, dim=1), uncached, rtol=1e-4, atol=1e-4)
     beams = model.generate(**settings, num_beams=3, use_cache=True).sequences
     assert torch.equal(beams, model.generate(**settings, num_beams=3, use_cache=False).sequences)
-    cache = copy.deepcopy(found.past_key_values)
+    cache = copy.deepcopy(cache_in(found))
     follow = torch.tensor([[30, 31, 32]])
     whole = torch.cat([found.sequences[:, :-1], follow], dim=1)
-    second = model(input_ids=follow, past_key_values=cache).logits
+    second = model(input_ids=follow, **cache_argument(model, cache)).logits
     torch.testing.assert_close(second, model(whole, pixel_values=pixels).logits[:, -3:], rtol=1e-4, atol=1e-4)
     mixture.undo()
     assert torch.equal(model.generate(**settings).sequences, plain.sequences)
@@ -273,7 +275,8 @@ def test_gradient_checkpointing_and_frozen_layers(reentrant):
         return [weight.grad.clone() for weight in [*mixture.parameters(), *model.parameters()]]
 
     expected = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     for found, plain in zip(gradients(), expected, strict=True):
         close(found, plain)
     assert all(weight.abs().max() > 0 for weight in expected[: len(list(mixture.parameters()))])

@@ -17,6 +17,7 @@ from sfllava_fast.errors import InputError, PatchError
 from sfllava_fast.kv_cache import Filled
 from sfllava_fast.reduction.frames import placeholder_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
+from sfllava_fast.transformers_release import cache_argument
 
 
 def attributes(model):
@@ -214,7 +215,7 @@ def test_scores_that_cannot_be(scores):
     mixture = MixtureOfDepths(model, 0.3, {1: "norm", 3: scores, 5: "norm"})
     cache = DynamicCache(config=model.config)
     with pytest.raises(InputError, match="scorer"), mixture.frames(FRAMES):
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **cache_argument(model, cache))
     assert cache.get_seq_length(3) == 0
     mixture.scorers["3"] = mixture.scorers["1"]
     found = logits(model, mixture)
@@ -237,7 +238,7 @@ def test_what_a_forward_pass_cannot_serve():
     static = StaticCache(config=model.config, max_cache_len=64)
     with mixture.frames(FRAMES):
         with pytest.raises(InputError, match="static cache"):
-            model(ids, past_key_values=static)
+            model(ids, **cache_argument(model, static))
         with pytest.raises(InputError, match="packed"):
             model(ids, cu_seq_lens_q=torch.tensor([0, 34]))
         model.config._attn_implementation = "flex_attention"
@@ -255,19 +256,19 @@ def test_a_cache_that_was_cut():
     mixture = MixtureOfDepths(model, 0.3)
     cache = DynamicCache(config=model.config)
     with mixture.frames(FRAMES):
-        expected = model(ids, past_key_values=cache).logits
+        expected = model(ids, **cache_argument(model, cache)).logits
     cache.crop(-4)  # text alone: what is behind it goes on
-    again = model(ids[:, -4:], past_key_values=cache).logits
+    again = model(ids[:, -4:], **cache_argument(model, cache)).logits
     torch.testing.assert_close(again, expected[:, -4:])
     for tokens in (12, 33):  # among the vision tokens, and before them
         cut = copy.deepcopy(cache)
         cut.crop(-tokens)
         with pytest.raises(InputError, match="prefill a new one"):
-            model(ids[:, :2], past_key_values=cut)
+            model(ids[:, :2], **cache_argument(model, cut))
     cache.reset()
     if not cache.get_seq_length():  # early releases keep zeros
         with mixture.frames(FRAMES):
-            torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+            torch.testing.assert_close(model(ids, **cache_argument(model, cache)).logits, expected)
 
 
 def test_frames_and_placeholders_that_cannot_be():
@@ -312,6 +313,6 @@ def test_a_cache_that_counts_for_itself_and_stops_the_pass():
     cache = Buffer(mixture.skipped(FRAMES), model.config)
     expected = logits(model, mixture)
     with mixture.frames(FRAMES), pytest.raises(Filled):
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **cache_argument(model, cache))
     cache.length = 30
-    torch.testing.assert_close(model(ids[:, 30:], past_key_values=cache).logits, expected[:, 30:])
+    torch.testing.assert_close(model(ids[:, 30:], **cache_argument(model, cache)).logits, expected[:, 30:])

@@ -32,6 +32,7 @@ from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError, LayoutError, PatchError, SfllavaError
 from sfllava_fast.layouts import parse_layout
 from sfllava_fast.patch import patch_transformers, undo
+from sfllava_fast.transformers_release import cache_argument, cache_in
 from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
 
 IMAGE_MODELS = ["Llava", "LlavaNext"]
@@ -279,7 +280,8 @@ def test_a_cache_goes_on_with_another_video():
     first = answer(model, input_ids=ids, pixel_values_videos=videos[0][None])
     more = torch.cat([first.sequences, ids_with(count(4))[0]], dim=1)
     together = answer(model, input_ids=more, pixel_values_videos=videos)
-    second = answer(model, input_ids=more, past_key_values=first.past_key_values, pixel_values_videos=videos[1][None])
+    cache = cache_argument(model, cache_in(first))
+    second = answer(model, input_ids=more, **cache, pixel_values_videos=videos[1][None])
     assert torch.equal(second.sequences, together.sequences)
     for ours, expected in zip(second.logits, together.logits):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)

@@ -26,6 +26,7 @@ from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.generation import LanguageModel
 from sfllava_fast.session import Session
+from sfllava_fast.transformers_release import cache_argument, cache_in
 from sfllava_fast.video import open_video
 from sfllava_fast.video.preprocess import preprocess
 
@@ -120,8 +121,9 @@ def test_flop_and_weights_of_the_language_model(kv_heads, logits):
     cached = 2 * 2 * kv_heads * 16
     assert cost.bytes == 4 * (read + tokens * (64 + cached) + (logits or tokens) * 1024)
 
-    cache = model(inputs_embeds=torch.zeros(1, tokens, 64), use_cache=True).past_key_values
-    linear, attention = language_flop(model, input_ids=torch.tensor([[1]]), past_key_values=cache, use_cache=True)
+    output = model(inputs_embeds=torch.zeros(1, tokens, 64), use_cache=True)
+    cache = cache_argument(model, cache_in(output))
+    linear, attention = language_flop(model, input_ids=torch.tensor([[1]]), **cache, use_cache=True)
     step = costs.step(text, tokens + 1, 4)
     assert step == costs.Cost(linear + attention, 4 * (read + (tokens + 1) * cached))
 

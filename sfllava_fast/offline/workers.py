@@ -10,7 +10,9 @@ import enum
 import logging
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection as connections
@@ -58,6 +60,8 @@ class Desk:
     """What a worker does, in its own process."""
 
     def load(self, make: MakeAnswerer, number: int, count: int) -> Message:
+        if not sys.warnoptions:  # of libraries, which nobody asked for
+            warnings.simplefilter("ignore")
         try:
             self.answerer = make(number, count)
         except Exception as error:

@@ -116,7 +116,8 @@ def _need(owner: Any, name: str, *parameters: str) -> None:
         version = sys.modules["transformers"].__version__
         what = f"{(owner if isinstance(owner, type) else type(owner)).__name__}.{name}"
         found = f"{what} without {lacking[0]}" if method else f"no {what}"
-        raise PatchError(f"transformers {version} has {found}, which this patch needs: 5.17 and 5.23 are known to work")
+        known = "5.17, 5.23 and 5.24 are known to work"
+        raise PatchError(f"transformers {version} has {found}, which this patch needs: {known}")
 
 
 def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str | None = None) -> Replacement:

@@ -20,6 +20,7 @@ from ..checkpoint_files import one_line
 from ..errors import InputError
 from ..replacement import Patch
 from ..tensor_file import save_tensors
+from ..transformers_release import cache_argument
 from .weights import weight_replacements
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[S
 
     embeds: [B, S, D], compression tokens included; the spans are those of every row.
     Returns the output for the tokens behind the last video, or for that video and its tokens where nothing follows. Its
-    `past_key_values` is a DynamicCache that goes on at position S (see `dropping.drop_tokens`).
+    `cache` (`past_key_values` before transformers 5.24) is a DynamicCache that goes on at position S (see
+    `dropping.drop_tokens`).
     """
     from transformers import DynamicCache
 
@@ -130,7 +132,7 @@ def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[S
     for span in [*_checked(spans, embeds.shape[1]), None]:
         part = embeds[:, done : span.end if span else None]
         if part.shape[1]:
-            output = model(inputs_embeds=part, past_key_values=cache, use_cache=True, **arguments)
+            output = model(inputs_embeds=part, use_cache=True, **cache_argument(model, cache), **arguments)
         if span:
             drop_tokens(cache, span.start, span.stop)
             done = span.end

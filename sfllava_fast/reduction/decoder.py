@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError, PatchError
+from ..transformers_release import CACHE_NAMES, cache_in, name_of_cache, release
 
-_NEEDED = {"position_embeddings", "attention_mask", "past_key_values"}
+_NEEDED = {"position_embeddings", "attention_mask"}
 # What a layer may take besides, none of it by token, or none that is needed once rotary positions are given.
 _OTHERS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "kwargs"}
 
@@ -21,10 +22,10 @@ def find_decoder(model: nn.Module) -> nn.Module:
     layers = getattr(decoder, "layers", None)
     found = type(decoder).__name__ if decoder is model else f"{type(model).__name__} with {type(decoder).__name__}"
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise PatchError(f"{found} has no list of decoder layers: give a Llama-like model of transformers >= 5")
+        raise PatchError(f"{found} has no list of decoder layers ({release()}): give a Llama-like model")
     for layer in layers:
         if obstacle := _obstacle(layer):
-            raise PatchError(f"{found} is not known: {type(layer).__name__} {obstacle}")
+            raise PatchError(f"{found} is not known: {type(layer).__name__} {obstacle} ({release()})")
     return decoder
 
 
@@ -34,9 +35,10 @@ def _obstacle(layer: nn.Module) -> str | None:
         return "has no self_attn"
     if names[:1] != ["hidden_states"]:
         return f"takes {', '.join(names) or 'nothing'}, not hidden_states first"
-    if lacking := _NEEDED - set(names):
-        return f"does not take {', '.join(sorted(lacking))}"
-    if unknown := [name for name in names[1:] if name not in _NEEDED | _OTHERS]:
+    lacking = sorted(_NEEDED - set(names)) + [" or ".join(CACHE_NAMES)] * (name_of_cache(names) is None)
+    if lacking:
+        return f"does not take {', '.join(lacking)}"
+    if unknown := [name for name in names[1:] if name not in _NEEDED | _OTHERS | {*CACHE_NAMES}]:
         return f"takes {', '.join(unknown)}, which may go by token"
     return None
 
@@ -63,7 +65,7 @@ def check_layers(decoder: nn.Module, layers: Sequence[int] | None) -> tuple[int,
 
 def check_pass(decoder: nn.Module, layers: Sequence[int], arguments: dict[str, Any], end: int) -> None:
     """InputError, before anything is computed, where a forward pass up to token `end` cannot leave tokens out."""
-    attention, cache = decoder.config._attn_implementation, arguments.get("past_key_values")
+    attention, cache = decoder.config._attn_implementation, cache_in(arguments)
     if attention == "flex_attention":
         raise InputError("flex_attention's masks cannot be cut: model.set_attn_implementation('sdpa')")
     if getattr(cache, "is_compileable", False):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, PatchError
 from ..replacement import Patch, undo
 from ..tensor_file import save_tensors
+from ..transformers_release import cache_in, release
 from .decoder import check_layers, check_pass, find_decoder
 from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder_frames
 from .held import recall
@@ -174,7 +175,7 @@ class MixtureOfDepths(nn.Module):
 
     def _run_decoder(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = forward.named(args, kwargs)
-        cache, past = named.get("past_key_values"), _past(named)
+        cache, past = cache_in(named), _past(named)
         tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
         end = past + tokens.shape[1]
         frames = clip_frames(self._frames, past, end) if self._frames else ()
@@ -205,7 +206,8 @@ class MixtureOfDepths(nn.Module):
         """The forward pass that a layer is called in; None where it is called by itself."""
         rotary = arguments.get("position_embeddings")
         if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
-            raise PatchError(f"the model's rotary positions are a {type(rotary).__name__}, not cosines and sines")
+            found = f"{type(rotary).__name__}, not cosines and sines ({release()})"
+            raise PatchError(f"the model's rotary positions are a {found}: the model is not known")
         if self._pass is not None:
             rotary[0].sfllava_fast_pass = self._pass  # a checkpointed layer is called again in backward, with these
         return getattr(rotary[0], "sfllava_fast_pass", None)
@@ -235,5 +237,5 @@ class _Forward:
 
 
 def _past(named: dict[str, Any]) -> int:
-    cache = named.get("past_key_values")
+    cache = cache_in(named)
     return 0 if cache is None else int(cache.get_seq_length())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, PatchError
+from ..transformers_release import cache_in, release
 from .held import Span, columns, cut_mask, spans_of
 from .rows import gather_many, scatter_rows, top_per_frame
 from .scorers import LayerInput
@@ -56,7 +57,7 @@ def run_on_all(
     plain: Callable[..., Tensor], hidden: Tensor, arguments: dict[str, Any], number: int, now: Pass
 ) -> Tensor:
     """A layer on all tokens of a pass, in a cache that may lack some of the earlier ones."""
-    spans = spans_of(arguments.get("past_key_values"), number, now.past)
+    spans = spans_of(cache_in(arguments), number, now.past)
     if spans:
         arguments["attention_mask"] = _cut(arguments, number, now.past + hidden.shape[1], hidden, spans)
     return plain(hidden, **arguments)
@@ -77,7 +78,7 @@ def run_on_selection(
     rows = len(hidden)
     index = torch.cat([before.expand(rows, -1), selection.kept, behind.expand(rows, -1)], dim=1)
     taken, *rotary = gather_many([hidden, *arguments["position_embeddings"]], index)
-    spans = spans_of(arguments.get("past_key_values"), number, now.past)
+    spans = spans_of(cache_in(arguments), number, now.past)
     spans.append(Span(now.past + start, now.past + stop, now.past + selection.kept))
     arguments |= {
         "attention_mask": _cut(arguments, number, now.past + total, hidden, spans, index),
@@ -86,7 +87,8 @@ def run_on_selection(
     }
     out = plain(taken, **arguments)
     if not isinstance(out, Tensor):
-        raise PatchError(f"the model's layers return a {type(out).__name__}, not hidden states: they cannot be mixed")
+        found = f"{type(out).__name__}, not hidden states ({release()})"
+        raise PatchError(f"the model's layers return a {found}: they cannot be mixed")
     weights, sides = None, (start, total - stop)
     if weighted:
         weights = F.pad(selection.scores, sides, value=1.0).to(out.dtype)
@@ -105,7 +107,7 @@ def _cut(
         return None
     total = max(total, mask.shape[-1])  # a buffer's mask may go beyond the tokens that are there
     held = columns(spans, total, len(hidden), hidden.device)
-    layers = getattr(arguments.get("past_key_values"), "layers", ())
+    layers = getattr(cache_in(arguments), "layers", ())
     if window := getattr(layers[number], "sliding_window", None) if number < len(layers) else None:
         held = held[:, -(window - 1 + (hidden if index is None else index).shape[1]) :]
     return cut_mask(mask, held, index, total)
