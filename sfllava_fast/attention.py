@@ -17,8 +17,8 @@ from .errors import BackendError, first_line
 
 log = logging.getLogger("sfllava_fast")
 
-# The flash-attn packages that serve a compute capability, the fastest first. The third is written for Hopper, the fourth
-# for Hopper and Blackwell: on 8 and 12 its 4.0.0b36 runs Ampere's instructions, not yet tuned.
+# The flash-attn packages that serve a compute capability, the fastest first. The third is written for Hopper, the
+# fourth for Hopper and Blackwell: on 8 and 12 its 4.0.0b36 runs Ampere's instructions, untuned on 8.
 _FLASH = {
     8: ("flash_attention_2", "flash_attention_4"),
     9: ("flash_attention_3", "flash_attention_4", "flash_attention_2"),
