@@ -17,15 +17,17 @@ from .errors import BackendError, first_line
 
 log = logging.getLogger("sfllava_fast")
 
-# Each flash-attn with the compute capabilities that it is made for.
+# The flash-attn packages that serve a compute capability, the fastest first. The third is written for Hopper, the
+# fourth for Hopper and Blackwell: on 8 and 12 its 4.0.0b36 runs Ampere's instructions, untuned on 8.
 _FLASH = {
-    "flash_attention_2": (8, 9, 10, 11, 12),
-    "flash_attention_3": (9,),
-    "flash_attention_4": (9, 10),
+    8: ("flash_attention_2", "flash_attention_4"),
+    9: ("flash_attention_3", "flash_attention_4", "flash_attention_2"),
+    10: ("flash_attention_4", "flash_attention_2"),
+    11: ("flash_attention_4", "flash_attention_2"),
+    12: ("flash_attention_2", "flash_attention_4"),
 }
-# The fastest first: the third is written for Hopper, the fourth for Blackwell.
-_BEST_FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2")
-CHOICES = ("auto", "eager", "sdpa", *_FLASH)
+_NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+CHOICES = ("auto", "eager", "sdpa", *_NAMES)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _HEADS, _TOKENS, _CALLS = 32, 3712, 10  # what SDPA's kernels are measured on: the paper's prefill on a 7B model
 
@@ -70,12 +72,13 @@ def resolve_attention(
         raise BackendError(f"unknown attention {requested!r}: choose one of {', '.join(CHOICES)}")
     if requested == "eager":
         return Attention("eager", device.type, "asked for by name")
-    obstacles = {name: flash_attn_obstacle(name, device, dtype) for name in _FLASH}
+    obstacles = {name: flash_attn_obstacle(name, device, dtype) for name in _NAMES}
     if obstacle := obstacles.get(requested):
         raise BackendError(f"{requested} cannot serve: {obstacle}; use attention='sdpa'")
-    for name in _BEST_FLASH if requested == "auto" else (requested,):
-        if name in _FLASH and not obstacles[name]:
-            return Attention(name, device.type, "it is installed and usable")
+    usable = [name for name in _NAMES if requested in ("auto", name) and not obstacles[name]]
+    if usable:
+        name = min(usable, key=_FLASH[_capability(device)].index)
+        return Attention(name, device.type, "it is installed and usable")
     kernel, measured = _sdpa_kernel(device, dtype, head_dim)
     reason = "asked for by name" if requested == "sdpa" else f"flash-attn is not used: {obstacles['flash_attention_2']}"
     return Attention("sdpa", kernel, reason + measured)
@@ -94,9 +97,15 @@ def flash_attn_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> 
         return f"transformers {transformers.__version__} does not know it"
     if not is_available():
         return "the flash-attn package is not installed"
-    if torch.cuda.get_device_capability(device)[0] not in _FLASH[name]:
-        return f"it needs a GPU of compute capability {', '.join(map(str, _FLASH[name]))}"
+    if name not in _FLASH.get(_capability(device), ()):
+        served = [str(capability) for capability, names in _FLASH.items() if name in names]
+        return f"it needs a GPU of compute capability {', '.join(served)}"
     return None
+
+
+def _capability(device: torch.device) -> int:
+    """The major number."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _sdpa_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:

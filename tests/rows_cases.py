@@ -88,7 +88,10 @@ def received(queries, keys, scale):
 
 
 def check_received(got, queries, keys, scale):
-    """FlashAttention's rule: no more than twice the error of the plain formula in the inputs' own dtype."""
+    """FlashAttention's rule: no more than twice the error of the plain formula in the inputs' own dtype.
+
+    And what two roundings of a log-sum-exp below 8 make of a probability: 2**-21 of it.
+    """
     exact = received(queries, keys, scale)
     wide = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     logits = (queries @ wide.transpose(2, 3)).float() * scale
@@ -97,4 +100,4 @@ def check_received(got, queries, keys, scale):
     eager = logits.masked_fill(later, -torch.inf).softmax(-1).mean((1, 2))
     assert got.dtype == torch.float32 and got.shape == exact.shape
     error = (got.double().cpu() - exact).abs().max()
-    assert error <= 2 * (eager.double() - exact).abs().max() + 2e-8, error
+    assert error <= 2 * (eager.double() - exact).abs().max() + exact.max() * 2**-21 + 2e-8, error

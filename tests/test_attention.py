@@ -78,14 +78,31 @@ def test_flash_attention_2_on_a_gpu(gpu, packages, capability, dtype, outcome):
         ("24", (9, 0), "flash_attention_4"),
         ("234", (10, 0), "flash_attention_4"),
         ("23", (10, 0), "flash_attention_2"),
+        ("234", (11, 0), "flash_attention_4"),
         ("234", (8, 6), "flash_attention_2"),
-        ("34", (12, 0), "sdpa"),
+        ("34", (8, 0), "flash_attention_4"),
+        ("24", (12, 0), "flash_attention_2"),
+        ("34", (12, 0), "flash_attention_4"),
+        ("3", (12, 0), "sdpa"),
+        ("234", (7, 5), "sdpa"),
         ("", (9, 0), "sdpa"),
     ],
 )
 def test_auto_takes_the_best_flash_attention(gpu, packages, capability, expected):
     gpu(capability, packages)
     assert resolve_attention("auto", "cuda", HALF).implementation == expected
+
+
+@pytest.mark.parametrize("version, served", [("2", "8, 9, 10, 11, 12"), ("3", "9"), ("4", "8, 9, 10, 11, 12")])
+def test_a_flash_attention_by_name_runs_where_its_package_does(gpu, version, served):
+    name = f"flash_attention_{version}"
+    for capability in (7, 8, 9, 10, 11, 12, 13):
+        gpu((capability, 0), "234")
+        if str(capability) in served.split(", "):
+            assert resolve_attention(name, "cuda", HALF).implementation == name
+        else:
+            with pytest.raises(BackendError, match=f"needs a GPU of compute capability {served};"):
+                resolve_attention(name, "cuda", HALF)
 
 
 def test_transformers_without_a_later_flash_attention(gpu, monkeypatch):

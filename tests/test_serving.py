@@ -137,13 +137,14 @@ def test_a_tower_that_leaves_no_grid():
 
 def test_versions():
     assert why_unsupported("0.31.0") is None and why_unsupported("0.32.1+cpu") is None
-    for version in ("0.30.2", "0.33.0rc1", "0.3.1", "1.32.0", "dev"):
-        assert f"vLLM {version}" in why_unsupported(version) and "0.31 and 0.32" in why_unsupported(version)
+    assert why_unsupported("0.33.0") is None
+    for version in ("0.30.2", "0.34.0rc1", "0.3.1", "1.32.0", "dev"):
+        assert f"vLLM {version}" in why_unsupported(version) and "0.31, 0.32 and 0.33;" in why_unsupported(version)
 
 
 @pytest.mark.parametrize("version, told", [
     ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
-    ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31 and 0.32"),
+    ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31, 0.32 and 0.33"),
     (None, "not installed"),
 ])
 def test_info_tells_which_vllm_is_served(monkeypatch, version, told):

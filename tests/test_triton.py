@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from triton_process import HERE, interpret, run
+from triton_process import HERE, LEAST_OCCUPANCY, in_registers, interpret, run
 
 from sfllava_fast import backends
 from sfllava_fast.config import Pathways, SlowFastConfig
@@ -74,10 +74,10 @@ def test_every_gradient_row_is_read_once_and_every_patchs_written_once(compiled)
 
 def test_no_local_memory_and_enough_in_flight(compiled):
     for kernel in compiled:
-        assert kernel["stack"] == kernel["local"] == 0 and not re.search(r"\b(LDL|STL)", kernel["sass"])
+        assert in_registers(kernel), kernel["name"]
         warps = min(_MOST_WARPS, _REGISTERS // (-(-kernel["registers"] // 8) * 8 * 32))
         if "boxes" in kernel["kernel"]:
-            assert warps >= 0.75 * _MOST_WARPS, (kernel["kernel"], kernel["registers"])
+            assert warps >= LEAST_OCCUPANCY * _MOST_WARPS, (kernel["kernel"], kernel["registers"])
         if kernel["kernel"] == "pool_tiles" and kernel["vector"] > 1:
             width, fine_rows, *_ = kernel["constants"]
             assert warps * width * fine_rows * _BLOCK_BYTES >= _BYTES_IN_FLIGHT, (kernel["name"], kernel["registers"])

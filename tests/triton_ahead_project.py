@@ -27,7 +27,7 @@ def cases(launch, major):
     """Kernel, what is compiled, tensors' dtypes, the constants between the numbers and the tile, tile, its place."""
     default, pairs, overlapping, single = LAYOUTS
     for place, tile in enumerate(launch.POOL_TILES[major]):
-        for name in ((default, pairs, overlapping), (default, single))[place]:
+        for name in ((default, pairs, overlapping), (single,))[place]:  # each with the tile that it is launched with
             *layout, dtype = LAYOUTS[name]
             dtypes = (dtype, dtype, dtype, torch.int32, torch.float32, dtype)
             yield launch.project_tiles, name, dtypes, (True, INNER, True, *layout), tile, place

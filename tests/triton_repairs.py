@@ -11,11 +11,12 @@ from triton.runtime import interpreter
 def repaired_interpreter():
     """It holds scalars in arrays of one element, which NumPy >= 2.4 does not take for an index. Between float32 and
     bfloat16 it drops bits instead of rounding, and loses denormals; processors, like torch, do neither. And it
-    multiplies the bits of bfloat16 matrices as integers.
+    multiplies the bits of bfloat16 matrices as integers. What a comparison gives is of its operands' type by name, so
+    that a scalar one joined to a vector of them is a mask of numbers, which Triton 3.9 does not take.
     """
     patch = pytest.MonkeyPatch()
     patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
-    create_dot = interpreter.InterpreterBuilder.create_dot
+    create_dot, binary_op = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.binary_op
 
     def patched_tensor(tensor, scope):
         patch_tensor(tensor, scope)
@@ -28,6 +29,10 @@ def repaired_interpreter():
             return torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16).view(torch.uint16).numpy()
         return convert_float(data, source, target, rounding)
 
+    def binary(self, lhs, rhs, operation):
+        result = binary_op(self, lhs, rhs, operation)
+        return interpreter.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
     def wide(x):
         if x.dtype.scalar != tl.bfloat16:
             return x
@@ -38,6 +43,7 @@ def repaired_interpreter():
 
     patch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
     patch.setattr(interpreter, "_convert_float", converted)
+    patch.setattr(interpreter.InterpreterBuilder, "binary_op", binary)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     yield
     patch.undo()

@@ -38,4 +38,5 @@ def launch(kernel, programs, tensors, numbers, constants, **options):
 def compile_kernel(kernel, dtypes, constants, device, **options):
     """The kernel for tensors of these dtypes, on a device, which must be the current one."""
     numbers = len(kernel.arg_names) - len(dtypes) - len(constants)
+    options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns where it is not said, and will turn it off
     return kernel.warmup(*dtypes, *[0] * numbers, *constants, grid=(1,), **options)

@@ -105,12 +105,18 @@ def receive_attention(queries, keys, scale, out):
     constants = (_QUERIES, _KEYS, max(16, _power_of_two(channels)), vector)
     with device_of(keys):
         sums = out.new_empty(batch * groups, rows, blocks)
-        launch(attention.sum_blocks, batch * groups * blocks, (queries, keys, sums), numbers, constants, num_warps=4)
+        options = attention_options(keys.dtype)
+        launch(attention.sum_blocks, batch * groups * blocks, (queries, keys, sums), numbers, constants, **options)
         sums = sums.logsumexp(2)
         parts = out.new_empty(batch, groups, tokens)
         tensors = (queries, keys, sums, parts)
-        launch(attention.add_probabilities, batch * groups * blocks, tensors, numbers, constants, num_warps=4)
+        launch(attention.add_probabilities, batch * groups * blocks, tensors, numbers, constants, **options)
         torch.sum(parts, 1, out=out).div_(heads * count)
+
+
+def attention_options(dtype):
+    """Triton 3.8 and 3.9 hold the float32 queries of three stages in registers, more than there are."""
+    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
 
 
 def _block(channels, tensor):

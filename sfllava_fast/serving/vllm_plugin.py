@@ -6,8 +6,9 @@ import logging
 
 log = logging.getLogger("sfllava_fast")
 
-# What tests/test_vllm.py ran against: the interface that models are written to moves with every minor release.
-SUPPORTED = ((0, 31), (0, 32))
+# The interface that models are written to moves with every minor release. tests/test_vllm.py ran against 0.31 and 0.32;
+# of 0.33, which has no build for CPUs, the files that we use were compared with 0.32's.
+SUPPORTED = ((0, 31), (0, 32), (0, 33))
 
 
 def register() -> None:
@@ -37,5 +38,6 @@ def why_unsupported(version: str) -> str | None:
     """Why this version of vLLM is not served; None where it is."""
     if tuple(version.split(".")[:2]) in [tuple(map(str, minor)) for minor in SUPPORTED]:
         return None
-    known = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    *earlier, last = (f"{major}.{minor}" for major, minor in SUPPORTED)
+    known = f"{', '.join(earlier)} and {last}"
     return f"sfllava_fast is not registered with vLLM {version}: it serves vLLM {known}; install one of them"
