@@ -34,7 +34,10 @@ from .prompts import (
     Turn,
     build_prompt,
     check_family,
+    format_options,
+    pick_option,
     prompt_family,
+    same_choice,
     unknown_words,
 )
 from .residents import DEFAULT_SESSIONS, Residents
@@ -109,6 +112,8 @@ class Pipeline:
             if prompt == "auto"
             else check_family(prompt)
         )
+        self._asks_openly = options.get("choices") == "open"
+        self._caveat, self._said = options.get("caveat"), set()
         self.stop_ids, self.stop_text = self._find_stops()
         # Last, since it may change the model.
         self.prefilling = make_prefilling(reduction, self.language, self.model, checkpoint.context, home)
@@ -162,10 +167,29 @@ class Pipeline:
             raise CheckpointError(
                 f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
             )
-        unknown = unknown_words(" ".join([question, *map(str, choices or ())]), self.tokenizer)
+        seen = [] if self._asks_openly else map(str, choices or ())
+        unknown = unknown_words(" ".join([question, *seen]), self.tokenizer)
         if unknown:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
+
+    def pick_option(self, text: str, choices: Sequence[Any]) -> int | None:
+        """Index of the choice that an answer names; None where it names none."""
+        return (same_choice if self._asks_openly else pick_option)(text, choices)
+
+    def caveat_about(self, video: str) -> str | None:
+        """What is to be said with answers about a video; None for nothing."""
+        from .embedded import is_sample
+
+        if not self._caveat or is_sample(video):
+            return None
+        return str(self._caveat)
+
+    def say_once(self, caveat: str | None) -> None:
+        """Warn of it, the first time."""
+        if caveat and caveat not in self._said:
+            self._said.add(caveat)
+            log.warning("%s", caveat)
 
     def plan(self, frames: int) -> Plan:
         """What the layout does to a video of so many sampled frames."""
@@ -276,6 +300,10 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         template = self.checkpoint.chat_template
+        if self._asks_openly and choices is not None:
+            format_options(choices)  # raises what is wrong with them
+        if self._asks_openly:
+            choices, turns = None, [Turn(turn.question, turn.answer) for turn in turns]
         return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
 
     def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:

@@ -210,6 +210,20 @@ def pick_option(text: str, choices: Sequence[str]) -> int | None:
     return next(marked, first if first >= 0 else None)
 
 
+def same_choice(text: str, choices: Sequence[Any]) -> int | None:
+    """Index of the one choice that a text is, but for case, blanks and punctuation; None where it is none, or several.
+
+    For a model whose prompt holds no choices: the letters of its words name none.
+    """
+    said = _words(text)
+    same = [number for number, choice in enumerate(choices) if said and _words(str(choice)) == said]
+    return same[0] if len(same) == 1 else None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
     if text.count(MARKER) != 1:
