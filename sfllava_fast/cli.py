@@ -280,10 +280,7 @@ def layouts(args: argparse.Namespace) -> None:
     if args.json:
         print(as_json(found))
         return
-    from rich.console import Console
-
-    # Where nobody looks, lines are as long as they are.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table(found))
+    print(shown(table(found)))
 
 
 def info(args: argparse.Namespace) -> None:
