@@ -166,8 +166,8 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _print_answer(answer: Answer, as_json: bool) -> None:
-    if as_json:
+def _print_answer(answer: Answer, in_json: bool) -> None:
+    if in_json:
         print(as_json(answer.to_json()))
         return
     print(shown(answer.text if answer.choice is None else answer.choice))

@@ -180,7 +180,7 @@ h2 small {{ margin-left: .7rem; font-size: .82rem; }}
 .shares span::before {{ background: var(--c); }}
 figure {{ margin: 0; }} figcaption {{ font-size: .78rem; }}
 img {{ display: block; width: 100%; }}
-.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .6rem;
+.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(112px, 28%), 1fr)); gap: .6rem;
   margin: 1rem 0 2rem; }}
 .thumb {{ position: relative; }} .thumb i {{ position: absolute; inset: 0; }}
 .picked b {{ color: var(--ink); }} figcaption b {{ font-weight: normal; }} .picked figcaption b {{ font-weight: bold; }}
