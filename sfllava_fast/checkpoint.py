@@ -10,7 +10,7 @@ import torch
 
 from . import original_llava
 from .attention import Attention, resolve_attention
-from .checkpoint_files import check_layers, locate, one_line, read_json, refuse_part
+from .checkpoint_files import check_shapes, locate, one_line, read_json, refuse_part
 from .errors import BackendError, CheckpointError, InputError
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
@@ -134,7 +134,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
     if config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantized, which is not served: take the checkpoint that it was made from")
-    check_layers(path / "config.json", config)
+    check_shapes(path / "config.json", config)
     options = config.get("sfllava_fast")
     if options is not None and not isinstance(options, dict):
         raise ValueError("its entry sfllava_fast is no object")

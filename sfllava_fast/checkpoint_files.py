@@ -58,13 +58,15 @@ def refuse_part(path: Path) -> None:
             )
 
 
-def check_layers(file: Path, config: dict[str, Any]) -> None:
-    """CheckpointError for more layers than any model has: each would be built before a weight is missed."""
+def check_shapes(file: Path, config: dict[str, Any]) -> None:
+    """CheckpointError for more layers than any model has, each of which would be built before a weight is missed; and
+    for a number of heads that none has."""
     parts = [config, config.get("text_config"), config.get("vision_config")]
-    counts = [part.get("num_hidden_layers") for part in parts if isinstance(part, dict)]
-    for count in counts:
-        if isinstance(count, (int, float)) and not 0 <= count <= _MOST_LAYERS:
-            raise CheckpointError(f"{file} names {count} layers, and {_MOST_LAYERS} are built at most: correct it")
+    for part in (part for part in parts if isinstance(part, dict)):
+        for name, least in (("num_hidden_layers", 0), ("num_attention_heads", 1)):
+            count = part.get(name, least)
+            if isinstance(count, (int, float)) and not least <= count <= _MOST_LAYERS:
+                raise CheckpointError(f"{file} has {name} {count}, and {least} to {_MOST_LAYERS} are read: correct it")
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
