@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,32 +176,41 @@ def _print_answer(answer: Answer, in_json: bool) -> None:
 
 
 def batch(args: argparse.Namespace) -> int:
+    from .embedded import CAVEAT, is_sample
     from .offline.questions import by_video, find_video, read_questions
     from .offline.run import run
+    from .offline.workers import Worker
 
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
+    videos = [find_video(args.videos, group.name) for group in groups]
     make_folder(args.out)
-    if not args.server and args.model is None:
-        _say_caveat(find_video(args.videos, group.name) for group in groups)
     limits = {"workers": args.workers, "attempts": args.attempts, "retry_errors": args.retry_errors}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
         limits["timeout"] = args.timeout
+    limits["start"] = Worker
     if args.ray:
         from .offline.ray_workers import RayWorker
 
         limits["start"] = RayWorker
+    is_embedded = not args.server and args.model is None
+    if is_embedded and not all(is_sample(find_video(args.videos, group.name)) for group in groups):
+        limits["start"] = _warning_once(CAVEAT, limits["start"])
     summary, complete = run(groups, args.out, settings, make, **limits)
     print(shown(summary), file=sys.stderr)
     return 0 if complete else 1
 
 
-def _say_caveat(videos: Iterable[Path]) -> None:
-    """What the workers, which warn of nothing once they have loaded, write into every line."""
-    from .embedded import CAVEAT, is_sample
+def _warning_once(text: str, start: Callable) -> Callable:
+    """Starts workers, and before the first of them says what they, who are quiet, write into every line."""
+    lines = iter([text])
 
-    if not all(map(is_sample, videos)):
-        log.warning("%s", CAVEAT)
+    def started(*args: Any) -> Any:
+        for line in lines:
+            log.warning("%s", line)
+        return start(*args)
+
+    return started
 
 
 def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
