@@ -13,8 +13,9 @@ class Answer:
     option is the index of the choice that the text names (None: none, or no choices were given). tokens counts the
     video's tokens by pathway. seconds is by stage (`stages.STAGES`): stages that a session had behind it are missing.
     ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
-    token was enough. reduction is its text, None without one; kept is how many of the video's tokens are in the
-    language model's keys and values then, in the layers that hold fewest.
+    token was enough. caveat is what a checkpoint has to say about its answers, None for nothing: the embedded one says
+    what it was trained on, with every video but the sample. reduction is its text, None without one; kept is how many of
+    the video's tokens are in the language model's keys and values then, in the layers that hold fewest.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Answer:
     tokens_per_second: float | None
     choices: list[str] | None = None
     option: int | None = None
+    caveat: str | None = None
     reduction: str | None = None
     kept: int | None = None
 

@@ -10,7 +10,7 @@ import torch
 
 from . import original_llava
 from .attention import Attention, resolve_attention
-from .checkpoint_files import locate, one_line, read_json
+from .checkpoint_files import check_shapes, locate, one_line, read_json, refuse_part
 from .errors import BackendError, CheckpointError, InputError
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
@@ -28,6 +28,10 @@ DTYPES = {
 }
 # Files that any Hugging Face tokenizer needs one of.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+# Of the entry "sfllava_fast" of config.json, all of them texts but the first.
+_OPTIONS = ("frames", "layout", "prompt", "caveat", "choices")
+_WIDEST_GRID = 1024
 
 # SlowFast-LLaVA's published runs stretch the Llama models' 4096 positions by dynamic NTK scaling with
 # factor 2, which changes nothing up to 4096 tokens.
@@ -71,15 +75,17 @@ def load_checkpoint(
     """
     require_transformers()
     path = locate(path_or_hub_id)
+    refuse_part(path)
     raw = read_config(path)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device, raw)
     config = stock_config(path, raw)
     depths = feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     text = config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    with one_line(f"{path}: config.json is not usable"):
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        context = _stretch_context(text)
     chosen = resolve_attention(attention, device, dtype, head_dim)
-    context = _stretch_context(text)
     tokenizer = load_tokenizer(path, raw)
     preprocessor = read_preprocessor(path, raw)
     model = load_model(path, raw, config, dtype, device, chosen.implementation, max(depths))
@@ -113,7 +119,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint, as it stands."""
     config = read_json(path / "config.json")
     if config is None:
+        refuse_part(path)
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
+    with one_line(f"{path}: config.json is not usable"):
+        _check_config(path, config)
+    return config
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
     found = (config.get("architectures") or [CLASSES.get(model_type, model_type)])[0]
     if not original_llava.is_original(config) and (found is None or found != CLASSES.get(model_type)):
@@ -121,7 +134,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
     if config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantized, which is not served: take the checkpoint that it was made from")
-    return config
+    check_shapes(path / "config.json", config)
+    options = config.get("sfllava_fast")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError("its entry sfllava_fast is no object")
+    for name, value in (options or {}).items():
+        kind = int if name == "frames" else str
+        if name in _OPTIONS and (not isinstance(value, kind) or name == "frames" and value < 1):
+            raise ValueError(f"its entry sfllava_fast has {name} {value!r}")
 
 
 def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -138,7 +158,10 @@ def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:
     """(rows, columns) of a frame's patches, from config.json alone."""
     original = original_llava.is_original(raw)
     vision = original_llava.tower_config(path, raw) if original else raw.get("vision_config") or {}
-    side = vision.get("image_size", 336) // vision.get("patch_size", 14)
+    with one_line(f"{path}: config.json is not usable"):
+        side = vision.get("image_size", 336) // vision.get("patch_size", 14)
+        if not 1 <= side <= _WIDEST_GRID:
+            raise ValueError(f"its pictures are {side} patches wide")
     return side, side
 
 

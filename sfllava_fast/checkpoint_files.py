@@ -37,6 +37,38 @@ def locate(path_or_hub_id: str | Path) -> Path:
         return path
 
 
+_PARTS = {
+    "an adapter": ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    "a projector alone": ("mm_projector.bin", "non_lora_trainables.bin"),
+}
+_WHOLE = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
+_MOST_LAYERS = 1000
+
+
+def refuse_part(path: Path) -> None:
+    """CheckpointError for a directory of a part of a checkpoint: an adapter (LoRA), or a projector."""
+    if any(not file.name.startswith("adapter_") for name in _WHOLE for file in path.glob(name)):
+        return
+    for what, names in _PARTS.items():
+        found = next((name for name in names if (path / name).is_file()), None)
+        if found:
+            raise CheckpointError(
+                f"{path} holds {what} ({found}) and no whole model: merge it into its base model first, and give the "
+                "directory that this writes"
+            )
+
+
+def check_shapes(file: Path, config: dict[str, Any]) -> None:
+    """CheckpointError for more layers than any model has, each of which would be built before a weight is missed; and
+    for a number of heads that none has."""
+    parts = [config, config.get("text_config"), config.get("vision_config")]
+    for part in (part for part in parts if isinstance(part, dict)):
+        for name, least in (("num_hidden_layers", 0), ("num_attention_heads", 1)):
+            count = part.get(name, least)
+            if isinstance(count, (int, float)) and not least <= count <= _MOST_LAYERS:
+                raise CheckpointError(f"{file} has {name} {count}, and {least} to {_MOST_LAYERS} are read: correct it")
+
+
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     if not file.is_file():

@@ -2,7 +2,7 @@
 or see the demo.
 
 Answers go to stdout; progress, summaries, warnings and errors to stderr. Exit codes: 0 done, 2 bad usage or
-input (one line says what), 130 interrupted.
+input (one line says what), 70 a bug of ours (one line; --debug has the traceback), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BackendError, InputError, SfllavaError
 from .options import PROGRAM, build_parser
+from .output_folder import check_folder, make_folder
+from .terminal import as_json, one_line, shown
 
 if TYPE_CHECKING:
     from .engine import Answer, SlowFastLlava
@@ -28,21 +31,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
+_BUG = 70  # EX_SOFTWARE of sysexits.h
+# What is installed under another name than it is imported by, or from some release on.
+_INSTALLED_AS = {"PIL": "pillow", "av": "'av>=14'", "transformers": "'transformers>=5'"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale that lacks a character is no reason to stop
+    parser = build_parser()
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as done:  # argparse has said why
         return int(done.code or 0)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
-        with _messages(getattr(args, "verbose", False)):
-            code = _COMMANDS[args.command](args)
-            sys.stdout.flush()
-        return code or 0
+        return _run(args)
     except SfllavaError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(args, error, str(error))
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
@@ -50,10 +60,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`): nothing to say, and nothing for Python to flush into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        return _refuse(args, error, _say_why(error) or _say_bug(error), 2 if _say_why(error) else _BUG)
+
+
+def _run(args: argparse.Namespace) -> int:
+    with _messages(getattr(args, "verbose", False)):
+        code = _COMMANDS[args.command](args)
+        sys.stdout.flush()
+    return code or 0
+
+
+def _refuse(args: argparse.Namespace, error: Exception, line: str, code: int = 2) -> int:
+    if getattr(args, "debug", False):
+        print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(f"{PROGRAM}: error: {one_line(line)}", file=sys.stderr)
+    return code
+
+
+def _say_why(error: Exception) -> str | None:
+    """What the machine lacks, where that is why; None for a bug of ours."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__):
+        name = error.name.partition(".")[0]
+        return f"this needs {name}, which is not installed: pip install {_INSTALLED_AS.get(name, name)}"
+    if isinstance(error, MemoryError):
+        return "out of memory: take fewer frames, or a smaller model"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return None
+
+
+def _say_bug(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+    return f"a bug of {PROGRAM} ({what}: {error}): please report it, with what the same command prints under --debug"
 
 
 def ask(args: argparse.Namespace) -> None:
-    _check_questions(args.questions)
+    _check_questions(args.questions, args.choices)
     options = _model_options(args)
     # Before the model, which may take long to load: a bad video should fail at once.
     video, opened = _open(args.video, args.decoder)
@@ -84,6 +129,8 @@ def watch(args: argparse.Namespace) -> None:
     layout = options.pop("layout")
     if args.projector == "commuted":
         raise InputError("--projector: a stream's frames are projected as they come; leave it out")
+    if args.mode == "append" and args.reduction:
+        raise InputError("--reduction: frames that are appended are not reduced; leave it out, or take another --mode")
     with open_live(args.video, args.rate) as live:
         with _progress() as say:
             say("loading the model")
@@ -92,58 +139,78 @@ def watch(args: argparse.Namespace) -> None:
             asked = args.every, args.max_new_tokens, args.no_repeat
             for seconds, answer in watch_live(live, session, args.questions, *asked):
                 if args.json:
-                    line = json.dumps({"time": seconds, **answer.to_json()}, ensure_ascii=False)
+                    line = as_json({"time": seconds, **answer.to_json()})
                 else:
                     question = f"{answer.question} | " if len(args.questions) > 1 else ""
                     stamp = time_stamp(seconds, decimals=not args.every.is_integer())
-                    line = f"[{stamp}] {question}{' '.join(answer.text.split())}"
+                    line = f"[{stamp}] {shown(question)}{one_line(answer.text)}"
                 print(line, flush=True)
 
 
-def _check_questions(questions: Sequence[str]) -> None:
+def _check_questions(questions: Sequence[str], choices: Sequence[str] | None = None) -> None:
+    from .prompts import format_options
+
     if not all(question.strip() for question in questions):
         raise InputError('the question is empty: ask something, such as "What happens in the video?"')
+    if choices is not None:
+        format_options(choices)
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `SlowFastLlava.from_pretrained` takes, beside the model."""
-    from .layouts import parse_layout
+    """What `SlowFastLlava.from_pretrained` takes, beside the model; checked before anything is loaded or decoded."""
+    from .engine import check_settings
 
-    if args.layout is not None:
-        parse_layout(args.layout)  # before anything is loaded
-    if args.reduction is not None:
-        from .reduction.settings import parse_reduction
-
-        parse_reduction(args.reduction)
     names = ("layout", "dtype", "device", "backend", "attention", "projector", "reduction")
-    return {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names}
+    check_settings(**options)
+    return options
 
 
-def _print_answer(answer: Answer, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
+def _print_answer(answer: Answer, in_json: bool) -> None:
+    if in_json:
+        print(as_json(answer.to_json()))
         return
-    print(answer.text if answer.choice is None else answer.choice)
+    print(shown(answer.text if answer.choice is None else answer.choice))
     sys.stdout.flush()
-    print(_summary(answer), file=sys.stderr)
+    print(shown(_summary(answer)), file=sys.stderr)
 
 
 def batch(args: argparse.Namespace) -> int:
-    from .offline.questions import by_video, read_questions
+    from .embedded import CAVEAT, is_sample
+    from .offline.questions import by_video, find_video, read_questions
     from .offline.run import run
+    from .offline.workers import Worker
 
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
+    videos = [find_video(args.videos, group.name) for group in groups]
+    make_folder(args.out)
     limits = {"workers": args.workers, "attempts": args.attempts, "retry_errors": args.retry_errors}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
         limits["timeout"] = args.timeout
+    limits["start"] = Worker
     if args.ray:
         from .offline.ray_workers import RayWorker
 
         limits["start"] = RayWorker
+    is_embedded = not args.server and args.model is None
+    if is_embedded and not all(is_sample(find_video(args.videos, group.name)) for group in groups):
+        limits["start"] = _warning_once(CAVEAT, limits["start"])
     summary, complete = run(groups, args.out, settings, make, **limits)
-    print(summary, file=sys.stderr)
+    print(shown(summary), file=sys.stderr)
     return 0 if complete else 1
+
+
+def _warning_once(text: str, start: Callable) -> Callable:
+    """Starts workers, and before the first of them says what they, who are quiet, write into every line."""
+    lines = iter([text])
+
+    def started(*args: Any) -> Any:
+        for line in lines:
+            log.warning("%s", line)
+        return start(*args)
+
+    return started
 
 
 def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
@@ -175,11 +242,13 @@ def score(args: argparse.Namespace) -> None:
     from .offline.score import score, table
 
     options = ("judge", "judge_model", "out", "workers", "by", "retry_errors")
+    if args.out:
+        make_folder(args.out)
     figures = score(args.answers, **{name: getattr(args, name) for name in options})
     if args.json:
-        print(json.dumps({name: of.to_json() for name, of in figures.items()}, ensure_ascii=False))
+        print(as_json({name: of.to_json() for name, of in figures.items()}))
         return
-    print(table(figures))
+    print(shown(table(figures)))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -196,7 +265,7 @@ def inspect(args: argparse.Namespace) -> None:
         frames = args.frames or frames
         kept = args.reduction and _kept(args, layout, frames)
         out = render(args.video, args.out, layout, frames, args.grid or grid, args.decoder, kept)
-    print(out)
+    print(shown(out))
 
 
 def _kept(args: argparse.Namespace, layout: Any, frames: int | None) -> Any:
@@ -217,12 +286,9 @@ def layouts(args: argparse.Namespace) -> None:
 
     found = rows(args.layout, args.frames, args.grid)
     if args.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(as_json(found))
         return
-    from rich.console import Console
-
-    # Where nobody looks, lines are as long as they are.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table(found))
+    print(shown(table(found)))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -230,13 +296,13 @@ def info(args: argparse.Namespace) -> None:
 
     facts = report()
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(as_json(facts))
         return
     width = max(len(name) for section in facts.values() for name in section)
     for section, rows in facts.items():
         print(section)
         for name, value in rows.items():
-            print(f"  {name:<{width}}  {value}")
+            print(shown(f"  {name:<{width}}  {value}"))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -244,8 +310,7 @@ def demo(args: argparse.Namespace) -> None:
     from .inspect import render
 
     out = args.out / "sfllava_fast_demo.png"
-    if not args.out.is_dir():
-        raise InputError(f"cannot write {out}: there is no folder {args.out}")
+    check_folder(out)
     clip = embedded.sample_video()
     with _progress() as say:
         say("loading the model")
@@ -257,18 +322,23 @@ def demo(args: argparse.Namespace) -> None:
         say("drawing")
         render(clip, out, model.layout, model.frames, model.checkpoint.grid)
     _print_demo(answers, embedded.sample_answers())
-    print(f"What each pathway took: {out}")
+    print(shown(f"What each pathway took: {out}"))
 
 
 def bench(args: argparse.Namespace) -> int:
     from .parts import import_part
 
+    outputs = [out for out in (args.json, args.plot, args.trace) if out]
+    for out in outputs:
+        check_folder(out)
     try:
         import_part("_bench", "bench")
         from ._bench.report import main
     except ImportError as error:
         needs = "pip install 'sfllava_fast[bench,llava,video]'"
         raise BackendError(f"the benchmark lacks something ({error}): {needs}") from error
+    for out in outputs:
+        make_folder(out)
     return main(args)
 
 
@@ -407,8 +477,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def _messages(verbose: bool) -> Iterator[None]:
     """Our warnings on stderr, one line each; the libraries' only when asked for, by --verbose or Python's own -W."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
-    handler.addFilter(_lower_level)
+    handler.setFormatter(_Line())
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -427,6 +496,6 @@ def _messages(verbose: bool) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _lower_level(record: logging.LogRecord) -> bool:
-    record.levelname = record.levelname.lower()
-    return True
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{PROGRAM}: {record.levelname.lower()}: {one_line(record.getMessage())}"

@@ -12,7 +12,7 @@ from .answer import Answer
 from .errors import InputError
 from .plan import Plan
 from .prefilling import Place
-from .prompts import Prompt, Turn, pick_option
+from .prompts import Prompt, Turn
 from .reduction.frames import token_frames
 from .stages import Stopwatch
 
@@ -31,6 +31,7 @@ class Conversation:
     frames, slow_frames: numbers of the frames that are shown, and of those that the slow pathway takes.
     tokens: the video's, by pathway, and their total.
     turns: the conversation so far, which a follow-up sees.
+    caveat: what is said with each answer about this video (see `Answer`).
     """
 
     frames: list[int]
@@ -39,6 +40,7 @@ class Conversation:
 
     def __init__(self, model: Pipeline, video: str, projector: Mode) -> None:
         self.model, self.video, self.projector = model, video, projector
+        self.caveat = model.caveat_about(video)
         self.turns: list[Turn] = []
         self.closed = False
 
@@ -88,6 +90,7 @@ class Conversation:
         """What is told of an answer of these token ids, which were decoded in this cache."""
         model = self.model
         text = model.decode_text(ids)
+        model.say_once(self.caveat)
         seconds, steps = clock.by_stage(), len(ids) - 1
         return Answer(
             text=text,
@@ -109,7 +112,8 @@ class Conversation:
             ttft=ttft,
             tokens_per_second=steps / seconds["generate"] if steps else None,
             choices=[str(choice) for choice in choices] if choices is not None else None,
-            option=pick_option(text, choices) if choices is not None else None,
+            option=model.pick_option(text, choices) if choices is not None else None,
+            caveat=self.caveat,
             reduction=model.prefilling.text,
             kept=self.tokens["total"] - max(cache.skipped) + model.prefilling.adds,
         )

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .answer import Answer
+from .attention import resolve_attention
+from .backends import choose
 from .batch import answer_batch
-from .checkpoint import load_checkpoint
+from .checkpoint import choose_device, choose_dtype, load_checkpoint
 from .config import Layout, SlowFastConfig, sample_frames
 from .errors import InputError, LayoutError, check_count
+from .layouts import parse_layout
 from .live import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
 from .memory import MemoryStream
 from .pipeline import Pipeline
-from .projector import Mode
+from .projector import MODES, Mode, why_layout_not_commuted
+from .prompts import check_family
 from .residents import DEFAULT_SESSIONS
 from .session import Session
 from .stages import Stopwatch
@@ -27,6 +31,37 @@ from .video import Source, open_video
 
 if TYPE_CHECKING:
     from .prefilling import Reduction
+
+
+def check_settings(
+    layout: str | Layout | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+    projector: Mode = "exact",
+    reduction: str | Reduction | None = None,
+    prompt: str = "auto",
+) -> None:
+    """Raise what `from_pretrained` would of these arguments, as far as it takes no checkpoint to know."""
+    from .reduction.settings import parse_reduction
+
+    if projector not in MODES:
+        raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+    if prompt != "auto":
+        check_family(prompt)
+    if layout is not None:
+        parsed = parse_layout(layout)
+        if projector == "commuted" and (reason := why_layout_not_commuted(parsed)):
+            raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
+    if isinstance(reduction, str):
+        parse_reduction(reduction)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device, {})
+    if backend != "auto":
+        choose(backend, torch.empty(1, 1, 8, dtype=dtype, device=device))
+    if attention not in ("auto", "sdpa"):  # which serve everywhere, and take measuring on a GPU
+        resolve_attention(attention, device, dtype)
 
 
 class SlowFastLlava(Pipeline):
@@ -63,6 +98,7 @@ class SlowFastLlava(Pipeline):
 
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
+        check_settings(layout, dtype, device, backend, attention, projector, reduction, prompt)
         home = None
         if path_or_hub_id is None:
             from .embedded import model_dir

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 
-import torch
-
-from . import __version__, backends
+from . import __version__
 from .errors import BackendError
 from .serving.vllm_plugin import why_unsupported
 
@@ -19,19 +18,32 @@ _CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Facts by section, ready to print or to write as JSON."""
+    """Facts by section, ready to print or to write as JSON; also without torch, which is then what they say."""
+    try:
+        import torch
+    except ImportError as error:
+        reason = f"torch cannot be imported ({error}): pip install torch"
+        asked_of_torch = {"backends": {"none": reason}, "gpu": {"cuda": "unknown"}, "attention": {"auto takes": "none"}}
+        threads = str(os.cpu_count())
+    else:
+        asked_of_torch = {"backends": _backends(), "gpu": _gpus(), "attention": {"auto takes": _attention()}}
+        threads = str(torch.get_num_threads())
     return {
         "sfllava_fast": {"version": __version__, "python": platform.python_version(), "platform": platform.platform()},
-        "backends": _backends(),
+        "backends": asked_of_torch["backends"],
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": {"features": _cpu_features(), "threads": str(torch.get_num_threads())},
-        "gpu": _gpus(),
-        "attention": {"auto takes": _attention()},
+        "cpu": {"features": _cpu_features(), "threads": threads},
+        "gpu": asked_of_torch["gpu"],
+        "attention": asked_of_torch["attention"],
         "serving": {"vllm": _vllm(), "lmms_eval": _version("lmms_eval"), "ray": _version("ray")},
     }
 
 
 def _backends() -> dict[str, str]:
+    import torch
+
+    from . import backends
+
     facts = {}
     for backend in backends.BACKENDS.values():
         reason = backend.why_unavailable(None)
@@ -72,6 +84,8 @@ def _cpu_features() -> str:
 
 
 def _gpus() -> dict[str, str]:
+    import torch
+
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         return {"cuda": f"none ({built})"}
@@ -79,6 +93,8 @@ def _gpus() -> dict[str, str]:
 
 
 def _attention() -> str:
+    import torch
+
     from .attention import resolve_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from textwrap import wrap
 from typing import Any
 
 from .errors import LayoutError
 from .layouts import OPTIONS, PRESETS, Preset, find_preset, parse_layout
+
+_WIDTH = 80
+_COLUMNS = "{:<20} {:>6} {:>6} {:>5}  {}"
 
 
 def rows(
@@ -21,23 +25,17 @@ def rows(
     return [_row(preset, frames or preset.frames, grid or preset.grid) for preset in presets]
 
 
-def table(found: list[dict[str, Any]]) -> Any:
-    """The rows as a table of rich."""
-    from rich import box
-    from rich.table import Table
-
-    shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("Layout", no_wrap=True)
-    for name in ("Tokens", "Frames", "Grid"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for name in ("Pooled", "What it is", "Source"):
-        shown.add_column(name)
+def table(found: list[dict[str, Any]]) -> str:
+    """The rows as text of 80 columns, what each is below it."""
+    lines = [_COLUMNS.format("Layout", "Tokens", "Frames", "Grid", "Source")]
     for row in found:
         tokens = f"{row['tokens']['total']:,}" if row["tokens"] else "none"
-        options = f"\noptions: {row['options']}" if row["options"] else ""
-        grid, where = "{}x{}".format(*row["grid"]), f"{row['pooled']} the projector"
-        shown.add_row(row["name"], tokens, str(row["frames"]), grid, where, row["summary"] + options, row["source"])
-    return shown
+        grid = "{}x{}".format(*row["grid"])
+        lines.append(_COLUMNS.format(row["name"], tokens, row["frames"], grid, row["source"]).rstrip())
+        before = "pooled before the projector" if row["pooled"] == "before" else ""
+        below = ["; ".join(filter(None, (row["summary"], before))), row["options"] and f"options: {row['options']}"]
+        lines += [f"  {line}" for text in below for line in wrap(text, _WIDTH - 2)]
+    return "\n".join(lines)
 
 
 def _preset(text: str) -> Preset:

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .terminal import one_line
 
 PROGRAM = "sfllava-fast"
+
+# The names of modules that are not imported here: help comes at once, and without torch.
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+PROJECTORS = ("exact", "commuted", "auto")
+DTYPES = ("float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
+MODES = ("slowfast", "memory", "append")
+DECODERS = ("pyav", "decord")
+SHAPES = ("tiny", "small", "7b", "34b")
 
 _TOP_EXAMPLES = """
 examples:
@@ -126,6 +136,27 @@ _REDUCTION_HELP = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    took_questions = False
+
+    def error(self, message: str) -> None:
+        if self.took_questions and "QUESTION" in message:
+            message = "no question is left, --choices takes every text behind it: put the question before --choices"
+        self.exit(2, f"{PROGRAM}: error: {one_line(message)} (`{self.prog} --help` shows how)\n")
+
+
+class _Choices(argparse.Action):
+    """Texts up to the next option: a question behind them would be one of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.took_questions = True
+        if [text.rstrip().endswith("?") for text in values] == [False] * (len(values) - 1) + [True] and len(values) > 1:
+            parser.error(f"--choices took {values[-1]!r}, which looks like a question: put questions before --choices")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -135,15 +166,18 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="say more on stderr, the libraries' own messages included",
     )
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error, for a report"
+    )
     style = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         PROGRAM,
         description="Ask questions of videos with SlowFast-LLaVA, fast.",
         epilog=_TOP_EXAMPLES,
         **style,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     _add_ask(commands, style)
     _add_watch(commands, style)
     _add_batch(commands, style)
@@ -169,7 +203,13 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument(
         "--follow-up", action="store_true", help="each question after the first sees the earlier turns"
     )
-    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="make it multiple choice")
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        action=_Choices,
+        metavar="CHOICE",
+        help="make it multiple choice, of all texts up to the next option: questions come before",
+    )
     _add_model_options(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the answer alone"
@@ -192,7 +232,7 @@ def _add_watch(commands: Any, style: dict[str, Any]) -> None:
     option(
         "--mode",
         default="slowfast",
-        metavar="NAME",
+        choices=MODES,
         help="slowfast: evenly spaced frames of all that was; memory: the last ones in full, older ones condensed; "
         "append: the last ones alone, each looked at once, so that answers come soonest (default: slowfast)",
     )
@@ -216,25 +256,18 @@ def _add_model_options(
     parser.add_argument(
         "--backend",
         default="auto",
-        metavar="NAME",
-        help="what aggregates the tokens: auto, cpu, cuda, triton or torch (default: auto)",
+        choices=BACKENDS,
+        help="what aggregates the tokens (default: auto)",
     )
     parser.add_argument(
         "--projector",
         default="exact",
-        metavar="MODE",
+        choices=PROJECTORS,
         help="exact: the published order, bit for bit; commuted: its second layer runs on pooled tokens, several "
         "times less work and no less accurate; auto: commuted where it can serve (default: exact)",
     )
-    parser.add_argument(
-        "--attention",
-        default="auto",
-        metavar="NAME",
-        help="auto, eager, sdpa, flash_attention_2, _3 or _4 (default: auto)",
-    )
-    parser.add_argument(
-        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)"
-    )
+    parser.add_argument("--attention", default="auto", choices=ATTENTIONS, help="(default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: what suits the device)")
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
     )
@@ -366,7 +399,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a checkpoint (default: the one that ships)")
-    which.add_argument("--config", metavar="NAME", help="random weights of real shapes: 7b, 34b, small or tiny")
+    which.add_argument("--config", choices=SHAPES, help="random weights of real shapes")
     option("--video", type=Path, metavar="FILE", help="(default: a clip of 1280x720 that is drawn for the run)")
     option("--question", action="append", metavar="TEXT", help="may be repeated; the first one is timed")
     option("--frames", type=_count, metavar="N", help="frames to sample (default: 50)")
@@ -374,9 +407,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     option("--new-tokens", type=_count, metavar="N", help="longest answer (default: 32)")
     option("--rounds", type=_count, metavar="N", help="paired rounds (default: 9)")
     option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    option("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what suits the device)")
-    option("--attention", metavar="NAME", help="of both pipelines: auto, eager, sdpa or flash_attention_2")
-    option("--backend", metavar="NAME", help="of our aggregator (default: auto)")
+    option("--dtype", choices=DTYPES, help="(default: what suits the device)")
+    option("--attention", choices=ATTENTIONS, help="of both pipelines (default: auto)")
+    option("--backend", choices=BACKENDS, help="of our aggregator (default: auto)")
     option("--json", type=Path, metavar="FILE", help="write the figures here")
     option("--plot", type=Path, metavar="FILE.png", help="draw the stages of both as bars")
     option("--trace", type=Path, metavar="FILE.json", help="write a profile of one answer, for ui.perfetto.dev")
@@ -392,7 +425,7 @@ def _add_decoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder",
         default="pyav",
-        metavar="pyav|decord",
+        choices=DECODERS,
         help="what reads the video (default: pyav, exact on every container)",
     )
 

@@ -32,7 +32,10 @@ from .prompts import (
     Turn,
     build_prompt,
     check_family,
+    format_options,
+    pick_option,
     prompt_family,
+    same_choice,
     unknown_words,
 )
 from .residents import DEFAULT_SESSIONS, Residents
@@ -44,11 +47,13 @@ from .video.canvas import CanvasVideo
 if TYPE_CHECKING:
     from .kv_cache import KvCache
     from .prefilling import Reduction
+    from .preprocess import PreprocessSpec
 
 log = logging.getLogger("sfllava_fast")
 
 DEFAULT_FRAMES = 50
 DEFAULT_NEW_TOKENS = 128
+_LARGEST = 16  # times the tower's pictures: what frames are resized to, before they are cropped
 # Frames in one pass of the vision tower at most: enough to fill a GPU, few enough to begin while others are decoded.
 FRAMES_PER_PASS = 16
 
@@ -91,8 +96,8 @@ class Pipeline:
         self.backend = choose(
             backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
         ).name
-        self.preprocess_spec = PreprocessSpec.from_processor(checkpoint.preprocessor)
         side = self.model.config.vision_config.image_size
+        self.preprocess_spec = _read_spec(PreprocessSpec, checkpoint.preprocessor, side)
         made = self.preprocess_spec.crop or self.preprocess_spec.resized(side, side)
         if made != (side, side):
             raise CheckpointError(
@@ -109,6 +114,8 @@ class Pipeline:
             if prompt == "auto"
             else check_family(prompt)
         )
+        self._asks_openly = options.get("choices") == "open"
+        self._caveat, self._said = options.get("caveat"), set()
         self.stop_ids, self.stop_text = self._find_stops()
         # Last, since it may change the model.
         self.prefilling = make_prefilling(reduction, self.language, self.model, checkpoint.context, home)
@@ -162,10 +169,29 @@ class Pipeline:
             raise CheckpointError(
                 f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
             )
-        unknown = unknown_words(" ".join([question, *map(str, choices or ())]), self.tokenizer)
+        seen = [] if self._asks_openly else map(str, choices or ())
+        unknown = unknown_words(" ".join([question, *seen]), self.tokenizer)
         if unknown:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
         return prompt
+
+    def pick_option(self, text: str, choices: Sequence[Any]) -> int | None:
+        """Index of the choice that an answer names; None where it names none."""
+        return (same_choice if self._asks_openly else pick_option)(text, choices)
+
+    def caveat_about(self, video: str) -> str | None:
+        """What is to be said with answers about a video; None for nothing."""
+        from .embedded import is_sample
+
+        if not self._caveat or is_sample(video):
+            return None
+        return str(self._caveat)
+
+    def say_once(self, caveat: str | None) -> None:
+        """Warn of it, the first time."""
+        if caveat and caveat not in self._said:
+            self._said.add(caveat)
+            log.warning("%s", caveat)
 
     def plan(self, frames: int) -> Plan:
         """What the layout does to a video of so many sampled frames."""
@@ -276,6 +302,10 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         template = self.checkpoint.chat_template
+        if self._asks_openly and choices is not None:
+            format_options(choices)  # raises what is wrong with them
+        if self._asks_openly:
+            choices, turns = None, [Turn(turn.question, turn.answer) for turn in turns]
         return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
 
     def _project_and_aggregate(self, patches: Tensor, rows: Tensor) -> None:
@@ -363,17 +393,31 @@ class Pipeline:
     def _find_stops(self) -> tuple[frozenset[int], str | None]:
         """Token ids that end an answer, and a text that does where it is no token of its own."""
         named = [self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id]
-        ids = {i for eos in named if eos is not None for i in (eos if isinstance(eos, list) else [eos])}
+        ids = [i for eos in named if eos is not None for i in (eos if isinstance(eos, list) else [eos])]
+        if not all(isinstance(i, int) for i in ids):
+            raise CheckpointError(f"eos_token_id {named[0]!r} is no token id: correct generation_config.json")
         template = TEMPLATES.get(self.prompt_family)
         stop = template.stop if template else None
         if stop in self.tokenizer.get_vocab():
-            ids.add(self.tokenizer.convert_tokens_to_ids(stop))
+            ids.append(self.tokenizer.convert_tokens_to_ids(stop))
         return frozenset(ids), stop
 
     def _says_stop(self, ids: list[int]) -> bool:
         return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(
             ids[-16:], skip_special_tokens=True
         )
+
+
+def _read_spec(kind: type[PreprocessSpec], processor: dict[str, Any], side: int) -> PreprocessSpec:
+    """A checkpoint's image processor, for a tower of pictures of this side. CheckpointError for one that cannot be."""
+    try:
+        spec = kind.from_processor(processor)
+        most = max(spec.resized(side, side))
+        if not isinstance(spec.rescale, (int, float)) or most > _LARGEST * side:
+            raise TypeError(f"rescale_factor {spec.rescale!r}, frames resized to {most}")
+    except TypeError as error:  # of a value that is no number, or no list of numbers
+        raise CheckpointError(f"the image processor's settings cannot be used ({error}): correct them") from error
+    return spec
 
 
 class _Teller:

@@ -19,14 +19,17 @@ import re
 import string
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, InputError
+from .time_limit import TooLong, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "<image>"
+_SECONDS = 5.0  # for a chat template, which takes a millisecond
 
 _FRAMES = "The input consists of a sequence of key frames from a video."
 _CONCISE = (
@@ -210,6 +213,20 @@ def pick_option(text: str, choices: Sequence[str]) -> int | None:
     return next(marked, first if first >= 0 else None)
 
 
+def same_choice(text: str, choices: Sequence[Any]) -> int | None:
+    """Index of the one choice that a text is, but for case, blanks and punctuation; None where it is none, or several.
+
+    For a model whose prompt holds no choices: the letters of its words name none.
+    """
+    said = _words(text)
+    same = [number for number, choice in enumerate(choices) if said and _words(str(choice)) == said]
+    return same[0] if len(same) == 1 else None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
     if text.count(MARKER) != 1:
@@ -237,15 +254,21 @@ def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _render(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words: Sequence[str], answers: Sequence[str]
 ) -> str:
+    _check_template(chat_template or tokenizer.chat_template)
     # Templates of image models take a list of parts; plain text ones take a string.
     for parts in (True, False):
         try:
-            text = tokenizer.apply_chat_template(
-                _messages(words, answers, parts),
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            with time_limit(_SECONDS):
+                text = tokenizer.apply_chat_template(
+                    _messages(words, answers, parts),
+                    chat_template=chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+        except TooLong:
+            raise CheckpointError(
+                f"the chat template is not done after {_SECONDS:g} seconds: correct it, or choose another prompt"
+            ) from None
         except Exception:  # whatever a template raises on content it does not know
             continue
         if text.count(MARKER) == 1 and all(part in text for part in (*words, *answers)):
@@ -253,6 +276,21 @@ def _render(
     raise CheckpointError(
         f"the chat template does not write {MARKER} once and the question: choose another prompt"
     )
+
+
+@lru_cache
+def _check_template(chat_template: object) -> None:
+    """CheckpointError where a template multiplies: no prompt needs it, and one such step can take any time and memory."""
+    if not isinstance(chat_template, str):
+        return
+    import jinja2
+
+    try:
+        steps = {value for _, kind, value in jinja2.Environment().lex(chat_template) if kind == "operator"}
+    except jinja2.TemplateError:  # what it is, rendering tells
+        return
+    if steps & {"*", "**"}:
+        raise CheckpointError("the chat template multiplies, which is not rendered: choose another prompt")
 
 
 def _messages(words: Sequence[str], answers: Sequence[str], parts: bool) -> list[dict[str, Any]]:

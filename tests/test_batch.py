@@ -398,7 +398,7 @@ def test_a_video_is_encoded_once(videos, load, monkeypatch):
     [
         (["{q}", "--out", "{out}", "--model", "{none}"], "none"),
         (["{none}", "--out", "{out}"], "cannot read"),
-        (["{q}", "--out", "{none}/a.jsonl"], "cannot write"),
+        (["{q}", "--out", "{q}/a.jsonl"], "is not a folder"),
         (["{q}", "--out", "{q}"], "is not an answer of a batch"),
         (["{q}", "--out", "{out}", "--layout", "slowest"], "unknown layout"),
         (["{q}", "--out", "{out}", "--upload"], "--upload is for a server"),
@@ -419,7 +419,33 @@ def test_wrong_input_is_one_line_and_writes_nothing(argv, message, tmp_path, out
 
 @pytest.mark.parametrize("argv", [["q"], ["q", "--out", "a", "--workers", "0"], ["q", "--out", "a", "--timeout", "-1"]])
 def test_wrong_usage(argv, capsys):
-    assert batch(*argv) == 2 and "usage:" in capsys.readouterr().err
+    assert batch(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sfllava-fast: error: ") and err.count("\n") == 1 and "`sfllava-fast batch --help`" in err
+
+
+def test_the_embedded_model_says_what_it_knows_and_picks_choices_by_their_words(tmp_path, capfd):
+    from sfllava_fast.embedded import CAVEAT, sample_answers, sample_questions, sample_video
+    from sfllava_fast.embedded.scenes import draw_scene, write_video
+
+    write_video(draw_scene("watch/1"), tmp_path / "drawn.mp4")
+    (tmp_path / "same.mp4").write_bytes(sample_video().read_bytes())
+    question, truth = sample_questions()[1], sample_answers()[1]
+    asked = {"question": question, "choices": ["blue", f"{truth.title()}.", truth[0].upper()], "answer_number": 1}
+    rows = [{"id": 1, "video": "same.mp4", **asked}, {"id": 2, "video": "drawn.mp4", **asked, "choices": ["x", "y"]}]
+    rows += [{"id": 3, "video": "drawn.mp4", "question": "does the video show a orange cross?"}]
+    path, out = tmp_path / "q.jsonl", tmp_path / "new" / "folder" / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert batch(path, "--videos", tmp_path, "--out", out) == 0
+    lines = read(out)
+    assert (lines[1]["answer"], lines[1]["option"]) == (truth, 1) and "caveat" not in lines[1]
+    assert lines[2]["option"] is None and lines[2]["choice"] is None and lines[3]["answer"] == "yes"
+    assert lines[2]["caveat"] == lines[3]["caveat"] == CAVEAT
+    said = f"sfllava-fast: warning: {CAVEAT}"
+    assert capfd.readouterr().err.splitlines().count(said) == 1
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert batch(path, "--videos", tmp_path, "--out", tmp_path / "b.jsonl") == 0
+    assert CAVEAT not in capfd.readouterr().err
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):

@@ -44,6 +44,15 @@ def test_multiple_choice_by_the_published_rule(tmp_path):
     assert figures["task_name even"].choice_right == len(right) - of_odd > 0
 
 
+def test_an_option_that_batch_wrote_is_the_answer(tmp_path):
+    """Of a model that was asked without the choices: its "blue" is not B."""
+    choices = ["red", "green"]
+    lines = [line(1, "blue", choices=choices, answer_number=1, option=None, choice=None)]
+    lines += [line(2, "Green.", choices=choices, answer_number=1, option=1, choice="green")]
+    figures = score(write(tmp_path, *lines))["all"]
+    assert (figures.choice_right, figures.choice_wrong) == (1, 1)
+
+
 def test_the_truth_is_found_among_the_choices(tmp_path):
     choices = ["one", "two"]
     lines = [line(1, "B", choices=choices, truth="two"), line(2, "A", choices=choices, truth="two")]

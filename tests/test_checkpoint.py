@@ -18,6 +18,7 @@ from tiny_llava import (
     write_checkpoint,
 )
 
+from sfllava_fast import SlowFastLlava
 from sfllava_fast import checkpoint as loading
 from sfllava_fast.checkpoint import (
     choose_device,
@@ -25,7 +26,7 @@ from sfllava_fast.checkpoint import (
     feature_depths,
     load_checkpoint,
 )
-from sfllava_fast.errors import BackendError, CheckpointError, InputError, SfllavaError
+from sfllava_fast.errors import BackendError, CheckpointError, InputError, LayoutError, SfllavaError
 
 
 def one_line(error: type[SfllavaError], match: str):
@@ -197,6 +198,85 @@ def test_hub_id_while_offline(monkeypatch, tmp_path):
 def test_files_instead_of_directories(copy):
     with one_line(CheckpointError, "is a file"):
         load_checkpoint(copy / "config.json")
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("adapter_config.json", "an adapter"),
+        ("adapter_model.safetensors", "an adapter"),
+        ("mm_projector.bin", "a projector alone"),
+        ("non_lora_trainables.bin", "a projector alone"),
+    ],
+)
+def test_a_part_of_a_checkpoint_is_named(copy, name, what, config):
+    (copy / "model.safetensors").rename(copy / "adapter_model.safetensors")
+    if name != "adapter_model.safetensors":
+        (copy / "adapter_model.safetensors").unlink()
+    (copy / name).touch()
+    if not config:
+        (copy / "config.json").unlink()
+    with one_line(CheckpointError, rf"holds {what} .{name}. and no whole model: merge it into its base model"):
+        load_checkpoint(copy)
+
+
+def test_a_whole_checkpoint_may_keep_the_adapter_that_was_merged(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("name, count", [("num_hidden_layers", 10**6), ("num_hidden_layers", -1), ("num_attention_heads", 0)])
+def test_a_config_of_shapes_that_no_model_has(copy, part, name, count, monkeypatch):
+    monkeypatch.setattr(loading, "stock_config", lambda *_: pytest.fail("it was built"))
+    config = json.loads((copy / "config.json").read_text())
+    edit_config(copy, **{part: config[part] | {name: count}})
+    with one_line(CheckpointError, f"{name} {count}, and"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("options", [3, {"frames": 0}, {"frames": "8"}, {"layout": 5}, {"caveat": ["x"]}])
+def test_odd_options_of_ours(copy, options):
+    edit_config(copy, sfllava_fast=options)
+    with one_line(CheckpointError, "its entry sfllava_fast"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"image_mean": 3}, {"rescale_factor": "x"}, {"resample": []}, {"size": {"shortest_edge": 10**12}}]
+)
+def test_odd_preprocessing(copy, changes):
+    file = copy / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with one_line(CheckpointError, "the image processor's settings cannot be used"):
+        SlowFastLlava.from_pretrained(copy, device="cpu")
+
+
+@pytest.mark.parametrize("vision", [{"patch_size": 0}, {"image_size": 10**9, "patch_size": 1}, {"image_size": "336"}])
+def test_a_grid_that_cannot_be(vision, copy):
+    with one_line(CheckpointError, "config.json is not usable"):
+        loading.config_grid(copy, {"vision_config": vision})
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"backend": "gpu"}, BackendError),
+        ({"backend": "cuda", "device": "cpu"}, BackendError),
+        ({"attention": "fast"}, BackendError),
+        ({"attention": "flash_attention_2", "device": "cpu"}, BackendError),
+        ({"projector": "fused"}, InputError),
+        ({"prompt": "alpaca"}, InputError),
+        ({"layout": "slowest"}, LayoutError),
+        ({"reduction": "less"}, InputError),
+        ({"projector": "commuted", "layout": "pllava"}, InputError),
+    ],
+)
+def test_what_can_be_refused_without_weights_is(options, error, copy, monkeypatch):
+    monkeypatch.setattr("sfllava_fast.engine.load_checkpoint", lambda *_: pytest.fail("it was loaded"))
+    with one_line(error, ""):
+        SlowFastLlava.from_pretrained(copy, **options)
 
 
 @pytest.mark.parametrize(

@@ -216,14 +216,23 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
         (["ask", "{folder}", "what?", ""], "the question is empty"),
         (["ask", "{folder}/none.mp4", "what?"], "does not exist"),
         (["ask", "{folder}", "what?", "--layout", "slowest"], "unknown layout 'slowest'"),
-        (["ask", "{folder}", "what?", "--decoder", "vlc"], "unknown decoder 'vlc'"),
+        (["ask", "{folder}", "what?", "--decoder", "vlc"], "invalid choice: 'vlc'"),
+        (["ask", "{folder}", "what?", "--backend", "cuda", "--device", "cpu"], "backend cuda cannot serve"),
+        (["ask", "{folder}", "what?", "--device", "tpu"], "tpu"),
+        (["ask", "{folder}", "what?", "--choices", "a"], "2 to 26 texts"),
+        (["ask", "{folder}", "--choices", "a", "b", "what"], "put the question before --choices"),
+        (["ask", "{folder}", "--choices", "a", "b", "what?"], "--choices took 'what?'"),
+        (["ask", "{folder}", "what?", "--choices", "a", "b", "and why?"], "--choices took 'and why?'"),
+        (["ask", "--choices", "a", "b", "{folder}", "what"], "put the question before --choices"),
         (["inspect", "{folder}", "--out", "{folder}/a.jpg"], "end in .png or .html"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--grid", "1x1"], "leaves no token"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--model", "{folder}"], "no config.json"),
         (["inspect", "{folder}", "--out", "{folder}/a.html", "--layout", ""], "unknown layout ''"),
         (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "pllava-avg"], "unknown layout 'pllava-avg'"),
         (["inspect", "{folder}", "--out", "{folder}/a.png", "--layout", "a:stride50,each,each,max"], "no token of"),
-        (["demo", "--out", "{folder}/nowhere"], "there is no folder"),
+        (["demo", "--out", "{folder}/0.png/new"], "0.png is not a folder"),
+        (["inspect", "{folder}", "--out", "{folder}/0.png/new/a.png"], "0.png is not a folder"),
+        (["bench", "--json", "{folder}/0.png/a.json"], "0.png is not a folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(argv, message, folder, engine, capsys):
@@ -238,7 +247,6 @@ def test_wrong_input_is_one_line_and_exit_2(argv, message, folder, engine, capsy
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["ask"],
         ["ask", "video"],
         ["sing"],
@@ -254,7 +262,41 @@ def test_wrong_input_is_one_line_and_exit_2(argv, message, folder, engine, capsy
 def test_wrong_usage_is_exit_2(argv, capsys):
     assert run(*argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "usage:" in err and "error:" in err
+    assert out == "" and err.startswith("sfllava-fast: error: ") and err.count("\n") == 1 and "--help` shows how" in err
+
+
+def test_nothing_at_all_is_asked_for_help(capsys):
+    assert run() == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: sfllava-fast") and "examples:" in out and err == ""
+
+
+def test_questions_and_choices_in_any_order_that_can_be_read(folder, engine):
+    for argv in (
+        ["what?", "--choices", "a", "b"],
+        ["--choices", "a", "b", "--frames", "3", "what?"],
+        ["--choices", "why?", "who?", "--", "what?"],
+    ):
+        head = ["ask"] if "--" in argv else ["ask", folder]
+        tail = [*argv[:-1], folder, argv[-1]] if "--" in argv else argv
+        assert run(*head, *tail) == 0
+        (asked,) = engine.models.pop().asked
+        assert asked["question"] == "what?" and asked["choices"] == [argv[argv.index("--choices") + i] for i in (1, 2)]
+
+
+def test_names_in_options_are_those_of_the_modules():
+    from sfllava_fast import attention, backends, checkpoint, live, options, projector, video
+    from sfllava_fast.parts import import_part
+
+    assert options.BACKENDS == backends.NAMES and options.ATTENTIONS == attention.CHOICES
+    assert options.PROJECTORS == projector.MODES and options.DTYPES == tuple(checkpoint.DTYPES)
+    assert options.MODES == live.STREAM_MODES
+    with pytest.raises(sfllava_fast.SfllavaError, match=f"choose (one of )?{', '.join(options.DECODERS)}$"):
+        video.import_decoder("none")
+    import_part("_bench", "bench")
+    from sfllava_fast._bench import dummy
+
+    assert sorted(options.SHAPES) == sorted(dummy.NAMES)
 
 
 @pytest.mark.parametrize("command", ["ask", "watch", "batch", "score", "inspect", "layouts", "info", "demo"])
@@ -280,10 +322,139 @@ def test_interrupted(folder, engine, capsys):
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
-def test_a_bug_keeps_its_traceback(folder, engine):
-    engine.fail(ZeroDivisionError("a bug"))
-    with pytest.raises(ZeroDivisionError):
-        run("ask", folder, "what?")
+def test_a_bug_of_ours_is_a_line_and_with_debug_a_traceback(folder, engine, capsys):
+    engine.fail(ZeroDivisionError("a\nbug\x1b[31m"))
+    assert run("ask", folder, "what?") == 70
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "please report it" in err and "--debug" in err
+    assert "ZeroDivisionError at test_cli.py:" in err and "a bug\\x1b[31m" in err
+    for argv in (["--debug", "ask"], ["ask", "--debug"]):
+        assert run(*argv, folder, "what?") == 70
+        err = capsys.readouterr().err
+        assert err.startswith("Traceback (most recent call last)") and "\x1b" not in err and "please report" in err
+    engine.fail(ContextError("too long"))
+    assert run("ask", folder, "what?", "--debug") == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        (MemoryError(), "out of memory"),
+        (ModuleNotFoundError("x", name="PIL.Image"), "needs PIL, which is not installed: pip install pillow"),
+        (ModuleNotFoundError("x", name="rich"), "needs rich, which is not installed: pip install rich"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(error, line, folder, engine, capsys):
+    engine.fail(error)
+    assert run("ask", folder, "what?") == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2J\r\x9b\x85\u202eb\ud83d"
+ESCAPED = r"a\x1b]0;title\x07\x1b[2J\r\x9b\x85\u202eb\ud83d"
+
+
+def test_a_terminal_obeys_no_answer(folder, engine, capsys, monkeypatch):
+    ask = StandIn.ask
+
+    def hostile(self, *args, **options):
+        answer = ask(self, *args, **options)
+        cli.log.warning("unknown words: %s", HOSTILE)
+        answer.text = HOSTILE + "\n\ttab"
+        answer.to_json = lambda: {"answer": HOSTILE}
+        return answer
+
+    monkeypatch.setattr(StandIn, "ask", hostile)
+    assert run("ask", folder, "what?") == 0
+    out, err = capsys.readouterr()
+    assert out == ESCAPED + "\n\ttab\n" and f"sfllava-fast: warning: unknown words: {ESCAPED}\n" in err
+    assert run("ask", folder, "what?", "--json") == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"answer": HOSTILE} and out.isprintable() is False and out[:-1].isprintable()
+    assert run("ask", folder + "/" + HOSTILE, "what?") == 2
+    assert f"{ESCAPED} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_of_any_bytes(encoding, tmp_path):
+    from sfllava_fast import embedded
+
+    name = tmp_path / os.fsdecode(b"\xff\xc3\xa9$x_{y\x1b.mp4")
+    name.write_bytes(embedded.sample_video().read_bytes())
+    made = name.with_suffix(".folder")
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = shell("ask", name, embedded.sample_questions()[0], "--json", env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert json.loads(done.stdout)["video"] == str(name) and json.loads(done.stdout)["caveat"] is None
+    done = shell("inspect", name, "--out", made / "a.html", "--frames", "4", env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "\x1b" not in done.stdout and (made / "a.html").exists()
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from sfllava_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without(blocked, *argv):
+    command = [sys.executable, "-c", BLOCKED.format(blocked=set(blocked.split())), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["ask", "--help"], ["bench", "--help"], [], ["info"]])
+def test_what_needs_no_torch(argv):
+    done = without("torch transformers av PIL rich numpy matplotlib", *argv)
+    assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
+    if argv == ["info"]:
+        assert "torch cannot be imported" in done.stdout and "pip install torch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("blocked", "argv", "install"),
+    [
+        ("torch", ["ask", "{video}", "q"], "pip install torch"),
+        ("torch", ["watch", "{video}", "q"], "pip install torch"),
+        ("torch", ["batch", "{rows}", "--out", "{out}"], "pip install torch"),
+        ("torch", ["inspect", "{video}", "--out", "{out}.html"], "pip install torch"),
+        ("torch", ["demo", "--out", "{out}"], "pip install torch"),
+        ("transformers", ["ask", "{video}", "q"], "pip install"),
+        ("av", ["ask", "{video}", "q"], "pip install"),
+        ("av", ["watch", "{video}", "q"], "pip install"),
+        ("PIL matplotlib", ["inspect", "{video}", "--out", "{out}.png"], "pip install"),
+        ("rich", ["demo", "--out", "{out}"], "pip install rich"),
+        ("rich", ["bench", "--rounds", "1"], "pip install"),
+    ],
+)
+def test_a_library_that_is_missing_is_a_line(blocked, argv, install, tmp_path):
+    from sfllava_fast import embedded
+
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "video": "v", "question": "q"}\n')
+    places = {"video": embedded.sample_video(), "rows": tmp_path / "rows.jsonl", "out": tmp_path / "out"}
+    done = without(blocked, *(part.format(**places) for part in argv))
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("sfllava-fast: error: ") and done.stderr.count("\n") == 1 and install in done.stderr
+
+
+def test_the_embedded_model_says_that_it_knows_drawn_shapes_only(folder, capsys):
+    from sfllava_fast import embedded
+
+    assert run("ask", folder, "what does the sign say?", "--frames", 4, "--json") == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (answer["model"], answer["caveat"]) == ("embedded", embedded.CAVEAT)
+    assert err == f"sfllava-fast: warning: {embedded.CAVEAT}\n" and "drawn shapes only" in err
 
 
 @pytest.mark.parametrize("argv", [["-v", "ask"], ["ask", "-v"]])
@@ -382,6 +553,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     from sfllava_fast import embedded
 
     monkeypatch.setenv("COLUMNS", "200")
+    tmp_path = tmp_path / "new" / "folder"
     assert run("demo", "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     for text in (*embedded.sample_questions(), *embedded.sample_answers(), "aggregate", "slow", "fast"):

@@ -13,20 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from sfllava_fast import embedded
-from sfllava_fast.embedded import (
-    batches,
-    compressing,
-    evaluate,
-    guidance,
-    mixing,
-    packing,
-    questions,
-    sample,
-    scenes,
-    train,
-)
+from sfllava_fast import SlowFastLlava, embedded
+from sfllava_fast.embedded import batches, compressing, evaluate, guidance, mixing, packing, questions, sample, scenes
+from sfllava_fast.embedded import train
 from sfllava_fast.embedded.model import answer_ids, build_model, build_tokenizer, export, load_model
+from sfllava_fast.errors import InputError
 from sfllava_fast.reduction.frames import token_frames
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 
@@ -728,6 +719,11 @@ def model():
     return evaluate.load_models(None, ablation=False)
 
 
+@pytest.fixture
+def both(model):
+    return model["both"]
+
+
 def test_sample_clip_shows_its_scene_and_is_answered_rightly(model):
     scene, asked = sample.draw_sample()
     assert embedded.sample_questions() == [question.text for question in asked] and len(asked) == 9
@@ -795,6 +791,72 @@ CLAIMED = {
     ),
     "heldout": ("place", "relation", "number", "direction", "unanswerable: not there", "unanswerable: off topic"),
 }
+
+
+def test_choices_are_picked_by_the_open_answer(both, tmp_path):
+    """Asked the open question; the choice that its answer is, whatever the case and punctuation of either."""
+    video, picked = embedded.sample_video(), 0
+    for question, truth in zip(embedded.sample_questions(), embedded.sample_answers()):
+        plain = both.answer(video, question)
+        # A letter of the published rule would name another one.
+        choices = ["Z", f"  {truth.upper()}.", truth[:1], "neither"]
+        answer = both.answer(video, question, choices=choices)
+        assert (answer.text, answer.token_ids) == (plain.text, plain.token_ids)
+        assert (answer.option, answer.choices) == (1, choices) and plain.option is None
+        assert both.answer(video, question, choices=["A", "B", "C", "D"]).option is None
+        picked += 1
+    assert picked > 5
+    for few in (["one"], ["a"] * 27):
+        with pytest.raises(InputError, match="choices must be 2 to 26 texts"):
+            both.answer(video, "what appears first?", choices=few)
+
+
+def test_choices_on_drawn_clips(both, tmp_path):
+    right = 0
+    for number, (scene, total, asked) in enumerate(evaluate.draw_exam(3, seed=11)):
+        clip = tmp_path / f"{number}.mp4"
+        scenes.write_video(scene, clip, total)
+        with both.open(clip) as session:
+            for question in asked:
+                plain = session.ask(question.text)
+                others = ["a word of none", question.answer.title(), "Another!"]
+                answer = session.ask(question.text, others)
+                assert answer.text == plain.text and answer.caveat == embedded.CAVEAT
+                assert answer.option == (1 if plain.text == question.answer else None)
+                right += answer.option == 1
+    assert right > 10
+
+
+def test_a_follow_up_of_choices_sees_the_open_questions_alone(both):
+    first, second = embedded.sample_questions()[:2]
+    said = []
+    for choices in (None, ["red", "blue"]):
+        with both.open(embedded.sample_video()) as session:
+            session.ask(first, choices)
+            said.append(session.ask(second, choices, follow_up=True).token_ids)
+    assert said[0] == said[1]
+
+
+def test_the_caveat_is_told_with_every_video_but_the_sample_and_logged_once(both, tmp_path, caplog):
+    copied = tmp_path / "clip.mp4"
+    copied.write_bytes(embedded.sample_video().read_bytes())
+    with caplog.at_level("WARNING", "sfllava_fast"):
+        assert both.answer(copied, "what appears first?").caveat is None and not caplog.records
+        fresh = SlowFastLlava.from_pretrained(device="cpu")
+        frames = np.zeros((4, 32, 32, 3), np.uint8)
+        answers = [fresh.answer(frames, "what appears first?") for _ in range(2)]
+        answers += fresh.answer_batch([(frames, "what appears first?")] * 2)
+        with fresh.open_stream(frames=4) as stream:
+            stream.push(torch.from_numpy(frames))
+            answers.append(stream.ask("what appears first?"))
+    assert [answer.caveat for answer in answers] == [embedded.CAVEAT] * 5
+    assert [record.getMessage() for record in caplog.records] == [embedded.CAVEAT]
+    assert answers[0].to_json()["caveat"] == embedded.CAVEAT
+
+
+def test_the_config_that_ships_is_what_export_writes():
+    entry = json.loads((embedded.model_dir() / "config.json").read_text())["sfllava_fast"]
+    assert entry == build_model().config.sfllava_fast and entry["caveat"] == embedded.CAVEAT
 
 
 @pytest.mark.parametrize("split", CLAIMED)

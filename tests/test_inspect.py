@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -290,6 +292,43 @@ def test_html_escapes_names(tmp_path):
     assert "<b>&<" not in text and "&lt;b&gt;&amp;" in text
 
 
+@pytest.mark.parametrize("suffix", [".html", ".png"])
+def test_names_that_are_no_text(suffix, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / os.fsdecode(b"\xff\x1b[2J\n\xc3\xa9$x_{y")
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    out = render(folder, tmp_path / "new" / "folder" / f"a{suffix}", LAYOUT, 4, GRID)
+    if suffix == ".html":
+        text = out.read_text(encoding="utf-8")
+        assert "<title>\\udcff\\x1b[2J \u00e9$x_{y</title>" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("kept", [None, Pruning(0.25)])
+def test_a_page_of_50_frames_is_small_and_no_wider_than_a_phone(kept, tmp_path):
+    """Of noise, which no picture is harder to write than. That it scrolls only downwards was seen in a browser of 390
+    pixels; here, that nothing has a width of its own."""
+    noise = np.random.default_rng(0).integers(0, 256, (50, 135, 240, 3), np.uint8)
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    text = render(folder, tmp_path / "a.html", kept=kept).read_text()
+    assert len(text) < 2_000_000 and text.count("data:image/jpeg") >= 50
+    shown = next(a["src"] for tag, a in Page(text).tags if tag == "img")
+    assert np.abs(to_array(base64.b64decode(shown.partition(",")[2])).astype(int) - noise[0]).mean() < 60
+    assert 'content="width=device-width' in text
+    assert not re.findall(r"minmax\((?!min\()|(?<!-)\bmin-width: *[1-9]|(?<![-\w])width: *\d+px", text)
+
+
+def test_a_page_without_pillow_has_png(clip, tmp_path, monkeypatch):
+    report = gather(open_video(clip), LAYOUT, 10, GRID)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    html.write(report, tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "data:image/png" in text and "data:image/jpeg" not in text
+
+
 def test_html_needs_no_matplotlib_and_png_says_so(clip, tmp_path, monkeypatch):
     import sys
 
@@ -306,7 +345,7 @@ def test_encode_png_is_lossless():
 
 
 @pytest.mark.parametrize(
-    ("out", "message"), [("a.jpg", "end in .png or .html"), ("no/such/a.png", "no folder")]
+    ("out", "message"), [("a.jpg", "end in .png or .html"), ("clip/0.png/a.png", "is not a folder")]
 )
 def test_bad_out(out, message, clip, tmp_path):
     with pytest.raises(InputError, match=message):

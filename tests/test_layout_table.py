@@ -48,7 +48,9 @@ def test_the_table_is_whole(capsys):
     assert main(["layouts"]) == 0
     out = capsys.readouterr().out
     assert all(name in out and f"{count:,}" in out for name, count in PUBLISHED.items())
-    assert all(options in out for options in OPTIONS.values()) and "before the projector" in out
+    assert all(options in out for options in OPTIONS.values()) and all(one.source in out for one in PRESETS.values())
+    assert out.replace("\n ", "").count("before the projector") == 3
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def written(options):

@@ -1,5 +1,8 @@
 """Prompts against the published texts, token ids around the video's place, and the published option rule."""
 
+import sys
+import time
+
 import pytest
 from tiny_llava import CHAT_TEMPLATES, byte_tokenizer, word_tokenizer
 
@@ -12,6 +15,7 @@ from sfllava_fast.prompts import (
     format_options,
     pick_option,
     prompt_family,
+    same_choice,
     unknown_words,
 )
 
@@ -185,6 +189,48 @@ def test_option_rule_agrees_with_the_published_branches():
     ]
     choices = ["v", "w", "x", "y", "z"]
     assert [pick_option(text, choices) for text in texts] == [published(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "text, option",
+    [
+        ("a red one", 0),
+        ("A Red  one.", 0),
+        ("“a blue one”!", 1),
+        ("B", None),
+        ("a", None),
+        ("(A) a red one", None),
+        ("a red one or a blue one", None),
+        ("", None),
+        ("...", None),
+        ("7", 3),
+        ("-7", 3),
+        ("twice", None),
+    ],
+)
+def test_a_choice_is_told_by_its_words_alone(text, option):
+    assert same_choice(text, [*CHOICES[:2], "...", 7, "twice", "Twice."]) == option
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [ENDLESS + "{% endfor %}", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_a_chat_template_has_an_end(template, monkeypatch):
+    monkeypatch.setattr("sfllava_fast.prompts._SECONDS", 0.3)
+    before, begun = sys.gettrace(), time.monotonic()
+    with pytest.raises(CheckpointError, match="the chat template"):
+        build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, template)
+    assert time.monotonic() - begun < 30 and sys.gettrace() is before
+    prompt = build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, CHAT_TEMPLATES["vicuna"])
+    assert QUESTION in prompt.text
+
+
+@pytest.mark.parametrize("template, refused", [("{{ 3 * 4 }}", True), ("{{ 3 ** 4 }}", True), ("**{# * #} * {{ '*' }}", False)])
+def test_a_chat_template_does_not_multiply(template, refused):
+    message = "multiplies" if refused else "does not write"
+    with pytest.raises(CheckpointError, match=message):
+        build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, template)
 
 
 def test_unknown_words():

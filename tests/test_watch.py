@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sfllava_fast import cli
+from sfllava_fast.embedded import CAVEAT
 from sfllava_fast.errors import ContextError
 from sfllava_fast.watch import time_stamp, watch_live
 
@@ -183,6 +184,9 @@ def test_watch_hands_its_options_on(clip, model):
         (["{clip}", " "], "the question is empty"),
         (["{clip}.mp4", "q"], "does not exist"),
         (["{clip}", "q", "--layout", "slowest"], "unknown layout"),
+        (["{clip}", "q", "--mode", "newest"], "invalid choice"),
+        (["{clip}", "q", "--mode", "append", "--reduction", "compress"], "--reduction"),
+        (["{clip}", "q", "--device", "cuda:99"], "cuda:99"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(argv, message, clip, model, capsys):
@@ -296,7 +300,7 @@ APPEARED = "does the video show a orange cross?"
 @pytest.mark.parametrize("mode", ["slowfast", "memory"])
 def test_the_embedded_model_sees_what_appears(mode, scene, capsys):
     assert run("watch", scene, APPEARED, "--mode", mode, "--every", 1, "--rate", 4, "--no-repeat") == 0
-    assert capsys.readouterr() == ("[0:01] no\n[0:06] yes\n", "")
+    assert capsys.readouterr() == ("[0:01] no\n[0:06] yes\n", f"sfllava-fast: warning: {CAVEAT}\n")
 
 
 def test_the_embedded_model_answers_while_a_pipe_stalls(scene):
@@ -311,7 +315,8 @@ def test_the_embedded_model_answers_while_a_pipe_stalls(scene):
         assert process.poll() is None
         out, err = process.communicate(video[head + 20 * frame :], timeout=250)
     told = [first, *map(json.loads, out.splitlines())]
-    assert (process.returncode, err) == (0, b"")
+    assert (process.returncode, err.decode()) == (0, f"sfllava-fast: warning: {CAVEAT}\n")
+    assert {line["caveat"] for line in told} == {CAVEAT}
     assert [line["time"] for line in told] == [2, 4, 6, 7.75]
     assert [line["answer"] for line in told] == ["no", "no", "yes", "yes"]
     assert told[0]["frames"] == list(range(9)) and told[0]["video"] == "standard input"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 _HERE = Path(__file__).parent
+CAVEAT = "the embedded model knows drawn shapes only: about other videos its answers mean nothing; name a checkpoint"
 
 
 def model_dir() -> Path:
@@ -26,6 +29,14 @@ def compression_file() -> Path:
 def sample_video() -> Path:
     """An encoded clip that training never drew."""
     return _HERE / "sample.mp4"
+
+
+def is_sample(video: str | os.PathLike[str]) -> bool:
+    """Whether a file is the sample video, or a copy of it."""
+    with suppress(OSError, ValueError):
+        same_size = os.stat(video).st_size == sample_video().stat().st_size
+        return same_size and Path(video).read_bytes() == sample_video().read_bytes()
+    return False
 
 
 def sample_questions() -> list[str]:

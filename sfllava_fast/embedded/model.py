@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import model_dir
+from . import CAVEAT, model_dir
 from .questions import vocabulary
 from .scenes import GRID, PATCH, TOWER_SIZE
 
@@ -87,7 +87,8 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         image_seq_length=GRID * GRID, tie_word_embeddings=True,
         pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
     )
-    config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES}
+    # Beside the defaults: what is said with its answers, and that it was trained without choices in its prompts.
+    config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES, "caveat": CAVEAT, "choices": "open"}
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     # Small first steps of the residual stream, so that words keep their meaning through it.

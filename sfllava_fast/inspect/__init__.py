@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import Layout, SlowFastConfig
 from ..errors import InputError
+from ..output_folder import check_folder, make_folder
 from ..reduction.pruning import Pruning
 from ..video import open_video
 from . import html, png
@@ -34,15 +35,15 @@ def render(
     writer = {".png": png, ".html": html, ".htm": html}.get(out.suffix.lower())
     if writer is None:
         raise InputError(f"cannot write {out}: the picture's name must end in .png or .html")
-    if not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
+    check_folder(out)
     report = gather(open_video(video_path, decoder), layout, frames, grid, kept)
     _write_whole(out, lambda path: writer.write(report, path))
     return out
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Write beside `out` and move it there, so that nobody ever sees half a file."""
+    """Write beside `out`, whose folder is made, and move it there, so that nobody ever sees half a file."""
+    make_folder(out)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         write(part)

@@ -1,8 +1,11 @@
-"""The report as one HTML page that needs nothing else: the standard library alone."""
+"""The report as one HTML page that needs nothing else.
+
+Frames are JPEG, a few hundred KB together, where Pillow is installed; else PNG, which the standard library writes."""
 
 from __future__ import annotations
 
 import base64
+import io
 import struct
 import zlib
 from html import escape
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .report import ZEROS, PathwayView, Report, Share
+
+_QUALITY = 80  # of JPEG: 50 frames of noise stay below 2 MB
 
 
 def write(report: Report, path: Path) -> None:
@@ -67,7 +72,7 @@ def _thumb(report: Report, row: int) -> str:
     ring = f'<i style="box-shadow:{",".join(shadows)}"></i>' if rings else ""
     return (
         f'<figure class="{" ".join(filter(None, kinds))}"><div class="thumb"><img alt="frame {escape(number)}" '
-        f'src="{_inline(report.thumbs[row])}">{ring}</div>'
+        f'src="{_photo(report.thumbs[row])}">{ring}</div>'
         f"<figcaption><b>{number}</b> {time}</figcaption>{_lanes(report, row)}</figure>"
     )
 
@@ -86,7 +91,7 @@ def _lanes(report: Report, row: int) -> str:
 def _kept(report: Report, view: PathwayView) -> str:
     """Every bin of a pathway, lit where its tokens are kept."""
     tiles = "".join(
-        f'<figure><div class="thumb frame"><img alt="" src="{_inline(tile)}"></div>'
+        f'<figure><div class="thumb frame"><img alt="" src="{_photo(tile)}"></div>'
         f"<figcaption>{report.name_bin(bin)} <span>{view.pruned.count(number)}</span></figcaption></figure>"
         for number, (bin, tile) in enumerate(zip(view.bins, view.pruned.tiles))
     )
@@ -106,7 +111,7 @@ def _example(report: Report, view: PathwayView) -> str:
     return (
         f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
         f"<small>{escape(view.caption)}</small></h2><div class=pair>"
-        f'<figure><div class=frame style="{ratio}"><img alt="" src="{_inline(view.picture)}">'
+        f'<figure><div class=frame style="{ratio}"><img alt="" src="{_photo(view.picture)}">'
         f"{_outlines(report, view)}</div><figcaption>{escape(report.name_example(view))}</figcaption></figure>"
         f'<figure><div class=frame style="{ratio}">{kept}</div><figcaption>{caption}</figcaption></figure>'
         "</div></section>"
@@ -121,6 +126,17 @@ def _outlines(report: Report, view: PathwayView) -> str:
         for top, bottom, left, right in boxes
     )
     return f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{cells}</svg>'
+
+
+def _photo(pixels: np.ndarray) -> str:
+    """The pixels as a JPEG, which a few percent of a PNG's bytes are enough for."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return _inline(pixels)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _inline(pixels: np.ndarray) -> str:
@@ -142,7 +158,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 :root {{ --ink: #1f2430; --muted: #6b7280; --paper: #fff; --rule: #d5d9e0; --lift: 0%; color-scheme: light dark; }}
 @media (prefers-color-scheme: dark) {{
@@ -164,13 +180,13 @@ h2 small {{ margin-left: .7rem; font-size: .82rem; }}
 .shares span::before {{ background: var(--c); }}
 figure {{ margin: 0; }} figcaption {{ font-size: .78rem; }}
 img {{ display: block; width: 100%; }}
-.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .6rem;
+.strip {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(112px, 28%), 1fr)); gap: .6rem;
   margin: 1rem 0 2rem; }}
 .thumb {{ position: relative; }} .thumb i {{ position: absolute; inset: 0; }}
 .picked b {{ color: var(--ink); }} figcaption b {{ font-weight: normal; }} .picked figcaption b {{ font-weight: bold; }}
 .strip .pale img {{ opacity: .25; }}
 .lane {{ height: 5px; margin-top: 3px; }} .lane.bin {{ background: var(--c); }} .lane.more {{ margin-right: -.6rem; }}
-.examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem; }}
+.examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 2rem; }}
 .examples section:only-child {{ max-width: 640px; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; }}
 .frame {{ position: relative; outline: 2px solid var(--c); display: grid; place-items: center; }}

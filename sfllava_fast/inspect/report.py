@@ -19,6 +19,7 @@ from ..pathways import Range
 from ..plan import PathwayTables, Plan
 from ..reduction.pruning import Pruning, places
 from ..reference import aggregate
+from ..terminal import one_line
 from ..video import Video
 from ..video.canvas import CanvasVideo
 
@@ -236,7 +237,7 @@ def gather(
             )
         )
     return Report(
-        title=video.path.name or str(video.path),
+        title=one_line(video.path.name or str(video.path)),  # matplotlib and UTF-8 take no bytes of another encoding
         facts="  \u00b7  ".join(facts),
         layout=preset.name or str(parsed),
         source=preset.source,

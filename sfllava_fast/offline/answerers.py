@@ -35,7 +35,8 @@ class ModelAnswerer:
         if question.video != self.video:
             self._open(question.video)
         said = self.session.ask(question.question, question.choices, self.max_new_tokens)
-        return _answer(said.text, question.choices)
+        caveat = {"caveat": said.caveat} if said.caveat else {}
+        return _answer(said.text, question.choices, said.option) | caveat
 
     def _open(self, video: str) -> None:
         if self.session is not None:
@@ -59,7 +60,8 @@ class ServerAnswerer:
         video = {"type": "video_url", "video_url": {"url": self.url(find_video(self.videos, question.video))}}
         content = [video, {"type": "text", "text": words}]
         text = self.chat.reply([{"role": "user", "content": content}], self.max_new_tokens)
-        return _answer(text, question.choices)
+        option = None if question.choices is None else pick_option(text, question.choices)
+        return _answer(text, question.choices, option)
 
 
 def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[MakeAnswerer, dict[str, Any]]:
@@ -123,10 +125,9 @@ def make_client(
     return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, upload)
 
 
-def _answer(text: str, choices: list[Any] | None) -> dict[str, Any]:
+def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[str, Any]:
     if choices is None:
         return {"answer": text}
-    option = pick_option(text, choices)
     return {"answer": text, "choice": None if option is None else str(choices[option]), "option": option}
 
 

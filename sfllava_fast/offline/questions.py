@@ -22,7 +22,7 @@ Id = str | int
 Row = dict[str, Any]
 
 # What batch itself writes about a question.
-RESERVED = ("ok", "choice", "option", "error", "quarantined", "attempts", "seconds")
+RESERVED = ("ok", "choice", "option", "caveat", "error", "quarantined", "attempts", "seconds")
 _NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _TOLD = 3

@@ -162,7 +162,7 @@ def _count(figures: Figures, line: dict[str, Any], verdict: dict[str, Any] | Non
         truth = true_option(line)
         if truth is None:
             figures.without_truth += 1
-        elif pick_option(line["answer"], line["choices"]) == truth:
+        elif _picked(line) == truth:
             figures.choice_right += 1
         else:
             figures.choice_wrong += 1
@@ -176,6 +176,11 @@ def _count(figures: Figures, line: dict[str, Any], verdict: dict[str, Any] | Non
         figures.judged_right += verdict["pred"] == "yes"
         figures.judged_wrong += verdict["pred"] == "no"
         figures.scores.append(verdict["score"])
+
+
+def _picked(line: dict[str, Any]) -> int | None:
+    """What batch wrote: of a model that is asked without its choices, letters name none."""
+    return line["option"] if "option" in line else pick_option(line["answer"], line["choices"])
 
 
 def _as_question(line: dict[str, Any]) -> Group:

@@ -1,0 +1,29 @@
+"""Text for a terminal: nothing in a file's name or a model's answer is obeyed by it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+# C0 and C1 controls but tab and newline, marks that turn the direction of text, and halves of surrogate pairs: bytes of
+# a name that is not UTF-8.
+_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """The text with what a terminal would obey, or cannot write, as Python writes it: \\x1b."""
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def one_line(text: object) -> str:
+    """The same in one line."""
+    return " ".join(shown(text).split())
+
+
+def as_json(value: Any) -> str:
+    """JSON in one line for stdout: characters as they are where it can write them, none that a terminal would obey."""
+    can_write = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+    text = json.dumps(value, ensure_ascii=not can_write)
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
