@@ -261,7 +261,7 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
     option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
-    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer, its video included (default: none)")
+    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")
     option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
     _add_model_options(parser)
