@@ -151,7 +151,7 @@ def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]
 
     from .video import import_decoder
 
-    if args.upload:
+    if args.upload or args.upload_any:
         raise InputError("--upload is for a server: name it with --server")
     import_decoder(args.decoder)  # rather than when every worker has loaded its model
     options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
@@ -169,7 +169,8 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     ]
     if given:
         raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
-    return server_answerer(args.server, args.model, args.videos, args.max_new_tokens, args.timeout, args.upload)
+    names = ("model", "videos", "max_new_tokens", "timeout", "upload", "upload_any")
+    return server_answerer(args.server, **{name: getattr(args, name) for name in names})
 
 
 def score(args: argparse.Namespace) -> None:

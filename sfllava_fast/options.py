@@ -260,6 +260,7 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--workers", type=_count, default=1, metavar="N", help="processes, or requests at a time (default: 1)")
     option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
     option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
+    option("--upload-any", action="store_true", help="the same, also for videos that are not under --videos")
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
     option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")

@@ -18,7 +18,7 @@ from batch_answerers import asked, make_nothing, make_obedient
 from tiny_engine import LAYOUT
 
 from sfllava_fast import cli
-from sfllava_fast.errors import BackendError, CheckpointError, InputError
+from sfllava_fast.errors import BackendError, CheckpointError, InputError, VideoError
 from sfllava_fast.offline import scheduler
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
@@ -86,7 +86,6 @@ def test_a_question_that_fails_is_asked_again_behind_the_others(answer, out, log
     [
         ("die SIGKILL", "the worker was killed by SIGKILL (out of memory?)"),
         ("die SIGSEGV", "the worker was killed by SIGSEGV"),
-        ("bug", "ZeroDivisionError: a bug"),
         ("fail", "a bad video"),
         ("fill", "out of memory"),
     ],
@@ -116,6 +115,18 @@ def test_a_wrong_question_is_asked_once(answer, out, log):
     assert not complete and "error       v: a wrong question" in table
     assert read(out)["v0"]["attempts"] == 1 and read(out)["v1"]["ok"]
     assert [key for key, _ in asked(log)] == ["v0", "v1"]
+
+
+@pytest.mark.parametrize(("word", "times", "processes"), [("bug ZeroDivisionError", 1, 1), ("bug RuntimeError", 2, 3)])
+def test_an_unexpected_exception_is_the_questions_own(word, times, processes, answer, out, log):
+    table, complete = answer([*rows(word, "ok", word, "ok"), *rows("ok", video="w")], attempts=2)
+    assert not complete and "quarantined" not in table
+    lines = read(out)
+    assert [lines[key]["ok"] for key in ("v0", "v1", "v2", "v3", "w0")] == [False, True, False, True, True]
+    assert lines["v0"]["error"] == f"{word.split()[1]}: a bug" and lines["v0"]["attempts"] == times
+    assert Counter(key for key, _ in asked(log)) == {"v0": times, "v1": 1, "v2": times, "v3": 1, "w0": 1}
+    # Only one that may stay with the process ends it.
+    assert len({process for _, process in asked(log)}) >= processes
 
 
 def test_a_question_that_hangs_is_ended(answer, out, log):
@@ -367,6 +378,27 @@ def test_from_the_command_line_every_answer_is_the_engines(videos, checkpoints, 
     assert "was begun with dtype None, not bfloat16" in capsys.readouterr().err
 
 
+def test_an_unexpected_exception_while_it_is_opened_is_the_videos(videos, load, monkeypatch):
+    from sfllava_fast.engine import SlowFastLlava
+    from sfllava_fast.offline.answerers import ModelAnswerer
+
+    answerer = ModelAnswerer(load(), videos, 4)
+    monkeypatch.setattr(SlowFastLlava, "open", lambda self, *a, **k: [][0])
+    with pytest.raises(VideoError, match="plain.mp4 cannot be opened .IndexError"):
+        answerer(Question(1, "plain", "why?"))
+
+
+def test_half_a_character_costs_its_question_alone(videos, checkpoints, out, tmp_path):
+    path = tmp_path / "q.jsonl"
+    asked_of = [{"question": "a \ud83d"}, {"question": "why?"}, {"question": "why?", "choices": ["a", "b \udc00"]}]
+    path.write_text("".join(json.dumps({"id": i, "video": "plain"} | row) + "\n" for i, row in enumerate(asked_of)))
+    options = ["--model", checkpoints(), "--layout", LAYOUT, "--frames", 5, "--max-new-tokens", 4, "--device", "cpu"]
+    assert batch(path, "--videos", videos, "--out", out, *options) == 1
+    lines = read(out)
+    assert [lines[i]["ok"] for i in range(3)] == [False, True, False] and lines[0]["attempts"] == 1
+    assert "half of a surrogate pair" in lines[0]["error"] and "half of a surrogate pair" in lines[2]["error"]
+
+
 def test_a_video_is_encoded_once(videos, load, monkeypatch):
     from sfllava_fast.offline.answerers import ModelAnswerer
     from sfllava_fast.pipeline import Pipeline
@@ -388,6 +420,7 @@ def test_a_video_is_encoded_once(videos, load, monkeypatch):
         (["{q}", "--out", "{q}"], "is not an answer of a batch"),
         (["{q}", "--out", "{out}", "--layout", "slowest"], "unknown layout"),
         (["{q}", "--out", "{out}", "--upload"], "--upload is for a server"),
+        (["{q}", "--out", "{out}", "--upload-any"], "--upload is for a server"),
         (["{q}", "--out", "{out}", "--server", "http://x", "--frames", "3", "--ray"], "--frames, --ray: the server"),
         (["{q}", "--out", "{out}", "--server", "host:8000"], "is not the URL of a server"),
         (["{q}", "--out", "{out}", "--server", "http://127.0.0.1:9/v1"], "cannot be used"),

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import clips
 import pytest
 from openai_server import serving
 
@@ -168,7 +169,7 @@ def test_the_newer_name_of_the_limit_is_used_where_the_older_is_refused(chat):
 
 @pytest.mark.parametrize(
     "url",
-    ["host:8000", "ftp://host", "http://", "", "http://[::1", "http://h:port", "http://h:70000", "http://h h", "http://\x1b"],
+    ["h:8000", "ftp://host", "http://", "", "http://[::1", "http://h:port", "http://h:70000", "http://h h", "http://\x1b"],
 )
 def test_wrong_urls(url):
     with pytest.raises(InputError, match="is not the URL of a server") as raised:
@@ -274,19 +275,46 @@ def test_choices_are_in_the_words_of_our_own_prompt(batch, checkpoints):
 
     with serving(lambda body: "A") as server:
         batch(server, [("c", " Which one? ", ["a cat", "a dog"])])
-    prompt = build_prompt("Which one?", AutoTokenizer.from_pretrained(checkpoints()), "vicuna", ["a cat", "a dog"])
+    prompt = build_prompt(" Which one? ", AutoTokenizer.from_pretrained(checkpoints()), "vicuna", ["a cat", "a dog"])
     assert words_of(server.requests[0]) in prompt.text and "(B) a dog" in words_of(server.requests[0])
 
 
 def test_videos_are_uploaded_on_request(batch, videos):
     (videos / "frames").mkdir()
+    clip = clips.make(videos, "plain.mp4").rename(videos / "real.mp4")
+    (videos / "link.mp4").symlink_to("real.mp4")
+    rows = [(name, "x", None) for name in ("real", "frames", "none", "link", "a\0b", "a b", str(clip), "\ud83d")]
     with serving(lambda body: "yes") as server:
-        code, lines = batch(server, [("a b", "x", None), ("frames", "x", None), ("none", "x", None)], "--upload")
-    assert code == 1 and lines[0]["ok"] and len(server.requests) == 1
-    head, data = video_of(server.requests[0]).split(",")
-    assert head == "data:video/mp4;base64" and base64.b64decode(data) == b"a b.mp4"
+        code, lines = batch(server, rows, "--upload")
+        assert code == 1 and [key for key, line in lines.items() if line["ok"]] == [0, 3, 6]
+        for body in server.requests:
+            head, data = video_of(body).split(",")
+            assert head == "data:video/mp4;base64" and base64.b64decode(data) == clip.read_bytes()
     assert "is a folder of frames" in lines[1]["error"] and lines[1]["attempts"] == 1
-    assert "cannot be read" in lines[2]["error"]
+    assert all("cannot be read" in lines[key]["error"] for key in (2, 4, 7))
+    assert "a b.mp4" in lines[5]["error"] and len(server.requests) == 3, "no video is no upload"
+
+
+@pytest.mark.parametrize("name", ["{outside}", "../secret", "link", "folder/secret"])
+def test_only_videos_of_the_folder_are_uploaded_unless_others_are_asked_for(name, batch, videos, tmp_path):
+    outside = clips.make(tmp_path, "plain.mp4").rename(tmp_path / "secret.mp4")
+    (videos / "link.mp4").symlink_to(outside)
+    (videos / "folder").symlink_to(tmp_path)
+    rows = [(name.format(outside=outside), "x", None)]
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, rows, "--upload")
+        assert code == 1 and server.requests == [] and lines[0]["attempts"] == 1
+        assert "so it is not sent: move it there, or give --upload-any" in lines[0]["error"]
+        code, lines = batch(server, rows, "--upload-any", "--retry-errors")
+        assert code == 0 and base64.b64decode(video_of(server.requests[0]).split(",")[1]) == outside.read_bytes()
+
+
+def test_a_name_that_no_file_can_have_is_the_videos_fault(batch):
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [("\ud83d", "x", None), ("c", "half \ud83d", None), ("c", "x", None)])
+    assert code == 1 and [lines[key]["ok"] for key in range(3)] == [False, False, True]
+    assert "no name that a file can have" in lines[0]["error"] and lines[0]["quarantined"]
+    assert "half of a surrogate pair" in lines[1]["error"] and lines[1]["attempts"] == 1
 
 
 def test_a_video_that_the_server_refuses_is_its_own_error(batch):

@@ -90,9 +90,12 @@ def by_video(questions: Iterable[Question]) -> list[Group]:
 
 
 def find_video(folder: Path, name: str) -> Path:
-    """The video of that name in the folder; published files leave the suffix out."""
-    path = folder / name
-    return next((Path(f"{path}{suffix}") for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}")), path)
+    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_"."""
+    paths = [folder / name]
+    if "activitynet" in str(folder.absolute()).lower():
+        paths.append(folder / f"v_{name}")
+    found = (Path(f"{path}{suffix}") for path in paths for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}"))
+    return next(found, paths[0])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
