@@ -134,7 +134,7 @@ def batch(args: argparse.Namespace) -> int:
 
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
-    limits = {"workers": args.workers, "attempts": args.attempts, "retry_errors": args.retry_errors}
+    limits = {name: getattr(args, name) for name in ("workers", "attempts", "retry_errors", "retry_changed")}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
         limits["timeout"] = args.timeout
     if args.ray:
@@ -176,7 +176,7 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
 def score(args: argparse.Namespace) -> None:
     from .offline.score import score, table
 
-    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors")
+    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors", "retry_changed")
     figures = score(args.answers, **{name: getattr(args, name) for name in options})
     if args.json:
         print(json.dumps({name: of.to_json() for name, of in figures.items()}, ensure_ascii=False))

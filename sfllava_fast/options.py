@@ -264,6 +264,7 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
     option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")
+    option("--retry-changed", action="store_true", help="ask again what was another question when it was answered")
     option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
     _add_model_options(parser)
     _add_decoder(parser)
@@ -286,6 +287,7 @@ def _add_score(commands: Any, style: dict[str, Any]) -> None:
     option("--workers", type=_count, default=4, metavar="N", help="requests at a time (default: 4)")
     option("--by", metavar="FIELD", help="also by the values of this field, such as question_type")
     option("--retry-errors", action="store_true", help="ask the judge again where it gave no verdict")
+    option("--retry-changed", action="store_true", help="ask it again where it judged another answer or truth")
     option("--json", action="store_true", help="print one JSON object")
 
 

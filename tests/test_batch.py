@@ -156,6 +156,57 @@ def test_errors_are_kept_until_they_are_asked_again(answer, out, log, tmp_path):
     assert complete and all(line["ok"] for line in read(out).values()) and len(asked(log)) == times + 2
 
 
+@pytest.fixture
+def revise(out, log):
+    """Asks one question of these fields, or another one under its id; True where it was answered."""
+
+    def revise(options, /, **fields):
+        question = Question("v0", **({"video": "v", "question": "ok"} | fields))
+        groups = by_video([question, Question("v1", "v", "ok again")])
+        return run(groups, out, {}, partial(make_obedient, log=log), **options)[1]
+
+    return revise
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed", "named"),
+    [
+        ({}, {"question": "ok?"}, "question"),
+        ({}, {"video": "w"}, "video"),
+        ({"choices": ["a", "b"]}, {"choices": ["b", "a"]}, "choices"),
+        ({"choices": ["a", "b"]}, {}, "choices"),
+        ({"extra": {"truth": "a"}}, {"extra": {"truth": "b"}}, "truth"),
+        ({}, {"extra": {"truth": "b", "type": NAN}}, "truth, type"),
+        ({"extra": {"truth": [1], "type": NAN}}, {"extra": {"truth": [True], "type": NAN}}, "truth"),
+    ],
+)
+def test_another_question_under_an_answered_id_is_refused_or_replaces_it(fields, changed, named, revise, out, log):
+    assert revise({}, **fields) and revise({}, **fields) and len(asked(log)) == 2, "the same is not asked again"
+    before = out.read_bytes()
+    with pytest.raises(InputError, match=rf"under the ids 'v0' \(another {named}\): name another file, or replace"):
+        revise({}, **changed)
+    assert out.read_bytes() == before and len(asked(log)) == 2
+    assert revise({"retry_changed": True}, **changed)
+    assert [key for key, _ in asked(log)] == ["v0", "v1", "v0"] and set(read(out)) == {"v0", "v1"}
+    for name, value in Question("v0", **({"video": "v", "question": "ok"} | changed)).to_json().items():
+        assert json.dumps(read(out)["v0"][name]) == json.dumps(value)
+    assert revise({}, **changed) and len(asked(log)) == 3
+
+
+def test_an_error_is_no_answer_that_another_question_could_lose(revise, out, log):
+    assert not revise({}, question="refuse") and not revise({}, question="refuse") and len(asked(log)) == 2
+    assert revise({}, question="ok") and read(out)["v0"]["ok"] and len(asked(log)) == 3
+
+
+def test_no_more_changed_ids_are_named_than_one_can_read(answer):
+    answer(rows(*["ok"] * 5))
+    with pytest.raises(InputError, match=r"'v0' .*'v1' .*'v2' \(another question\) and 2 more: name"):
+        answer(rows(*["ok?"] * 5))
+
+
 def test_other_question_files_keep_their_answers(answer, out):
     answer(rows("ok", "ok"))
     table, complete = answer(rows("ok", video="w"))

@@ -134,11 +134,23 @@ def test_answers_that_the_judge_cannot_grade_are_counted_apart(tmp_path, capsys)
     assert capsys.readouterr().out == "all: open-ended 50.0 % (1 of 2), mean score 3.00\n"
 
 
-def test_verdicts_on_other_answers_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("field", "changed", "right"),
+    [
+        ("prediction", {"answer": "b"}, 0),
+        ("truth", {"truth": "b"}, 0),
+        ("question", {"question": "and now?"}, 1),
+        ("video", {"video": "w"}, 1),
+    ],
+)
+def test_verdicts_on_what_is_another_now_are_refused_or_replaced(field, changed, right, tmp_path):
     with serving(graded) as server:
-        score(write(tmp_path, line(1, "a", truth="a")), server.url)
-        with pytest.raises(InputError, match="has the verdict on another answer to 1: name another --out"):
-            score(write(tmp_path, line(1, "b", truth="a")), server.url)
+        score(write(tmp_path, line(1, "a", truth="a"), line(2, "a", truth="a")), server.url)
+        path = write(tmp_path, line(1, "a", truth="a") | changed, line(2, "a", truth="a"))
+        with pytest.raises(InputError, match=rf"under the ids 1 \(another {field}\): name another file, or replace"):
+            score(path, server.url)
+        assert score(path, server.url, retry_changed=True)["all"].judged_right == 1 + right
+        assert len(server.requests) == 3 and len((tmp_path / "answers.judged.jsonl").read_text().splitlines()) == 2
 
 
 def test_without_a_judge_open_ended_answers_are_not_judged(tmp_path, capsys):

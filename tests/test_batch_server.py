@@ -169,7 +169,7 @@ def test_the_newer_name_of_the_limit_is_used_where_the_older_is_refused(chat):
 
 @pytest.mark.parametrize(
     "url",
-    ["h:8000", "ftp://host", "http://", "", "http://[::1", "http://h:port", "http://h:70000", "http://h h", "http://\x1b"],
+    ["h:8000", "ftp://h", "http://", "", "http://[::1", "http://h:port", "http://h:70000", "http://h h", "http://\x1b"],
 )
 def test_wrong_urls(url):
     with pytest.raises(InputError, match="is not the URL of a server") as raised:

@@ -68,11 +68,14 @@ def score(
     workers: int = DEFAULT_WORKERS,
     by: str | None = None,
     retry_errors: bool = False,
+    retry_changed: bool = False,
 ) -> dict[str, Figures]:
     """Figures of a batch's output, under "all" and, with `by`, under each value of that field.
 
     judge: URL of an OpenAI-compatible server that says yes or no to open-ended answers; its verdicts are kept in `out`
-    (default: beside the output, .judged.jsonl) and the judge is asked for those that are missing.
+    (default: beside the output, .judged.jsonl) and the judge is asked for those that are missing. retry_errors,
+    retry_changed: also for those that failed, and those on another answer, question or truth, which are refused
+    without it.
     Raises InputError or BackendError.
     """
     lines = _read_answers(path)
@@ -82,13 +85,14 @@ def score(
         groups = [_as_question(line) for line in lines if line["ok"] and "choices" not in line and "truth" in line]
         if groups:
             make = partial(make_judge, url=judge, model=judge_model)
-            run(groups, out, {"judge": judge_model}, make, workers, retry_errors=retry_errors, what="judged")
+            again = {"retry_errors": retry_errors, "retry_changed": retry_changed}
+            run(groups, out, {"judge": judge_model}, make, workers, **again, what="judged")
             verdicts = {line["id"]: line for line in _read_answers(out)}
     figures = {"all": Figures()}
     for line in lines:
-        _count(figures["all"], line, verdicts.get(line["id"]), out)
+        _count(figures["all"], line, verdicts.get(line["id"]))
         if by is not None:
-            _count(figures.setdefault(f"{by} {line.get(by)}", Figures()), line, verdicts.get(line["id"]), out)
+            _count(figures.setdefault(f"{by} {line.get(by)}", Figures()), line, verdicts.get(line["id"]))
     return figures
 
 
@@ -155,7 +159,7 @@ def _accuracy(right: int, wrong: int) -> dict[str, Any] | None:
     return {"accuracy": right / (right + wrong), "right": right, "wrong": wrong} if right + wrong else None
 
 
-def _count(figures: Figures, line: dict[str, Any], verdict: dict[str, Any] | None, judged: Path | None) -> None:
+def _count(figures: Figures, line: dict[str, Any], verdict: dict[str, Any] | None) -> None:
     if not line["ok"]:
         figures.unanswered += 1
     elif "choices" in line:
@@ -170,8 +174,6 @@ def _count(figures: Figures, line: dict[str, Any], verdict: dict[str, Any] | Non
         figures.without_truth += 1
     elif verdict is None or not verdict["ok"]:
         figures.not_judged += 1
-    elif verdict["prediction"] != line["answer"]:
-        raise InputError(f"{judged} has the verdict on another answer to {line['id']!r}: name another --out")
     else:
         figures.judged_right += verdict["pred"] == "yes"
         figures.judged_wrong += verdict["pred"] == "no"
