@@ -69,7 +69,7 @@ def _weight_files(path: Path) -> list[Path]:
             names = sorted(set(map(Path, index["weight_map"].values())))
         for name in names:
             if name.is_absolute() or ".." in name.parts:
-                raise CheckpointError(f"{path / index_name} names {str(name)!r}, which is not in its folder: correct it")
+                raise CheckpointError(f"{path / index_name} names {name}, which is not in its folder: correct it")
         files = [path / name for name in names]
         for file in files:
             if not file.is_file():
