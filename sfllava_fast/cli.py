@@ -173,15 +173,19 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     return server_answerer(args.server, **{name: getattr(args, name) for name in names})
 
 
-def score(args: argparse.Namespace) -> None:
-    from .offline.score import score, table
+def score(args: argparse.Namespace) -> int:
+    from .offline.score import reasons, score, table
 
-    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors", "retry_changed")
+    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors", "retry_changed", "rule")
     figures = score(args.answers, **{name: getattr(args, name) for name in options})
     if args.json:
         print(json.dumps({name: of.to_json() for name, of in figures.items()}, ensure_ascii=False))
-        return
-    print(table(figures))
+    else:
+        print(table(figures))
+    if why := reasons(figures["all"]):
+        sys.stdout.flush()
+        print(why, file=sys.stderr)
+    return 1 if args.judge and why else 0
 
 
 def inspect(args: argparse.Namespace) -> None:

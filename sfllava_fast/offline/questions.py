@@ -1,8 +1,8 @@
 """Question files: our own JSON lines, and the published files of SlowFast-LLaVA's and IG-VLM's evaluations.
 
 All of them say the same under other names. The published ones are `question_id`, `video_name` and `candidates` (in CSV
-the columns a0, a1, ...), and `answer` is the true one, which is `truth` here: an answer is what the model says. An entry
-of VCGBench's consistency list has two questions, which become two under its id.
+the columns a0, a1, ...), and `answer` is the true one, which is `truth` here: an answer is what the model says. An
+entry of VCGBench's consistency list has two questions, which become two under its id.
 """
 
 from __future__ import annotations
