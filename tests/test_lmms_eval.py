@@ -123,10 +123,20 @@ def test_published_options_are_asked_in_the_paper_s_prompt_and_answered_by_a_let
     prompts = record(monkeypatch, lm.model, "prompt")
     replies = iter(["B) a dog", "a dog", "A horse, maybe", "neither"])
     monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
-    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 4))) == ["B", "B", "A", "neither"]
+    # The published rule knows no repeated choice: "a dog" begins with an A.
+    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 4))) == ["B", "A", "A", "neither"]
     assert prompts == [("what is it", CHOICES, ())] * 4
     (told,) = caplog.messages
     assert told == f"drawn: asked multiple choice as published, without {LETTER!r}".replace("'Answer", '"Answer')
+
+
+def test_options_are_read_by_our_rule_on_request(make, videos, monkeypatch):
+    lm = make(option_rule="own")
+    replies = iter(["B) a dog", "a dog", "neither"])
+    monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
+    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 3))) == ["B", "B", "neither"]
+    with pytest.raises(InputError, match="unknown option_rule 'mine': choose one of published, own"):
+        make(option_rule="mine")
 
 
 def test_published_open_questions_lose_the_task_s_instruction(make, videos, monkeypatch):
@@ -241,7 +251,7 @@ def test_what_the_model_cannot_do_is_said_with_the_task(make, videos):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"pretained": "x"}, InputError, "unknown model argument pretained: there are pretrained, protocol, frames"),
+        ({"pretained": "x"}, InputError, "unknown model argument pretained: there are pretrained, protocol, option_"),
         ({"protocol": "paper"}, InputError, "unknown protocol 'paper': choose one of published, task"),
         ({"frames": "fifty"}, InputError, "frames must be an integer"),
         ({"max_new_tokens": 0}, InputError, "max_new_tokens must be an integer"),
