@@ -11,12 +11,14 @@ _LABEL = re.compile(r"^question\s*:\s*", re.IGNORECASE)
 _HEADING = re.compile(r"(options?|choices|candidates)\s*:?", re.IGNORECASE)
 # How a line begins that says how to answer; what ends in a question mark is the question.
 _LEADING = re.compile(
-    r"(please )?(select|choose|pick|answer|respond|give|provide)\b.*?\b(questions?|options?|answers?|choices?|letter)\b",
+    r"(please )?(select|choose|pick|answer|respond|give|provide)\b"
+    r".*?\b(questions?|options?|answers?|choices?|letter)\b",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(r"(?<=[.?!\n])\s*((?:please )?answer\b[^.?!\n]*[.!]?)\s*$", re.IGNORECASE)
 # How options are marked, with a letter for {}; half and full width.
 _MARKS = (r"[(\uff08]{}[)\uff09]", r"{}[.\uff0e\u3001]", r"{}[)\uff09]", r"{}[:\uff1a]")
+_LONGEST = 20  # lines of an option
 
 
 class TaskText(NamedTuple):
@@ -70,7 +72,8 @@ def _options(lines: Sequence[str], start: int) -> tuple[list[str], int]:
 def _list(lines: Sequence[str], start: int, mark: str, letters: str, first: str) -> tuple[list[str], int]:
     options, end = [first], start + 1
     for letter in letters[1:]:
-        found = next((i for i in range(end, len(lines)) if _begins(mark, letter, lines[i])), None)
+        near = range(end, min(end + _LONGEST, len(lines)))
+        found = next((i for i in near if _begins(mark, letter, lines[i])), None)
         if found is None:
             break
         options[-1] = " ".join([options[-1], *lines[end:found]]).strip()
