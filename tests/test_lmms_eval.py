@@ -207,6 +207,23 @@ def test_a_question_that_does_not_fit_costs_only_its_own_answer(make, videos, ca
     assert none == "" and answer and "exceed the context of 2048" in caplog.text
 
 
+def test_an_unexpected_exception_costs_only_its_own_answer(make, videos, caplog, monkeypatch):
+    lm = make()
+    method, raised = lm.model.prompt, {"odd": TypeError("a bug"), "worse": RuntimeError("CUDA error")}
+
+    def prompt(question, *more):
+        if question in raised:
+            raise raised[question]
+        return method(question, *more)
+
+    monkeypatch.setattr(lm.model, "prompt", prompt)
+    rows = [(videos[0], "odd"), (videos[0], "half \ud83d"), (videos[0], "What is it?")]
+    odd, half, answer = texts(lm.generate_until(requests(lm, rows)))
+    assert (odd, half) == ("", "") and answer and "drawn: a question has no answer: TypeError: a bug" in caplog.messages
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        lm.generate_until(requests(lm, [(videos[0], "worse"), *rows]))
+
+
 def test_where_nothing_is_answered_the_first_error_is_raised(make, videos):
     lm = make()
     with pytest.raises(VideoError, match="no/such.mp4"):

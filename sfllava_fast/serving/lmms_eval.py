@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..answer import Answer
 from ..engine import SlowFastLlava
-from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError
+from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError, first_line
 from ..pipeline import check_count
 from ..prompts import pick_option
 from ..video import IMAGE_SUFFIXES, Source, import_decoder
@@ -169,8 +169,13 @@ class SfllavaFast(lmms):
                     session = session or self.model.open(one.video, self.frames, self.decoder)
                     answer = session.ask(one.question, one.choices, one.max_new_tokens)
                 except (InputError, VideoError, ContextError, OutOfMemoryError) as error:
-                    log.error("%s: a question has no answer: %s", one.task, error)
                     answer = error
+                except (SfllavaError, RuntimeError, OSError, MemoryError):
+                    raise  # it may stay with the process, as a CUDA error does
+                except Exception as error:
+                    answer = InputError(f"{type(error).__name__}: {first_line(error)}")
+                if isinstance(answer, SfllavaError):
+                    log.error("%s: a question has no answer: %s", one.task, answer)
                 yield answer
         finally:
             if session is not None:
