@@ -185,7 +185,7 @@ def batch(args: argparse.Namespace) -> int:
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
     videos = [find_video(args.videos, group.name) for group in groups]
     make_folder(args.out)
-    limits = {"workers": args.workers, "attempts": args.attempts, "retry_errors": args.retry_errors}
+    limits = {name: getattr(args, name) for name in ("workers", "attempts", "retry_errors", "retry_changed")}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
         limits["timeout"] = args.timeout
     limits["start"] = Worker
@@ -217,7 +217,7 @@ def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]
     from .offline.answerers import model_answerer
     from .video import import_decoder
 
-    if args.upload:
+    if args.upload or args.upload_any:
         raise InputError("--upload is for a server: name it with --server")
     import_decoder(args.decoder)  # rather than when every worker has loaded its model
     options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
@@ -235,20 +235,25 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     ]
     if given:
         raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
-    return server_answerer(args.server, args.model, args.videos, args.max_new_tokens, args.timeout, args.upload)
+    names = ("model", "videos", "max_new_tokens", "timeout", "upload", "upload_any")
+    return server_answerer(args.server, **{name: getattr(args, name) for name in names})
 
 
-def score(args: argparse.Namespace) -> None:
-    from .offline.score import score, table
+def score(args: argparse.Namespace) -> int:
+    from .offline.score import reasons, score, table
 
-    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors")
+    options = ("judge", "judge_model", "out", "workers", "by", "retry_errors", "retry_changed", "rule")
     if args.out:
         make_folder(args.out)
     figures = score(args.answers, **{name: getattr(args, name) for name in options})
     if args.json:
         print(as_json({name: of.to_json() for name, of in figures.items()}))
-        return
-    print(shown(table(figures)))
+    else:
+        print(shown(table(figures)))
+    if why := reasons(figures["all"]):
+        sys.stdout.flush()
+        print(shown(why), file=sys.stderr)
+    return 1 if args.judge and why else 0
 
 
 def inspect(args: argparse.Namespace) -> None:

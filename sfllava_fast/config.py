@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from .errors import InputError, LayoutError
-from .pathways import Bins, Count, Pathway, Range, Separator
+from .pathways import Bins, Count, Pathway, Range, Separator, at_least
 from .plan import PathwayTables, Plan
 
 _EACH, _PAIRS = Bins("each"), Bins("stride", 2)
@@ -86,12 +86,14 @@ class Layout:
             total = total + path.count_frames(frames) * path.tokens_per_frame(grid, of_row)
             blocks = blocks + path.frames.count(frames)
         blocks = frames if self.interleaved else blocks
-        return total + blocks * (of_frame + between) - between
+        total = total + blocks * of_frame
+        # A video too short for any block has nothing to stand between.
+        return total + at_least(blocks - 1, 0) * between if between else total
 
     def count_packed_tokens(self, frames: Count, grid: tuple[int, int], videos: Count) -> Count:
         """Tokens of several videos of so many frames together; for a layout that `is_affine`."""
-        per_video = self.count_tokens(0, grid)
-        return (self.count_tokens(1, grid) - per_video) * frames + per_video * videos
+        of_one, of_two = (self.count_tokens(n, grid) for n in (1, 2))
+        return (of_two - of_one) * frames + (2 * of_one - of_two) * videos
 
     def count_pictures(self, frames: int) -> int:
         """Pictures that the tower sees of so many frames."""

@@ -97,6 +97,8 @@ examples:
 
   open-ended, judged by an OpenAI-compatible server (its key in OPENAI_API_KEY):
     sfllava-fast score msvd.jsonl --judge http://host:8000/v1
+
+exit code: 0 all is counted, 1 the judge gave no verdict on some answers, 2 it could not go on, 130 interrupted.
 """
 _BENCH_EXAMPLES = """
 examples:
@@ -293,9 +295,11 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--workers", type=_count, default=1, metavar="N", help="processes, or requests at a time (default: 1)")
     option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
     option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
+    option("--upload-any", action="store_true", help="the same, also for videos that are not under --videos")
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
-    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer, its video included (default: none)")
+    option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")
+    option("--retry-changed", action="store_true", help="ask again what was another question when it was answered")
     option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
     _add_model_options(parser)
     _add_decoder(parser)
@@ -305,8 +309,8 @@ def _add_score(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser(
         "score",
         help="count the right answers of a batch",
-        description="Count the right answers of a batch: multiple choice by the published option rule, open-ended ones "
-        "by a judge. Verdicts are kept: run it again to go on after any kill.",
+        description="Count the right answers of a batch: multiple choice by an option rule, open-ended ones by a judge. "
+        "Verdicts are kept: run it again to go on after any kill.",
         epilog=_SCORE_EXAMPLES,
         **style,
     )
@@ -316,8 +320,15 @@ def _add_score(commands: Any, style: dict[str, Any]) -> None:
     option("--judge-model", metavar="NAME", help="(default: the first that the server has)")
     option("--out", type=Path, metavar="FILE.jsonl", help="verdicts (default: beside the answers, .judged.jsonl)")
     option("--workers", type=_count, default=4, metavar="N", help="requests at a time (default: 4)")
+    option(
+        "--rule",
+        choices=("published", "own"),
+        default="published",
+        help="how options and verdicts are read: as published, or by our stricter rule (default: published)",
+    )
     option("--by", metavar="FIELD", help="also by the values of this field, such as question_type")
     option("--retry-errors", action="store_true", help="ask the judge again where it gave no verdict")
+    option("--retry-changed", action="store_true", help="ask it again where it judged another answer or truth")
     option("--json", action="store_true", help="print one JSON object")
 
 

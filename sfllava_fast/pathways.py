@@ -76,7 +76,7 @@ class Pathway:
 
     A mean is sum / frames / rows / columns of its box, between linear bins the sum of its elements by their weights; a
     max passes NaN on and keeps the first of equals.
-    flat: pools the H*W patches of a frame as one row, so that bins may straddle the rows of an odd grid.
+    flat: pools the H*W patches of a frame as one row, so that column bins may straddle the rows of the grid.
     class_token: reads the token before the patches, and no patch.
     pad: zero tokens make up for frame bins lacking to so many.
     """
@@ -97,8 +97,9 @@ class Pathway:
             return 1, 1
         if not self.flat:
             return grid
-        # Flattened pairs that never straddle a row are 1 x 2 boxes on the grid itself.
-        return grid if width % self.cols.size == 0 else (1, height * width)
+        # Flattened pairs that never straddle a row are 1 x 2 boxes on the grid itself; other bins cut the whole row.
+        on_grid = self.rows.rule == "each" and self.cols.rule in ("each", "stride") and width % self.cols.size == 0
+        return grid if on_grid else (1, height * width)
 
     @property
     def is_linear(self) -> bool:
@@ -107,7 +108,7 @@ class Pathway:
     def count_frames(self, frames: Count) -> Count:
         """Frame bins, and those that zeros stand for."""
         bins = self.frames.count(frames)
-        return _at_least(bins, self.pad) if self.pad else bins
+        return at_least(bins, self.pad) if self.pad else bins
 
     def tokens_per_frame(self, grid: tuple[int, int], separators: int = 0) -> int:
         """Tokens of a frame bin, with so many separators behind each row of them."""
@@ -152,7 +153,7 @@ def _linspace(stop: int, steps: int) -> list[int]:
     return np.concatenate([step * up, stop - step * down]).astype(np.float32).astype(np.int32).tolist()
 
 
-def _at_least(count: Any, least: int) -> Any:
+def at_least(count: Any, least: int) -> Any:
     if isinstance(count, int):
         return max(count, least)
     import torch

@@ -114,7 +114,8 @@ class Pipeline:
             if prompt == "auto"
             else check_family(prompt)
         )
-        self._asks_openly = options.get("choices") == "open"
+        # A model that was trained without choices in its prompts; the choice that its answer is, is picked.
+        self.asks_openly = options.get("choices") == "open"
         self._caveat, self._said = options.get("caveat"), set()
         self.stop_ids, self.stop_text = self._find_stops()
         # Last, since it may change the model.
@@ -169,7 +170,7 @@ class Pipeline:
             raise CheckpointError(
                 f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
             )
-        seen = [] if self._asks_openly else map(str, choices or ())
+        seen = [] if self.asks_openly else map(str, choices or ())
         unknown = unknown_words(" ".join([question, *seen]), self.tokenizer)
         if unknown:
             log.warning("the model does not know these words and cannot use them: %s", ", ".join(unknown))
@@ -177,7 +178,7 @@ class Pipeline:
 
     def pick_option(self, text: str, choices: Sequence[Any]) -> int | None:
         """Index of the choice that an answer names; None where it names none."""
-        return (same_choice if self._asks_openly else pick_option)(text, choices)
+        return (same_choice if self.asks_openly else pick_option)(text, choices)
 
     def caveat_about(self, video: str) -> str | None:
         """What is to be said with answers about a video; None for nothing."""
@@ -302,9 +303,9 @@ class Pipeline:
         self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
     ) -> Prompt:
         template = self.checkpoint.chat_template
-        if self._asks_openly and choices is not None:
+        if self.asks_openly and choices is not None:
             format_options(choices)  # raises what is wrong with them
-        if self._asks_openly:
+        if self.asks_openly:
             choices, turns = None, [Turn(turn.question, turn.answer) for turn in turns]
         return build_prompt(question, self.tokenizer, self.prompt_family, choices, template, turns)
 

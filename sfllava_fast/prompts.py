@@ -42,6 +42,7 @@ _LLAMA2_SYSTEM = (
     "the user provides, and assist the user with a variety of tasks using natural language."
 )
 _OPTIONS = "Question: {question}\nOptions:\n{options}Only give the best option."
+_PUBLISHED_OPTIONS = 5
 _BEGIN_ANSWER = "Answer: In the video,"
 _BEGIN_OPTION = "Answer: Best option:("
 _CHATML = (
@@ -160,12 +161,12 @@ def build_prompt(
     """The prompt of a question in a family's form, tokenised around the video's place.
 
     chat_template: used by the family "chat_template"; None takes the tokenizer's own. turns: earlier ones of the same
-    conversation, which come between the video and the question.
-    Raises InputError for an empty question, one that holds MARKER, or choices that are not 2 to 26 texts.
+    conversation, which come between the video and the question. Blanks around question and choices are kept, as
+    published.
+    Raises InputError for an empty question, one that holds MARKER or half of a character, or choices that are not 2 to
+    26 texts.
     """
-    question = question.strip() if isinstance(question, str) else ""
-    if not question:
-        raise InputError("the question is empty: ask something about the video")
+    check_question(question, choices)
     asked = [*((turn.question, turn.choices) for turn in turns), (question, choices)]
     if any(MARKER in part for text, options in asked for part in (text, *map(str, options or ()))):
         raise InputError(f"the question holds {MARKER}, which marks the place of the video: leave it out")
@@ -182,49 +183,66 @@ def build_prompt(
     return encode_prompt(text, tokenizer)
 
 
+def check_question(question: object, choices: Sequence[Any] | None = None) -> None:
+    """InputError for a question without words, and for half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(question, str) or not question.strip():
+        raise InputError("the question is empty: ask something about the video")
+    for text in (question, *map(str, choices or ())):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise InputError(f"the question holds {half}, half of a surrogate pair: write all of it") from None
+
+
 def user_words(question: str, choices: Sequence[str] | None) -> str:
     """What a user's turn says; InputError for choices that are not 2 to 26 texts."""
     return question if choices is None else _OPTIONS.format(question=question, options=format_options(choices))
 
 
 def format_options(choices: Sequence[str]) -> str:
-    """The choices as published, a line each: "(A) first"."""
-    texts = [] if isinstance(choices, str) else [str(choice).strip() for choice in choices]
-    if not 2 <= len(texts) <= len(string.ascii_uppercase) or not all(texts):
-        raise InputError("choices must be 2 to 26 texts, none of them empty")
+    """The choices as published, a line each: "(A) first", an empty one as well."""
+    texts = [] if isinstance(choices, str) else [str(choice) for choice in choices]
+    if not 2 <= len(texts) <= len(string.ascii_uppercase):
+        raise InputError(f"choices must be 2 to 26 texts, not {len(texts)}")
     return "".join(f"({letter}) {text}\n" for letter, text in zip(string.ascii_uppercase, texts))
 
 
-def pick_option(text: str, choices: Sequence[str]) -> int | None:
-    """Index of the choice that a model's text names, by the published rule; None where it names none.
+def pick_option(text: str, choices: Sequence[Any], published: bool = False) -> int | None:
+    """Index of the choice that a model's text names; None where it names none.
 
-    A first character that is an option's letter, overruled by the first option (in the order of the
-    options) whose letter stands before ":" or ")", searched from "answer is" on where the text says so. A
-    text that repeats one choice whole is that choice.
+    By the published rule the first character names an option if it is a letter of A to E (of more letters where there
+    are more choices), overruled by the first option whose letter stands before ":" or ")", searched from "answer is" on
+    where the text says so. A letter beyond the last choice names none.
+
+    Ours differs in two points: only letters of the choices count, and a text that repeats one choice alone is that
+    choice, whatever its letters (`same_choice`).
     """
     text = text.strip()
-    same = [i for i, choice in enumerate(choices) if str(choice).strip().lower() == text.lower().rstrip(".")]
-    if len(same) == 1 and len(text) > 1:
-        return same[0]
-    letters = string.ascii_uppercase[: len(choices)]
+    letters = string.ascii_uppercase[: max(len(choices), _PUBLISHED_OPTIONS * published)]
     first = letters.find(text[:1].upper()) if text else -1
+    if not published and not (first >= 0 and len(_bare(text)) == 1):
+        if (same := same_choice(text, choices)) is not None:
+            return same
     rest = text[text.index("answer is") :] if "answer is " in text else text
     marked = (i for i, letter in enumerate(letters) if re.search(f"{letter}[:)]", rest))
-    return next(marked, first if first >= 0 else None)
+    option = next(marked, first)
+    return option if 0 <= option < len(choices) else None
 
 
 def same_choice(text: str, choices: Sequence[Any]) -> int | None:
-    """Index of the one choice that a text is, but for case, blanks and punctuation; None where it is none, or several.
+    """Index of the one choice that a text is, but for case, blanks and outer punctuation; None where it is none, or
+    several.
 
     For a model whose prompt holds no choices: the letters of its words name none.
     """
-    said = _words(text)
-    same = [number for number, choice in enumerate(choices) if said and _words(str(choice)) == said]
+    said = _bare(text)
+    same = [number for number, choice in enumerate(choices) if said and _bare(str(choice)) == said]
     return same[0] if len(same) == 1 else None
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
+def _bare(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -271,7 +289,7 @@ def _render(
             ) from None
         except Exception:  # whatever a template raises on content it does not know
             continue
-        if text.count(MARKER) == 1 and all(part in text for part in (*words, *answers)):
+        if text.count(MARKER) == 1 and all(part.strip() in text for part in (*words, *answers)):
             return text
     raise CheckpointError(
         f"the chat template does not write {MARKER} once and the question: choose another prompt"

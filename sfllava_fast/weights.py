@@ -66,7 +66,11 @@ def _weight_files(path: Path) -> list[Path]:
         if index is None:
             continue
         with one_line(f"{path / index_name} is no index of weights: download it again"):
-            files = sorted({path / name for name in index["weight_map"].values()})
+            names = sorted(set(map(Path, index["weight_map"].values())))
+        for name in names:
+            if name.is_absolute() or ".." in name.parts:
+                raise CheckpointError(f"{path / index_name} names {name}, which is not in its folder: correct it")
+        files = [path / name for name in names]
         for file in files:
             if not file.is_file():
                 raise CheckpointError(f"{path} has no {file.name}: download the checkpoint again")

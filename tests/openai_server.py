@@ -13,7 +13,8 @@ from typing import Any
 class OpenAiServer(ThreadingHTTPServer):
     """requests: the bodies of the chat requests so far, in order. headers: those of the last request.
 
-    answer: called with a body; gives the text of the reply, (status, body of an error), or None to break off.
+    answer: called with a body; gives the text of the reply, (status, body of an error), a function that writes the reply
+    to a binary file itself, or None to break off.
     """
 
     daemon_threads = True
@@ -40,6 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
         said = self.server.answer(body)
         if isinstance(said, str):
             self._send(200, {"choices": [{"message": {"role": "assistant", "content": said}}]})
+        elif callable(said):
+            said(self.wfile)
         elif said is not None:
             self._send(*said)
 

@@ -19,7 +19,7 @@ from batch_answerers import asked, make_nothing, make_obedient
 from tiny_engine import LAYOUT
 
 from sfllava_fast import cli
-from sfllava_fast.errors import BackendError, CheckpointError, InputError
+from sfllava_fast.errors import BackendError, CheckpointError, InputError, VideoError
 from sfllava_fast.offline import scheduler
 from sfllava_fast.offline.questions import Question, by_video
 from sfllava_fast.offline.run import run
@@ -88,7 +88,6 @@ def test_a_question_that_fails_is_asked_again_behind_the_others(answer, out, log
     [
         ("die SIGKILL", "the worker was killed by SIGKILL (out of memory?)"),
         ("die SIGSEGV", "the worker was killed by SIGSEGV"),
-        ("bug", "ZeroDivisionError: a bug"),
         ("fail", "a bad video"),
         ("fill", "out of memory"),
     ],
@@ -120,6 +119,18 @@ def test_a_wrong_question_is_asked_once(answer, out, log):
     assert [key for key, _ in asked(log)] == ["v0", "v1"]
 
 
+@pytest.mark.parametrize(("word", "times", "processes"), [("bug ZeroDivisionError", 1, 1), ("bug RuntimeError", 2, 3)])
+def test_an_unexpected_exception_is_the_questions_own(word, times, processes, answer, out, log):
+    table, complete = answer([*rows(word, "ok", word, "ok"), *rows("ok", video="w")], attempts=2)
+    assert not complete and "quarantined" not in table
+    lines = read(out)
+    assert [lines[key]["ok"] for key in ("v0", "v1", "v2", "v3", "w0")] == [False, True, False, True, True]
+    assert lines["v0"]["error"] == f"{word.split()[1]}: a bug" and lines["v0"]["attempts"] == times
+    assert Counter(key for key, _ in asked(log)) == {"v0": times, "v1": 1, "v2": times, "v3": 1, "w0": 1}
+    # Only one that may stay with the process ends it.
+    assert len({process for _, process in asked(log)}) >= processes
+
+
 def test_a_question_that_hangs_is_ended(answer, out, log):
     answer([*rows("hang"), *rows("ok", video="w")], attempts=2, timeout=1.0)
     lines = read(out)
@@ -145,6 +156,57 @@ def test_errors_are_kept_until_they_are_asked_again(answer, out, log, tmp_path):
     assert "quarantined v (2 questions): a bad video" in table
     table, complete = answer(questions, attempts=1, retry_errors=True)
     assert complete and all(line["ok"] for line in read(out).values()) and len(asked(log)) == times + 2
+
+
+@pytest.fixture
+def revise(out, log):
+    """Asks one question of these fields, or another one under its id; True where it was answered."""
+
+    def revise(options, /, **fields):
+        question = Question("v0", **({"video": "v", "question": "ok"} | fields))
+        groups = by_video([question, Question("v1", "v", "ok again")])
+        return run(groups, out, {}, partial(make_obedient, log=log), **options)[1]
+
+    return revise
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed", "named"),
+    [
+        ({}, {"question": "ok?"}, "question"),
+        ({}, {"video": "w"}, "video"),
+        ({"choices": ["a", "b"]}, {"choices": ["b", "a"]}, "choices"),
+        ({"choices": ["a", "b"]}, {}, "choices"),
+        ({"extra": {"truth": "a"}}, {"extra": {"truth": "b"}}, "truth"),
+        ({}, {"extra": {"truth": "b", "type": NAN}}, "truth, type"),
+        ({"extra": {"truth": [1], "type": NAN}}, {"extra": {"truth": [True], "type": NAN}}, "truth"),
+    ],
+)
+def test_another_question_under_an_answered_id_is_refused_or_replaces_it(fields, changed, named, revise, out, log):
+    assert revise({}, **fields) and revise({}, **fields) and len(asked(log)) == 2, "the same is not asked again"
+    before = out.read_bytes()
+    with pytest.raises(InputError, match=rf"under the ids 'v0' \(another {named}\): name another file, or replace"):
+        revise({}, **changed)
+    assert out.read_bytes() == before and len(asked(log)) == 2
+    assert revise({"retry_changed": True}, **changed)
+    assert [key for key, _ in asked(log)] == ["v0", "v1", "v0"] and set(read(out)) == {"v0", "v1"}
+    for name, value in Question("v0", **({"video": "v", "question": "ok"} | changed)).to_json().items():
+        assert json.dumps(read(out)["v0"][name]) == json.dumps(value)
+    assert revise({}, **changed) and len(asked(log)) == 3
+
+
+def test_an_error_is_no_answer_that_another_question_could_lose(revise, out, log):
+    assert not revise({}, question="refuse") and not revise({}, question="refuse") and len(asked(log)) == 2
+    assert revise({}, question="ok") and read(out)["v0"]["ok"] and len(asked(log)) == 3
+
+
+def test_no_more_changed_ids_are_named_than_one_can_read(answer):
+    answer(rows(*["ok"] * 5))
+    with pytest.raises(InputError, match=r"'v0' .*'v1' .*'v2' \(another question\) and 2 more: name"):
+        answer(rows(*["ok?"] * 5))
 
 
 def test_other_question_files_keep_their_answers(answer, out):
@@ -381,6 +443,27 @@ def test_from_the_command_line_every_answer_is_the_engines(videos, checkpoints, 
     assert "was begun with dtype None, not bfloat16" in capsys.readouterr().err
 
 
+def test_an_unexpected_exception_while_it_is_opened_is_the_videos(videos, load, monkeypatch):
+    from sfllava_fast.engine import SlowFastLlava
+    from sfllava_fast.offline.answerers import ModelAnswerer
+
+    answerer = ModelAnswerer(load(), videos, 4)
+    monkeypatch.setattr(SlowFastLlava, "open", lambda self, *a, **k: [][0])
+    with pytest.raises(VideoError, match="plain.mp4 cannot be opened .IndexError"):
+        answerer(Question(1, "plain", "why?"))
+
+
+def test_half_a_character_costs_its_question_alone(videos, checkpoints, out, tmp_path):
+    path = tmp_path / "q.jsonl"
+    asked_of = [{"question": "a \ud83d"}, {"question": "why?"}, {"question": "why?", "choices": ["a", "b \udc00"]}]
+    path.write_text("".join(json.dumps({"id": i, "video": "plain"} | row) + "\n" for i, row in enumerate(asked_of)))
+    options = ["--model", checkpoints(), "--layout", LAYOUT, "--frames", 5, "--max-new-tokens", 4, "--device", "cpu"]
+    assert batch(path, "--videos", videos, "--out", out, *options) == 1
+    lines = read(out)
+    assert [lines[i]["ok"] for i in range(3)] == [False, True, False] and lines[0]["attempts"] == 1
+    assert "half of a surrogate pair" in lines[0]["error"] and "half of a surrogate pair" in lines[2]["error"]
+
+
 def test_a_video_is_encoded_once(videos, load, monkeypatch):
     from sfllava_fast.offline.answerers import ModelAnswerer
     from sfllava_fast.pipeline import Pipeline
@@ -402,6 +485,7 @@ def test_a_video_is_encoded_once(videos, load, monkeypatch):
         (["{q}", "--out", "{q}"], "is not an answer of a batch"),
         (["{q}", "--out", "{out}", "--layout", "slowest"], "unknown layout"),
         (["{q}", "--out", "{out}", "--upload"], "--upload is for a server"),
+        (["{q}", "--out", "{out}", "--upload-any"], "--upload is for a server"),
         (["{q}", "--out", "{out}", "--server", "http://x", "--frames", "3", "--ray"], "--frames, --ray: the server"),
         (["{q}", "--out", "{out}", "--server", "host:8000"], "is not the URL of a server"),
         (["{q}", "--out", "{out}", "--server", "http://127.0.0.1:9/v1"], "cannot be used"),

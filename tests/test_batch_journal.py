@@ -161,6 +161,59 @@ def test_removing_the_output_begins_again(out):
         assert journal.attempts == {} and journal.done == {}
 
 
+def test_links_to_the_output_are_the_output(out, tmp_path):
+    write(out, IDS[:2])
+    (tmp_path / "folder").mkdir()
+    link, dangling = tmp_path / "folder" / "link.jsonl", tmp_path / "folder" / "new.jsonl"
+    link.symlink_to(out)
+    dangling.symlink_to("../made.jsonl")
+    write(link)
+    assert [row["id"] for row in read(out)] == IDS and link.is_symlink()
+    write(dangling)
+    assert [row["id"] for row in read(tmp_path / "made.jsonl")] == IDS
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["link.jsonl", "new.jsonl"]
+    with Journal(out, SETTINGS), pytest.raises(InputError, match="is being written by another batch"):
+        Journal(link, SETTINGS)
+
+
+def test_rewriting_follows_no_link_and_keeps_the_mode(out, tmp_path):
+    with Journal(out, SETTINGS) as journal:
+        journal.begin()
+        for key in ("a", "b"):
+            journal.finish(line(key, ok=False, error="bad"))
+    victim, link = tmp_path / "victim", tmp_path / "link.jsonl"
+    victim.write_text("mine")
+    (tmp_path / "answers.jsonl.part").symlink_to(victim)
+    link.symlink_to(out)
+    out.chmod(0o640)
+    with Journal(link, SETTINGS) as journal:
+        journal.begin(again={"a"})
+        journal.finish(line("a"))
+    assert victim.read_text() == "mine" and link.is_symlink() and not out.is_symlink()
+    assert [row["id"] for row in read(out)] == ["b", "a"] and out.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_not_one_file_is_refused(out, tmp_path):
+    (tmp_path / "answers.jsonl.state").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="cannot write .*state"):
+        Journal(out, SETTINGS)
+    assert not (tmp_path / "victim").exists()
+    (tmp_path / "answers.jsonl.state").unlink()
+    write(out)
+    os.link(out, tmp_path / "other.jsonl")
+    with pytest.raises(InputError, match="has another name .a hard link.: name another file, or copy it"):
+        Journal(tmp_path / "other.jsonl", SETTINGS)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no regular file: name another"):
+        Journal(tmp_path / "pipe", SETTINGS)
+
+
+def test_lines_nested_too_deep_are_no_answers(out):
+    out.write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(InputError, match="is not an answer of a batch"):
+        Journal(out, SETTINGS)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"notes\nmine\n", b"notes", b'{"id": 1}\n{"id": 2}', b'{"id": [], "ok": true}\n', b"\x89PNG\n", b"{}\nx", b"\n"],

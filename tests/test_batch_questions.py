@@ -81,9 +81,60 @@ def test_published_ids_that_repeat_are_told_apart_by_their_order(tmp_path):
     assert [q.id for q in read_questions(write(tmp_path / "q.csv", lines))] == ["1201_30933", "1201_30933#2"]
 
 
+def test_an_entry_of_two_questions_is_two_questions(tmp_path):
+    entries = [
+        {"video_name": "a", "question_id": "a_0", "question": ["what?", "which?"], "answer": "so"},
+        {"video_name": "b", "question_id": "a_0", "question": "why?", "answer": "because"},
+    ]
+    path = tmp_path / "Video-ChatGPT-consistency_val_qa.json"
+    path.write_text(json.dumps(entries))
+    for questions in (read_questions(path), read_questions(path, path)):
+        assert questions == [
+            Question("a_0", "a", "what?", None, {"truth": "so"}),
+            Question("a_0#2", "a", "which?", None, {"truth": "so"}),
+            Question("a_0#3", "b", "why?", None, {"truth": "because"}),
+        ]
+
+
+def test_blanks_are_kept(tmp_path):
+    lines = CHOICE_CSV.replace("how did he not fall", " how? ").replace("jump,nod", " jump,")
+    (question,) = read_questions(write(tmp_path / "q.csv", lines))
+    assert question.question == " how? " and question.choices == [" jump", "", "push", "play", "move"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '1,1201,man,"who cooks?,clip,id,0\n2,1201,man,"so, who?",clip,id2,0',
+        '1,1201,man,"who cooks?,clip,id,0',
+        '1,1201,man,"who "really" cooks?",clip,id,0',
+        '1,1201,man,"who cooks?,clip,id,0\n' + "2,1201,man,who?,clip,id2,0\n" * 6000,
+    ],
+)
+def test_a_stray_quote_is_one_line(line, tmp_path):
+    lines = OPEN_ENDED_CSV.splitlines()[0] + f"\n{line}\n"
+    with pytest.raises(InputError, match="around line [0-9]+ it is not CSV .*its own doubled") as raised:
+        read_questions(write(tmp_path / "q.csv", lines))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("number", "read"), [("1", 1), ("B", "B"), ("", ""), ("1" * 5000, "1" * 5000), ("-1", "-1")])
+def test_answer_numbers_of_csv_files(number, read, tmp_path):
+    lines = NUMBERED_CSV.replace("play,1,", f"play,{number},")
+    (question,) = read_questions(write(tmp_path / "q.csv", lines))
+    assert question.extra["answer_number"] == read
+
+
+def nested(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("[" * 100_000, "is not JSON"),
+        ('{"id": 1, "x": ' + "[" * 100_000, "line 1 is not JSON"),
+        ([row(1, x=nested(64))], "line 1 has more than 64 lists and objects in one another"),
         ([row(1), row(2), row(1)], "line 3 has the id 1 of line 1"),
         ([row(1)] * 6, "line 2 has .*; line 3 has .*; line 4 has .*; and 2 more$"),
         ([row(None)], "line 1 has no id"),
@@ -117,6 +168,10 @@ def test_a_csv_line_of_another_width(line, tmp_path):
         read_questions(write(tmp_path / "q.csv", lines))
 
 
+def test_what_is_nested_less_is_read(tmp_path):
+    assert read_questions(write(tmp_path / "q.jsonl", [row(1, x=nested(63))]))[0].extra["x"] == nested(63)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         read_questions(tmp_path / "none.jsonl")
@@ -133,5 +188,18 @@ def test_videos_are_found_with_and_without_suffix(tmp_path):
     assert find_video(tmp_path, "b") == tmp_path / "b.gif"
     assert find_video(tmp_path, "c") == tmp_path / "c" and find_video(tmp_path, "d") == tmp_path / "d"
     assert find_video(tmp_path / "x", str(tmp_path / "a")) == tmp_path / "a.mp4"
-    for name in ("none", "n" * 300, "a\0b"):
+    for name in ("none", "n" * 300, "a\0b", "\ud83d"):
         assert find_video(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize("folder", ["Activitynet_Zero_Shot_QA/all_test", "activitynet"])
+def test_a_folder_whose_names_have_a_beginning_that_questions_leave_out(folder, tmp_path):
+    folder, other = tmp_path / folder, tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir(parents=True)
+        for name in ("v_a.mkv", "b.mp4", "v_b.mp4"):
+            (place / name).touch()
+    assert find_video(folder, "a") == find_video(folder, "v_a") == folder / "v_a.mkv"
+    assert find_video(folder, "b") == folder / "b.mp4", "a name that is there as it is, is meant"
+    assert find_video(folder, "c") == folder / "c"
+    assert find_video(other, "a") == other / "a", "elsewhere it would be another video"

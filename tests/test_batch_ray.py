@@ -34,7 +34,7 @@ def cluster():
 @needs_ray
 def test_actors_answer_and_are_quarantined_as_processes_are(cluster, tmp_path):
     out, log = tmp_path / "a.jsonl", tmp_path / "asked"
-    words = {"a": ["ok", "ok"], "b": ["die SIGKILL", "ok"], "c": ["hang"], "d": ["refuse", "ok"], "e": ["bug"]}
+    words = {"a": ["ok", "ok"], "b": ["die SIGKILL", "ok"], "c": ["hang"], "d": ["refuse", "ok"], "e": ["bug ZeroDivisionError"]}
     rows = [(f"{video}{i}", video, text) for video, texts in words.items() for i, text in enumerate(texts)]
     groups = by_video(Question(*row) for row in rows)
     make = partial(make_obedient, log=log)

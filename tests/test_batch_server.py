@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import clips
 import pytest
 from openai_server import serving
 
@@ -73,7 +74,16 @@ def test_a_request_and_its_reply(chat, monkeypatch):
         ((401, {"error": {"message": "no key"}}), BackendError, "says 401 no key: check URL, model and OPENAI_API_KEY"),
         ((404, {}), BackendError, "says 404 .*: check URL"),
         ((200, {"choices": []}), ServerError, "a reply without a message"),
-        ((200, b"<html>"), ServerError, "broke off"),
+        ((200, {"choices": [{"message": {"content": {"text": "x"}}}]}), ServerError, "a reply without a message"),
+        ((200, [[float("nan")]]), ServerError, r"a reply without a message: \[\[NaN"),
+        ((200, b"<html>\x1b[2J"), ServerError, r"a reply that is not JSON: '<html>\?\[2J'"),
+        ((200, b"[" * 100_000), ServerError, "a reply that is not JSON"),
+        ((200, b"9" * 5000), ServerError, "a reply that is not JSON|without a message"),
+        ((200, b" " * (17 << 20)), ServerError, "a reply of more than 16 MiB"),
+        ((500, b"x" * (17 << 20)), ServerError, "a reply of more than 16 MiB"),
+        ((302, {}), BackendError, "redirects .302., which is not followed: name the URL"),
+        (lambda file: file.write(b"SPAM\r\n\r\n"), ServerError, "broke off .BadStatusLine"),
+        (lambda file: file.write(b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n{"), ServerError, "not JSON: '{'"),
         (None, ServerError, "broke off"),
     ],
 )
@@ -123,18 +133,100 @@ def test_a_server_that_comes_back_goes_on(chat, monkeypatch):
         back[0].__exit__(None, None, None)
 
 
-def test_a_reply_that_does_not_come(chat):
+@pytest.mark.parametrize(
+    "begin", [b"", b"HTTP/1.0 200 OK\r\nX: ", b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 500 X\r\n\r\n"]
+)
+def test_a_reply_that_does_not_come_or_drips_is_cut_off(begin, chat):
     end = threading.Event()
-    with serving(lambda body: end.wait(30) and "late") as server:
-        with pytest.raises(ServerError, match="no reply in time"):
-            ask(chat(server, timeout=0.3))
+
+    def drip(file):
+        file.write(begin)
+        while begin and not end.wait(0.05):
+            file.write(b" ")
+        end.wait(30)
+
+    with serving(lambda body: drip) as server:
+        with pytest.raises(ServerError, match="gave no reply within 0.4 seconds"):
+            ask(chat(server, timeout=0.4))
         end.set()
 
 
-@pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", ""])
+def test_there_is_a_time_limit_by_default(chat):
+    with serving(lambda body: "here") as server:
+        assert chat(server).timeout == 600 and chat(server, timeout=5.0).timeout == 5
+
+
+def test_the_newer_name_of_the_limit_is_used_where_the_older_is_refused(chat):
+    refusal = (400, {"error": {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}})
+    with serving(lambda body: refusal if "max_tokens" in body else "yes") as server:
+        client = chat(server)
+        assert [ask(client), ask(client)] == ["yes", "yes"]
+        assert [body.get("max_completion_tokens") for body in server.requests] == [None, 7, 7]
+        server.answer = lambda body: (400, {"error": "not max_completion_tokens either"})
+        with pytest.raises(InputError, match="says 400 not max_completion_tokens either"):
+            ask(chat(server))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["h:8000", "ftp://h", "http://", "", "http://[::1", "http://h:port", "http://h:70000", "http://h h", "http://\x1b"],
+)
 def test_wrong_urls(url):
-    with pytest.raises(InputError, match="is not the URL of a server"):
+    with pytest.raises(InputError, match="is not the URL of a server") as raised:
         Chat(url)
+    assert "\x1b" not in str(raised.value)
+
+
+KEY = "sk-EXAMPLE"
+
+
+@pytest.mark.parametrize(
+    "url", [f"http://user:{KEY}@h:1", f"ftp://{KEY}@h", f"http://h:1/v1?key={KEY}", f"http://h:1/#{KEY}", f"{KEY}@h"]
+)
+def test_a_secret_in_a_url_is_not_repeated(url):
+    with pytest.raises(InputError, match="put its key into OPENAI_API_KEY") as raised:
+        Chat(url)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("around", ["{}\r", "{}\n", " {}\r\n", "\t{}"])
+def test_blanks_around_the_key_are_taken_off(around, chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", around.format(KEY))
+    with serving(lambda body: "yes") as server:
+        assert ask(chat(server)) == "yes" and server.headers["Authorization"] == f"Bearer {KEY}"
+        monkeypatch.setenv("OPENAI_API_KEY", around.format(""))
+        assert ask(chat(server)) == "yes" and "Authorization" not in server.headers
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\nX: y", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u00fc", f"{KEY}\ud83d"])
+def test_a_key_that_no_header_takes_is_refused_without_it(key, monkeypatch):
+    monkeypatch.setattr(chat_module.os, "environ", {"OPENAI_API_KEY": key})
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a control character or one beyond ASCII") as raised:
+        Chat("http://127.0.0.1:9/v1")
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [(401, {"error": {"message": f"wrong key {KEY}"}}), (200, f"Bearer {KEY}".encode()), (200, {"headers": KEY})],
+)
+def test_a_key_that_the_server_repeats_is_not_told(said, chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(lambda body: said) as server:
+        with pytest.raises((ServerError, BackendError)) as raised:
+            ask(chat(server))
+    assert KEY not in str(raised.value) and "***" in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed_and_the_key_stays(status, chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(lambda body: "stolen") as other:
+        elsewhere = f"HTTP/1.0 {status} X\r\nLocation: {other.url}/chat/completions\r\n\r\n".encode()
+        with serving(lambda body: lambda file: file.write(elsewhere)) as server:
+            with pytest.raises(BackendError, match=f"redirects .{status}., which is not followed"):
+                ask(chat(server))
+        assert other.requests == [] and other.headers == {}
 
 
 # From the command line, with real client processes.
@@ -183,19 +275,46 @@ def test_choices_are_in_the_words_of_our_own_prompt(batch, checkpoints):
 
     with serving(lambda body: "A") as server:
         batch(server, [("c", " Which one? ", ["a cat", "a dog"])])
-    prompt = build_prompt("Which one?", AutoTokenizer.from_pretrained(checkpoints()), "vicuna", ["a cat", "a dog"])
+    prompt = build_prompt(" Which one? ", AutoTokenizer.from_pretrained(checkpoints()), "vicuna", ["a cat", "a dog"])
     assert words_of(server.requests[0]) in prompt.text and "(B) a dog" in words_of(server.requests[0])
 
 
 def test_videos_are_uploaded_on_request(batch, videos):
     (videos / "frames").mkdir()
+    clip = clips.make(videos, "plain.mp4").rename(videos / "real.mp4")
+    (videos / "link.mp4").symlink_to("real.mp4")
+    rows = [(name, "x", None) for name in ("real", "frames", "none", "link", "a\0b", "a b", str(clip), "\ud83d")]
     with serving(lambda body: "yes") as server:
-        code, lines = batch(server, [("a b", "x", None), ("frames", "x", None), ("none", "x", None)], "--upload")
-    assert code == 1 and lines[0]["ok"] and len(server.requests) == 1
-    head, data = video_of(server.requests[0]).split(",")
-    assert head == "data:video/mp4;base64" and base64.b64decode(data) == b"a b.mp4"
+        code, lines = batch(server, rows, "--upload")
+        assert code == 1 and [key for key, line in lines.items() if line["ok"]] == [0, 3, 6]
+        for body in server.requests:
+            head, data = video_of(body).split(",")
+            assert head == "data:video/mp4;base64" and base64.b64decode(data) == clip.read_bytes()
     assert "is a folder of frames" in lines[1]["error"] and lines[1]["attempts"] == 1
-    assert "cannot be read" in lines[2]["error"]
+    assert all("cannot be read" in lines[key]["error"] for key in (2, 4, 7))
+    assert "a b.mp4" in lines[5]["error"] and len(server.requests) == 3, "no video is no upload"
+
+
+@pytest.mark.parametrize("name", ["{outside}", "../secret", "link", "folder/secret"])
+def test_only_videos_of_the_folder_are_uploaded_unless_others_are_asked_for(name, batch, videos, tmp_path):
+    outside = clips.make(tmp_path, "plain.mp4").rename(tmp_path / "secret.mp4")
+    (videos / "link.mp4").symlink_to(outside)
+    (videos / "folder").symlink_to(tmp_path)
+    rows = [(name.format(outside=outside), "x", None)]
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, rows, "--upload")
+        assert code == 1 and server.requests == [] and lines[0]["attempts"] == 1
+        assert "so it is not sent: move it there, or give --upload-any" in lines[0]["error"]
+        code, lines = batch(server, rows, "--upload-any", "--retry-errors")
+        assert code == 0 and base64.b64decode(video_of(server.requests[0]).split(",")[1]) == outside.read_bytes()
+
+
+def test_a_name_that_no_file_can_have_is_the_videos_fault(batch):
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [("\ud83d", "x", None), ("c", "half \ud83d", None), ("c", "x", None)])
+    assert code == 1 and [lines[key]["ok"] for key in range(3)] == [False, False, True]
+    assert "no name that a file can have" in lines[0]["error"] and lines[0]["quarantined"]
+    assert "half of a surrogate pair" in lines[1]["error"] and lines[1]["attempts"] == 1
 
 
 def test_a_video_that_the_server_refuses_is_its_own_error(batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from sfllava_fast.config import SLOW_POOLS, Bins, Pathways, SlowFastConfig, sample_frames, square_grid
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts import parse_layout
+from sfllava_fast.reference import aggregate
 
 PAPER = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
 counts = st.integers(1, 2**20)
@@ -291,6 +293,48 @@ def test_layouts_of_any_pathways(text, frames, tokens):
     layout = parse_layout(text)
     assert str(layout) == text and parse_layout(str(layout)) == layout
     assert layout.count_tokens(frames, (6, 6)) == layout.plan(frames, (6, 6)).tokens["total"] == tokens
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (3, 5), (4, 6), (1, 7)])
+@pytest.mark.parametrize("cols", ["each", "stride2", "stride3", "adaptive2", "adaptive5", "adaptive6"])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_flat_cuts_the_patches_of_a_frame_as_one_row(cols, reduce, grid):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-8, 8, (2, grid[0] * grid[1], 3)).astype(np.float64)
+    number = int(cols[-1]) if cols != "each" else 1
+    if cols.startswith("adaptive"):
+        bins = [oracle.adaptive_bin(i, x.shape[1], number) for i in range(number)]
+    else:
+        bins = [range(i, i + number) for i in range(0, x.shape[1] - number + 1, number)]
+    pool = oracle.largest if reduce == "max" else oracle.mean
+    expected = np.array([pool([frame[i] for i in bin]) for frame in x for bin in bins])
+    layout = parse_layout(f"pool:each,each,{cols},{reduce},flat")
+    assert layout.count_tokens(2, grid) == layout.plan(2, grid).tokens["total"] == len(expected)
+    assert np.allclose(aggregate(torch.tensor(x), layout.plan(2, grid)).numpy(), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", ["stride2", "stride3"])
+def test_flat_leaves_no_rows_to_stride_over(rows):
+    for width in (4, 5):
+        with pytest.raises(LayoutError, match="leaves no token"):
+            parse_layout(f"pool:each,{rows},stride2,max,flat").plan(2, (4, width))
+
+
+@pytest.mark.parametrize("frames", ["stride4", "others8", "others1", "each", "every3"])
+@pytest.mark.parametrize("options", ["a@between", "a@between;b@end", "a@frame;b@between;c@row", "b@end"])
+def test_tokens_are_counted_of_videos_too_short_for_any(frames, options):
+    layout = parse_layout(f"pool:{frames},each,stride2,mean;{options}")
+    lengths = (1, 4, 2, 9, 3)
+    try:
+        plan = layout.plan(lengths, (2, 2))
+    except LayoutError:
+        assert frames == "others1"
+        return
+    counted = [layout.count_tokens(n, (2, 2)) for n in lengths]
+    assert counted == list(np.diff(plan.offsets)) and min(counted) >= 0
+    assert layout.count_tokens(torch.tensor(lengths), (2, 2)).tolist() == counted
+    if layout.is_affine:
+        assert layout.count_packed_tokens(sum(lengths), (2, 2), len(lengths)) == plan.offsets[-1]
 
 
 def test_slowfast_is_two_pathways():

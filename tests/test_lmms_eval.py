@@ -123,10 +123,20 @@ def test_published_options_are_asked_in_the_paper_s_prompt_and_answered_by_a_let
     prompts = record(monkeypatch, lm.model, "prompt")
     replies = iter(["B) a dog", "a dog", "A horse, maybe", "neither"])
     monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
-    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 4))) == ["B", "B", "A", "neither"]
+    # The published rule knows no repeated choice: "a dog" begins with an A.
+    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 4))) == ["B", "A", "A", "neither"]
     assert prompts == [("what is it", CHOICES, ())] * 4
     (told,) = caplog.messages
     assert told == f"drawn: asked multiple choice as published, without {LETTER!r}".replace("'Answer", '"Answer')
+
+
+def test_options_are_read_by_our_rule_on_request(make, videos, monkeypatch):
+    lm = make(option_rule="own")
+    replies = iter(["B) a dog", "a dog", "neither"])
+    monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
+    assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 3))) == ["B", "B", "neither"]
+    with pytest.raises(InputError, match="unknown option_rule 'mine': choose one of published, own"):
+        make(option_rule="mine")
 
 
 def test_published_open_questions_lose_the_task_s_instruction(make, videos, monkeypatch):
@@ -197,6 +207,23 @@ def test_a_question_that_does_not_fit_costs_only_its_own_answer(make, videos, ca
     assert none == "" and answer and "exceed the context of 2048" in caplog.text
 
 
+def test_an_unexpected_exception_costs_only_its_own_answer(make, videos, caplog, monkeypatch):
+    lm = make()
+    method, raised = lm.model.prompt, {"odd": TypeError("a bug"), "worse": RuntimeError("CUDA error")}
+
+    def prompt(question, *more):
+        if question in raised:
+            raise raised[question]
+        return method(question, *more)
+
+    monkeypatch.setattr(lm.model, "prompt", prompt)
+    rows = [(videos[0], "odd"), (videos[0], "half \ud83d"), (videos[0], "What is it?")]
+    odd, half, answer = texts(lm.generate_until(requests(lm, rows)))
+    assert (odd, half) == ("", "") and answer and "drawn: a question has no answer: TypeError: a bug" in caplog.messages
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        lm.generate_until(requests(lm, [(videos[0], "worse"), *rows]))
+
+
 def test_where_nothing_is_answered_the_first_error_is_raised(make, videos):
     lm = make()
     with pytest.raises(VideoError, match="no/such.mp4"):
@@ -241,7 +268,7 @@ def test_what_the_model_cannot_do_is_said_with_the_task(make, videos):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"pretained": "x"}, InputError, "unknown model argument pretained: there are pretrained, protocol, frames"),
+        ({"pretained": "x"}, InputError, "unknown model argument pretained: there are pretrained, protocol, option_"),
         ({"protocol": "paper"}, InputError, "unknown protocol 'paper': choose one of published, task"),
         ({"frames": "fifty"}, InputError, "frames must be an integer"),
         ({"max_new_tokens": 0}, InputError, "max_new_tokens must be an integer"),

@@ -107,7 +107,7 @@ def test_question_must_not_hold_the_marker():
         build_prompt("what is <image>?", byte_tokenizer(), "vicuna")
 
 
-@pytest.mark.parametrize("choices", [["one"], [], ["a", " "], "ab", [str(i) for i in range(27)]])
+@pytest.mark.parametrize("choices", [["one"], [], "ab", [str(i) for i in range(27)]])
 def test_bad_choices(choices):
     with pytest.raises(InputError, match="2 to 26 texts"):
         format_options(choices)
@@ -163,32 +163,83 @@ def test_option_rule(text, option):
     assert pick_option(text, CHOICES) == option
 
 
-def test_option_rule_agrees_with_the_published_branches():
-    """Five options: the ladder of the published scorer, written out."""
+def published_option(text):
+    """The ladder of the published scorer, written from its description: letters of A to E, whatever the choices are."""
+    option = "abcde".find(text[0].lower()) if text[0] in "abcdeABCDE" else None
+    if "answer is " in text:
+        text = text[text.index("answer is") :]
+    for i, letter in enumerate("ABCDE"):
+        if f"{letter}:" in text or f"{letter})" in text:
+            return i
+    return option
 
-    def published(text):
-        option = "abcde".find(text[0].lower()) if text[0] in "abcdeABCDE" else None
-        if "answer is " in text:
-            text = text[text.index("answer is") :]
-        for i, letter in enumerate("ABCDE"):
-            if f"{letter}:" in text or f"{letter})" in text:
-                return i
-        return option
 
-    texts = [
-        "A",
-        "e) x",
-        "Z",
-        "(D",
-        "it is E)",
-        "answer is C: d",
-        "B and D)",
-        "C: no, the answer is (A)",
-        "d: x",
-        "5",
-    ]
-    choices = ["v", "w", "x", "y", "z"]
-    assert [pick_option(text, choices) for text in texts] == [published(text) for text in texts]
+ANSWERS = [
+    "A",
+    "e) x",
+    "Z",
+    "(D",
+    "it is E)",
+    "answer is C: d",
+    "B and D)",
+    "C: no, the answer is (A)",
+    "d: x",
+    "5",
+    "D or E)",
+    "a blue one",
+    "neither",
+    "Because A: x",
+]
+
+
+@pytest.mark.parametrize("choices", [["v", "w", "x", "y", "z"], CHOICES, ["a blue one", "b", "neither", "5"]])
+def test_the_published_rule_is_the_published_ladder(choices):
+    for text in ANSWERS:
+        option = published_option(text)
+        wanted = option if option is not None and option < len(choices) else None
+        assert pick_option(text, choices, published=True) == wanted, text
+
+
+def test_our_rule_is_the_published_one_but_for_repeated_choices_and_letters_beyond_the_last():
+    five = [f"{letter}one" for letter in "vwxyz"]
+    assert [pick_option(text, five) for text in ANSWERS] == [published_option(text) for text in ANSWERS]
+    assert pick_option("D or A)", CHOICES) == pick_option("D or A)", CHOICES, published=True) == 0
+    assert pick_option("B or E)", CHOICES) == 1 and pick_option("B or E)", CHOICES, published=True) is None
+
+
+SENTENCES = ["The cat sits on the sofa.", "A dog is running in the yard.", "C opens the box."]
+
+
+@pytest.mark.parametrize("end", ["", ".", " ", " .", "\n"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_choice_that_is_repeated_is_that_choice(number, end):
+    said = SENTENCES[number].rstrip(".") + end
+    assert pick_option(said, SENTENCES) == pick_option(said.upper(), SENTENCES) == number
+    assert pick_option(said, [text.rstrip(".") for text in SENTENCES]) == number
+
+
+def test_short_choices():
+    assert [pick_option(text, ["2", "4", "6"]) for text in ("4", "6.", "B", "5", "42")] == [1, 2, 1, None, None]
+    assert [pick_option(text, [2, 4, 6]) for text in ("4", "A")] == [1, 0]
+    # A letter is a letter, though a choice be the same.
+    assert [pick_option(text, ["b", "a"]) for text in ("A", "a.", "B")] == [0, 0, 1]
+    assert [pick_option(text, ["x", ""]) for text in ("", " ", ".", "B", "x")] == [None, None, None, 1, 0]
+    assert pick_option("same", ["same", "same"]) is None
+
+
+def test_outer_blanks_are_kept_and_an_empty_choice_is_asked():
+    prompt = build_prompt(" why? \n", byte_tokenizer(), "vicuna", ["", " a dog "])
+    assert "Question:  why? \n\nOptions:\n(A) \n(B)  a dog \nOnly" in prompt.text
+    template = "{% for m in messages %}{{ '<image>' + m['content'] | trim }}{% endfor %}"
+    plain = template.replace("'<image>' + ", "")
+    assert build_prompt(" why? ", byte_tokenizer(), "chat_template", chat_template=plain).text == "<image>\n why?"
+
+
+@pytest.mark.parametrize("question, choices", [("a \ud83d", None), ("a", ["b", "\udc00 c"])])
+@pytest.mark.parametrize("family", ["vicuna", "chat_template"])
+def test_half_a_character_is_the_questions_fault(question, choices, family):
+    with pytest.raises(InputError, match=r"holds '\\ud[0-9a-f]+', half of a surrogate pair"):
+        build_prompt(question, byte_tokenizer(), family, choices)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_every_family_has_a_template():
 @pytest.mark.parametrize("parts", [[VIDEO, text(QUESTION)], [text(f" {QUESTION}\n"), VIDEO]])
 def test_a_question_about_a_video_is_the_engines_prompt(family, parts):
     tokenizer = byte_tokenizer(family)
-    prompt = build_prompt(QUESTION, tokenizer, family)
+    prompt = build_prompt(next(part["text"] for part in parts if "text" in part), tokenizer, family)
     rendered = render(family, [{"role": "user", "content": parts}])
     assert rendered == bos(family) + prompt.text
     ids = tokenizer(rendered, add_special_tokens=False).input_ids

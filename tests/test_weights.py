@@ -128,6 +128,15 @@ def test_indices_of_nothing(path, index):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", ["../{}/model-00001-of-00002.safetensors", "a/../b", "{path}/x.safetensors"])
+def test_an_index_that_names_files_elsewhere(name, path):
+    rewrite(path, shards=2)
+    name = name.format(path.name, path=path)
+    edit_index(path, lambda index: index["weight_map"].update({HEAD: name}))
+    with one_line(CheckpointError, "which is not in its folder: correct it"):
+        load_checkpoint(path)
+
+
 def test_an_index_of_no_files(path):
     rewrite(path, shards=2)
     edit_index(path, lambda index: index.update(weight_map={}))

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, VideoError
-from ..prompts import pick_option, user_words
+from ..errors import InputError, SfllavaError, VideoError, first_line
+from ..prompts import check_question, pick_option, user_words
 from .chat import Chat
 from .questions import Question, find_video
 from .workers import MakeAnswerer
@@ -35,28 +35,39 @@ class ModelAnswerer:
         if question.video != self.video:
             self._open(question.video)
         said = self.session.ask(question.question, question.choices, self.max_new_tokens)
-        caveat = {"caveat": said.caveat} if said.caveat else {}
-        return _answer(said.text, question.choices, said.option) | caveat
+        told = {"caveat": said.caveat} if said.caveat else {}
+        if question.choices is not None and self.model.asks_openly:
+            told["openly"] = True  # letters of the answer name no choice, by no rule
+        return _answer(said.text, question.choices, said.option) | told
 
     def _open(self, video: str) -> None:
         if self.session is not None:
             self.session.close(spare=True)
         self.video = self.session = None
-        self.session = self.model.open(find_video(self.videos, video), **self.opening)
+        path = find_video(self.videos, video)
+        try:
+            self.session = self.model.open(path, **self.opening)
+        except SfllavaError:
+            raise
+        except Exception as error:  # whatever it is, it is the video's fault and not the question's
+            raise VideoError(f"{path} cannot be opened ({type(error).__name__}: {first_line(error)})") from error
         self.video = video
 
 
 class ServerAnswerer:
-    """A vLLM server. upload: send the video's bytes, for a server that does not see the same files."""
+    """A vLLM server. upload: send the video's bytes, for a server that does not see the same files; only videos under
+    `videos` are sent, with `upload_any` others as well."""
 
-    def __init__(self, chat: Chat, videos: Path, max_new_tokens: int, upload: bool = False) -> None:
+    def __init__(
+        self, chat: Chat, videos: Path, max_new_tokens: int, upload: bool = False, upload_any: bool = False
+    ) -> None:
         self.chat, self.videos, self.max_new_tokens = chat, videos, max_new_tokens
-        self.url = lru_cache(maxsize=1)(_data_url) if upload else _file_url
+        send = partial(_data_url, folder=None if upload_any else videos)
+        self.url = lru_cache(maxsize=1)(send) if upload or upload_any else _file_url
 
     def __call__(self, question: Question) -> dict[str, Any]:
-        if not question.question.strip():
-            raise InputError("the question is empty: ask something about the video")
-        words = user_words(question.question.strip(), question.choices)
+        check_question(question.question, question.choices)
+        words = user_words(question.question, question.choices)
         video = {"type": "video_url", "video_url": {"url": self.url(find_video(self.videos, question.video))}}
         content = [video, {"type": "text", "text": words}]
         text = self.chat.reply([{"role": "user", "content": content}], self.max_new_tokens)
@@ -82,10 +93,11 @@ def server_answerer(
     max_new_tokens: int | None = None,
     timeout: float | None = None,
     upload: bool = False,
+    upload_any: bool = False,
 ) -> tuple[MakeAnswerer, dict[str, Any]]:
     """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster."""
     decide = {"model": model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
-    make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, **decide)
+    make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, upload_any=upload_any, **decide)
     return make, {"server": True, **decide}
 
 
@@ -121,8 +133,9 @@ def make_client(
     videos: Path,
     max_new_tokens: int,
     upload: bool,
+    upload_any: bool,
 ) -> ServerAnswerer:
-    return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, upload)
+    return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, upload, upload_any)
 
 
 def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[str, Any]:
@@ -132,14 +145,30 @@ def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[st
 
 
 def _file_url(video: Path) -> str:
-    return video.absolute().as_uri()
-
-
-def _data_url(video: Path) -> str:
     try:
-        data = video.read_bytes()
-    except IsADirectoryError as error:
-        raise InputError(f"{video} is a folder of frames: a server takes video files") from error
+        return video.absolute().as_uri()
+    except UnicodeEncodeError as error:
+        raise VideoError(f"{ascii(str(video))} is no name that a file can have") from error
+
+
+def _data_url(video: Path, folder: Path | None) -> str:
+    """The bytes of a video in the folder, or with None anywhere. A question file names it, so it may be any file:
+    nothing is sent that is somewhere else, by whatever name or link, or that is no video."""
+    from ..video import open_video
+
+    try:
+        file = video.resolve(strict=True)
+        inside = folder is None or file.is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        told = getattr(error, "strerror", None) or "no file has that name"
+        raise VideoError(f"{ascii(str(video))} cannot be read: {told}") from error
+    if not inside:
+        raise InputError(f"{video} is not under {folder}, so it is not sent: move it there, or give --upload-any")
+    if file.is_dir():
+        raise InputError(f"{video} is a folder of frames: a server takes video files")
+    open_video(file)
+    try:
+        data = file.read_bytes()
     except OSError as error:
         raise VideoError(f"{video} cannot be read: {error.strerror}") from error
     kind = mimetypes.guess_type(video.name)[0] or "video/mp4"

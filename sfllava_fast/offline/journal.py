@@ -3,7 +3,7 @@
 `answers.jsonl` has one line for each question that is over. Beside it `answers.jsonl.state` says with which settings it
 was begun and how often each question was handed out. That is written before the worker gets the question, so that a
 question that takes worker and batch down with it is known for it. It is also what is locked: by the kernel, which frees
-it however the process ends.
+it however the process ends. Both are those of the file itself, whatever link it was named by.
 
 A line is written to the file at once, without a buffer of ours: from then on only a crash of the whole machine can lose
 it, and such a question is asked again. An fsync a line would cost milliseconds on a shared file system to guard that.
@@ -17,17 +17,19 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .questions import Id
+from .questions import RESERVED, Id, Question
 
 log = logging.getLogger("sfllava_fast")
 
 # How a line of ours that was cut short begins; a crash of the machine may leave zeros.
 _TORN = (b"", b"{", b'{"')
+# What a line has beside its question: the reply of a model or of a judge.
+_REPLIED = {*RESERVED, "answer", "pred", "score"}
 
 
 class Journal:
@@ -36,10 +38,11 @@ class Journal:
     done: whether each question that is over was answered, `answered` of them. errors: what is said of the others.
     attempts: how often each question was handed out.
     settings: what decides the answers. Raises InputError where the file was begun with others, is not a batch's, is
-    being written by another process, or cannot be written.
+    being written by another process, is no file of one name, or cannot be written.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        path = Path(os.path.realpath(path))
         self.path, self.settings = path, settings
         self.done: dict[Id, bool] = {}
         self.errors: dict[Id, dict[str, Any]] = {}
@@ -57,6 +60,13 @@ class Journal:
     @property
     def answered(self) -> int:
         return sum(self.done.values())
+
+    def changed(self, questions: Iterable[Question]) -> dict[Id, list[str]]:
+        """Which of the questions that are over were others when they were asked, and the fields that differ."""
+        asked = {question.id: question.to_json() for question in questions if question.id in self.done}
+        lines = [line for line in _read_lines(self.path) if line["id"] in asked] if asked else []
+        differing = {line["id"]: _differing(line, asked[line["id"]]) for line in lines}
+        return {key: fields for key, fields in differing.items() if fields}
 
     def begin(self, again: Collection[Id] = ()) -> None:
         """Open the output for appending; the errors of these questions are forgotten."""
@@ -99,6 +109,11 @@ class Journal:
         if not self.path.exists():
             os.ftruncate(self._state, 0)
             return
+        if self.path.is_file() and self.path.stat().st_nlink > 1:
+            # A line appended under one name would be in the other, under another lock; written anew they would part.
+            raise InputError(f"{self.path} has another name (a hard link): name another file, or copy it")
+        if not (self.path.is_file() or self.path.is_dir()):  # a pipe would be waited for
+            raise InputError(f"{self.path} is no regular file: name another")
         for number, line in enumerate(_read_lines(self.path), 1):
             if not _is_answer(line):
                 raise InputError(f"{self.path}, line {number} is not an answer of a batch: name another file")
@@ -134,7 +149,11 @@ class Journal:
         part = self.path.with_name(self.path.name + ".part")
         lines = self.path.read_bytes().splitlines(keepends=True)
         try:
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)
+            # A new file, never one that a link leads to; who may read it stays as it was.
+            mode = os.fstat(self._answers).st_mode & 0o777
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                os.fchmod(file.fileno(), mode)
                 file.writelines(line for line in lines if json.loads(line)["id"] not in keys)
                 file.flush()
                 os.fsync(file.fileno())
@@ -146,7 +165,8 @@ class Journal:
         os.close(self._answers)
         self._answers = _open(self.path, os.O_APPEND)
         for key in keys:
-            del self.done[key], self.errors[key]
+            del self.done[key]
+            self.errors.pop(key, None)
 
     def _append(self, file: int, path: Path, record: dict[str, Any]) -> None:
         """One line, whole or not at all."""
@@ -163,7 +183,7 @@ class Journal:
 def _lock(path: Path, output: Path) -> int:
     """The file at a path, created where there is none, locked against every other process."""
     while True:
-        file = _open(path, os.O_APPEND)
+        file = _open(path, os.O_APPEND | os.O_NOFOLLOW)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -213,9 +233,16 @@ def _is_answer(line: Any) -> bool:
     return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
 
 
+def _differing(line: dict[str, Any], question: dict[str, Any]) -> list[str]:
+    """The fields in which a question is not that of a line, compared as JSON, where NaN is the same as NaN."""
+    was = {name: value for name, value in line.items() if name in question or name not in _REPLIED}
+    as_json = [{name: json.dumps(of[name], sort_keys=True) for name in of} for of in (was, question)]
+    return [name for name in {**was, **question} if as_json[0].get(name) != as_json[1].get(name)]
+
+
 def _parse(line: bytes) -> Any:
     """The JSON of a line; None where it is none."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -1,7 +1,8 @@
 """Question files: our own JSON lines, and the published files of SlowFast-LLaVA's and IG-VLM's evaluations.
 
 All of them say the same under other names. The published ones are `question_id`, `video_name` and `candidates` (in CSV
-the columns a0, a1, ...), and `answer` is the true one, which is `truth` here: an answer is what the model says.
+the columns a0, a1, ...), and `answer` is the true one, which is `truth` here: an answer is what the model says. An
+entry of VCGBench's consistency list has two questions, which become two under its id.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 Id = str | int
 Row = dict[str, Any]
 
 # What batch itself writes about a question.
-RESERVED = ("ok", "choice", "option", "caveat", "error", "quarantined", "attempts", "seconds")
+RESERVED = ("ok", "choice", "option", "openly", "caveat", "error", "quarantined", "attempts", "seconds")
 _NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _TOLD = 3
+_DEEPEST = 64  # lists and objects in one another; deeper ones could be read here and not written by a worker
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,12 @@ def read_questions(path: Path, truths: Path | None = None) -> list[Question]:
     seen: dict[Id, str] = {}
     for place, row in rows:
         try:
-            question = _question(row, repeated)
-            if question.id in seen:
-                raise InputError(f"has the id {question.id!r} of {seen[question.id]}")
-            seen[question.id] = place
-            questions.append(question)
+            for one in _each(row):
+                question = _question(one, repeated)
+                if question.id in seen:
+                    raise InputError(f"has the id {question.id!r} of {seen[question.id]}")
+                seen[question.id] = place
+                questions.append(question)
         except InputError as error:
             wrong.append(f"{place} {error}")
     if wrong:
@@ -90,9 +94,12 @@ def by_video(questions: Iterable[Question]) -> list[Group]:
 
 
 def find_video(folder: Path, name: str) -> Path:
-    """The video of that name in the folder; published files leave the suffix out."""
-    path = folder / name
-    return next((Path(f"{path}{suffix}") for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}")), path)
+    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_"."""
+    paths = [folder / name]
+    if "activitynet" in str(folder.absolute()).lower():
+        paths.append(folder / f"v_{name}")
+    found = (Path(f"{path}{suffix}") for path in paths for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}"))
+    return next(found, paths[0])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -102,7 +109,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
     if path.suffix.lower() == ".csv":
-        return _csv_rows(text)
+        return _csv_rows(text, path)
     if text.lstrip().startswith("["):
         return ((f"entry {i}", row) for i, row in enumerate(_json(text, str(path)), 1))
     # Not splitlines: JSON may hold U+2028 as it is.
@@ -110,25 +117,51 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     return ((place, _json(line, f"{path}, {place}")) for place, line in lines)
 
 
-def _csv_rows(text: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        choices = {}
-        while (column := f"a{len(choices)}") in row:
-            choices[column] = row.pop(column)
-        row.pop("", None)  # the published files number their rows
-        if row.get("answer_number"):
-            row["answer_number"] = int(row["answer_number"]) if row["answer_number"].isdecimal() else None
-        whole = None not in row and None not in (*row.values(), *choices.values())
-        candidates = {"candidates": list(choices.values())} if choices else {}
-        yield f"line {reader.line_num}", row | candidates if whole else {}
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, Row]]:
+    # Strict: otherwise a stray quote would swallow lines up to the next one.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            yield f"line {reader.line_num}", _csv_row(row)
+    except csv.Error as error:
+        told = f"{path}: around line {reader.line_num} it is not CSV ({error})"
+        raise InputError(f"{told}: a text with quotes is written in quotes, its own doubled") from error
+
+
+def _csv_row(row: Row) -> Row:
+    """The row with its choices in a list; an empty one where it is wider or narrower than the header."""
+    if None in row or None in row.values():
+        return {}
+    choices = []
+    while (column := f"a{len(choices)}") in row:
+        choices.append(row.pop(column))
+    row.pop("", None)  # the published files number their rows
+    if re.fullmatch(r"[0-9]{1,9}", row.get("answer_number", "")):
+        row["answer_number"] = int(row["answer_number"])
+    return row | ({"candidates": choices} if choices else {})
 
 
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{place} is not JSON ({error}): write one object a line, or a list of objects") from error
+    except (ValueError, RecursionError) as error:
+        told = f"{place} is not JSON ({first_line(error)})"
+        raise InputError(f"{told}: write one object a line, or a list of objects") from error
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are in one another, counted no further than is allowed."""
+    depth, inside = 0, [value]
+    while depth <= _DEEPEST and (inside := [part for part in inside if isinstance(part, (list, dict))]):
+        depth += 1
+        inside = [one for part in inside for one in (part.values() if isinstance(part, dict) else part)]
+    return depth
+
+
+def _each(row: Any) -> list[Any]:
+    """The row for each of its questions: a published entry may have two."""
+    questions = row.get("question") if isinstance(row, dict) and "question_id" in row else None
+    return [row | {"question": text} for text in questions] if isinstance(questions, list) and questions else [row]
 
 
 def _with_truths(
@@ -146,6 +179,8 @@ def _question(row: Any, repeated: Counter[Id]) -> Question:
     """The question of a row; repeated counts the published ids so far."""
     if not isinstance(row, dict) or not row:
         raise InputError("is no object with the fields id, video and question")
+    if _depth(row) > _DEEPEST:
+        raise InputError(f"has more than {_DEEPEST} lists and objects in one another: write it flat")
     clash = [name for name in RESERVED if name in row]
     if clash:
         raise InputError(f"has the field {clash[0]!r}, which the output writes itself: rename it")

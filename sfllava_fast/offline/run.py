@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .journal import Journal
 from .progress import show_progress, summary
-from .questions import Group, Question
+from .questions import Group, Id, Question
 from .scheduler import DEFAULT_ATTEMPTS, Scheduler
 from .workers import STOP_SIGNALS, MakeAnswerer, Worker
+
+_TOLD = 3
 
 
 def run(
@@ -25,6 +28,7 @@ def run(
     attempts: int = DEFAULT_ATTEMPTS,
     timeout: float | None = None,
     retry_errors: bool = False,
+    retry_changed: bool = False,
     what: str = "answered",
     start: Callable[[MakeAnswerer, int, int], Any] = Worker,
 ) -> tuple[str, bool]:
@@ -32,11 +36,16 @@ def run(
 
     settings: what decides the answers; `out` may be resumed with the same only. make: called in each worker, with its
     number and how many there are, for what answers there. retry_errors: ask again what ended as an error.
+    retry_changed: ask again what was answered when its question, video, choices, truth or any other field was another;
+    without it such a question is refused, unless all that `out` has of it is an error.
     Raises InputError, BackendError or KeyboardInterrupt; what was answered by then is in `out`.
     """
     questions: list[Question] = [question for group in groups for question in group.questions]
     with Journal(out, settings) as journal:
         again = {question.id for question in questions if retry_errors and question.id in journal.errors}
+        changed = journal.changed(questions)
+        again |= {key for key in changed if retry_changed or key in journal.errors}
+        _check_unchanged(out, {key: fields for key, fields in changed.items() if key not in again})
         over = sum(question.id in journal.done and question.id not in again for question in questions)
         workers, begun, answered = min(workers, len(groups)), time.monotonic(), journal.answered
         with _stops_raise(), show_progress(what, over, len(questions)) as told:
@@ -50,6 +59,16 @@ def run(
                 ) from None
         table = summary(questions, journal, time.monotonic() - begun, journal.answered - answered)
         return table, all(journal.done.get(question.id) for question in questions)
+
+
+def _check_unchanged(out: Path, changed: dict[Id, list[str]]) -> None:
+    if changed:
+        told = [f"{key!r} (another {', '.join(fields)})" for key, fields in list(changed.items())[:_TOLD]]
+        more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
+        raise InputError(
+            f"{out} has answers to other questions under the ids {', '.join(told)}{more}: name another file, or "
+            "replace them with --retry-changed"
+        )
 
 
 @contextmanager

@@ -25,7 +25,8 @@ class Scheduler:
 
     Within a group questions are asked in order, so that a video stays encoded. One that fails is asked again, up to
     `attempts` times in all runs together; the rest of its group waits with it, behind all others. One that fails for
-    good is an error; if none of its group was ever answered, the group is at fault, and all of it is.
+    good is an error; if none of its group was ever answered, the group is at fault, and all of it is. An unexpected
+    exception is the question's own.
 
     start: makes the worker of a number. timeout: seconds for one answer. told: called with whether a question that is
     over was answered. again: questions whose errors in the journal are forgotten.
@@ -99,7 +100,7 @@ class Scheduler:
             group.questions.popleft()
         elif asked:
             worker.group = None
-            self._again_or_give_up(group, value, seconds)
+            self._again_or_give_up(group, reply, value, seconds)
         if reply in (Reply.BROKEN, Reply.DIED):
             worker.kill()
             self.workers.remove(worker)
@@ -120,9 +121,12 @@ class Scheduler:
                 return
             self._give_up(worker.group, _LEFT_BEHIND, 0.0)
 
-    def _again_or_give_up(self, group: Group, error: str, seconds: float) -> None:
+    def _again_or_give_up(self, group: Group, reply: Reply, error: str, seconds: float) -> None:
         if self.journal.attempts[group.questions[0].id] >= self.attempts:
-            self._give_up(group, error, seconds)
+            if reply is Reply.BROKEN:
+                self._finish(group.questions.popleft(), {"ok": False, "error": error}, seconds)
+            else:
+                self._give_up(group, error, seconds)
         if group.questions:
             self.waiting.append(group)
 

@@ -48,8 +48,8 @@ class Reply(enum.Enum):
     UNUSABLE = enum.auto()  # nothing can be answered here, whatever is asked
     ANSWERED = enum.auto()
     REFUSED = enum.auto()  # the question is wrong: asking again says the same
-    FAILED = enum.auto()  # another attempt may succeed
-    BROKEN = enum.auto()  # so it may, but not in this process
+    FAILED = enum.auto()  # another attempt may succeed; if none does, it is the video's fault
+    BROKEN = enum.auto()  # so it may, but not in this process; if none does, it is the question's fault
     DIED = enum.auto()
 
 
@@ -83,8 +83,10 @@ class Desk:
             return Reply.FAILED, _one_line(error)
         except SfllavaError as error:
             return Reply.REFUSED, _one_line(error)
-        except Exception as error:  # a CUDA error, for one, stays with the process
+        except (RuntimeError, OSError, MemoryError) as error:  # a CUDA error, for one, stays with the process
             return Reply.BROKEN, _one_line(error)
+        except Exception as error:
+            return Reply.REFUSED, _one_line(error)
 
 
 class Worker:

@@ -3,7 +3,8 @@ and what comes after sees the video through them alone, so that the video's keys
 
 The paper's sequence is vision, compression tokens, text; its adjusted attention mask is causal, less text that attends
 to vision. Where it says nothing, this holds: text before a video stays in sight of all that follows (the published code
-hides it: let the span begin at 0 for that), and a later video sees an earlier one as text does.
+hides it: let the span begin at 0 for that), and a later video sees an earlier one as text does (the published code has
+one mask from the first to the last compression token: with several videos, text sees the later ones' own tokens).
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from ..answer import Answer
 from ..engine import SlowFastLlava
-from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError
+from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError, first_line
 from ..pipeline import check_count
+from ..prompts import pick_option
 from ..video import IMAGE_SUFFIXES, Source, import_decoder
 from .task_text import read_task_text
 
@@ -31,6 +32,7 @@ log = logging.getLogger("sfllava_fast")
 
 EMBEDDED = "embedded"
 PROTOCOLS = ("published", "task")
+OPTION_RULES = ("published", "own")
 _GREEDY = {"do_sample": False, "temperature": 0, "num_beams": 1}
 # Settings that are kept to, or change nothing in a greedy answer.
 _KEPT = {"max_new_tokens", "until", "top_p", "top_k", "image_aspect_ratio"}
@@ -52,7 +54,8 @@ class SfllavaFast(lmms):
 
     pretrained: "embedded" is the small model that ships. protocol: "published" asks questions in the paper's prompts,
     with the options that a task lists in the multiple-choice one, answered by a letter; "task" asks a task's whole text
-    in the checkpoint's chat template. max_new_tokens: None takes the task's, else the checkpoint's. frames, decoder:
+    in the checkpoint's chat template. option_rule: how the letter is read, by the published rule or by our own, see
+    `prompts.pick_option`. max_new_tokens: None takes the task's, else the checkpoint's. frames, decoder:
     of `SlowFastLlava.open`. The others: of `SlowFastLlava.from_pretrained`; under `accelerate launch` each process has
     its own GPU.
 
@@ -67,6 +70,7 @@ class SfllavaFast(lmms):
         self,
         pretrained: str | None = None,
         protocol: str = "published",
+        option_rule: str = "published",
         frames: int | None = None,
         layout: str | None = None,
         dtype: str | None = None,
@@ -84,7 +88,10 @@ class SfllavaFast(lmms):
     ) -> None:
         super().__init__()
         _check_arguments(pretrained, protocol, frames, max_new_tokens, unknown)
+        if option_rule not in OPTION_RULES:
+            raise InputError(f"unknown option_rule {option_rule!r}: choose one of {', '.join(OPTION_RULES)}")
         import_decoder(decoder)
+        self.published_options = option_rule == "published"
         self.protocol, self.frames, self.decoder, self.max_new_tokens = protocol, frames, decoder, max_new_tokens
         self._said: set[str] = set()
         if str(batch_size) != "1":
@@ -113,7 +120,7 @@ class SfllavaFast(lmms):
                     answers[number] = answer
                     progress.update()
         self._log_outcome(list(answers.values()), time.perf_counter() - start)
-        return [_result(one, answers[number]) for number, one in enumerate(asked)]
+        return [_result(one, answers[number], self.published_options) for number, one in enumerate(asked)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError(
@@ -162,8 +169,13 @@ class SfllavaFast(lmms):
                     session = session or self.model.open(one.video, self.frames, self.decoder)
                     answer = session.ask(one.question, one.choices, one.max_new_tokens)
                 except (InputError, VideoError, ContextError, OutOfMemoryError) as error:
-                    log.error("%s: a question has no answer: %s", one.task, error)
                     answer = error
+                except (SfllavaError, RuntimeError, OSError, MemoryError):
+                    raise  # it may stay with the process, as a CUDA error does
+                except Exception as error:
+                    answer = InputError(f"{type(error).__name__}: {first_line(error)}")
+                if isinstance(answer, SfllavaError):
+                    log.error("%s: a question has no answer: %s", one.task, answer)
                 yield answer
         finally:
             if session is not None:
@@ -232,11 +244,12 @@ def _by_video(asked: Sequence[Asked]) -> Iterable[list[int]]:
     return groups.values()
 
 
-def _result(asked: Asked, answer: Answer | SfllavaError) -> GenerationResult:
+def _result(asked: Asked, answer: Answer | SfllavaError, published: bool) -> GenerationResult:
     """What lmms-eval scores: a letter where options were given and one was named, else the text."""
     if not isinstance(answer, Answer):
         return GenerationResult("")
-    text = answer.text if answer.option is None else string.ascii_uppercase[answer.option]
+    option = None if asked.choices is None else pick_option(answer.text, asked.choices, published)
+    text = answer.text if option is None else string.ascii_uppercase[option]
     for end in asked.until:
         text = text.partition(end)[0] if end else text
     read = answer.prompt_tokens + answer.tokens["total"]

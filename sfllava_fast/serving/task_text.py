@@ -7,8 +7,18 @@ import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
+_LABEL = re.compile(r"^question\s*:\s*", re.IGNORECASE)
 _HEADING = re.compile(r"(options?|choices|candidates)\s*:?", re.IGNORECASE)
+# How a line begins that says how to answer; what ends in a question mark is the question.
+_LEADING = re.compile(
+    r"(please )?(select|choose|pick|answer|respond|give|provide)\b"
+    r".*?\b(questions?|options?|answers?|choices?|letter)\b",
+    re.IGNORECASE,
+)
 _CLOSING = re.compile(r"(?<=[.?!\n])\s*((?:please )?answer\b[^.?!\n]*[.!]?)\s*$", re.IGNORECASE)
+# How options are marked, with a letter for {}; half and full width.
+_MARKS = (r"[(\uff08]{}[)\uff09]", r"{}[.\uff0e\u3001]", r"{}[)\uff09]", r"{}[:\uff1a]")
+_LONGEST = 20  # lines of an option
 
 
 class TaskText(NamedTuple):
@@ -20,31 +30,59 @@ class TaskText(NamedTuple):
 
 
 def read_task_text(text: str) -> TaskText:
-    """Take apart "question, a line for each option, instruction" or "question, Answer ... instruction".
+    """Take apart "instruction, question, a line for each option, instruction" or "question, Answer ... instruction".
 
-    Options are lettered from A on, one a line: "A. text", "A) text", "(A) text" or "A: text". Labels that the paper's
-    prompts have themselves ("Question:", "Options:") are left out.
+    Options are lettered from A (or a) on, each from a line on: "A. text", "A) text", "(A) text" or "A: text". A line
+    between two of them goes on with the first; one behind the last does if it begins with a small letter. An option may
+    be empty, not all of them. Where there are several lists the last has the options, the others are the question's.
+    Labels that the paper's prompts have themselves ("Question:", "Options:") are left out.
     """
-    text = re.sub(r"^question\s*:\s*", "", text.strip(), flags=re.IGNORECASE)
+    text = _LABEL.sub("", text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for start in range(1, len(lines)):
-        options = _options(lines[start:])
-        if len(options) > 1:
-            end = start + len(options)
+    for start in range(len(lines) - 2, 0, -1):
+        options, end = _options(lines, start)
+        if len(options) > 1 and any(options):
             headed = start > 1 and _HEADING.fullmatch(lines[start - 1])
-            return TaskText("\n".join(lines[: start - 1 if headed else start]), options, "\n".join(lines[end:]))
+            leading, question = _take_leading(lines[: start - 1 if headed else start])
+            return TaskText("\n".join(question), options, "\n".join([*leading, *lines[end:]]))
     closing = _CLOSING.search(text)
-    if closing:
-        return TaskText(text[: closing.start()].rstrip(), None, closing[1])
-    return TaskText(text, None, "")
+    rest = text[: closing.start()].rstrip() if closing else text
+    leading, question = _take_leading(rest.splitlines())
+    return TaskText("\n".join(question), None, "\n".join([*leading, *([closing[1]] if closing else [])]))
 
 
-def _options(lines: Sequence[str]) -> list[str]:
-    """The options that the first lines list."""
-    options = []
-    for letter, line in zip(string.ascii_uppercase, lines):
-        match = re.match(rf"(?:\({letter}\)|{letter}[.):])\s*(\S.*)", line)
-        if not match:
+def _take_leading(lines: list[str]) -> tuple[list[str], list[str]]:
+    """The lines in front that say how to answer, and the question, which is never empty."""
+    count = 0
+    while count < len(lines) - 1 and _LEADING.match(lines[count].strip()) and not lines[count].rstrip().endswith("?"):
+        count += 1
+    question = lines[count:]
+    return [line.strip() for line in lines[:count]], [_LABEL.sub("", question[0]), *question[1:]] if question else []
+
+
+def _options(lines: Sequence[str], start: int) -> tuple[list[str], int]:
+    """The options that are listed from a line on, all marked alike, and the line behind them."""
+    for letters in (string.ascii_uppercase, string.ascii_lowercase):
+        for mark in _MARKS:
+            if first := _begins(mark, letters[0], lines[start]):
+                return _list(lines, start, mark, letters, first[1])
+    return [], start
+
+
+def _list(lines: Sequence[str], start: int, mark: str, letters: str, first: str) -> tuple[list[str], int]:
+    options, end = [first], start + 1
+    for letter in letters[1:]:
+        near = range(end, min(end + _LONGEST, len(lines)))
+        found = next((i for i in near if _begins(mark, letter, lines[i])), None)
+        if found is None:
             break
-        options.append(match[1])
-    return options
+        options[-1] = " ".join([options[-1], *lines[end:found]]).strip()
+        options.append(_begins(mark, letter, lines[found])[1])
+        end = found + 1
+    while end < len(lines) and lines[end][0].islower():
+        options[-1], end = f"{options[-1]} {lines[end]}".strip(), end + 1
+    return options, end
+
+
+def _begins(mark: str, letter: str, line: str) -> re.Match[str] | None:
+    return re.fullmatch(rf"{mark.format(letter)}\s*(.*)", line)
