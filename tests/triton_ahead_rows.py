@@ -26,9 +26,9 @@ def cases(kernels):
         yield rows.merge_rows, name, tensors, (blend, 4, block // 4, 8), launch._EXACT
     for dtype, vector in ((bfloat16, 8), (float32, 4)):
         constants = (launch._QUERIES, launch._KEYS, 128, vector)
-        options = launch.attention_options(dtype)
-        yield attention.sum_blocks, str(dtype), (dtype, dtype, float32), constants, options
-        yield attention.add_probabilities, str(dtype), (dtype, dtype, float32, float32), constants, options
+        tensors = (dtype, dtype, float32)
+        yield attention.sum_blocks, str(dtype), tensors, constants, launch.sum_options(dtype)
+        yield attention.add_probabilities, str(dtype), (*tensors, float32), constants, {"num_warps": 4}
 
 
 def compile_for(arch):

@@ -105,17 +105,17 @@ def receive_attention(queries, keys, scale, out):
     constants = (_QUERIES, _KEYS, max(16, _power_of_two(channels)), vector)
     with device_of(keys):
         sums = out.new_empty(batch * groups, rows, blocks)
-        options = attention_options(keys.dtype)
-        launch(attention.sum_blocks, batch * groups * blocks, (queries, keys, sums), numbers, constants, **options)
+        tensors, options = (queries, keys, sums), sum_options(keys.dtype)
+        launch(attention.sum_blocks, batch * groups * blocks, tensors, numbers, constants, **options)
         sums = sums.logsumexp(2)
         parts = out.new_empty(batch, groups, tokens)
         tensors = (queries, keys, sums, parts)
-        launch(attention.add_probabilities, batch * groups * blocks, tensors, numbers, constants, **options)
+        launch(attention.add_probabilities, batch * groups * blocks, tensors, numbers, constants, num_warps=4)
         torch.sum(parts, 1, out=out).div_(heads * count)
 
 
-def attention_options(dtype):
-    """Triton 3.8 and 3.9 hold the float32 queries of three stages in registers, more than there are."""
+def sum_options(dtype):
+    """How `sum_blocks` is compiled: three stages of float32 make Triton 3.8 and 3.9 run out of registers on sm_80."""
     return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 else 3}
 
 
