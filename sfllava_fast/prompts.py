@@ -280,7 +280,8 @@ def _render(
 
 @lru_cache
 def _check_template(chat_template: object) -> None:
-    """CheckpointError where a template multiplies: no prompt needs it, and one such step can take any time and memory."""
+    """CheckpointError where a template multiplies: no prompt needs it, and one such step may take any time and memory.
+    """
     if not isinstance(chat_template, str):
         return
     import jinja2

@@ -215,7 +215,9 @@ def test_a_choice_is_told_by_its_words_alone(text, option):
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [ENDLESS + "{% endfor %}", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}"])
+@pytest.mark.parametrize(
+    "template", [ENDLESS + "{% endfor %}", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}"]
+)
 def test_a_chat_template_has_an_end(template, monkeypatch):
     monkeypatch.setattr("sfllava_fast.prompts._SECONDS", 0.3)
     before, begun = sys.gettrace(), time.monotonic()
@@ -226,7 +228,9 @@ def test_a_chat_template_has_an_end(template, monkeypatch):
     assert QUESTION in prompt.text
 
 
-@pytest.mark.parametrize("template, refused", [("{{ 3 * 4 }}", True), ("{{ 3 ** 4 }}", True), ("**{# * #} * {{ '*' }}", False)])
+@pytest.mark.parametrize(
+    "template, refused", [("{{ 3 * 4 }}", True), ("{{ 3 ** 4 }}", True), ("**{# * #} * {{ '*' }}", False)]
+)
 def test_a_chat_template_does_not_multiply(template, refused):
     message = "multiplies" if refused else "does not write"
     with pytest.raises(CheckpointError, match=message):

@@ -148,7 +148,7 @@ def _photo(pixels: np.ndarray, quality: int) -> str:
     except ImportError:
         return _inline(pixels)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
