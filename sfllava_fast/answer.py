@@ -14,8 +14,8 @@ class Answer:
     video's tokens by pathway. seconds is by stage (`stages.STAGES`): stages that a session had behind it are missing.
     ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
     token was enough. caveat is what a checkpoint has to say about its answers, None for nothing: the embedded one says
-    what it was trained on, with every video but the sample. reduction is its text, None without one; kept is how many of
-    the video's tokens are in the language model's keys and values then, in the layers that hold fewest.
+    what it was trained on, with every video but the sample. reduction is its text, None without one; kept is how many
+    of the video's tokens are in the language model's keys and values then, in the layers that hold fewest.
     """
 
     text: str

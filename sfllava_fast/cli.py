@@ -80,14 +80,23 @@ def _refuse(args: argparse.Namespace, error: Exception, line: str, code: int = 2
 
 def _say_why(error: Exception) -> str | None:
     """What the machine lacks, where that is why; None for a bug of ours."""
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__):
-        name = error.name.partition(".")[0]
+    name = _missing_module(error)
+    if name and name != __package__:
         return f"this needs {name}, which is not installed: pip install {_INSTALLED_AS.get(name, name)}"
     if isinstance(error, MemoryError):
         return "out of memory: take fewer frames, or a smaller model"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
+    return None
+
+
+def _missing_module(error: BaseException | None) -> str | None:
+    """The package that could not be imported, which transformers tells only in the error behind its own."""
+    while isinstance(error, ImportError):
+        if error.name and isinstance(error, ModuleNotFoundError):
+            return error.name.partition(".")[0]
+        error = error.__cause__ or error.__context__
     return None
 
 

@@ -227,7 +227,9 @@ def test_a_whole_checkpoint_may_keep_the_adapter_that_was_merged(copy):
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
-@pytest.mark.parametrize("name, count", [("num_hidden_layers", 10**6), ("num_hidden_layers", -1), ("num_attention_heads", 0)])
+@pytest.mark.parametrize(
+    "name, count", [("num_hidden_layers", 10**6), ("num_hidden_layers", -1), ("num_attention_heads", 0)]
+)
 def test_a_config_of_shapes_that_no_model_has(copy, part, name, count, monkeypatch):
     monkeypatch.setattr(loading, "stock_config", lambda *_: pytest.fail("it was built"))
     config = json.loads((copy / "config.json").read_text())

@@ -8,6 +8,8 @@ import base64
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -15,13 +17,25 @@ import numpy as np
 
 from .report import ZEROS, PathwayView, Report, Share
 
-_QUALITY = 80  # of JPEG: 50 frames of noise stay below 2 MB
+_QUALITIES = (80, 60, 40)  # of JPEG: the first whose page is below
+_CHARACTERS = 2_000_000  # which 50 frames of a real video are with the first, by far
+
+Photo = Callable[[np.ndarray], str]
 
 
 def write(report: Report, path: Path) -> None:
     """Writes the report to a file."""
+    for quality in _QUALITIES:
+        page = _draw(report, partial(_photo, quality=quality))
+        if len(page) < _CHARACTERS:
+            break
+    path.write_text(page, encoding="utf-8")
+
+
+def _draw(report: Report, photo: Photo) -> str:
+    """The page; photo: the text of a picture's address."""
     rows = range(len(report.indices))
-    page = _PAGE.format(
+    return _PAGE.format(
         title=escape(report.title),
         facts=escape(report.facts),
         layout=escape(report.layout),
@@ -29,8 +43,8 @@ def write(report: Report, path: Path) -> None:
         notes=escape(report.notes),
         legend="".join(_legend(report, view) for view in report.pathways)
         + '<span class="pale">read by no pathway</span>' * (not all(map(report.is_read, rows))),
-        thumbs="".join(_thumb(report, row) for row in rows),
-        examples="".join((_kept if report.is_pruned else _example)(report, view) for view in report.pathways),
+        thumbs="".join(_thumb(report, row, photo) for row in rows),
+        examples="".join((_kept if report.is_pruned else _example)(report, view, photo) for view in report.pathways),
         kind="pruned" if report.is_pruned else "examples",
         budget=escape(report.budget),
         saving=escape(report.saving),
@@ -43,7 +57,6 @@ def write(report: Report, path: Path) -> None:
             f'<span style="--c:{share.colour}">{escape(share.label)}</span>' for share in report.shares()
         ),
     )
-    path.write_text(page, encoding="utf-8")
 
 
 def _fill(share: Share) -> str:
@@ -60,7 +73,7 @@ def _legend(report: Report, view: PathwayView) -> str:
     return f'<span class="{kind}" style="--c:{view.colour}">{text}</span>'
 
 
-def _thumb(report: Report, row: int) -> str:
+def _thumb(report: Report, row: int, photo: Photo) -> str:
     number, time = report.label(row)
     rings, number = report.rings(row), number + report.repeats(row)
     picked = bool(rings) and report.picks(rings[0])
@@ -72,7 +85,7 @@ def _thumb(report: Report, row: int) -> str:
     ring = f'<i style="box-shadow:{",".join(shadows)}"></i>' if rings else ""
     return (
         f'<figure class="{" ".join(filter(None, kinds))}"><div class="thumb"><img alt="frame {escape(number)}" '
-        f'src="{_photo(report.thumbs[row])}">{ring}</div>'
+        f'src="{photo(report.thumbs[row])}">{ring}</div>'
         f"<figcaption><b>{number}</b> {time}</figcaption>{_lanes(report, row)}</figure>"
     )
 
@@ -88,10 +101,10 @@ def _lanes(report: Report, row: int) -> str:
     return "".join(parts)
 
 
-def _kept(report: Report, view: PathwayView) -> str:
+def _kept(report: Report, view: PathwayView, photo: Photo) -> str:
     """Every bin of a pathway, lit where its tokens are kept."""
     tiles = "".join(
-        f'<figure><div class="thumb frame"><img alt="" src="{_photo(tile)}"></div>'
+        f'<figure><div class="thumb frame"><img alt="" src="{photo(tile)}"></div>'
         f"<figcaption>{report.name_bin(bin)} <span>{view.pruned.count(number)}</span></figcaption></figure>"
         for number, (bin, tile) in enumerate(zip(view.bins, view.pruned.tiles))
     )
@@ -101,7 +114,7 @@ def _kept(report: Report, view: PathwayView) -> str:
     )
 
 
-def _example(report: Report, view: PathwayView) -> str:
+def _example(report: Report, view: PathwayView, photo: Photo) -> str:
     height, width = view.picture.shape[:2]
     ratio = f"aspect-ratio:{width}/{height}"
     if view.kept is None:
@@ -111,7 +124,7 @@ def _example(report: Report, view: PathwayView) -> str:
     return (
         f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
         f"<small>{escape(view.caption)}</small></h2><div class=pair>"
-        f'<figure><div class=frame style="{ratio}"><img alt="" src="{_photo(view.picture)}">'
+        f'<figure><div class=frame style="{ratio}"><img alt="" src="{photo(view.picture)}">'
         f"{_outlines(report, view)}</div><figcaption>{escape(report.name_example(view))}</figcaption></figure>"
         f'<figure><div class=frame style="{ratio}">{kept}</div><figcaption>{caption}</figcaption></figure>'
         "</div></section>"
@@ -128,14 +141,14 @@ def _outlines(report: Report, view: PathwayView) -> str:
     return f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{cells}</svg>'
 
 
-def _photo(pixels: np.ndarray) -> str:
+def _photo(pixels: np.ndarray, quality: int) -> str:
     """The pixels as a JPEG, which a few percent of a PNG's bytes are enough for."""
     try:
         from PIL import Image
     except ImportError:
         return _inline(pixels)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
