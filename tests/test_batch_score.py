@@ -323,3 +323,17 @@ def test_wrong_files_are_one_line(content, message, tmp_path, capsys):
     assert cli.main(["score", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("sfllava-fast: error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["sk-EXAMPLE\r", "sk-EXAMPLE\r\nX: y"])
+def test_a_key_gets_into_no_file_and_no_message(key, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    path = write(tmp_path, line(1, "a", truth="a"))
+    with serving(lambda body: (500, {"error": f"cannot read 'Bearer {key}'"})) as server:
+        assert cli.main(["score", str(path), "--judge", server.url]) == (1 if key.strip().isprintable() else 2)
+        for url in (server.url.replace("//", f"//user:{key.strip()}@"), f"{server.url}?key={key.strip()}"):
+            assert cli.main(["score", str(path), "--judge", url]) == 2
+    told, err = capfd.readouterr()
+    assert "EXAMPLE" not in told + err and err.count("put its key into OPENAI_API_KEY") == 2
+    for file in tmp_path.iterdir():
+        assert b"EXAMPLE" not in file.read_bytes()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, SfllavaError, VideoError, first_line
 from ..prompts import check_question, pick_option, user_words
-from .chat import Chat
+from .chat import Chat, check_access
 from .questions import Question, find_video
 from .workers import MakeAnswerer
 
@@ -96,6 +96,7 @@ def server_answerer(
     upload_any: bool = False,
 ) -> tuple[MakeAnswerer, dict[str, Any]]:
     """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster."""
+    check_access(url)  # rather than in each worker, or not at all where nothing is left to ask
     decide = {"model": model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
     make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, upload_any=upload_any, **decide)
     return make, {"server": True, **decide}

@@ -43,7 +43,7 @@ class Chat:
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float | None = None, patience: float = 300.0):
-        self.url, self._key = _checked_url(url), _key()
+        self.url, self._key = check_access(url)
         self.timeout, self.patience = timeout or DEFAULT_TIMEOUT, 0.0
         self._limit = "max_tokens"
         self.model = model or self._first_model()
@@ -198,6 +198,11 @@ def _exchange(request: Request) -> tuple[int, str, bytes]:
         response = error
     with response:
         return response.status, str(response.reason), response.read(_LARGEST + 1)
+
+
+def check_access(url: str) -> tuple[str, str]:
+    """The URL of a server up to /v1, and the key of the environment. Raises InputError for what cannot be used."""
+    return _checked_url(url), _key()
 
 
 def _checked_url(url: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import InputError, ServerError
 from ..prompts import pick_option
-from .chat import Chat
+from .chat import Chat, check_access
 from .questions import Group, Id, Question
 from .run import run
 
@@ -87,13 +87,14 @@ def score(
     (default: beside the output, .judged.jsonl) and the judge is asked for those that are missing. retry_errors,
     retry_changed: also for those that failed, and those on another answer, question or truth, which are refused
     without it. rule: "published" or "own", for options and verdicts.
-    Raises InputError or BackendError.
+    Raises InputError, also for a URL or key that cannot be used, or BackendError.
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
     lines = _read(path, "answer")
     verdicts: dict[Id, dict[str, Any]] = {}
     if judge is not None:
+        check_access(judge)
         out = out or path.with_suffix(".judged.jsonl")
         groups = [_as_question(line) for line in lines if line["ok"] and "choices" not in line and "truth" in line]
         if groups:
