@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import original_llava
+from . import checkpoint_files, original_llava
 from .attention import Attention, resolve_attention
 from .checkpoint_files import locate, one_line, read_json
 from .errors import BackendError, CheckpointError, InputError
@@ -111,7 +111,7 @@ def require_transformers() -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint, as it stands."""
-    config = read_json(path / "config.json")
+    config = checkpoint_files.read_config(path)
     if config is None:
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
     model_type = config.get("model_type")

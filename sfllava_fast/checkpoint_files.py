@@ -16,6 +16,7 @@ from .errors import CheckpointError, first_line
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]
 _HUB_PICKLES = ["pytorch_model*.bin"]
+_MOST_LAYERS = 1000
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
@@ -46,6 +47,22 @@ def read_json(file: Path) -> dict[str, Any] | None:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a checkpoint; None where it has none.
+
+    Raises CheckpointError for more layers than any model has: each takes memory before a single weight is compared.
+    """
+    config = read_json(folder / "config.json")
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if "layers" in name and isinstance(value, int) and value > _MOST_LAYERS:
+                raise CheckpointError(f"{folder / 'config.json'} has {name} {value}, above {_MOST_LAYERS}: correct it")
+            parts.append(value)
+    return config
 
 
 @contextlib.contextmanager

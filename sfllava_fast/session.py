@@ -15,7 +15,7 @@ from .errors import InputError, first_line
 from .plan import Plan
 from .prompts import Turn
 from .stages import Stopwatch
-from .tensor_file import load_tensors, save_tensors
+from .tensor_file import CHECKSUM, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -122,7 +122,7 @@ class Session(PrefilledSession):
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") == _FORMAT:
+        if metadata.get("format") == _FORMAT and CHECKSUM in metadata:
             return tensors, _parse_facts(metadata["session"])
     except (LookupError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable session: {first_line(error)}") from error
@@ -139,9 +139,12 @@ def _parse_facts(text: str) -> dict[str, Any]:
     numbers = [facts["frames"], facts["before"], [] if skipped is None else skipped]
     if not all(isinstance(some, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in some) for some in numbers):
         raise ValueError("its frames and tokens are not numbers")
-    if not facts["frames"] or not all(isinstance(turn, list) and len(turn) == 3 for turn in turns):
-        raise ValueError("what it tells of the session is incomplete")
-    for *said, choices in turns:
-        if not all(isinstance(text, str) for text in [*said, *([] if choices is None else choices)]):
-            raise ValueError("its questions and answers are not texts")
+    if not facts["frames"] or not all(map(_is_turn, turns)):
+        raise ValueError("it names no frames, or its turns are not questions and answers")
     return facts | {"skipped": skipped}
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, list) or len(turn) != 3 or not isinstance(turn[2], (list, type(None))):
+        return False
+    return all(isinstance(text, str) for text in [*turn[:2], *(turn[2] or ())])

@@ -35,7 +35,7 @@ def save_tensors(what: str, path: str | Path, tensors: Mapping[str, Tensor], met
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the metadata with them.
+    """Tensors by name, on the CPU, and the metadata with them, CHECKSUM among it if the file has one.
 
     Raises ValueError where the file cannot be read, is no safetensors file, or has a checksum that is not its own.
     """
@@ -47,7 +47,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # of the file's system, of safetensors, of torch: for a dtype that it does not know
         raise ValueError(first_line(error)) from error
-    if CHECKSUM in metadata and metadata.pop(CHECKSUM) != _checksum(tensors, metadata):
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
         raise ValueError("its checksum is not that of its content: it was damaged, take a copy or make it again")
     return tensors, metadata
 
@@ -55,7 +55,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """CRC-32 of everything in a file but itself: against damage, which it finds as well as longer sums, and sooner."""
     shapes = [[name, str(tensor.dtype), *tensor.shape] for name, tensor in sorted(tensors.items())]
-    told = zlib.crc32(json.dumps([shapes, sorted(metadata.items())]).encode())
+    told = zlib.crc32(json.dumps([shapes, sorted({**metadata, CHECKSUM: ""}.items())]).encode())
     for _, tensor in sorted(tensors.items()):
         told = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), told)
     return f"{told:08x}"

@@ -9,7 +9,7 @@ from sfllava_fast.errors import InputError
 
 ASK = {"max_new_tokens": 6}
 OTHER = "Where does it go, and why so slowly?"
-REDUCTIONS = [None, "prune:0.5:uniform", "mixture:0.5:norm", "fastv:0.5:1"]
+REDUCTIONS = [None, "prune:0.5", "mixture:0.5:norm", "prune:0.5:question"]
 
 
 def in_the_middle(ask, meanwhile):
