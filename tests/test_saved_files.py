@@ -14,6 +14,7 @@ from tiny_llava import write_checkpoint
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import CheckpointError, InputError, NumberError, SfllavaError
+from sfllava_fast.offline.journal import Journal
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.mixture import MixtureOfDepths
 from sfllava_fast.tensor_file import save_tensors
@@ -120,7 +121,6 @@ FACTS = {
 @pytest.mark.parametrize("change", WRONG)
 def test_tensors_of_another_kind(model, saved, tmp_path, change):
     tensors, metadata = read(saved)
-    del metadata["checksum"]
     WRONG[change](tensors, None)
     path = save_tensors("the session", tmp_path / "wrong", tensors, metadata)
     refused(lambda: model.load_session(path), InputError)
@@ -129,7 +129,6 @@ def test_tensors_of_another_kind(model, saved, tmp_path, change):
 @pytest.mark.parametrize("name", FACTS)
 def test_facts_of_another_kind(model, saved, tmp_path, name):
     tensors, metadata = read(saved)
-    del metadata["checksum"]
     facts = json.loads(metadata["session"])
     texts = [json.dumps(facts | {name: value}) for value in FACTS[name]]
     texts += [json.dumps({key: value for key, value in facts.items() if key != name})] if name != "skipped" else []
@@ -154,8 +153,14 @@ def test_a_name_that_is_no_text_and_a_huge_header(model, saved, tmp_path):
         refused(lambda: model.load_session(tmp_path / "wrong"), InputError)
 
 
-@pytest.mark.parametrize("part", ["vision_tower.encoder.layers.0.mlp.fc1", "multi_modal_projector.linear_1",
-                                  "language_model.layers.1.self_attn.o_proj"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vision_tower.encoder.layers.0.mlp.fc1",
+        "multi_modal_projector.linear_1",
+        "language_model.layers.1.self_attn.o_proj",
+    ],
+)
 def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, part):
     weight = model.model.get_submodule(f"model.{part}").weight
     before = weight.clone()
@@ -218,8 +223,7 @@ def test_damage_to_what_a_reduction_learned_is_a_line(model, learned, tmp_path, 
         ("layers.9.mlp.up_proj.weight", torch.ones(48, 32)),
         ("lm_head", torch.ones(())),
     ]:
-        wrong = save_tensors("", tmp_path / "wrong", tensors | {name: value}, {k: metadata[k] for k in metadata if
-                                                                               k != "checksum"})
+        wrong = save_tensors("", tmp_path / "wrong", tensors | {name: value}, metadata)
         refused(lambda: LOAD[kind](model, wrong))
     LOAD[kind](model, learned[kind])
 
@@ -251,11 +255,48 @@ def test_files_without_a_checksum_are_read(model, learned, tmp_path):
     assert len(Compression.load(model_dir() / "reduction" / "compression.safetensors").tokens)
 
 
+# --- the output of a batch and its state
+
+
+def test_damage_to_a_batchs_files_is_a_line_or_passed_over(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    state = tmp_path / "answers.jsonl.state"
+    with Journal(out, {"model": "m"}) as journal:
+        journal.begin()
+        for number in range(4):
+            journal.start(f"q{number}")
+            journal.finish({"id": f"q{number}", "video": "v", "ok": number != 2})
+    whole, random_ = {path: path.read_bytes() for path in (out, state)}, random.Random(4)
+    cases = [(path, damaged(data, random_)) for path, data in whole.items() for _ in range(100)]
+    lines = [{"settings": 3}, {"settings": None}, {"id": [1], "attempts": 1}, {"id": 1, "attempts": "x"}, {"id": 1.5}]
+    lines += [{"id": {}, "video": "v", "ok": True}, {"id": "q0", "attempts": None}, {"id": "q0", "attempts": -5}, [], 3]
+    cases += [(path, json.dumps(line).encode() + b"\n" + whole[path]) for path in whole for line in lines]
+    opened = 0
+    for path, data in cases:
+        for name in whole:
+            name.write_bytes(data if name == path else whole[name])
+        try:
+            with Journal(out, {"model": "m"}) as journal:
+                journal.begin()
+                journal.start("q0")
+                opened += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+    assert opened > 60
+
+
 # --- NaN
 
 
-@pytest.mark.parametrize("part", ["model.vision_tower.embeddings.patch_embedding", "model.multi_modal_projector.linear_2",
-                                  "model.language_model.layers.1.mlp.down_proj", "lm_head"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model.vision_tower.embeddings.patch_embedding",
+        "model.multi_modal_projector.linear_2",
+        "model.language_model.layers.1.mlp.down_proj",
+        "lm_head",
+    ],
+)
 def test_weights_that_are_nan_are_an_error(tmp_path, part):
     model = SlowFastLlava.from_pretrained(write_checkpoint(tmp_path / "model"), LAYOUT)
     with torch.no_grad():
