@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from damage import damaged
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_engine import LAYOUT, QUESTION, Clip
@@ -45,28 +46,6 @@ def refused(use, error=SfllavaError):
         use()
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600, raised.value
     return str(raised.value)
-
-
-def damaged(data, random_):
-    """Bytes with one thing wrong."""
-    data, at = bytearray(data), random_.randrange(len(data))
-    kind = random_.choice(["bit", "cut", "zeros", "noise", "longer", "head", "swap"])
-    if kind == "bit":
-        data[at] ^= 1 << random_.randrange(8)
-    if kind == "cut":
-        del data[at:]
-    if kind == "zeros":
-        data[at:] = bytes(len(data) - at)
-        data = data if data[at:] else data[:-1]
-    if kind == "noise":
-        data[at : at + 9] = random_.randbytes(9)
-    if kind == "longer":
-        data += random_.randbytes(random_.randrange(1, 99))
-    if kind == "head":
-        data[:8] = struct.pack("<Q", random_.choice([0, 1, len(data), 1 << 32, (1 << 64) - 1]))
-    if kind == "swap":
-        data = data[at:] + data[:at] if at else data[1:]
-    return bytes(data)
 
 
 def test_every_kind_of_damage_to_a_session_is_a_line(model, saved, tmp_path):
