@@ -145,6 +145,7 @@ def video(folder: Path) -> Iterator[Case]:
     clips = [path.read_bytes() for path in _write_clips(folder)]
     path, reader = folder / "damaged", _Reader()
     try:
+        reader.begin()
 
         def case(random_: random.Random) -> str:
             data = random_.choice(clips)
@@ -190,13 +191,16 @@ class _Reader:
     def __init__(self) -> None:
         self.context, self.process = multiprocessing.get_context("spawn"), None
 
-    def read(self, path: Path, frames: int) -> str:
+    def begin(self) -> None:
         if self.process is None:
             self.connection, theirs = self.context.Pipe()
             self.process = self.context.Process(target=_read_videos, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
             self.connection.recv()
+
+    def read(self, path: Path, frames: int) -> str:
+        self.begin()
         self.connection.send((str(path), frames))
         try:
             if not self.connection.poll(self.patience):
