@@ -189,6 +189,14 @@ def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path} ({error.strerror}): make room or name another file, then run it again")
 
 
+def _is_state(line: Any) -> bool:
+    """Whether a line is of a state file; damaged ones are passed over."""
+    if not isinstance(line, dict) or "settings" in line:
+        return isinstance(line, dict) and isinstance(line["settings"], dict) and "attempts" not in line
+    attempts = line.get("attempts")
+    return isinstance(line.get("id"), (str, int)) and isinstance(attempts, int) and attempts >= 0
+
+
 def _read_lines(path: Path) -> list[Any]:
     """The lines of a file, None for what is no JSON; a last one that was cut short is taken off the file."""
     try:
@@ -211,14 +219,6 @@ def _read_lines(path: Path) -> list[Any]:
 def _is_answer(line: Any) -> bool:
     kinds = {"id": (str, int), "video": str, "ok": bool}
     return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
-
-
-def _is_state(line: Any) -> bool:
-    """Whether a line is of a state file; damaged ones are passed over."""
-    if not isinstance(line, dict) or "settings" in line:
-        return isinstance(line, dict) and isinstance(line["settings"], dict) and "attempts" not in line
-    attempts = line.get("attempts")
-    return isinstance(line.get("id"), (str, int)) and isinstance(attempts, int) and attempts >= 0
 
 
 def _parse(line: bytes) -> Any:
