@@ -86,3 +86,8 @@ $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 
 clean:
 	rm -rf build out $(VENV) .venv-lmms .venv-vllm sfllava_fast/_C*.so sfllava_fast.egg-info
+
+# Random calls, videos, tables, kills, sessions and replies, a minute of each; SECONDS=, SEED=, ARGS='op video' for some.
+.PHONY: fuzz
+fuzz: $(SETUP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(ARGS)

@@ -40,7 +40,7 @@ def answer_batch(
     for kind, rows in alike.items():
         if kind is not None:
             answers |= zip(map(id, rows), _answer_together(model, rows, max_new_tokens))
-    return [answers[id(row)] if id(row) in answers else row[0].ask(row[1], row[2], max_new_tokens) for row in asked]
+    return [answers[id(row)] if id(row) in answers else row[0].answer(row[1], row[2], max_new_tokens) for row in asked]
 
 
 def _kind(model: Pipeline, row: Asked, max_new_tokens: int) -> Hashable:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import original_llava
+from . import checkpoint_files, original_llava
 from .attention import Attention, resolve_attention
-from .checkpoint_files import check_shapes, locate, one_line, read_json, refuse_part
+from .checkpoint_files import locate, one_line, read_json, refuse_part
 from .errors import BackendError, CheckpointError, InputError
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
@@ -117,7 +117,7 @@ def require_transformers() -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint, as it stands."""
-    config = read_json(path / "config.json")
+    config = checkpoint_files.read_config(path)
     if config is None:
         refuse_part(path)
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
@@ -134,7 +134,6 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
     if config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantized, which is not served: take the checkpoint that it was made from")
-    check_shapes(path / "config.json", config)
     options = config.get("sfllava_fast")
     if options is not None and not isinstance(options, dict):
         raise ValueError("its entry sfllava_fast is no object")

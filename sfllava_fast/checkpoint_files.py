@@ -58,17 +58,6 @@ def refuse_part(path: Path) -> None:
             )
 
 
-def check_shapes(file: Path, config: dict[str, Any]) -> None:
-    """CheckpointError for more layers than any model has, each of which would be built before a weight is missed; and
-    for a number of heads that none has."""
-    parts = [config, config.get("text_config"), config.get("vision_config")]
-    for part in (part for part in parts if isinstance(part, dict)):
-        for name, least in (("num_hidden_layers", 0), ("num_attention_heads", 1)):
-            count = part.get(name, least)
-            if isinstance(count, (int, float)) and not least <= count <= _MOST_LAYERS:
-                raise CheckpointError(f"{file} has {name} {count}, and {least} to {_MOST_LAYERS} are read: correct it")
-
-
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     if not file.is_file():
@@ -78,6 +67,23 @@ def read_json(file: Path) -> dict[str, Any] | None:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a checkpoint; None if it has none.
+
+    Raises CheckpointError for more layers than any model has, each of which takes memory before a weight is read, and
+    for a number of heads that no model has.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    parts = [config, config.get("text_config"), config.get("vision_config")] if config else []
+    for part in (part for part in parts if isinstance(part, dict)):
+        for name, least in (("num_hidden_layers", 0), ("num_attention_heads", 1)):
+            count = part.get(name, least)
+            if isinstance(count, (int, float)) and not least <= count <= _MOST_LAYERS:
+                raise CheckpointError(f"{file} has {name} {count}, and {least} to {_MOST_LAYERS} are read: correct it")
+    return config
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ class Conversation:
     """Questions about a video. Asking changes nothing that is kept, so an interrupted or failed answer leaves the
     session as it was.
 
+    Any threads may ask, push, save, release and close: one at a time in all sessions of a model, the others wait.
+
     frames, slow_frames: numbers of the frames that are shown, and of those that the slow pathway takes.
     tokens: the video's, by pathway, and their total.
     turns: the conversation so far, which a follow-up sees.
@@ -57,10 +59,23 @@ class Conversation:
 
         choices: makes it multiple choice. max_new_tokens: None takes the checkpoint's, else 128. follow_up: the model
         sees the earlier turns of the conversation; without it a new one begins. on_token: called with each piece of
-        text as it is generated. clock: has been running since before the question.
+        text as it is generated; it may not ask this model. clock: has been running since before the question.
 
-        Raises InputError, ContextError or OutOfMemoryError, and on the first question VideoError.
+        Raises InputError, ContextError, OutOfMemoryError or NumberError, and on the first question VideoError.
         """
+        with self.model.exclusive.answering():
+            return self.answer(question, choices, max_new_tokens, follow_up, on_token, clock)
+
+    def answer(
+        self,
+        question: str,
+        choices: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        follow_up: bool = False,
+        on_token: Callable[[str], None] | None = None,
+        clock: Stopwatch | None = None,
+    ) -> Answer:
+        """`ask`, where the model is this thread's already."""
         model = self.model
         self.check_open()
         max_new_tokens = model.check_new_tokens(max_new_tokens)
@@ -193,11 +208,12 @@ class PrefilledSession(Conversation):
     @torch.inference_mode()
     def kept_tokens(self, question: str = "?") -> list[int] | None:
         """Which of the video's tokens pruning keeps for a question, ascending; None without pruning."""
-        model, clock = self.model, Stopwatch(self.model.device)
-        prompt = model.prompt(question)
-        embeds, place = self.encode(prompt.before, clock), self.place(prompt.before)
-        after = model.language.embed_tokens(prompt.after)[None]
-        positions = model.prefilling.choose(torch.cat([embeds, after], dim=1), place).positions
+        model = self.model
+        with model.exclusive.answering():
+            prompt, clock = model.prompt(question), Stopwatch(model.device)
+            embeds, place = self.encode(prompt.before, clock), self.place(prompt.before)
+            after = model.language.embed_tokens(prompt.after)[None]
+            positions = model.prefilling.choose(torch.cat([embeds, after], dim=1), place).positions
         if positions is None:
             return None
         return [at - place.start for at in positions[0].tolist() if place.start <= at < embeds.shape[1]]
@@ -209,17 +225,19 @@ class PrefilledSession(Conversation):
 
     def release(self) -> None:
         """Give the keys and values back; the next question prefills the video's tokens again."""
-        self._cache = None
-        self.model.sessions.forget(self)
+        with self.model.exclusive:
+            self._cache = None
+            self.model.sessions.forget(self)
 
     def close(self, spare: bool = False) -> None:
         """Give everything back, or with `spare` leave the cache's memory to the next session. A closed session can be
         asked nothing."""
-        if spare:
-            self._retire_cache()
-        self.release()
-        self._embeds = None
-        super().close()
+        with self.model.exclusive:
+            if spare:
+                self._retire_cache()
+            self.release()
+            self._embeds = None
+            super().close()
 
     def _write_video(self, rows: Tensor, clock: Stopwatch) -> None:
         """Fill the rows [S, D] with the video's tokens."""

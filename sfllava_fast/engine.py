@@ -210,7 +210,8 @@ class SlowFastLlava(Pipeline):
                 sessions[key] = self.open(video, frames, decoder)
             asked.append((sessions[key], question, choices))
         try:
-            return answer_batch(self, asked, self.check_new_tokens(max_new_tokens))
+            with self.exclusive.answering():
+                return answer_batch(self, asked, self.check_new_tokens(max_new_tokens))
         finally:
             for session in sessions.values():
                 session.close()

@@ -41,6 +41,10 @@ class OutOfMemoryError(SfllavaError, RuntimeError):
     """A stage that needs more memory than there is; nothing that was there before is lost."""
 
 
+class NumberError(SfllavaError, ArithmeticError):
+    """A model that computed NaN: damaged weights, a damaged session, or 16 bits that overflow."""
+
+
 class ServerError(SfllavaError, RuntimeError):
     """A server that failed on this request; another attempt may succeed."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import Attention
 from .checkpoint import rope_type
-from .errors import first_line
+from .errors import NumberError, first_line
 from .kv_cache import Filled, KvCache
 from .transformers_release import cache_argument
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("sfllava_fast")
+
+_NAN = -1  # among token ids: the host, which waits for them anyway, learns it with them
 
 
 class LanguageModel:
@@ -41,7 +43,11 @@ class LanguageModel:
 
     def cache_bytes(self, capacity: int, skipped: Sequence[int] | None = None) -> int:
         """Bytes of a cache of one row."""
-        return KvCache(self.config, 1, capacity, self.dtype, torch.device("meta"), skipped).nbytes
+        return self.meta_cache(capacity, skipped).nbytes
+
+    def meta_cache(self, capacity: int, skipped: Sequence[int] | None = None) -> KvCache:
+        """A cache of one row that has shapes and no memory."""
+        return KvCache(self.config, 1, capacity, self.dtype, torch.device("meta"), skipped)
 
     def embed_tokens(self, ids: Sequence[int]) -> Tensor:
         """Embeddings [n, D] of token ids."""
@@ -137,17 +143,26 @@ class LanguageModel:
         return self.head(hidden[torch.arange(len(parts), device=self.device), last])
 
     def tokens(self, cache: KvCache, logits: Tensor, lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Greedy token ids from logits [rows, V] on: one for each row at a time, `most` times."""
-        ids, step = logits.argmax(-1), None
+        """Greedy token ids from logits [rows, V] on: one for each row at a time, `most` times.
+
+        Raises NumberError where a logit is NaN.
+        """
+        ids, step = _greedy(logits), None
         if cache.rows > 1 or (self.device.type == "cuda" and not self.rescales(max(lengths) + most)):
             step = cache.step = cache.step or StaticStep(self, cache)
             step.start(ids, lengths)
         else:
             (cache.length,) = lengths
         for made in range(most):
-            yield ids.tolist()
+            made_now = ids.tolist()
+            if _NAN in made_now:
+                raise NumberError(
+                    "the model computed NaN, which is no answer: its weights or this session are damaged, or float16 "
+                    "overflows; load the model and open the video again, or take bfloat16 or float32"
+                )
+            yield made_now
             if made < most - 1:
-                ids = step() if step else self.extend(cache, self.embed(ids[:, None])).argmax(-1)
+                ids = step() if step else _greedy(self.extend(cache, self.embed(ids[:, None])))
 
     def _run(self, cache: KvCache, embeds: Tensor, **arguments: Tensor) -> Tensor:
         if "position_ids" not in arguments:  # the model would count the tokens that its first layer holds
@@ -240,7 +255,7 @@ class StaticStep:
     def _run(self) -> None:
         with self.model.unscaled_rope():
             hidden = self.model._run_masked(self.cache, self.model.embed(self.ids[:, None]))
-        self.ids.copy_(self.model.head(hidden[:, -1]).argmax(-1))
+        self.ids.copy_(_greedy(self.model.head(hidden[:, -1])))
         self.positions += 1
 
     def _capture(self) -> None:
@@ -253,6 +268,12 @@ class StaticStep:
             self.captures = False
             return
         self.graph = graph
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The ids [rows] of the highest of logits [rows, V]; _NAN where one is NaN, which argmax takes for the highest."""
+    ids = logits.argmax(-1, keepdim=True)
+    return ids.masked_fill(logits.gather(-1, ids).isnan(), _NAN)[:, 0]
 
 
 def _rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

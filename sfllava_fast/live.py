@@ -58,10 +58,11 @@ class StreamSession(PrefilledSession):
 
         Raises InputError or OutOfMemoryError; the stream is then as it was.
         """
-        self.check_open()
         frames = as_frames(frames)
-        with torch.inference_mode(), Stopwatch(self.model.device)("aggregate"):  # of what the stream itself allocates
-            self.stream.push(frames)
+        with self.model.exclusive.answering(), torch.inference_mode():
+            self.check_open()
+            with Stopwatch(self.model.device)("aggregate"):  # of what the stream itself allocates
+                self.stream.push(frames)
 
     @property
     def frames(self) -> list[int]:
@@ -93,8 +94,9 @@ class StreamSession(PrefilledSession):
         return embeds
 
     def close(self, spare: bool = False) -> None:
-        super().close(spare)
-        self.stream = None
+        with self.model.exclusive:
+            super().close(spare)
+            self.stream = None
 
     def _when_full(self) -> tuple[int, int]:
         """Tokens and frames that are shown at most."""
@@ -122,8 +124,9 @@ class MemorySession(StreamSession):
             "question": those closest to the question, by cosine with the mean of its tokens' embeddings; None: all,
             the most similar neighbours merged.
         """
-        self._selection = self._select_by(question, scores)
-        return super().ask(question, *arguments, **more)
+        with self.model.exclusive.answering():
+            self._selection = self._select_by(question, scores)
+            return self.answer(question, *arguments, **more)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -213,9 +216,9 @@ class AppendSession(Conversation):
 
         Raises InputError or OutOfMemoryError; the session is then as it was.
         """
-        self.check_open()
         frames, clock = as_frames(frames), Stopwatch(self.model.device)
-        with torch.inference_mode():
+        with self.model.exclusive.answering(), torch.inference_mode():
+            self.check_open()
             tokens = [part for few in frames.split(self.model.frames_per_pass) for part in self._encode(few, clock)]
             if self._between is not None:
                 tokens = [torch.cat([self._between, part]) if i else part for i, part in enumerate(tokens, self.seen)]
@@ -243,8 +246,9 @@ class AppendSession(Conversation):
         return cache + sum(tokens.nbytes for tokens in self._held.tokens)
 
     def close(self) -> None:
-        super().close()
-        self._cache, self._held = None, _Held(self.seen, [])
+        with self.model.exclusive:
+            super().close()
+            self._cache, self._held = None, _Held(self.seen, [])
 
     def _check_context(self, prompt: Prompt, max_new_tokens: int) -> None:
         # Not the tokens of now: what can be asked does not change as the stream goes on.

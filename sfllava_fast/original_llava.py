@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint_files import check_shapes, locate, one_line, read_json
+from .checkpoint_files import locate, one_line, read_config, read_json
 from .errors import BackendError, CheckpointError
 from .weights import Renaming, StoredTensor, stored_tensors
 
@@ -110,10 +110,9 @@ def tower_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     folder = _tower_folder(path, config)
     if folder is None:
         return _PUBLISHED_TOWER_CONFIG
-    clip = read_json(folder / "config.json") or {}
+    clip = read_config(folder) or {}
     if clip.get("model_type") not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{folder} holds {clip.get('model_type')}: use a LLaVA whose mm_vision_tower is a CLIP")
-    check_shapes(folder / "config.json", clip)
     return clip.get("vision_config", clip)
 
 

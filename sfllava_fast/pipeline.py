@@ -22,6 +22,7 @@ from .backends import choose
 from .checkpoint import Checkpoint
 from .config import Layout, SlowFastConfig
 from .errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
+from .exclusive import Exclusive
 from .layouts import parse_layout, preset_frames
 from .ops import slowfast_aggregate
 from .plan import Plan
@@ -43,6 +44,7 @@ from .separator_vectors import find_separators
 from .stages import Stopwatch, is_out_of_memory
 from .video import Video
 from .video.canvas import CanvasVideo
+from .weights import hash_weights
 
 if TYPE_CHECKING:
     from .kv_cache import KvCache
@@ -59,7 +61,10 @@ FRAMES_PER_PASS = 16
 
 
 class Pipeline:
-    """A checkpoint's stages, each a method, and the settings that they share."""
+    """A checkpoint's stages, each a method, and the settings that they share.
+
+    exclusive: whose thread may run them now.
+    """
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class Pipeline:
         self.tokenizer = checkpoint.tokenizer
         self.device, self.dtype = self.model.device, self.model.dtype
         self.language = LanguageModel(self.model, checkpoint.attention)
-        self.sessions = Residents(max_sessions, max_session_bytes)
+        self.sessions, self.exclusive = Residents(max_sessions, max_session_bytes), Exclusive()
         self.frames_per_pass = self._frames_that_fit()
         if projector not in MODES:
             raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
@@ -141,10 +146,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""
-        for session in self.sessions:
-            session.release()
-        self.sessions.spare = None
-        self.prefilling.undo()
+        with self.exclusive:
+            for session in self.sessions:
+                session.release()
+            self.sessions.spare = None
+            self.prefilling.undo()
 
     def __enter__(self) -> Any:
         return self
@@ -367,11 +373,11 @@ class Pipeline:
         return text.strip() if strip else text
 
     def fingerprint(self) -> str:
-        """Tells models apart: their config, dtype, and a few of their weights."""
+        """Tells models apart: their config, dtype, separators, and all of their weights (see `hash_weights`)."""
         config = _without_path(self.model.config.to_dict())
         told = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for weight in (self.language.embed.weight, self.language.head.weight, self.language.core.norm.weight):
-            told.update(weight.flatten()[:4096].float().cpu().numpy().tobytes())
+        separators = [] if self.separators is None else [("separators", self.separators)]
+        hash_weights(told, [*self.model.state_dict().items(), *separators])
         told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()}".encode())
         return told.hexdigest()
 

@@ -19,6 +19,7 @@ from .errors import InputError
 from .plan import Plan
 from .reduction.rows import gather_rows
 from .reduction.settings import FORMS, CompressionFile, FastV, Mixture, parse_reduction
+from .weights import hash_weights
 
 if TYPE_CHECKING:
     from .generation import LanguageModel
@@ -92,8 +93,7 @@ class Prefilling:
     def fingerprint(self) -> str:
         """Tells reductions apart, by what they learned too."""
         told = hashlib.sha256(str(self.text).encode())
-        for weight in self._weights():
-            told.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+        hash_weights(told, ((str(number), weight) for number, weight in enumerate(self._weights())))
         return told.hexdigest()
 
     def undo(self) -> None:

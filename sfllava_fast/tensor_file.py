@@ -1,13 +1,18 @@
-"""A safetensors file, written whole or not at all."""
+"""A safetensors file, written whole or not at all, and read as it was written or not at all."""
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .errors import InputError, first_line
+
+CHECKSUM = "checksum"
 
 
 def save_tensors(what: str, path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
@@ -20,10 +25,37 @@ def save_tensors(what: str, path: str | Path, tensors: Mapping[str, Tensor], met
     try:
         # Copies: tensors that share memory, as tied weights do, are not taken.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, part, metadata)
+        save_file(copies, part, metadata | {CHECKSUM: _checksum(copies, metadata)})
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {what} to {path}: {first_line(error)}") from error
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, on the CPU, and the metadata with them, CHECKSUM among it if the file has one.
+
+    Raises ValueError where the file cannot be read, is no safetensors file, or has a checksum that is not its own.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # of the file's system, of safetensors, of torch: for a dtype that it does not know
+        raise ValueError(first_line(error)) from error
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+        raise ValueError("its checksum is not that of its content: it was damaged, take a copy or make it again")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of everything in a file but itself: against damage, which it finds as well as longer sums, and sooner."""
+    shapes = [[name, str(tensor.dtype), *tensor.shape] for name, tensor in sorted(tensors.items())]
+    told = zlib.crc32(json.dumps([shapes, sorted({**metadata, CHECKSUM: ""}.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        told = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), told)
+    return f"{told:08x}"

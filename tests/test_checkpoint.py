@@ -321,6 +321,11 @@ def test_damaged_files(copy, name, damage):
         ({"vision_feature_layer": [-2, -7]}, "outside of a vision tower of 3 layers"),
         ({"vision_feature_select_strategy": "full"}, "leaves 37 vision tokens, not the 6x6 grid"),
         ({"text_config": 5}, "config.json is not usable"),
+        ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers 1000000, above 1000"),
+        ({"vision_config": {"num_hidden_layers": 2**40}}, "num_hidden_layers 1099511627776, above 1000"),
+        ({"text_config": {"a": {"n_layers": 1001}}}, "n_layers 1001, above 1000"),
+        ({"text_config": {"hidden_size": 2**40}}, "config.json"),
+        ({"vision_config": {"image_size": 2**40}}, "config.json"),
     ],
 )
 def test_configs_that_cannot_serve(copy, changes, match):

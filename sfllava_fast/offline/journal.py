@@ -118,7 +118,7 @@ class Journal:
             if not _is_answer(line):
                 raise InputError(f"{self.path}, line {number} is not an answer of a batch: name another file")
             self._note(line)
-        lines = [line for line in _read_lines(self._state_path) if isinstance(line, dict)]
+        lines = [line for line in _read_lines(self._state_path) if _is_state(line)]
         begun = next((line["settings"] for line in lines if "settings" in line), self.settings)
         if begun != self.settings and not self.done:
             os.ftruncate(self._state, 0)
@@ -207,6 +207,14 @@ def _open(path: Path, flags: int) -> int:
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path} ({error.strerror}): make room or name another file, then run it again")
+
+
+def _is_state(line: Any) -> bool:
+    """Whether a line is of a state file; damaged ones are passed over."""
+    if not isinstance(line, dict) or "settings" in line:
+        return isinstance(line, dict) and isinstance(line["settings"], dict) and "attempts" not in line
+    attempts = line.get("attempts")
+    return isinstance(line.get("id"), (str, int)) and isinstance(attempts, int) and attempts >= 0
 
 
 def _read_lines(path: Path) -> list[Any]:

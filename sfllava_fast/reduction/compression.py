@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint_files import one_line
 from ..errors import InputError
 from ..replacement import Patch
-from ..tensor_file import save_tensors
+from ..tensor_file import load_tensors, save_tensors
 from ..transformers_release import cache_argument
 from .weights import weight_replacements
 
@@ -163,10 +163,8 @@ class Compression(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> Compression:
         """From a safetensors file: `tokens`, and the weights by their names. Raises CheckpointError for any other."""
-        from safetensors.torch import load_file
-
         with one_line(f"{path} holds no compression tokens"):
-            tensors = load_file(path)
+            tensors, _ = load_tensors(path)
             return cls(tensors.pop("tokens"), tensors)
 
     def save(self, path: str | Path) -> Path:

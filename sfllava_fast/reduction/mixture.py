@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InputError, PatchError
+from ..errors import InputError, PatchError, first_line
 from ..replacement import Patch, undo
-from ..tensor_file import save_tensors
+from ..tensor_file import load_tensors, save_tensors
 from ..transformers_release import cache_in, release
 from .decoder import check_layers, check_pass, find_decoder
 from .frames import check_frames, check_ratio, clip_frames, kept_of, placeholder_frames
@@ -130,15 +130,13 @@ class MixtureOfDepths(nn.Module):
 
         Raises InputError where the file holds none, or they are not for this model; it is left as it was.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {})[_FORMAT])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path} holds no scorers of a mixture of depths: give what `save` wrote") from error
-        ratios = {int(at): saved if ratio is None else ratio for at, saved in settings.pop("ratios").items()}
+            tensors, metadata = load_tensors(path)
+            settings = _parse_settings(metadata[_FORMAT])
+        except (KeyError, ValueError, RecursionError) as error:
+            said = f"{path} holds no scorers of a mixture of depths ({first_line(error)}): give what `save` wrote"
+            raise InputError(said) from error
+        ratios = {at: saved if ratio is None else ratio for at, saved in settings.pop("ratios").items()}
         selecting = ratios if settings["select_at"] is None else [settings["select_at"]]
         width = find_decoder(model).config.hidden_size
         of_layer = {"weight": [1, width], "bias": [1]}
@@ -146,6 +144,8 @@ class MixtureOfDepths(nn.Module):
         shapes = {f"scorers.{at}.linear.{name}": of_layer[name] for at in selecting for name in of_layer}
         if {name: list(value.shape) for name, value in tensors.items()} != shapes:
             raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}")
+        if not all(value.is_floating_point() and value.isfinite().all() for value in tensors.values()):
+            raise InputError(f"the scorers in {path} are not finite numbers: give what `save` wrote")
         mixture = cls(model, ratios, "learned", **settings, weights=weights)
         mixture.load_state_dict(tensors)
         return mixture
@@ -234,6 +234,18 @@ class _Forward:
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self.names, args)) | kwargs
+
+
+def _parse_settings(text: str) -> dict[str, Any]:
+    """What `save` wrote beside the tensors, ratios by layer; ValueError for anything else."""
+    settings = json.loads(text)
+    if not isinstance(settings, dict) or set(settings) != {"ratios", "weighted", "per_frame", "select_at"}:
+        raise ValueError("its settings are not a mixture's")
+    ratios, at = settings["ratios"], settings["select_at"]
+    flags = isinstance(settings["weighted"], bool) and isinstance(settings["per_frame"], bool)
+    if not flags or not isinstance(ratios, dict) or not (at is None or type(at) is int):
+        raise ValueError("its settings are not a mixture's")
+    return settings | {"ratios": {int(layer): ratio for layer, ratio in ratios.items()}}
 
 
 def _past(named: dict[str, Any]) -> int:

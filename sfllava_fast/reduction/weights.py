@@ -16,15 +16,16 @@ def weight_replacements(
     """What a `Patch` takes to put weights into a model, tied ones in every place.
 
     weights: by name as in `decoder.named_parameters()`, and "lm_head.weight".
-    Raises InputError where the model lacks a weight of that name and shape.
+    Raises InputError where the model lacks a weight of that name and shape, or it is not floating point.
     """
     own, head = dict(decoder.named_parameters()), getattr(model, "lm_head", None)
     if head is not None:
         own["lm_head.weight"] = head.weight
     swaps: dict[nn.Parameter, nn.Parameter] = {}
     for name, weight in weights.items():
-        if name not in own or own[name].shape != weight.shape:
-            raise InputError(f"this model has no {name} {list(weight.shape)}, which the reduction brings")
+        if name not in own or own[name].shape != weight.shape or not weight.is_floating_point():
+            given = f"{list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+            raise InputError(f"this model has no {name} {given}, which the reduction brings")
         # A copy: memory of a file is not aligned, by which kernels may round otherwise.
         put = nn.Parameter(weight.to(own[name], copy=True), own[name].requires_grad)
         if not torch.equal(swaps.setdefault(own[name], put), put):
