@@ -9,8 +9,10 @@ import importlib
 import logging
 import operator
 import os
+import re
+import stat
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +26,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
+_MAX_PIXELS = 8192 * 8192
+_MOST_PIXELS = 2**31 - 1  # FFmpeg has no larger limit
+_FRAMES_AT_ONCE = 32  # of the largest size
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a folder"),
+)
+
 Numbered = Generator[tuple[int, np.ndarray], None, None]  # (number, frame), as `Video.stream_arrays` gives them
 
 
 class Video:
     """A readable video.
 
-    total: number of frames. fps: frames per second, None without a clock. size: (height, width) as shown.
-    decoder: the registry name of what reads it ("images" for a folder).
+    total: number of frames. fps: frames per second, None without a clock. size: (height, width) of its frames, upright;
+    pixels as they are coded: a sample aspect ratio other than 1:1 is not applied. decoder: the registry name of what
+    reads it ("images" for a folder). damage: what is known to be missing of it by now, None for nothing.
     """
 
     decoder: str
     total: int
     fps: float | None
     size: tuple[int, int]
+    damage: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,9 +64,11 @@ class Video:
     def arrays(self, indices: Iterable[int]) -> np.ndarray:
         """uint8 RGB [n, H, W, 3], in the order asked; numbers may repeat. Needs no torch.
 
-        Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails.
+        Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails or the frames are more
+        than `check_pixels` allows.
         """
         wanted = [self._check(i) for i in indices]
+        check_pixels(self.path, self.size, len(wanted))
         rows = np.empty((len(wanted), *self.size, 3), np.uint8)
         rows_of: dict[int, list[int]] = {}
         for row, number in enumerate(wanted):
@@ -81,7 +98,7 @@ class Video:
         return self._stream(unique, stop or threading.Event())
 
     def times(self, indices: Iterable[int]) -> list[float] | None:
-        """Seconds from the first frame at which these frames are shown; None without a clock."""
+        """Seconds from the first frame at which these frames are shown, which never go back; None without a clock."""
         return [self._time(self._check(i)) for i in indices] if self.fps else None
 
     def _check(self, index: int) -> int:
@@ -116,18 +133,65 @@ def _tensors(arrays: Numbered) -> Generator[tuple[int, Tensor], None, None]:
             yield number, as_tensor(frame)
 
 
+def max_pixels() -> int:
+    """Pixels that a frame may have: SFLLAVA_FAST_MAX_PIXELS. Raises InputError where that is no number."""
+    text = os.environ.get("SFLLAVA_FAST_MAX_PIXELS", "")
+    if not text:
+        return _MAX_PIXELS
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise InputError(f"SFLLAVA_FAST_MAX_PIXELS must be a number of pixels of at least 1, not {text!r}")
+    return min(int(text), _MOST_PIXELS)
+
+
+def check_pixels(name: object, size: Sequence[int], frames: int = 1) -> None:
+    """VideoError for a frame (height, width) of more than `max_pixels`, or for more than 32 times as many in all."""
+    limit = max_pixels()
+    if size[0] * size[1] > limit:
+        raise VideoError(
+            f"{name} has frames of {wide(size)}, more than {limit} pixels: reduce them, or set SFLLAVA_FAST_MAX_PIXELS"
+        )
+    if frames * size[0] * size[1] > _FRAMES_AT_ONCE * limit:
+        raise VideoError(
+            f"{frames} frames of {wide(size)} are asked of {name}, more than {_FRAMES_AT_ONCE * limit} pixels at once: "
+            "ask for fewer, or set SFLLAVA_FAST_MAX_PIXELS"
+        )
+
+
+def wide(size: Sequence[int]) -> str:
+    """(height, width) as people write it."""
+    return f"{size[1]}x{size[0]}"
+
+
 def check_file(path: Path) -> int:
-    """Bytes of a file that can be read and holds some. Raises VideoError for any other."""
-    if not path.exists():
-        raise VideoError(f"{path} does not exist: check the path of the video")
+    """Bytes of a file that can be read and holds some. Raises VideoError for any other, without waiting for a pipe."""
     try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            what = next((name for test, name in _KINDS if test(kind)), "no file")
+            raise VideoError(f"{path} is {what}: name a video file; `watch` reads pipes and devices")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise VideoError(f"{path} cannot be opened: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise VideoError(f"{path} does not exist: {_instead_of(path)}") from error
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{path} cannot be opened: {reason(error)}") from error
     if not size:
         raise VideoError(f"{path} is empty (0 bytes): copy or download it again")
     return size
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a file that is not there; the one meant may have lost its suffix."""
+    try:
+        found = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file() and entry.stem == path.name)
+    except OSError:
+        found = []
+    return f"there is {found[0]}" if found else "check the path of the video"
+
+
+def hide_password(url: str) -> str:
+    """A URL without the user and password that it may hold."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", url)
 
 
 def import_package(module: str, decoder: str) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
+from typing import Any
 
 from ..errors import BackendError, VideoError
 from .base import Numbered, Video, import_package, reason
-from .pyav import open_stream
+from .pyav import open_stream, orientation
 
 _BATCH = 8
 
@@ -26,13 +27,17 @@ class DecordVideo(Video):
         decord = import_package("decord", "decord")
         decord.logging.set_level(decord.logging.QUIET)
         # PyAV says in one line what is wrong with a file; decord prints several, on stderr, at any level.
-        with contextlib.suppress(BackendError), open_stream(import_package("av", "decord"), path):
-            pass
+        with contextlib.suppress(BackendError):
+            av = import_package("av", "decord")
+            with open_stream(av, path) as (container, stream):
+                _check_upright(path, next(container.decode(stream), None))
         try:
-            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
+            self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
             self.total = len(self._reader)
             self.fps = float(self._reader.get_avg_fps())
             height, width, _ = self._reader[0].shape
+        except UnicodeEncodeError as error:
+            raise VideoError(f"decord cannot read {path}, a name that is not UTF-8; try --decoder pyav") from error
         except (decord.DECORDError, RuntimeError, IndexError) as error:
             raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
         self.size = (height, width)
@@ -50,3 +55,11 @@ class DecordVideo(Video):
             if stop.is_set():
                 return
             yield from zip(numbers, frames)
+
+
+def _check_upright(path: Path, frame: Any) -> None:
+    """VideoError for a video that is to be mirrored, which decord does not do."""
+    if frame is not None:
+        mirrored = sum(orientation(frame)) % 2
+        if mirrored:
+            raise VideoError(f"decord does not mirror frames, as {path} asks for; use --decoder pyav")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, import_package
+from .base import Numbered, Video, check_file, hide_password, import_package
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -41,6 +42,7 @@ class MemoryVideo(Video):
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
 _MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
 
 
@@ -99,25 +101,30 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
-    path = Path(video)
-    if path.is_dir():
+    text = os.fsdecode(video)
+    if _URL.match(text) and not os.path.exists(text):
+        raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
+    path = Path(text)
+    if os.path.isdir(text):
         return FolderVideo(path)
     size = check_file(path)
     declared = declared_bytes(path)
     if declared > size:
-        raise VideoError(_truncated(path, size, declared))
+        _check_whole(path, size, declared)
     return DECODERS[decoder](path)
 
 
-def _truncated(path: Path, size: int, declared: int) -> str:
-    """What is wrong with a file that ends before its own header says, with the frames that are left."""
+def _check_whole(path: Path, size: int, declared: int) -> None:
+    """VideoError for a file that ends before its header says, unless it has every frame: headers are wrong, too."""
     try:
         video = PyavVideo(path)
         with open_stream(import_package("av", "pyav"), path) as (container, stream):
             announced = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
         left = sum(1 for _ in video.decode_all())
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
+        if left >= announced > 0:
+            return
     except (VideoError, BackendError):
         frames = "no frame"
     short = f"{path} is cut short ({size} of {declared} bytes)"
-    return f"{short}: {frames} can be decoded; copy or download it again"
+    raise VideoError(f"{short}: {frames} can be decoded; copy or download it again")

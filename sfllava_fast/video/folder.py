@@ -7,18 +7,19 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import VideoError
-from .base import Numbered, Video, one_line
+from .base import Numbered, Video, check_pixels, one_line, wide
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _READERS = 8  # threads, at most
+_WHITE_16 = 65535
 
 
 class FolderVideo(Video):
@@ -46,7 +47,10 @@ class FolderVideo(Video):
         file = self._files[index]
         try:
             with Image.open(file) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                check_pixels(file, image.size[::-1])
+                return _rgb(ImageOps.exif_transpose(image))
+        except VideoError:
+            raise
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise VideoError(f"cannot read the frame {file}: {one_line(error)}") from error
 
@@ -54,7 +58,7 @@ class FolderVideo(Video):
         image = self._load(index)
         if image.shape[:2] != self.size:
             raise VideoError(
-                f"{self._files[index]} is {_wide(image.shape)}, the first frame {_wide(self.size)}: "
+                f"{self._files[index]} is {wide(image.shape)}, the first frame {wide(self.size)}: "
                 "the frames of a folder must be of one size"
             )
         return image
@@ -73,6 +77,17 @@ class FolderVideo(Video):
             pool.shutdown(cancel_futures=True)
 
 
+def _rgb(image: Any) -> np.ndarray:
+    """uint8 [H, W, 3]. Pillow would clip what has more than 8 bits."""
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert("RGB"))
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > _WHITE_16:
+        raise ValueError(f"its values are not of 8 or 16 bits (mode {image.mode}): save it as PNG")
+    grey = np.round(values / (_WHITE_16 / 255)).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
 def _allowed_threads() -> int:
     """What torch is allowed, where it is used at all."""
     torch = sys.modules.get("torch")
@@ -82,7 +97,3 @@ def _allowed_threads() -> int:
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     parts = re.findall(r"\d+|\D+", path.name)
     return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
-
-
-def _wide(size: Sequence[int]) -> str:
-    return f"{size[1]}x{size[0]}"

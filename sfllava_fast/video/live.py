@@ -25,8 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, VideoError
-from .base import as_tensor, check_file, import_package, log, reason
-from .pyav import frame_rate, open_container, picture_stream, quarter_turns, rgb_converter
+from .base import as_tensor, check_file, check_pixels, hide_password, import_package, log, reason
+from .pyav import (
+    FORMATS,
+    demux,
+    frame_rate,
+    open_container,
+    orientation,
+    picture_stream,
+    rgb_converter,
+    why_unreadable,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +80,8 @@ class LiveVideo:
     """The sampled frames of a source, decoded in a thread as they come; made by `open_live`.
 
     Iterate it for (seconds, frame): seconds from the first frame; frame uint8 RGB [H, W, 3], upright, of the size that
-    the source has at that moment: a tensor, or an array from `arrays()`. At most eight frames wait to be taken. A file or a pipe then waits itself; of a
-    device or a live URL the oldest that nobody took are dropped.
+    the source has at that moment: a tensor, or an array from `arrays()`. At most eight frames wait to be taken. A file
+    or a pipe then waits itself; of a device or a live URL the oldest that nobody took are dropped.
 
     name: of the source, for messages. live: whether frames may be dropped, dropped: how many were. damaged: packets
     and frames that could not be decoded, and were stepped over.
@@ -171,7 +180,7 @@ class LiveVideo:
 
     def _read(self, container: Any) -> None:
         stream = picture_stream(self._av, container, self.name)
-        stream.thread_type = "AUTO" if self._source.is_file else "SLICE"  # frame threads hold frames back
+        stream.thread_type = "SLICE"  # frame threads hold frames back, and lose good ones beside a damaged one
         with self._changed:
             # What announces its length is no live source, even where it comes from a URL.
             self.live = self._source.is_live and container.duration is None
@@ -183,14 +192,15 @@ class LiveVideo:
             turn = math.floor(clock.tick(frame.pts) * self._rate)
             if turn > taken:
                 taken = turn
-                rgb = to_rgb(frame, (frame.height, frame.width), quarter_turns(frame))
-                self._deliver(float(clock.now), rgb)
+                size = frame.height, frame.width
+                check_pixels(self.name, size)
+                self._deliver(float(clock.now), orientation(frame).upright(to_rgb(frame, size)))
         if not self._stopped:
             self._tell_end(clock, stream.duration and stream.duration * stream.time_base, container.duration)
 
     def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
         """Whole frames in the order shown, until stopped, stepping over what is damaged."""
-        packets = container.demux(stream)
+        packets = demux(container, stream)
         while not self._stopped:
             try:
                 packet = next(packets, None)
@@ -279,11 +289,11 @@ class _Clock:
 class _Source:
     """What is read: finds out what the text names, opens it for PyAV, and ends a read that waits.
 
-    is_file: it can be read at any speed. is_live: it goes on whether or not it is read.
+    is_live: it goes on whether or not it is read.
     """
 
     def __init__(self, text: str) -> None:
-        self.name, self.is_file, self.is_live = text, False, False
+        self.name, self.is_live = hide_password(text), False
         self._pipe: _Pipe | None = None
         self._options: dict[str, Any] = {"options": _AT_ONCE}
         self._file: Any = text
@@ -291,7 +301,7 @@ class _Source:
             self._open_stdin()
         elif "://" in text:
             self.is_live = True
-            self._options["timeout"] = _URL_TIMEOUTS
+            self._options |= {"timeout": _URL_TIMEOUTS, "formats": f"{FORMATS},rtsp,rtp"}
         else:
             self._open_path(Path(text))
 
@@ -306,18 +316,18 @@ class _Source:
             self._file = self._pipe = _Pipe(os.dup(descriptor))
 
     def _open_path(self, path: Path) -> None:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise VideoError(f"{path} is a folder: name a file, a pipe, a device or a URL")
-        kind = path.stat().st_mode if path.exists() else 0
+        kind = path.stat().st_mode if os.path.exists(path) else 0
         if stat.S_ISFIFO(kind):
             # Without waiting for the writer, so that close() is not held up: reading waits for it.
             self._file = self._pipe = _Pipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         elif stat.S_ISCHR(kind):
             self.is_live = True
-            self._options["format"] = "v4l2"
+            self._options |= {"format": "v4l2", "formats": "v4l2"}
         else:
             check_file(path)
-            self._file, self._options, self.is_file = str(path), {}, True
+            self._file, self._options = str(path.absolute()), {}  # 12:30.mp4 would be a protocol
 
     def open(self, av: Any) -> Any:
         try:
@@ -325,7 +335,8 @@ class _Source:
         except (av.FFmpegError, OSError, ValueError) as error:
             if self._pipe is not None and not self._pipe.count:
                 raise VideoError(f"{self.name} is empty: its writer ended without a byte") from error
-            raise VideoError(f"{self.name} is not a readable video: {reason(error)}{self.hint}") from error
+            why = reason(error) if "format" in self._options else why_unreadable(error)
+            raise VideoError(f"{self.name} is not a readable video: {why}{self.hint}") from error
 
     @property
     def hint(self) -> str:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
+import time
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import RenumberedError, VideoError
-from .base import Numbered, Video, import_package, log, reason
+from .base import Numbered, Video, check_pixels, import_package, log, max_pixels, reason
 
-_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+# FFmpeg has formats that are lists of other files, or devices, or code: what holds pictures itself is named here.
+FORMATS = (
+    "3g2,3gp,apng,asf,avi,av1,avs2,avs3,bmp_pipe,cavsvideo,dds_pipe,dirac,dnxhd,dpx_pipe,dv,evc,exr_pipe,flic,flv,gif,"
+    "gif_pipe,gxf,h261,h263,h264,hdr_pipe,hevc,ico,ivf,j2k_pipe,jpeg_pipe,jpegls_pipe,jpegxl_anim,jpegxl_pipe,live_flv,"
+    "m4v,matroska,mjpeg,mjpeg_2000,mov,mp4,mpeg,mpegts,mpegvideo,mpjpeg,mxf,nut,obu,ogg,pam_pipe,pbm_pipe,pcx_pipe,"
+    "pgm_pipe,pgmyuv_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,rm,sgi_pipe,sunrast_pipe,swf,tiff_pipe,vc1,vvc,webm,"
+    "webp_anim,webp_pipe,wtv,xbm_pipe,xpm_pipe,xwd_pipe,yuv4mpegpipe,"
+    "aac,ac3,aiff,amr,caf,flac,mp3,w64,wav"  # sound: to say that there is only that
+)
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
-_OUTPUT_CORRUPT = 1 << 3  # AV_CODEC_FLAG_OUTPUT_CORRUPT: show what ffmpeg shows when a stream starts mid-GOP.
+_GAPS = 10_000  # stretches without a packet, a millisecond each at least, that are read over
+_UNREADABLE_HERE = 22  # EINVAL: what FFmpeg says of a format that is not among those allowed
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class PyavVideo(Video):
     One pass over the packets gives every frame's time stamp, with nothing decoded; a read then decodes from
     the key frame before a wanted frame up to it. Where packets cannot tell (no time stamps, damage), frames
     are counted by decoding from the start.
+
+    Damage: what ffmpeg can decode is used. Frames found missing while the video is opened have no number; in the
+    place of one found missing later stands the next that there is, or the last. `damage` and the log say so.
     """
 
     decoder = "pyav"
@@ -43,21 +57,25 @@ class PyavVideo(Video):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._av = import_package("av", "pyav")
+        self._threads = True
+        self._served: list[int] | None = None  # by frame, the decoded one that stands for it
         with open_stream(self._av, path) as (container, stream):
             self._time_base = Fraction(stream.time_base)
             rate = frame_rate(stream)
             self.fps = float(rate) if rate else None
             first, self._index = self._scan_packets(container, stream)
         if self._index is None:
-            first = self._scan_frames(threading.Event())
+            first, self._pts, bad = self._scan_frames(threading.Event())
+            self._tell_bad(bad)
         else:
             self._pts = self._index.pts
         if first is None:
-            raise VideoError(f"{path} has a video stream but none of its frames can be decoded: re-encode it")
-        self._rotation = quarter_turns(first)
-        height, width = first.height, first.width
-        self.size = (width, height) if self._rotation % 2 else (height, width)
-        self._coded_size = (height, width)
+            raise VideoError(f"{path} has a video stream but none of its frames can be decoded: {_why_none(path)}")
+        self._ascending = None not in self._pts and self._pts == sorted(self._pts)
+        self._coded_size = first.height, first.width
+        check_pixels(path, self._coded_size)
+        self._orientation = orientation(first)
+        self.size = self._coded_size[::-1] if self._orientation.transposed else self._coded_size
 
     @property
     def total(self) -> int:
@@ -67,40 +85,52 @@ class PyavVideo(Video):
         """The first frame shown, and the index (None where packets cannot tell which frames there are)."""
         first, packets = None, []
         try:
-            for packet in container.demux(stream):
+            for packet in demux(container, stream):
                 if first is None:
                     first = next(iter(packet.decode()), None)
                 if packet.size:
                     packets.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
         except self._av.FFmpegError:
             return None, None
-        return first, _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
+        index = _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
+        return first, index if index and first.pts == index.pts[0] else None
 
-    def _scan_frames(self, stop: threading.Event) -> Any:
-        """Number the frames by decoding them all, unless stopped; the first one, or None."""
-        first, stamps = None, []
-        for frame in self.decode_all(warn=True):
-            if stop.is_set():
-                return None
-            first = first or frame
-            stamps.append(frame.pts)
-        self._index, self._pts = None, stamps
-        return first
+    def _scan_frames(self, stop: threading.Event) -> tuple[Any, list[int | None], int]:
+        """By decoding, unless stopped: the first frame or None, all time stamps, how many packets are bad.
 
-    def decode_all(self, warn: bool = False) -> Iterator[Any]:
-        """Every frame in the order shown, stepping over packets that do not decode."""
-        bad = 0
-        with open_stream(self._av, self.path) as (container, stream):
+        Threads of a decoder lose more than the damaged frame: where frames are missing, one counts again.
+        """
+        while True:
+            first, stamps, tally = None, [], Counter()
+            for frame in self.decode_all(tally):
+                if stop.is_set():
+                    break
+                first = first or frame
+                stamps.append(frame.pts)
+            lost = tally["bad"] or len(stamps) < tally["packets"]
+            if stop.is_set() or not (lost and self._threads):
+                break
+            self._threads = False
+        return first, stamps, tally["bad"]
+
+    def decode_all(self, tally: Counter[str] | None = None) -> Iterator[Any]:
+        """Every frame in the order shown, stepping over packets that do not decode.
+
+        tally: counts "packets" that should be frames, and "bad" ones.
+        """
+        tally = Counter() if tally is None else tally
+        with open_stream(self._av, self.path, self._threads) as (container, stream):
             try:
-                for packet in container.demux(stream):
+                for packet in demux(container, stream):
+                    tally["packets"] += bool(packet.size and not packet.is_discard)
                     try:
                         yield from packet.decode()
                     except self._av.FFmpegError:
-                        bad += 1
+                        tally["bad"] += 1
             except self._av.FFmpegError:
-                bad += 1
-        if bad and warn:
-            log.warning("%s is damaged: %d of its packets cannot be decoded", self.path, bad)
+                tally["bad"] += 1
+                with contextlib.suppress(self._av.FFmpegError):
+                    yield from stream.decode(None)
 
     def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
         given = 0
@@ -140,10 +170,20 @@ class PyavVideo(Video):
         return len(unique) - len(todo)
 
     def _renumber(self, unique: list[int], given: int, stop: threading.Event) -> None:
-        """Number frames by decoding them all; the `given` first of `unique` must keep their numbers."""
-        log.info("%s: time stamps do not match its frames, decoding from the start", self.path)
-        indexed = self._pts
-        self._scan_frames(stop)
+        """Find by decoding which frames there are; the `given` first of `unique` must keep their numbers."""
+        log.info("%s: its frames are not those its packets announce, decoding from the start", self.path)
+        indexed, self._index = self._pts, None
+        _, stamps, bad = self._scan_frames(stop)
+        if stop.is_set():
+            return
+        if stamps and len(stamps) < len(indexed) and stamps == sorted(stamps) and set(stamps) <= set(indexed):
+            self._served = [min(bisect_left(stamps, pts), len(stamps) - 1) for pts in indexed]
+            self._tell_damage(
+                f"{len(stamps)} of its {len(indexed)} frames can be decoded; where one is missing, the next is taken"
+            )
+            return
+        self._pts = stamps
+        self._tell_bad(bad)
         if unique[-1] >= self.total:
             raise VideoError(
                 f"{self.path} is damaged: only {self.total} of {len(indexed)} frames can be decoded; "
@@ -166,7 +206,7 @@ class PyavVideo(Video):
         start, stop = next(todo)
         with open_stream(self._av, self.path) as (container, stream):
             skips = _can_skip(stream.codec_context)
-            packets = (p for p in container.demux(stream) if p.size)
+            packets = (p for p in demux(container, stream) if p.size)
             for position, packet in enumerate(packets):
                 if position >= start:
                     if skips:
@@ -182,46 +222,82 @@ class PyavVideo(Video):
                     return
 
     def _from_start(self, unique: list[int], stop: threading.Event) -> Numbered:
-        wanted = set(unique)
+        numbers: dict[int, list[int]] = {}
+        for number in unique:
+            numbers.setdefault(self._served[number] if self._served else number, []).append(number)
         convert = self._converter()
-        for index, frame in enumerate(self.decode_all()):
+        for position, frame in enumerate(self.decode_all()):
             if stop.is_set():
                 return
-            if index in wanted:
-                yield index, convert(frame)
-            if index == unique[-1]:
+            if wanted := numbers.pop(position, None):
+                rgb = convert(frame)
+                yield from ((number, rgb) for number in wanted)
+            if not numbers:
                 return
         raise VideoError(f"{self.path}: frame {unique[-1]} of {self.total} can no longer be decoded")
 
     def _converter(self) -> Callable[[Any], np.ndarray]:
         """A function from a decoded frame to RGB [H, W, 3], turned upright."""
         to_rgb = rgb_converter(self._av)
-        return lambda frame: to_rgb(frame, self._coded_size, self._rotation)
+        return lambda frame: self._orientation.upright(to_rgb(frame, self._coded_size))
 
     def _time(self, index: int) -> float:
-        pts, first = self._pts[index], self._pts[0]
-        return index / self.fps if pts is None or first is None else float((pts - first) * self._time_base)
+        """By the time stamps, or by the rate where there are none or they go back, as those of AVI and joined files."""
+        return float((self._pts[index] - self._pts[0]) * self._time_base) if self._ascending else index / self.fps
+
+    def _tell_bad(self, packets: int) -> None:
+        if packets and self._pts:
+            self._tell_damage(f"{packets} of its packets cannot be decoded, {len(self._pts)} frames can")
+
+    def _tell_damage(self, what: str) -> None:
+        if self.damage is None:
+            log.warning("%s is damaged: %s", self.path, what)
+        self.damage = what
 
 
 @contextlib.contextmanager
-def open_stream(av: Any, path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, threads on."""
+def open_stream(av: Any, path: Path, threads: bool = True) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, decoded by several threads or by one."""
     try:
-        container = open_container(av, str(path))
+        # A relative name may look like a protocol of FFmpeg: 12:30.mp4.
+        container = open_container(av, str(path.absolute()))
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path} is not a readable video: {reason(error)}") from error
+        raise VideoError(f"{path} is not a readable video: {why_unreadable(error)}") from error
     with container:
         stream = picture_stream(av, container, path)
-        stream.thread_type = "AUTO"
-        stream.codec_context.flags |= _OUTPUT_CORRUPT
+        check_pixels(path, (stream.height or 0, stream.width or 0))
+        if threads:
+            stream.thread_type = "AUTO"
+        else:
+            stream.codec_context.thread_count = 1
         yield container, stream
 
 
-def open_container(av: Any, file: Any, **options: Any) -> Any:
-    """av.open as every version has it. Metadata need not be UTF-8: version 19 asks nothing, older ones would raise."""
+def open_container(av: Any, file: Any, formats: str = FORMATS, **options: Any) -> Any:
+    """av.open as every version has it, of these formats only.
+
+    Metadata need not be UTF-8: version 19 asks nothing, older ones would raise.
+    """
     if int(av.__version__.split(".")[0]) < 19:
         options["metadata_errors"] = "ignore"
-    return av.open(file, **options)
+    limits = {"format_whitelist": formats, "max_pixels": str(max_pixels())}
+    return av.open(file, **options | {"options": limits | options.get("options", {})})
+
+
+def demux(container: Any, stream: Any) -> Iterator[Any]:
+    """container.demux, that reads on where FFmpeg found no packet for a while and says "again", which PyAV raises."""
+    gaps = 0
+    while True:
+        try:
+            for packet in container.demux(stream):
+                gaps = 0
+                yield packet
+            return
+        except BlockingIOError:
+            gaps += 1
+            if gaps > _GAPS:
+                raise
+            time.sleep(0.001)
 
 
 def frame_rate(stream: Any) -> Fraction | None:
@@ -231,39 +307,96 @@ def frame_rate(stream: Any) -> Fraction | None:
 
 
 def picture_stream(av: Any, container: Any, name: object) -> Any:
-    """The stream of a container with the largest pictures. Raises VideoError, with its name, where there is none."""
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
+    """The default video stream of a container, of several the one with the largest pictures.
+
+    Raises VideoError, with its name, where there is none.
+    """
+    kinds = av.stream.Disposition
+    streams = [s for s in container.streams.video if not s.disposition & kinds.attached_pic]
     if not streams:
         kind = "only sound" if container.streams.audio else "no video stream"
         raise VideoError(f"{name} has {kind}: name a file with pictures")
     streams = [s for s in streams if s.codec_context]
     if not streams:
         raise VideoError(f"{name} uses a codec that PyAV cannot decode: re-encode it as H.264")
-    return max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
+    return max(streams, key=lambda s: (bool(s.disposition & kinds.default), (s.width or 0) * (s.height or 0)))
 
 
-def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int], int], np.ndarray]:
-    """A function from a decoded frame, its size (height, width) as coded and the quarter turns that put it upright, to
-    uint8 RGB [H, W, 3]."""
-    from av.video.reformatter import VideoReformatter
+def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int]], np.ndarray]:
+    """A function from a decoded frame and a size (height, width) to uint8 RGB [H, W, 3] of that size.
 
-    reformat = VideoReformatter().reformat
-    # The decoder's threads have the cores already; before version 17 there was one thread anyway.
-    threads = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+    The conversion is ffmpeg's own: its scale filter with the flags that the ffmpeg command gives it. (Beside it, PyAV's
+    reformat takes fields for pictures of half the height, moves the chroma of 10-bit frames, and has other defaults.)
+    """
+    graphs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def convert(frame: Any, size: tuple[int, int], turns: int) -> torch.Tensor:
-        # Older versions do not look at a frame's range and take every one for limited.
-        full = {"src_color_range": _FULL_RANGE} if frame.color_range == _FULL_RANGE else {}
-        rgb = reformat(frame, size[1], size[0], "rgb24", **threads, **full).to_ndarray()
-        return np.rot90(rgb, turns).copy() if turns else rgb
+    def convert(frame: Any, size: tuple[int, int]) -> np.ndarray:
+        key = frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range), *size
+        if key not in graphs:
+            graphs.clear()
+            graphs[key] = _scale_graph(av, *key)
+        _, source, sink = graphs[key]
+        source.push(frame)
+        return sink.pull().to_ndarray()
 
     return convert
 
 
-def quarter_turns(frame: Any) -> int:
-    """Counter-clockwise quarter turns that put a frame upright."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
+def _scale_graph(
+    av: Any, width: int, height: int, pixels: str, matrix: int, levels: int, to_height: int, to_width: int
+) -> tuple[Any, Any, Any]:
+    """(graph, source, sink); the graph has to be held as long as the others."""
+    graph = av.filter.Graph()
+    if hasattr(graph, "threads"):
+        graph.threads = 1  # the decoder's threads have the cores already
+    source = graph.add(
+        "buffer",
+        f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000:colorspace={matrix}:range={levels}",
+    )
+    sink = graph.add("buffersink")
+    scale = graph.add("scale", f"w={to_width}:h={to_height}:flags=bicubic")
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), sink).configure()
+    return graph, source, sink
+
+
+class Orientation(NamedTuple):
+    """How a frame is put upright: rows and columns exchanged, then columns and rows reversed."""
+
+    transposed: bool
+    right_to_left: bool
+    upside_down: bool
+
+    def upright(self, rgb: np.ndarray) -> np.ndarray:
+        """RGB [H, W, 3] as it is shown, contiguous."""
+        rgb = rgb.transpose(1, 0, 2) if self.transposed else rgb
+        return np.ascontiguousarray(rgb[:: -1 if self.upside_down else 1, :: -1 if self.right_to_left else 1])
+
+
+def orientation(frame: Any) -> Orientation:
+    """By the display matrix of a frame, which may mirror it as well: phones do, and EXIF of images.
+
+    The matrix [a b u, c d v, x y w] shows the pixel (x, y) at (a x + c y, b x + d y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return Orientation(False, False, False)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Orientation(False, a < 0, d < 0)
+    return Orientation(True, c < 0, b < 0)
+
+
+def why_unreadable(error: Exception) -> str:
+    if getattr(error, "errno", None) == _UNREADABLE_HERE:
+        return "it is in no format of videos or images that is read here (lists of files are not); re-encode it as MP4"
+    return reason(error)
+
+
+def _why_none(path: Path) -> str:
+    head = path.read_bytes()[:64] if path.is_file() else b""
+    if head[8:12] == b"WEBP" and b"ANIM" in head:
+        return "this FFmpeg cannot read animated WebP; convert it to GIF or MP4, or install PyAV 19"
+    return "re-encode it"
 
 
 def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
@@ -275,6 +408,9 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
         return None
     # A container without presentation times (AVI) passes decode times off as such: useless once reordered.
     if reorders and stamps == sorted(stamps):
+        return None
+    key_stamps = [pts for pts, key, *_ in packets if key]
+    if key_stamps != sorted(key_stamps):  # a file joined of several, each with its own clock
         return None
     shown, keys = [], []
     for position, (pts, key, discard, _) in enumerate(packets):

@@ -461,7 +461,7 @@ def test_pyav_that_is_not_installed(monkeypatch):
 
 
 def test_a_bug_in_the_thread_reaches_the_consumer(folder, monkeypatch):
-    monkeypatch.setattr(live_video, "quarter_turns", lambda frame: 1 / 0)
+    monkeypatch.setattr(live_video, "orientation", lambda frame: 1 / 0)
     # At once or with the first frame: the thread may come upon it before the consumer waits.
     with pytest.raises(ZeroDivisionError), open_live(clips.make(folder, "plain.mp4")) as live:
         live.next_array()
@@ -477,7 +477,7 @@ def camera(monkeypatch):
 
     def open_instead(file, **options):
         asked.append((file, options["format"]))
-        return whole("testsrc2=size=128x96:rate=25:duration=2.4", **options | {"format": "lavfi"})
+        return whole("testsrc2=size=128x96:rate=25:duration=2.4", **options | {"format": "lavfi", "options": {}})
 
     monkeypatch.setattr(av, "open", open_instead)
     return SimpleNamespace(path="/dev/zero", asked=asked)
