@@ -110,9 +110,9 @@ def require_transformers() -> None:
     try:
         from transformers import __version__
     except ImportError as error:
-        raise BackendError(f"no usable transformers ({error}): pip install 'sfllava-fast[llava]'") from error
+        raise BackendError(f"no usable transformers ({error}): pip install 'transformers>=5.17'") from error
     if int(__version__.split(".")[0]) < 5:
-        raise BackendError(f"transformers {__version__} is too old: pip install 'transformers>=5'")
+        raise BackendError(f"transformers {__version__} is too old: pip install 'transformers>=5.17'")
 
 
 def read_config(path: Path) -> dict[str, Any]:

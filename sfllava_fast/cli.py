@@ -33,7 +33,7 @@ log = logging.getLogger("sfllava_fast")
 
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 # What is installed under another name than it is imported by, or from some release on.
-_INSTALLED_AS = {"PIL": "pillow", "av": "'av>=14'", "transformers": "'transformers>=5'"}
+_INSTALLED_AS = {"PIL": "pillow", "av": "'av>=14.1'", "transformers": "'transformers>=5.17'"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -349,7 +349,7 @@ def bench(args: argparse.Namespace) -> int:
         import_part("_bench", "bench")
         from ._bench.report import main
     except ImportError as error:
-        needs = "pip install 'sfllava_fast[bench,llava,video]'"
+        needs = "pip install rich matplotlib 'transformers>=5.17' 'av>=14.1'"
         raise BackendError(f"the benchmark lacks something ({error}): {needs}") from error
     for out in outputs:
         make_folder(out)

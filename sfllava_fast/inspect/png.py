@@ -39,7 +39,7 @@ class _Sheet:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise BackendError(
-                "a PNG needs matplotlib: pip install 'sfllava_fast[video]', or write .html"
+                "a PNG needs matplotlib: pip install matplotlib, or write .html"
             ) from error
         self.width = width
         self.figure = Figure((width, width), facecolor=PAPER)

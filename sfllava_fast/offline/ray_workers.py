@@ -11,7 +11,7 @@ from .workers import Desk, MakeAnswerer, Worker
 try:
     import ray
 except ImportError as error:
-    raise BackendError("--ray needs Ray: pip install 'sfllava_fast[ray]'") from error
+    raise BackendError("--ray needs Ray: pip install 'ray>=2.40'") from error
 
 
 class RayWorker(Worker):

@@ -200,7 +200,7 @@ def import_package(module: str, decoder: str) -> Any:
     except ImportError as error:
         raise BackendError(
             f"decoder {decoder} needs the package {module}, which cannot be imported "
-            f"({one_line(error)}): pip install 'sfllava_fast[video]'"
+            f"({one_line(error)}): pip install {module}"
         ) from error
 
 

@@ -456,7 +456,7 @@ def test_rates_that_are_none(rate, folder):
 
 def test_pyav_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(BackendError, match=r"pip install 'sfllava_fast\[video\]'"):
+    with pytest.raises(BackendError, match=r"pip install av"):
         open_live("clip.mp4")
 
 

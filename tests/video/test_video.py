@@ -391,7 +391,7 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(base.importlib, "import_module", absent)
-    with pytest.raises(BackendError, match=r"pip install 'sfllava_fast\[video\]'"):
+    with pytest.raises(BackendError, match=f"pip install {module}"):
         open_video(path, decoder)
 
 
