@@ -6,7 +6,7 @@ JOBS   ?= 2
 SETUP  := $(VENV)/.ready
 VLLM   := 0.31.0 0.32.0
 
-.PHONY: demo test sanitize bench gpu gpu-pipeline test-matrix test-newest test-torch test-lmms test-vllm clean
+.PHONY: demo test sanitize bench gpu gpu-pipeline test-matrix test-newest test-torch test-lmms test-vllm fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -77,6 +77,10 @@ test-vllm: $(VLLM:%=.venv-vllm/%/.ready)
 	.venv-vllm/$*/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
+# Random calls, videos, tables, kills, sessions and replies, a minute of each; SECONDS=, SEED=, ARGS='op video' for some.
+fuzz: $(SETUP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(ARGS)
+
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV). Where nvcc is found, the CUDA kernels take some minutes: SFLLAVA_FAST_CUDA=0 leaves them out.'
@@ -86,8 +90,3 @@ $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 
 clean:
 	rm -rf build out $(VENV) .venv-lmms .venv-vllm sfllava_fast/_C*.so sfllava_fast.egg-info
-
-# Random calls, videos, tables, kills, sessions and replies, a minute of each; SECONDS=, SEED=, ARGS='op video' for some.
-.PHONY: fuzz
-fuzz: $(SETUP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(ARGS)

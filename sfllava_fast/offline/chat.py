@@ -186,8 +186,10 @@ class _Https(_Watched, HTTPSHandler):
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """None: the reply is an error, as any other status."""
+    def http_error_302(self, *_: Any) -> None:
+        """None: the reply is an error, as any other status; where it points to is not even read."""
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _exchange(request: Request) -> tuple[int, str, bytes]:

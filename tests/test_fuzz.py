@@ -1,0 +1,32 @@
+"""`make fuzz` itself: it counts, it ends at the first finding, and says how to make it again."""
+
+from contextlib import contextmanager
+
+import fuzz
+import pytest
+
+
+@pytest.mark.parametrize("target", ["op", "session", "server"])
+def test_one_case_of_a_target(target, capsys):
+    assert fuzz.fuzz(target, seed=0, seconds=0)
+    assert capsys.readouterr().out.startswith(f"{target}: 1 ")
+
+
+def test_a_finding_ends_it_with_its_seed(monkeypatch, capsys):
+    @contextmanager
+    def wrong(folder):
+        def case(random_):
+            if random_.random() < 0.5:
+                raise ZeroDivisionError
+            return "cases"
+
+        yield case
+
+    monkeypatch.setattr(fuzz, "TARGETS", {"wrong": wrong})
+    monkeypatch.setenv("SECONDS", "60")
+    assert fuzz.main([]) == 1
+    told = capsys.readouterr().out
+    seed = told.partition("SEED=")[2].split()[0]
+    monkeypatch.setenv("SECONDS", "0")
+    monkeypatch.setenv("SEED", seed)
+    assert fuzz.main(["wrong"]) == 1 and fuzz.main(["other"]) == 2
