@@ -14,7 +14,8 @@ class Answer:
     video's tokens by pathway. seconds is by stage (`stages.STAGES`): stages that a session had behind it are missing.
     ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
     token was enough. reduction is its text, None without one; kept is how many of the video's tokens are in the
-    language model's keys and values then, in the layers that hold fewest.
+    language model's keys and values then, in the layers that hold fewest. damage is what is missing of the video, None
+    for nothing that was noticed.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Answer:
     option: int | None = None
     reduction: str | None = None
     kept: int | None = None
+    damage: str | None = None
 
     @property
     def choice(self) -> str | None:

@@ -31,11 +31,13 @@ class Conversation:
     frames, slow_frames: numbers of the frames that are shown, and of those that the slow pathway takes.
     tokens: the video's, by pathway, and their total.
     turns: the conversation so far, which a follow-up sees.
+    damage: what is missing of the video, as far as it was noticed.
     """
 
     frames: list[int]
     slow_frames: list[int]
     tokens: dict[str, int]
+    damage: str | None = None
 
     def __init__(self, model: Pipeline, video: str, projector: Mode) -> None:
         self.model, self.video, self.projector = model, video, projector
@@ -112,6 +114,7 @@ class Conversation:
             option=pick_option(text, choices) if choices is not None else None,
             reduction=model.prefilling.text,
             kept=self.tokens["total"] - max(cache.skipped) + model.prefilling.adds,
+            damage=self.damage,
         )
 
     def check_open(self) -> None:

@@ -38,6 +38,8 @@ class Session(PrefilledSession):
 
     def encode(self, before: tuple[int, ...], clock: Stopwatch) -> Tensor:
         embeds = super().encode(before, clock)
+        if self._clip is not None:
+            self.damage = self._clip.damage
         self._clip = None
         return embeds
 

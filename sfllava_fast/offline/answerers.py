@@ -35,7 +35,8 @@ class ModelAnswerer:
         if question.video != self.video:
             self._open(question.video)
         said = self.session.ask(question.question, question.choices, self.max_new_tokens)
-        return _answer(said.text, question.choices)
+        answer = _answer(said.text, question.choices)
+        return answer | {"damage": said.damage} if said.damage else answer
 
     def _open(self, video: str) -> None:
         if self.session is not None:
