@@ -15,7 +15,8 @@ class Answer:
     ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
     token was enough. caveat is what a checkpoint has to say about its answers, None for nothing: the embedded one says
     what it was trained on, with every video but the sample. reduction is its text, None without one; kept is how many
-    of the video's tokens are in the language model's keys and values then, in the layers that hold fewest.
+    of the video's tokens are in the language model's keys and values then, in the layers that hold fewest. damage is
+    what is missing of the video, None for nothing that was noticed.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Answer:
     caveat: str | None = None
     reduction: str | None = None
     kept: int | None = None
+    damage: str | None = None
 
     @property
     def choice(self) -> str | None:

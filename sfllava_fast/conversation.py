@@ -34,11 +34,13 @@ class Conversation:
     tokens: the video's, by pathway, and their total.
     turns: the conversation so far, which a follow-up sees.
     caveat: what is said with each answer about this video (see `Answer`).
+    damage: what is missing of the video, as far as it was noticed.
     """
 
     frames: list[int]
     slow_frames: list[int]
     tokens: dict[str, int]
+    damage: str | None = None
 
     def __init__(self, model: Pipeline, video: str, projector: Mode) -> None:
         self.model, self.video, self.projector = model, video, projector
@@ -131,6 +133,7 @@ class Conversation:
             caveat=self.caveat,
             reduction=model.prefilling.text,
             kept=self.tokens["total"] - max(cache.skipped) + model.prefilling.adds,
+            damage=self.damage,
         )
 
     def check_open(self) -> None:

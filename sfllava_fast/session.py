@@ -38,6 +38,8 @@ class Session(PrefilledSession):
 
     def encode(self, before: tuple[int, ...], clock: Stopwatch) -> Tensor:
         embeds = super().encode(before, clock)
+        if self._clip is not None:
+            self.damage = self._clip.damage
         self._clip = None
         return embeds
 
@@ -68,6 +70,7 @@ class Session(PrefilledSession):
         facts = {
             "model": self.model.fingerprint(),
             "video": self.video,
+            "damage": self.damage or "",
             "frames": self.frames,
             "layout": str(self.model.layout),
             "before": self._before,
@@ -86,6 +89,7 @@ class Session(PrefilledSession):
             raise InputError(f"{path} was saved with another model, dtype, layout or reduction: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
+        session.damage = facts["damage"] or None
         session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
         with model.exclusive, torch.inference_mode(), Stopwatch(model.device)("prefill"):
             if not session._fits(tensors, before, facts["skipped"]):
@@ -132,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _parse_facts(text: str) -> dict[str, Any]:
     """What `save` wrote beside the tensors; ValueError for anything else."""
     facts = json.loads(text)
-    told = {"model": str, "video": str, "layout": str, "frames": list, "before": list, "turns": list}
+    told = {"model": str, "video": str, "damage": str, "layout": str, "frames": list, "before": list, "turns": list}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in told.items()):
         raise ValueError("what it tells of the session is incomplete")
     skipped, turns = facts.get("skipped"), facts["turns"]

@@ -579,14 +579,14 @@ def test_a_closed_pipe_ends_quietly():
 
 
 def test_ctrl_c_from_the_shell(tmp_path):
-    # A pipe in the place of the video: opening it waits for a writer, so the signal comes in the middle.
+    # Watching a pipe waits for its writer, so the signal comes in the middle.
     pipe = tmp_path / "clip.mp4"
     os.mkfifo(pipe)
     script = (
         "import sys; from sfllava_fast import cli, engine; print('ready', flush=True); sys.exit(cli.main())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "ask", str(pipe), "what?"],
+        [sys.executable, "-c", script, "watch", str(pipe), "what?"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

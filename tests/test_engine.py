@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import av
+import clips
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ from sfllava_fast.errors import (
     LayoutError,
     VideoError,
 )
+from sfllava_fast.offline.answerers import ModelAnswerer
+from sfllava_fast.offline.questions import Question
 from sfllava_fast.prompts import pick_option
 from sfllava_fast.stages import STAGES, Stopwatch
 from sfllava_fast.video.preprocess import PreprocessSpec, preprocess
@@ -185,6 +188,23 @@ def test_video_tokens_go_straight_into_the_embeddings(load):
         model.write_video(clip, range(9), rows, Stopwatch(model.device))
     assert rows.isfinite().all() and embeds[0, :before].isnan().all()
     assert rows.data_ptr() == embeds[0, before].data_ptr()
+
+
+def test_an_answer_about_a_damaged_video_tells_what_is_missing(load, tmp_path, caplog):
+    model, path = load(), clips.make(tmp_path, "plain.mp4")
+    assert model.answer(path, QUESTION, frames=9, max_new_tokens=2).damage is None
+    with av.open(str(path)) as container:
+        at = [packet.pos for packet in container.demux(video=0) if packet.size][40]
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = b"\x7f\xff\xff\xff"
+    path.write_bytes(data)
+    with model.open(path, frames=9) as session:
+        answers = [session.ask(QUESTION, max_new_tokens=2) for _ in range(2)]
+    told = "59 of its 60 frames can be decoded; where one is missing, the next is taken"
+    assert [answer.damage for answer in answers] == [told, told] and answers[0].to_json()["damage"] == told
+    assert caplog.messages == [f"{path} is damaged: {told}"]
+    said = ModelAnswerer(model, tmp_path, 2)(Question(1, "plain.mp4", QUESTION))
+    assert said["damage"] == told
 
 
 def test_the_answer_tells_how_it_came_about(load, checkpoints):

@@ -35,7 +35,7 @@ class ModelAnswerer:
         if question.video != self.video:
             self._open(question.video)
         said = self.session.ask(question.question, question.choices, self.max_new_tokens)
-        told = {"caveat": said.caveat} if said.caveat else {}
+        told = {name: text for name in ("caveat", "damage") if (text := getattr(said, name))}
         if question.choices is not None and self.model.asks_openly:
             told["openly"] = True  # letters of the answer name no choice, by no rule
         return _answer(said.text, question.choices, said.option) | told

@@ -24,7 +24,7 @@ Id = str | int
 Row = dict[str, Any]
 
 # What batch itself writes about a question.
-RESERVED = ("ok", "choice", "option", "openly", "caveat", "error", "quarantined", "attempts", "seconds")
+RESERVED = ("ok", "choice", "option", "openly", "caveat", "damage", "error", "quarantined", "attempts", "seconds")
 _NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _TOLD = 3

@@ -7,9 +7,11 @@ from .base import Numbered, Video
 from .files import DECODERS, MemoryVideo, Source, as_frames, import_decoder, open_video
 from .folder import IMAGE_SUFFIXES
 from .live import LiveVideo, open_live
+from .pyav import FORMATS
 
 __all__ = [
     "DECODERS",
+    "FORMATS",
     "IMAGE_SUFFIXES",
     "LiveVideo",
     "MemoryVideo",

@@ -30,7 +30,7 @@ class DecordVideo(Video):
         with contextlib.suppress(BackendError):
             av = import_package("av", "decord")
             with open_stream(av, path) as (container, stream):
-                _check_upright(path, next(container.decode(stream), None))
+                _check_upright(av, path, next(container.decode(stream), None))
         try:
             self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
             self.total = len(self._reader)
@@ -57,9 +57,9 @@ class DecordVideo(Video):
             yield from zip(numbers, frames)
 
 
-def _check_upright(path: Path, frame: Any) -> None:
+def _check_upright(av: Any, path: Path, frame: Any) -> None:
     """VideoError for a video that is to be mirrored, which decord does not do."""
     if frame is not None:
-        mirrored = sum(orientation(frame)) % 2
+        mirrored = sum(orientation(av, frame)) % 2
         if mirrored:
             raise VideoError(f"decord does not mirror frames, as {path} asks for; use --decoder pyav")

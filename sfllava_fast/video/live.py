@@ -194,7 +194,7 @@ class LiveVideo:
                 taken = turn
                 size = frame.height, frame.width
                 check_pixels(self.name, size)
-                self._deliver(float(clock.now), orientation(frame).upright(to_rgb(frame, size)))
+                self._deliver(float(clock.now), orientation(self._av, frame).upright(to_rgb(frame, size)))
         if not self._stopped:
             self._tell_end(clock, stream.duration and stream.duration * stream.time_base, container.duration)
 

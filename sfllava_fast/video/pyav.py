@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ FORMATS = (
     "aac,ac3,aiff,amr,caf,flac,mp3,w64,wav"  # sound: to say that there is only that
 )
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
+_LONGEST = 300  # seconds that a frame may be shown
 _GAPS = 10_000  # stretches without a packet, a millisecond each at least, that are read over
+_SIDE_DATA = 48  # kinds of it, at most
 _UNREADABLE_HERE = 22  # EINVAL: what FFmpeg says of a format that is not among those allowed
 
 
@@ -63,6 +66,7 @@ class PyavVideo(Video):
             self._time_base = Fraction(stream.time_base)
             rate = frame_rate(stream)
             self.fps = float(rate) if rate else None
+            sized = bool(stream.width)
             first, self._index = self._scan_packets(container, stream)
         if self._index is None:
             first, self._pts, bad = self._scan_frames(threading.Event())
@@ -70,11 +74,13 @@ class PyavVideo(Video):
         else:
             self._pts = self._index.pts
         if first is None:
-            raise VideoError(f"{path} has a video stream but none of its frames can be decoded: {_why_none(path)}")
-        self._ascending = None not in self._pts and self._pts == sorted(self._pts)
+            raise VideoError(
+                f"{path} has a video stream but none of its frames can be decoded: {_why_none(path, sized)}"
+            )
+        self._timed = _are_times(self._pts, self._time_base)
         self._coded_size = first.height, first.width
         check_pixels(path, self._coded_size)
-        self._orientation = orientation(first)
+        self._orientation = orientation(self._av, first)
         self.size = self._coded_size[::-1] if self._orientation.transposed else self._coded_size
 
     @property
@@ -242,8 +248,7 @@ class PyavVideo(Video):
         return lambda frame: self._orientation.upright(to_rgb(frame, self._coded_size))
 
     def _time(self, index: int) -> float:
-        """By the time stamps, or by the rate where there are none or they go back, as those of AVI and joined files."""
-        return float((self._pts[index] - self._pts[0]) * self._time_base) if self._ascending else index / self.fps
+        return float((self._pts[index] - self._pts[0]) * self._time_base) if self._timed else index / self.fps
 
     def _tell_bad(self, packets: int) -> None:
         if packets and self._pts:
@@ -265,7 +270,6 @@ def open_stream(av: Any, path: Path, threads: bool = True) -> Iterator[tuple[Any
         raise VideoError(f"{path} is not a readable video: {why_unreadable(error)}") from error
     with container:
         stream = picture_stream(av, container, path)
-        check_pixels(path, (stream.height or 0, stream.width or 0))
         if threads:
             stream.thread_type = "AUTO"
         else:
@@ -307,9 +311,9 @@ def frame_rate(stream: Any) -> Fraction | None:
 
 
 def picture_stream(av: Any, container: Any, name: object) -> Any:
-    """The default video stream of a container, of several the one with the largest pictures.
+    """The default video stream of a container, of several the one with the largest pictures; it is not decoded yet.
 
-    Raises VideoError, with its name, where there is none.
+    Raises VideoError, with its name, where there is none, or its pictures are larger than `max_pixels`.
     """
     kinds = av.stream.Disposition
     streams = [s for s in container.streams.video if not s.disposition & kinds.attached_pic]
@@ -319,7 +323,10 @@ def picture_stream(av: Any, container: Any, name: object) -> Any:
     streams = [s for s in streams if s.codec_context]
     if not streams:
         raise VideoError(f"{name} uses a codec that PyAV cannot decode: re-encode it as H.264")
-    return max(streams, key=lambda s: (bool(s.disposition & kinds.default), (s.width or 0) * (s.height or 0)))
+    stream = max(streams, key=lambda s: (bool(s.disposition & kinds.default), (s.width or 0) * (s.height or 0)))
+    check_pixels(name, (stream.height or 0, stream.width or 0))
+    stream.codec_context.options = {"max_pixels": str(max_pixels())}  # for sizes that are known later, or change
+    return stream
 
 
 def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int]], np.ndarray]:
@@ -331,10 +338,11 @@ def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int]], np.ndarray]:
     graphs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def convert(frame: Any, size: tuple[int, int]) -> np.ndarray:
-        key = frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range), *size
+        key = *_kind(frame), *size
         if key not in graphs:
             graphs.clear()
-            graphs[key] = _scale_graph(av, *key)
+            scale = "scale", f"h={size[0]}:w={size[1]}:flags=bicubic"
+            graphs[key] = _graph(av, *_kind(frame), scale, ("format", "rgb24"))
         _, source, sink = graphs[key]
         source.push(frame)
         return sink.pull().to_ndarray()
@@ -342,20 +350,22 @@ def rgb_converter(av: Any) -> Callable[[Any, tuple[int, int]], np.ndarray]:
     return convert
 
 
-def _scale_graph(
-    av: Any, width: int, height: int, pixels: str, matrix: int, levels: int, to_height: int, to_width: int
+def _kind(frame: Any) -> tuple[int, int, str, int, int]:
+    return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
+
+
+def _graph(
+    av: Any, width: int, height: int, pixels: str, matrix: int, levels: int, *filters: tuple[str, str]
 ) -> tuple[Any, Any, Any]:
-    """(graph, source, sink); the graph has to be held as long as the others."""
+    """(graph, source, sink) of FFmpeg's filters; the graph has to be held as long as the others."""
     graph = av.filter.Graph()
     if hasattr(graph, "threads"):
         graph.threads = 1  # the decoder's threads have the cores already
     source = graph.add(
-        "buffer",
-        f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000:colorspace={matrix}:range={levels}",
+        "buffer", f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000:colorspace={matrix}:range={levels}"
     )
     sink = graph.add("buffersink")
-    scale = graph.add("scale", f"w={to_width}:h={to_height}:flags=bicubic")
-    graph.link_nodes(source, scale, graph.add("format", "rgb24"), sink).configure()
+    graph.link_nodes(source, *(graph.add(*one) for one in filters), sink).configure()
     return graph, source, sink
 
 
@@ -372,12 +382,15 @@ class Orientation(NamedTuple):
         return np.ascontiguousarray(rgb[:: -1 if self.upside_down else 1, :: -1 if self.right_to_left else 1])
 
 
-def orientation(frame: Any) -> Orientation:
+def orientation(av: Any, frame: Any) -> Orientation:
     """By the display matrix of a frame, which may mirror it as well: phones do, and EXIF of images.
 
     The matrix [a b u, c d v, x y w] shows the pixel (x, y) at (a x + c y, b x + d y).
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        matrix = _known_side_data(av, frame).get("DISPLAYMATRIX")
     if matrix is None:
         return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
@@ -386,16 +399,34 @@ def orientation(frame: Any) -> Orientation:
     return Orientation(True, c < 0, b < 0)
 
 
+def _known_side_data(av: Any, frame: Any) -> Any:
+    """PyAV 17 and 18 give no side data of a frame that has some of a kind unknown to them, such as EXIF."""
+    unknown = [("sidedata", f"mode=delete:type={kind}") for kind in range(_SIDE_DATA) if not _is_known(av, kind)]
+    graph, source, sink = _graph(av, *_kind(frame), *unknown)
+    source.push(frame)
+    return sink.pull().side_data
+
+
+def _is_known(av: Any, kind: int) -> bool:
+    try:
+        av.sidedata.sidedata.Type(kind)
+    except ValueError:
+        return False
+    return True
+
+
 def why_unreadable(error: Exception) -> str:
     if getattr(error, "errno", None) == _UNREADABLE_HERE:
         return "it is in no format of videos or images that is read here (lists of files are not); re-encode it as MP4"
     return reason(error)
 
 
-def _why_none(path: Path) -> str:
+def _why_none(path: Path, sized: bool) -> str:
     head = path.read_bytes()[:64] if path.is_file() else b""
     if head[8:12] == b"WEBP" and b"ANIM" in head:
         return "this FFmpeg cannot read animated WebP; convert it to GIF or MP4, or install PyAV 19"
+    if not sized:
+        return f"re-encode it; or set SFLLAVA_FAST_MAX_PIXELS, if it has frames of more than {max_pixels()} pixels"
     return "re-encode it"
 
 
@@ -423,6 +454,11 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
     if not shown:
         return None
     return _Index(*(list(column) for column in zip(*sorted(shown))))
+
+
+def _are_times(stamps: Sequence[int | None], unit: Fraction) -> bool:
+    """Whether time stamps are all there and go on: not those of AVI, which go back, nor of joined files, which jump."""
+    return None not in stamps and all(0 <= (b - a) * unit <= _LONGEST for a, b in pairwise(stamps))
 
 
 def _can_skip(context: Any) -> bool:

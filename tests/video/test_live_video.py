@@ -461,7 +461,7 @@ def test_pyav_that_is_not_installed(monkeypatch):
 
 
 def test_a_bug_in_the_thread_reaches_the_consumer(folder, monkeypatch):
-    monkeypatch.setattr(live_video, "orientation", lambda frame: 1 / 0)
+    monkeypatch.setattr(live_video, "orientation", lambda *frame: 1 / 0)
     # At once or with the first frame: the thread may come upon it before the consumer waits.
     with pytest.raises(ZeroDivisionError), open_live(clips.make(folder, "plain.mp4")) as live:
         live.next_array()
