@@ -695,7 +695,8 @@ def test_stock_transformers_loads_the_model_whole():
     model, report = LlavaForConditionalGeneration.from_pretrained(where, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     layout = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
-    assert model.config.sfllava_fast == {"layout": layout, "frames": 16}
+    options = {"layout": layout, "frames": 16, "caveat": embedded.CAVEAT, "choices": "open"}
+    assert model.config.sfllava_fast == options
     processor = AutoProcessor.from_pretrained(where)
     assert processor.image_processor.size["shortest_edge"] == model.config.vision_config.image_size == 96
     assert processor.tokenizer.get_vocab() == build_tokenizer().get_vocab()
