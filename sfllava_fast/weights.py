@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoint_files import one_line, read_json
 from .errors import CheckpointError
+from .transformers_release import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +128,7 @@ def load_weights(
     _compute_buffers(model, device)
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"{path}: nothing gives {', '.join(empty[:3])} a value: try another transformers release")
+        raise CheckpointError(f"{path}: nothing gives {', '.join(empty[:3])} a value in {release()}: try another")
 
 
 def hash_weights(told: hashlib._Hash, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -26,6 +26,7 @@ from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
 from ..projector import MODES, Mode, project_and_aggregate
 from ..replacement import Patch, undo, warn_once
+from ..transformers_release import release
 from ..video import open_video
 from ..video.preprocess import PreprocessSpec, preprocess
 
@@ -96,8 +97,9 @@ def _find(target: Any) -> tuple[str, Any]:
     stock = next((c for c in kind.__mro__ if c.__module__.startswith("transformers.") and c.__name__ in names), None)
     version = getattr(sys.modules.get("transformers"), "__version__", "0")
     if stock is None or int(version.split(".")[0]) < 5:
-        found = kind.__name__ if stock is None else f"{stock.__name__} of transformers {version}"
-        raise PatchError(f"{found} is not supported: give {', '.join(names)}, or an instance, of transformers >= 5")
+        found = kind.__name__ if stock is None else f"{stock.__name__} of {release()}"
+        known = f"{', '.join(names)}, or an instance, of transformers >= 5"
+        raise PatchError(f"{found} is not supported: give {known} ({release()} is loaded)")
     family = names[stock.__name__]
     if isinstance(target, type):
         base = getattr(sys.modules[stock.__module__], f"{family}Model")
@@ -113,11 +115,10 @@ def _need(owner: Any, name: str, *parameters: str) -> None:
     method = getattr(owner, name, None)
     lacking = [p for p in parameters if method and p not in inspect.signature(method).parameters]
     if method is None or lacking:
-        version = sys.modules["transformers"].__version__
         what = f"{(owner if isinstance(owner, type) else type(owner)).__name__}.{name}"
         found = f"{what} without {lacking[0]}" if method else f"no {what}"
         known = "5.17, 5.23 and 5.24 are known to work"
-        raise PatchError(f"transformers {version} has {found}, which this patch needs: {known}")
+        raise PatchError(f"{release()} has {found}, which this patch needs: {known}")
 
 
 def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str | None = None) -> Replacement:

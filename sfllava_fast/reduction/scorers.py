@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, PatchError, check_count
+from ..transformers_release import release
 from .rows import attention_received
 
 
@@ -127,7 +128,8 @@ def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     split = hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
     if rotate is None or not (split or hasattr(attention, "qkv_proj")):
-        raise PatchError(f'the scorer "attention" does not know {type(attention).__name__}: take another scorer')
+        found = f"{type(attention).__name__} ({release()})"
+        raise PatchError(f'the scorer "attention" does not know {found}: take another scorer')
     norm = getattr(layer.layer, "input_layernorm", None)  # OLMo 2 norms what comes out
     hidden = layer.hidden if norm is None else norm(layer.hidden)
     if split:
