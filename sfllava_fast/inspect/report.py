@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -236,7 +237,7 @@ def gather(
             )
         )
     return Report(
-        title=video.path.name or str(video.path),
+        title=os.fsencode(video.path.name or video.path).decode(errors="replace"),
         facts="  \u00b7  ".join(facts),
         layout=preset.name or str(parsed),
         source=preset.source,
