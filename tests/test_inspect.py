@@ -461,3 +461,11 @@ def test_bad_kept(kept, clip, tmp_path):
     with pytest.raises(InputError, match="positions among the 168 tokens"):
         render(clip, tmp_path / "a.html", LAYOUT, 10, GRID, kept=kept)
     assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_a_name_that_is_not_utf8(suffix, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    os.rename(tmp_path / "1.png", path)
+    assert render(path, tmp_path / f"x.{suffix}").stat().st_size > 1000

@@ -51,7 +51,9 @@ def test_what_ffmpeg_decodes_is_used_whatever_is_asked(bad, spoilt, folder, capl
         frames = video.arrays(numbers)
         assert len(frames) == min(count, video.total)
         # Each is one of ffmpeg's frames, and they go on in its order.
-        found = [int(np.abs(truth[:, ::2, ::2].astype(int) - f[::2, ::2]).mean(axis=(1, 2, 3)).argmin()) for f in frames]
+        found = [
+            int(np.abs(truth[:, ::2, ::2].astype(int) - f[::2, ::2]).mean(axis=(1, 2, 3)).argmin()) for f in frames
+        ]
         assert found == sorted(found) and all(near(frame, truth[at]) for frame, at in zip(frames, found))
         assert caplog.messages == ([f"{path} is damaged: {video.damage}"] if video.damage else [])
     assert video.damage and str(len(truth)) in video.damage

@@ -559,5 +559,17 @@ def test_a_url_that_goes_silent_ends(clip, serve, caplog, monkeypatch):
     assert f"{live.name} broke off: nothing came for 0.3 s" in caplog.text
 
 
+def test_a_list_behind_a_url_is_refused(clip, serve):
+    files = serve(clip("mpegts").read_bytes())
+    data = f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{files}\n#EXT-X-ENDLIST\n".encode()
+    one_line("is in no format of videos or images that is read here", serve(data, length=len(data)) + ".m3u8")
+
+
+def test_a_password_in_a_url_is_not_repeated(caplog):
+    with pytest.raises(VideoError, match=r"\Ahttp://127\.0\.0\.1:9/x is not") as caught:
+        open_live("http://user:secret@127.0.0.1:9/x")
+    assert "secret" not in str(caught.value) + caplog.text
+
+
 def test_a_url_that_cannot_be_opened_is_one_line():
     one_line("http://127.0.0.1:9/x is not a readable video: Connection refused", "http://127.0.0.1:9/x")

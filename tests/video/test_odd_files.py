@@ -56,7 +56,9 @@ def test_a_header_that_is_wrong_does_not_make_a_video_bad(name, change, decoder,
     assert open_video(path, decoder).total == clips.FRAMES
 
 
-@pytest.mark.parametrize("name", ["12:30.mp4", "concat:1.mp4", "data:,x.mp4", "file:clip.mp4", "2024-05-01T12:30:00.mp4"])
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "concat:1.mp4", "data:,x.mp4", "file:clip.mp4", "2024-05-01T12:30:00.mp4"]
+)
 def test_a_name_like_a_protocol(name, folder, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(clips.make(folder, "plain.mp4").read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -98,7 +100,10 @@ def test_the_default_stream_is_the_video_not_a_larger_thumbnail(folder, tmp_path
     ("name", "arguments"),
     [
         ("ten.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv420p10le")),
-        ("bt2020.mp4", ("-c:v", "libx265", "-x265-params", "log-level=none", "-pix_fmt", "yuv420p10le", "-colorspace", "bt2020nc")),
+        (
+            "bt2020.mp4",
+            ("-c:v", "libx265", "-x265-params", "log-level=none", "-pix_fmt", "yuv420p10le", "-colorspace", "bt2020nc"),
+        ),
         ("422.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv422p")),
         ("422_10.mov", ("-c:v", "prores_ks", "-pix_fmt", "yuv422p10le")),
         ("444.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv444p")),
@@ -206,7 +211,9 @@ def test_a_pipe_is_refused_without_waiting(tmp_path, deadline):
 
 def test_a_url(tmp_path):
     for url in ("http://host/clip.mp4", "rtsp://user:secret@host/stream"):
-        with pytest.raises(VideoError, match=r"://host/\w+.* is a URL: `watch` reads it as it comes; else download it") as caught:
+        with pytest.raises(
+            VideoError, match=r"://host/\w+.* is a URL: `watch` reads it as it comes; else download it"
+        ) as caught:
             open_video(url)
         assert "secret" not in str(caught.value)
 
@@ -276,7 +283,13 @@ def test_a_limit_that_is_no_number(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     "head",
-    [b"\x1aE\xdf\xa3", b"\x1aE\xdf\xa3\x01", b"\x1aE\xdf\xa3\x00", b"\x1aE\xdf\xa3\x01" + b"\xff" * 7, b"\x1aE\xdf\xa3\xbf" + bytes(58)],
+    [
+        b"\x1aE\xdf\xa3",
+        b"\x1aE\xdf\xa3\x01",
+        b"\x1aE\xdf\xa3\x00",
+        b"\x1aE\xdf\xa3\x01" + b"\xff" * 7,
+        b"\x1aE\xdf\xa3\xbf" + bytes(58),
+    ],
 )
 def test_matroska_headers_that_make_no_sense(head, tmp_path):
     path = tmp_path / "four.mkv"

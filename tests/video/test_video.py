@@ -456,7 +456,8 @@ def test_frames_in_memory(kind):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 4, 6, 3), "float32"), ((2, 3, 4, 6), "uint8"), ((0, 4, 6, 3), "uint8"), ((4, 6, 3), "uint8")]
+    ("shape", "dtype"),
+    [((2, 4, 6, 3), "float32"), ((2, 3, 4, 6), "uint8"), ((0, 4, 6, 3), "uint8"), ((4, 6, 3), "uint8")],
 )
 @pytest.mark.parametrize("kind", ["tensor", "array"])
 def test_frames_of_another_kind(kind, shape, dtype):
@@ -493,7 +494,8 @@ def test_decoding_needs_no_torch(folder, tmp_path):
         "print(frames.shape, len(watched))"
     )
     root = str(Path(base.__file__).parents[2])
-    done = subprocess.run([sys.executable, script, path], cwd=root, env={"PYTHONPATH": root}, capture_output=True, text=True)
+    command = [sys.executable, script, path]
+    done = subprocess.run(command, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("(60, 96, 128, 3) 3\n", "")
 
 
