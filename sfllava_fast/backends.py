@@ -241,6 +241,8 @@ NAMES = ("auto", *BACKENDS)
 
 def choose(name: str, features: Tensor) -> Backend:
     """The backend that serves these features; BackendError where the one asked for cannot."""
+    if not isinstance(name, str):
+        raise BackendError(f"backend must be a name, one of {', '.join(NAMES)}, not {type(name).__name__}")
     if name == "auto":
         for backend in _by_preference(features.device):
             if not _why_not(backend, features, say=True):

@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import InputError, LayoutError
 from .pathways import Bins, Count, Pathway, Range, Separator, at_least
-from .plan import PathwayTables, Plan
+from .plan import ByteCache, PathwayTables, Plan
 
 _EACH, _PAIRS = Bins("each"), Bins("stride", 2)
 _SLOW_POOLS = {  # name -> rows, columns, reduction, flat
@@ -44,6 +44,8 @@ _ALONE = ("each", "every", "others")
 _AFFINE = ("each", "adaptive", "linspace", "repeat")
 # Kernels hold frame, row and token numbers in int32.
 _MAX_COUNT = 2**20
+# By layout as text, frames or those of several videos, rows and columns.
+PLANS = ByteCache(64 << 20)
 
 
 class Layout:
@@ -105,8 +107,19 @@ class Layout:
         frames: T, or the frame counts of several videos packed one after the other.
         Raises LayoutError where the layout leaves no token of this grid.
         """
-        lengths = (frames,) if isinstance(frames, int) else tuple(frames)
-        return _plan(self, lengths, tuple(grid))
+        if isinstance(frames, int):
+            lengths = (frames,)
+        elif not isinstance(frames, Sequence) or not all(isinstance(n, int) for n in frames):
+            raise InputError(f"frames must be an integer, or one for each of several videos, not {frames!r}")
+        else:
+            lengths = tuple(frames)
+            frames = lengths[0] if len(lengths) == 1 else lengths
+        if sum(lengths) >= 1 << 31:
+            raise InputError(f"{sum(lengths)} frames are more than a kernel can number: lay out fewer at a time")
+        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(n, (int, np.integer)) for n in grid):
+            raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
+        key = str(self), frames, *grid
+        return PLANS.find(key) or PLANS.keep(key, plan := _plan(self, lengths, tuple(grid)), plan.nbytes)
 
     def _count_separators(self, where: str) -> int:
         return sum(separator.where == where for separator in self.separators)
@@ -296,7 +309,6 @@ def _check_pathway(path: Pathway) -> None:
         raise LayoutError(f"pathway {path.name}: the class token has one row and one column, each")
 
 
-@lru_cache(maxsize=256)
 def _plan(config: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Plan:
     if not lengths or min(lengths) < 1 or min(grid) < 1:
         raise InputError(f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "

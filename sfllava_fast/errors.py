@@ -4,6 +4,10 @@
 class SfllavaError(Exception):
     """Base of every error this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """One line, whatever is quoted in it."""
+        return " ".join(map(str.strip, super().__str__().splitlines()))
+
 
 class LayoutError(SfllavaError, ValueError):
     """A layout that cannot be parsed, or that does not fit the frames or the grid."""
@@ -55,6 +59,6 @@ def first_line(error: BaseException) -> str:
 
 
 def check_count(name: str, count: object) -> None:
-    """InputError unless it is a whole number of at least 1."""
-    if not isinstance(count, int) or count < 1:
+    """InputError unless it is a whole number of at least 1, that counts something."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 1 << 31:
         raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

@@ -64,11 +64,15 @@ def parse_patches_only(layout: str | Layout) -> Layout:
     return parsed
 
 
-@lru_cache(maxsize=256)
 def find_preset(text: object) -> Preset | None:
     """The preset of this name and these options; None for any other text."""
+    return _find_preset(text) if isinstance(text, str) else None
+
+
+@lru_cache(maxsize=256)
+def _find_preset(text: str) -> Preset | None:
     for name, (options, make) in _FAMILIES.items():
-        match = isinstance(text, str) and re.fullmatch(name + options, text, re.ASCII)
+        match = re.fullmatch(name + options, text, re.ASCII)
         if match:
             return make(text, **{option: value for option, value in match.groupdict().items() if value})
     return None

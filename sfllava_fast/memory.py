@@ -25,9 +25,9 @@ from torch import Tensor
 from .config import Layout
 from .errors import InputError, check_count
 from .layouts import parse_patches_only
-from .ops import check_out, resolve_plan, slowfast_aggregate
+from .ops import as_tensor, check_out, resolve_plan, slowfast_aggregate
 from .plan import Plan
-from .stream import Encode, count_frames, encode_frames
+from .stream import Encode, check_encode, count_frames, encode_frames, slice_frames
 
 DEFAULT_CONFIG = "slowfast-slow_8frms_spatial_1d_max_pool-fast_4x4"
 DEFAULT_CLIP_CONFIG = "clip:adaptive1,adaptive4,adaptive4,mean"
@@ -126,6 +126,7 @@ class MemoryStream:
         check_count("clip_frames", clip_frames)
         check_count("held_clips", held_clips)
         check_count("shown_clips", shown_clips)
+        check_encode(encode)
         if clip_frames > recent_frames:
             raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more, not {recent_frames}")
         if shown_clips > held_clips:
@@ -147,7 +148,8 @@ class MemoryStream:
         seen, recent, memory = self.seen, list(self._state.recent), self._state.memory.copy()
         for start in range(0, count_frames(frames), self.clip_frames):
             like = recent[-1] if recent else None
-            features = encode_frames(self._encode, frames[start : start + self.clip_frames], like)
+            part = slice_frames(frames, slice(start, start + self.clip_frames))
+            features = encode_frames(self._encode, part, like)
             if not recent:
                 self._check_layouts(features)
             for frame in features:
@@ -173,7 +175,7 @@ class MemoryStream:
         total, channels = self.count_tokens(), recent.shape[2]
         if out is None:
             out = recent.new_empty(total, channels)
-        check_out(out, recent, total, channels)
+        check_out(out, recent, (total, channels))
         row = 0
         for clip in clips:
             row += len(clip.tokens)
@@ -199,8 +201,8 @@ class MemoryStream:
             memory = self._state.memory.copy()
             memory.merge_down(self.shown_clips)
             return tuple(memory.clips)
-        scores = torch.as_tensor(scores, dtype=torch.float64)
-        if scores.shape != (len(self.clips),) or scores.isnan().any():
+        scores = as_tensor(scores, torch.float64)
+        if scores is None or scores.shape != (len(self.clips),) or scores.isnan().any():
             raise InputError(f"scores must be {len(self.clips)} numbers, one for each clip, none of them NaN")
         best = scores.sort(descending=True, stable=True).indices[: self.shown_clips]
         return tuple(self.clips[i] for i in sorted(best.tolist()))
@@ -249,9 +251,11 @@ class MemoryStream:
     def _relevance(self, question: Tensor) -> Tensor:
         """Cosine of each clip's mean token with the question; the lowest where it is not a number."""
         self._check_begun()
-        question, channels = torch.as_tensor(question), self._state.recent[0].shape[1]
-        if question.shape != (channels,):
-            raise InputError(f"the question's embedding must be [{channels}], not {list(question.shape)}")
+        shown, channels = type(question).__name__, self._state.recent[0].shape[1]
+        question = as_tensor(question, torch.float64)
+        if question is None or question.shape != (channels,):
+            shape = shown if question is None else list(question.shape)
+            raise InputError(f"the question's embedding must be [{channels}], not {shape}")
         means = [clip.tokens.mean(0) for clip in self.clips]
         cosines = [F.cosine_similarity(mean, question.to(mean), dim=0).item() for mean in means]
         return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)

@@ -15,7 +15,7 @@ from .projector import Mode, project_and_aggregate, why_not_commuted
 
 
 class SlowFastAggregator(nn.Module):
-    """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D].
+    """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
 
     Has no parameters and no buffers. Errors are those of `slowfast_aggregate`.
     """
@@ -51,7 +51,7 @@ class SlowFastAggregator(nn.Module):
 
 
 class FusedProjectorAggregator(nn.Module):
-    """`project_and_aggregate` with a projector and its settings kept: [T, N, C] -> [S, D].
+    """`project_and_aggregate` with a projector and its settings kept: [T, N, C] -> [S, D], [B, T, N, C] -> [B, S, D].
 
     projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
         LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
@@ -67,6 +67,7 @@ class FusedProjectorAggregator(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        _check_modules(projector)
         self.projector = projector
         self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
 
@@ -95,7 +96,7 @@ class FusedProjectorAggregator(nn.Module):
 
 
 class PathwayProjectors(nn.Module):
-    """Pools first, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D].
+    """Pools first, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D], or of a batch.
 
     RED-VILLM (arXiv 2404.11865) so projects its temporal and its spatial tokens; "red_villm" is the layout.
     projectors: by the pathways' names, submodules `projectors.<name>`. A padded pathway's zeros are projected too.
@@ -112,13 +113,20 @@ class PathwayProjectors(nn.Module):
         super().__init__()
         self.config, self.backend, self.grid = parse_layout(config), backend, grid
         names = [path.name for path in self.config.pathways]
-        if set(projectors) != set(names):
+        if not isinstance(projectors, (Mapping, nn.ModuleDict)) or set(projectors) != set(names):
             raise InputError(f"{self.config} needs a projector for each of {', '.join(names)}, and no other")
+        _check_modules(*projectors.values())
         self.projectors = nn.ModuleDict({name: projectors[name] for name in names})
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts = slowfast_aggregate(hidden, self.config, backend=self.backend, grid=self.grid, apart=True)
-        return torch.cat([self.projectors[name](part) for name, part in parts.items()])
+        return torch.cat([self.projectors[name](part) for name, part in parts.items()], dim=-2)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend}"
+
+
+def _check_modules(*projectors: object) -> None:
+    for projector in projectors:
+        if not isinstance(projector, nn.Module):
+            raise InputError(f"a projector must be a torch.nn.Module, not {type(projector).__name__}")

@@ -7,16 +7,18 @@ Schemas are defined here, once; compiled libraries only register implementations
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from . import backends
-from .config import Layout, SlowFastConfig, square_grid
-from .errors import InputError
+from . import backends, gradients, reference
+from .config import PLANS, Layout, SlowFastConfig, square_grid
+from .errors import BackendError, InputError
 from .layouts import parse_layout
 from .plan import Plan
 from .separators import separators_backward, write_separators
@@ -26,6 +28,9 @@ _ARGUMENTS = "str layout, int height, int width, Tensor? frame_offsets"
 _SEPARATORS = "Tensor? separators=None"
 _library.define(f"aggregate(Tensor features, {_ARGUMENTS}, str backend, {_SEPARATORS}) -> Tensor")
 _library.define(f"aggregate_out(Tensor features, {_ARGUMENTS}, str backend, Tensor(a!) out, {_SEPARATORS}) -> ()")
+_library.define(
+    f"aggregate_tangent(Tensor tangent, Tensor features, {_ARGUMENTS}, str backend, {_SEPARATORS}) -> Tensor"
+)
 _library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"separators_backward(Tensor grad, Tensor features, {_ARGUMENTS}, int count) -> Tensor")
 _library.define("token_offsets(Tensor frame_offsets, str layout, int height, int width) -> Tensor")
@@ -52,46 +57,51 @@ def slowfast_aggregate(
 
     features: [T, N, D], floating, unit stride over D, any other strides (`hidden[:, 1:]` as it is); N = rows *
         columns of `grid`, row-major, and one more in front where the layout reads the class token (`hidden` as it is).
-        16-bit input is accumulated in float32 and rounded once.
+        16-bit input is accumulated in float32 and rounded once. [B, T, N, D] are B videos of one length: one launch if
+        they lie one after the other in memory, and so does `out`, else a launch for each; nothing is copied.
     config: any layout, or its text: a name of `layouts.PRESETS`, or such as
         slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4.
-    out: [S, D] of the features' dtype and device with unit stride over D, written in place and returned; for
-        example the rows of a language model's `inputs_embeds`. Not differentiable.
+    out: [S, D], or [B, S, D], of the features' dtype and device with unit stride over D, written in place and
+        returned; for example the rows of a language model's `inputs_embeds`. Not differentiable.
     backend: "auto", or one of `sfllava_fast.backends.BACKENDS` by name.
     grid: (rows, columns); square by default.
-    frame_offsets: [V + 1] integers for V videos packed along T: 0, ..., T, as cumulative sequence lengths.
+    frame_offsets: [V + 1] integers for V videos packed along T of [T, N, D]: 0, ..., T, as cumulative sequence lengths.
     separators: [K, D] of the features' dtype and device, one for each of the layout's `separators`, such as a learned
         newline; differentiable.
     apart: return the pathways' tokens by name, as views of one buffer, for layouts that have them one after the other.
 
     Returns tokens [S, D], by default all slow tokens (frame, row, column), then all fast ones: 3680 of 50 frames of
-    24x24. With `frame_offsets`, video after video, and the token offsets [V + 1] (int64) as well.
+    24x24; [B, S, D] of a batch. With `frame_offsets`, video after video, and the token offsets [V + 1] (int64) as well.
+    Differentiable in features and separators any number of times, in reverse and forward mode; under `torch.func.vmap`
+    the batch is folded into the channels, which copies the features: [B, T, N, D] does not.
     Raises InputError, LayoutError or BackendError in one line that says what to change.
     """
     _check_features(features)
     layout = str(config)  # the op parses it: a trace holds nothing but the string
-    height, width = check_grid(grid, features.shape[1] - _class_tokens(layout))
-    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
+    height, width = check_grid(grid, features.shape[-2] - _class_tokens(layout))
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     check_separators(separators, layout, features)
-    call = (features, layout, height, width, offsets)
+    if not isinstance(backend, str):
+        raise BackendError(f"backend must be a name, one of {', '.join(backends.NAMES)}, not {type(backend).__name__}")
+    call = (layout, height, width, offsets, backend)
     of_separators = separators is not None and separators.requires_grad
     needs_grad = torch.is_grad_enabled() and (features.requires_grad or of_separators)
+    unwatched = is_unwatched(features)
+    transformed = not unwatched and not is_compiling() and gradients.is_transformed()
     if out is not None:
-        if needs_grad:
-            raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
-        if is_unwatched(features):
-            _aggregate_out(*call, backend, out, separators)
+        if needs_grad or transformed:
+            raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad() and no transform")
+        if unwatched:
+            _aggregate_out(features, *call, out, separators)
         else:
             _check_same_kind(out, features)  # the dispatcher would serve a meta tensor with nothing
-            torch.ops.sfllava_fast.aggregate_out(*call, backend, out, separators)
+            torch.ops.sfllava_fast.aggregate_out(features, *call, out, separators)
         tokens = out
-    elif needs_grad:
-        tokens = _Aggregate.apply(*call, backend, separators)
     else:
-        aggregate = _aggregate if is_unwatched(features) else torch.ops.sfllava_fast.aggregate
-        tokens = aggregate(*call, backend, separators)
+        aggregate = _aggregate if unwatched and not needs_grad else torch.ops.sfllava_fast.aggregate
+        tokens = aggregate(features, *call, separators)
     if apart:
-        return _split(tokens, config, features.shape[0], (height, width), offsets)
+        return _split(tokens, config, features.shape[-3], (height, width), offsets)
     if offsets is None:
         return tokens
     return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
@@ -103,65 +113,104 @@ def is_unwatched(features: Tensor) -> bool:
     Dispatching to an op written in Python takes as long as all of the rest of a call.
     """
     return (
-        not torch.compiler.is_compiling()
-        and type(features) in (Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not is_compiling()
+        and type(features) in _PLAIN
+        and not _count_modes()
+        and forward_ad._current_level < 0
+        and _innermost_transform() is None
     )
 
 
-class _Aggregate(torch.autograd.Function):
-    """Autograd around the op rather than in it: a call that needs no gradient pays nothing for it."""
-
-    @staticmethod
-    def forward(features, layout, height, width, frame_offsets, backend, separators):
-        return torch.ops.sfllava_fast.aggregate(features, layout, height, width, frame_offsets, backend, separators)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        features, ctx.layout, ctx.height, ctx.width, frame_offsets, ctx.backend, separators = inputs
-        ctx.separators = 0 if separators is None else separators.shape[0]
-        ctx.save_for_backward(features, frame_offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        features, frame_offsets = ctx.saved_tensors
-        call = (grad, features, ctx.layout, ctx.height, ctx.width, frame_offsets)
-        of_features = of_separators = None
-        if ctx.needs_input_grad[0]:
-            of_features = torch.ops.sfllava_fast.aggregate_backward(*call, ctx.backend)
-        if ctx.needs_input_grad[6]:
-            of_separators = torch.ops.sfllava_fast.separators_backward(*call, ctx.separators)
-        return of_features, None, None, None, None, None, of_separators
+_PLAIN = Tensor, torch.nn.Parameter
+_count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def _aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
     plan = _plan(features, layout, height, width, frame_offsets)
-    out = features.new_empty(plan.offsets[-1], features.shape[2])
-    backends.choose(backend, features).run(features, plan, out)
-    write_separators(out, plan, separators)
+    if features.dim() == 3:  # as below, in half a microsecond less
+        out = features.new_empty(plan.offsets[-1], features.shape[2])
+        backends.choose(backend, features).run(features, plan, out)
+        write_separators(out, plan, separators)
+        return out
+    out = features.new_empty(token_shape(plan, features, features.shape[-1]))
+    _pool(features, plan, layout, backend, out, separators)
     return out
 
 
 def _aggregate_out(features, layout, height, width, frame_offsets, backend, out, separators=None):
     plan = _plan(features, layout, height, width, frame_offsets)
-    check_out(out, features, plan.offsets[-1], features.shape[2])
-    backends.choose(backend, features).run(features, plan, out)
+    check_out(out, features, token_shape(plan, features, features.shape[-1]))
+    _pool(features, plan, layout, backend, out, separators)
+
+
+def _pool(features, plan, layout, backend, out, separators):
+    chosen = backends.choose(backend, features)
+    if out.dim() == 2:  # as below
+        chosen.run(features, plan, out)
+        write_separators(out, plan, separators)
+        return
+    for part, plan, rows in launches(features, plan, layout, out):
+        chosen.run(part, plan, rows)
+        write_separators(rows, plan, separators)
+
+
+def _aggregate_tangent(tangent, features, layout, height, width, frame_offsets, backend, separators=None):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    tangent, packed = tangent.flatten(0, -3), features.flatten(0, -3)
+    if any(path.reduce == "max" for path in plan.pathways):
+        out = reference.aggregate_tangent(tangent, packed, plan)
+    else:
+        tangent = _with_unit_stride(tangent)
+        out = tangent.new_zeros(plan.offsets[-1], tangent.shape[2])
+        backends.choose(backend, tangent).run(tangent, plan, out)
     write_separators(out, plan, separators)
+    return out.view(token_shape(plan, features, out.shape[1]))
 
 
 def _aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
     plan = _plan(features, layout, height, width, frame_offsets)
-    if grad.shape[1] > 1 and grad.stride(1) != 1:  # a sum's gradient is one number, expanded
-        grad = grad.contiguous()
+    grad = _with_unit_stride(grad)
     out = torch.empty_like(features, memory_format=torch.contiguous_format)
-    backends.choose(backend, features).run_backward(grad, features, plan, out)
+    chosen = backends.choose(backend, features)
+    for part, plan, rows, into in launches(features, plan, layout, grad, out):
+        chosen.run_backward(rows, part, plan, into)
     return out
 
 
 def _separators_backward(grad, features, layout, height, width, frame_offsets, count):
-    return separators_backward(grad, _plan(features, layout, height, width, frame_offsets))
+    return separators_backward(grad.flatten(0, -2), _plan(features, layout, height, width, frame_offsets))
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    """A sum's gradient is one number, expanded."""
+    return tensor.contiguous() if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 else tensor
+
+
+def launches(features: Tensor, plan: Plan, layout: str, *others: Tensor) -> Sequence[tuple]:
+    """(features [T, N, D], plan, *others) of each launch that serves features [T, N, D] or [B, T, N, D].
+
+    plan: of all videos. others: [S, D] or [T, N, D], of a batch [B, ...], such as what is written. A batch whose videos
+    lie one after the other everywhere is served as videos packed along T; any other video by video. Nothing is copied.
+    """
+    if features.dim() == 3:
+        return ((features, plan, *others),)
+    tensors = features, *others
+    if all(map(_is_packed, tensors)):
+        features, *others = (tensor.flatten(0, 1) for tensor in tensors)
+        return ((features, plan, *others),)
+    plan = parse_layout(layout).plan(plan.lengths[0], plan.grid)
+    return [(part, plan, *rest) for part, *rest in zip(*tensors)]
+
+
+def _is_packed(batch: Tensor) -> bool:
+    return 1 in batch.shape[:2] or batch.stride(0) == batch.shape[1] * batch.stride(1)
+
+
+def token_shape(plan: Plan, features: Tensor, channels: int) -> tuple[int, ...]:
+    """(S, D) of features [T, N, ...], (B, S, D) of a batch of them."""
+    if features.dim() == 3:
+        return plan.offsets[-1], channels
+    return features.shape[0], plan.offsets[1], channels
 
 
 def _token_offsets(frame_offsets, layout, height, width):
@@ -172,18 +221,22 @@ def _token_offsets(frame_offsets, layout, height, width):
 
 
 def _fake_aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
-    tokens = count_open_tokens(features.shape[0], layout, (height, width), frame_offsets)
-    return features.new_empty(tokens, features.shape[2])
+    tokens = open_token_shape(features, layout, (height, width), frame_offsets)
+    return features.new_empty(*tokens, features.shape[-1])
 
 
-def count_open_tokens(frames: Any, layout: str, grid: tuple[int, int], frame_offsets: Tensor | None) -> Any:
-    """Tokens of so many frames where a trace leaves the number of frames open."""
-    parsed = parse_layout(layout)
+def _fake_aggregate_tangent(tangent, features, *call):
+    return _fake_aggregate(features, *call)
+
+
+def open_token_shape(features: Tensor, layout: str, grid: tuple[int, int], frame_offsets: Tensor | None) -> tuple:
+    """(S,), or (B, S) of a batch, where a trace leaves the number of frames open."""
+    parsed, (*batch, frames) = parse_layout(layout), features.shape[:-2]
     if frame_offsets is None:
-        return parsed.count_tokens(frames, grid)
+        return *batch, parsed.count_tokens(frames, grid)
     if parsed.is_affine:
-        return parsed.count_packed_tokens(frames, grid, frame_offsets.shape[0] - 1)
-    return torch.library.get_ctx().new_dynamic_size()  # how many frames each video has decides it
+        return (parsed.count_packed_tokens(frames, grid, frame_offsets.shape[0] - 1),)
+    return (torch.library.get_ctx().new_dynamic_size(),)  # how many frames each video has decides it
 
 
 def _fake_aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
@@ -191,17 +244,47 @@ def _fake_aggregate_backward(grad, features, layout, height, width, frame_offset
 
 
 def _fake_separators_backward(grad, features, layout, height, width, frame_offsets, count):
-    return grad.new_empty(count, grad.shape[1])
+    return grad.new_empty(count, grad.shape[-1])
 
 
 _library.impl("aggregate", _aggregate, "CompositeExplicitAutograd")
 _library.impl("aggregate_out", _aggregate_out, "CompositeExplicitAutograd")
+_library.impl("aggregate_tangent", _aggregate_tangent, "CompositeExplicitAutograd")
 _library.impl("aggregate_backward", _aggregate_backward, "CompositeExplicitAutograd")
 _library.impl("separators_backward", _separators_backward, "CompositeExplicitAutograd")
 _library.impl("token_offsets", _token_offsets, "CompositeExplicitAutograd")
+def _watched_aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
+    call = layout, height, width, frame_offsets, backend
+    if gradients.is_differentiated(features, separators):
+        return gradients.apply(gradients.Pool, features, None, separators, *call)
+    return gradients.below_autograd(torch.ops.sfllava_fast.aggregate, features, *call, separators)
+
+
+def _watched_tangent(tangent, features, layout, height, width, frame_offsets, backend, separators=None):
+    call = layout, height, width, frame_offsets, backend
+    return gradients.apply(gradients.Pool, tangent, features, separators, *call)
+
+
+def _watched_aggregate_out(features, layout, height, width, frame_offsets, backend, out, separators=None):
+    if gradients.is_differentiated(features, separators, out):
+        raise InputError("out= is not differentiable: call aggregate, or call under torch.no_grad()")
+    call = layout, height, width, frame_offsets, backend
+    gradients.below_autograd(torch.ops.sfllava_fast.aggregate_out, features, *call, out, separators)
+
+
+# The public function runs the op without these; they are for traces, and for who calls the op itself.
+_library.impl("aggregate", _watched_aggregate, "Autograd")
+_library.impl("aggregate_out", _watched_aggregate_out, "Autograd")
+_library.impl("aggregate_tangent", _watched_tangent, "Autograd")
+_library.impl("aggregate_backward", partial(gradients.apply, gradients.Spread), "Autograd")
+_library.impl("separators_backward", partial(gradients.apply, gradients.OfSeparators), "Autograd")
+for _name in ("aggregate", "aggregate_tangent", "aggregate_backward", "separators_backward"):
+    _run = partial(gradients.fold_into_channels, getattr(torch.ops.sfllava_fast, _name))
+    torch.library.register_vmap(f"sfllava_fast::{_name}", _run, lib=_library)
 torch.library.register_fake("sfllava_fast::token_offsets", _token_offsets, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate", _fake_aggregate, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate_out", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::aggregate_tangent", _fake_aggregate_tangent, lib=_library)
 torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::separators_backward", _fake_separators_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
@@ -215,22 +298,26 @@ def resolve_plan(
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
 ) -> Plan:
-    """What `slowfast_aggregate` would do with these arguments; its errors."""
+    """What `slowfast_aggregate` would do with these arguments; its errors. A batch's videos as if they were packed."""
     _check_features(features)
-    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     layout = str(config)
-    return _plan(features, layout, *check_grid(grid, features.shape[1] - _class_tokens(layout)), offsets)
+    return _plan(features, layout, *check_grid(grid, features.shape[-2] - _class_tokens(layout)), offsets)
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
-    frames = features.shape[0] if frame_offsets is None else _lengths(frame_offsets, features.shape[0])
-    return _cached_plan(layout, frames, height, width)
+    frames = features.shape[0]
+    if frame_offsets is not None:
+        frames = _lengths(frame_offsets, frames)
+    elif features.dim() == 4:
+        frames = (features.shape[1],) * frames
+    return PLANS.find((layout, frames, height, width)) or _make_plan(layout, frames, height, width)
 
 
-@lru_cache(maxsize=256)
-def _cached_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int) -> Plan:
-    """Saves a call from hashing a config."""
-    return parse_layout(layout).plan(frames, (height, width))
+def _make_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int) -> Plan:
+    plan = parse_layout(layout).plan(frames, (height, width))
+    # Layout.plan has kept it by the layout's own text; a name of it, such as "sf_llava", is one more key.
+    return PLANS.keep((layout, frames, height, width), plan, plan.nbytes)
 
 
 @torch.compiler.assume_constant_result
@@ -255,6 +342,8 @@ def check_separators(separators: Tensor | None, layout: str, features: Tensor) -
     if separators is None and not count:
         return
     shape = [count, features.shape[-1]]
+    if separators is not None and not isinstance(separators, Tensor):
+        raise InputError(f"separators must be a torch.Tensor {shape}, not {type(separators).__name__}")
     if separators is None:
         names = ", ".join(separator.name for separator in parse_layout(layout).separators)
         raise InputError(f"the layout has separators ({names}): pass separators={shape}")
@@ -266,39 +355,57 @@ def check_separators(separators: Tensor | None, layout: str, features: Tensor) -
 
 
 def _split(tokens: Tensor, config: Layout | str, frames: int, grid: tuple[int, int], offsets: Tensor | None):
-    """Tokens [S, D] by pathway, in their order."""
+    """Tokens [..., S, D] by pathway, in their order."""
     layout = parse_layout(config)
     if layout.interleaved or layout.separators or offsets is not None:
         raise InputError("apart= is for one video, and pathways one after the other with no separators: leave it out")
     counts = [path.count_frames(frames) * path.tokens_per_frame(grid) for path in layout.pathways]
-    return dict(zip((path.name for path in layout.pathways), tokens.split(counts)))
+    return dict(zip((path.name for path in layout.pathways), tokens.split(counts, dim=-2)))
 
 
 def _check_features(features: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise InputError(f"features must be a torch.Tensor, not {type(features).__name__}")
-    if features.dim() != 3:
-        raise InputError(f"features must be [frames, patches, channels], not {list(features.shape)}")
+    if features.dim() not in (3, 4):
+        shape = "[frames, patches, channels], or of a batch [videos, frames, patches, channels]"
+        raise InputError(f"features must be {shape}, not {list(features.shape)}")
     if not features.is_floating_point():
         raise InputError(f"features must be floating point, not {features.dtype}")
-    if features.shape[2] > 1 and features.stride(2) != 1:
+    if features.layout is not torch.strided:
+        raise InputError(f"features must be dense, not {features.layout}: call .to_dense() on them")
+    if features.shape[-1] > 1 and features.stride(-1) != 1:
         raise InputError("features need unit stride over channels: call .contiguous() on them, once")
 
 
 def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     if grid is None:
         return square_grid(int(patches))
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
+        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
     height, width = grid
-    if height * width != patches:
+    if height * width != patches or height < 1:
         raise InputError(f"grid {height}x{width} does not fit {patches} patches")
     return height, width
 
 
-def as_offsets(frame_offsets: Tensor | Sequence[int]) -> Tensor:
-    offsets = torch.as_tensor(frame_offsets)
-    if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
+_INTEGERS = (int, np.integer, torch.SymInt)
+
+
+def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tensor:
+    if features.dim() != 3:
+        raise InputError("frame_offsets are for videos packed as [T, N, D]: leave them out for [B, T, N, D]")
+    offsets = frame_offsets if isinstance(frame_offsets, Tensor) else as_tensor(frame_offsets)
+    if offsets is None or offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
         raise InputError("frame_offsets must be [videos + 1] int32 or int64: 0, ..., frames")
     return offsets
+
+
+def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
+    """None for what torch cannot make a tensor of."""
+    try:
+        return torch.as_tensor(numbers, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
 def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
@@ -309,14 +416,17 @@ def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
     return lengths
 
 
-def check_out(out: Tensor, features: Tensor, tokens: int, channels: int) -> None:
-    """InputError unless `out` can take [tokens, channels] made of these features."""
+def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
+    """InputError unless `out` can take tokens of `shape`, [..., tokens, channels], made of these features."""
     _check_same_kind(out, features)
-    if out.shape != (tokens, channels):
-        raise InputError(f"out must be [{tokens}, {channels}] for this layout, not {list(out.shape)}")
-    rows, unit = out.stride()
+    if out.shape != shape:
+        raise InputError(f"out must be {list(shape)} for this layout, not {list(out.shape)}")
+    tokens, channels = shape[-2:]
+    rows, unit = out.stride()[-2:]
     if (channels > 1 and unit != 1) or (tokens > 1 and rows < channels):
         raise InputError("out needs unit stride over channels and rows that do not overlap")
+    if len(shape) == 3 and shape[0] > 1 and out.stride(0) < (tokens - 1) * rows + channels:
+        raise InputError("out needs videos that lie one after the other and do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
     first, last = span(out)
@@ -326,6 +436,8 @@ def check_out(out: Tensor, features: Tensor, tokens: int, channels: int) -> None
 
 
 def _check_same_kind(out: Tensor, features: Tensor, name: str = "out") -> None:
+    if not isinstance(out, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, not {type(out).__name__}")
     if out.dtype != features.dtype or out.device != features.device:
         raise InputError(f"{name} must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 from .pathways import Pathway, Range, Separator
 
@@ -60,15 +61,81 @@ class _Rows(NamedTuple):
     offsets: tuple[int, ...]
 
 
+class ByteCache:
+    """Values by key. The oldest are dropped while all take more than `most` bytes; the newest is always kept."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.nbytes = most, 0
+        self._values: dict[Hashable, Any] = {}
+        self._sizes: dict[Hashable, int] = {}
+        self._lock = Lock()
+        self.find = self._values.get  # of a key its value, or None; every call of the op waits for it
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def keep(self, key: Hashable, value: Any, nbytes: int) -> Any:
+        """Keeps a value that takes so many bytes, and returns it."""
+        with self._lock:
+            self._drop(key)
+            self._values[key], self._sizes[key] = value, nbytes
+            self.nbytes += nbytes
+            while self.nbytes > self.most and len(self._sizes) > 1:
+                self._drop(next(iter(self._sizes)))
+        return value
+
+    def clear(self) -> None:
+        with self._lock:
+            for key in list(self._sizes):
+                self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        self._values.pop(key, None)
+        self.nbytes -= self._sizes.pop(key, 0)
+
+
+def kept_with_plan(make: Callable) -> Callable:
+    """Caches make(plan, *others) for as long as the plan lives, so that it is dropped with the plan."""
+
+    @wraps(make)
+    def find(plan: Plan, *others: Hashable) -> Any:
+        results = plan.kept.get(make)
+        if results is None:
+            results = plan.kept[make] = {}
+        try:
+            return results[others]
+        except KeyError:
+            if len(results) >= _MOST_KEPT:
+                results.clear()
+            return results.setdefault(others, make(plan, *others))
+
+    return find
+
+
+_MOST_KEPT = 64  # results of one function of one plan
+
+
 @dataclass(frozen=True, eq=False)  # one plan per (layout, frames, grid): identity is equality, and hashing is free
 class Plan:
-    """What a layout does to videos of `lengths` frames on `grid`: the tables that kernels read."""
+    """What a layout does to videos of `lengths` frames on `grid`: the tables that kernels read.
+
+    kept: what `kept_with_plan` has cached.
+    """
 
     lengths: tuple[int, ...]
     grid: tuple[int, int]
     pathways: tuple[PathwayTables, ...]
     interleaved: bool = False
     separators: tuple[Separator, ...] = ()
+    kept: dict[Callable, dict] = field(default_factory=dict, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes of the host's memory it takes, with all that is kept with it."""
+        bins = sum(len(path.rows) + len(path.cols) + sum(path.shape) for path in self.pathways)
+        reads = sum(item.frame_end - item.frame_begin for item in self.items)
+        rows = len(self.separator_rows) + len(self.zeros)
+        return 4096 + 700 * len(self.items) + 150 * (rows + bins) + 100 * sum(self.lengths) + 8 * reads
 
     @property
     def patches(self) -> int:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, gradients
 from .config import Layout, SlowFastConfig
 from .errors import InputError, first_line
 from .layouts import parse_layout
@@ -27,12 +27,14 @@ from .ops import (
     check_grid,
     check_out,
     check_separators,
-    count_open_tokens,
+    launches,
+    open_token_shape,
     resolve_plan,
     slowfast_aggregate,
+    token_shape,
 )
 from .pathways import Range
-from .plan import Plan
+from .plan import Plan, kept_with_plan
 from .separators import with_separators
 
 log = logging.getLogger("sfllava_fast")
@@ -65,8 +67,8 @@ def project_and_aggregate(
     """Tokens [S, D] of the vision tower's features, by default SlowFast-LLaVA's (arXiv 2407.15841, section 3.2, with
     the projector). A layout whose `stage` is "before" is pooled first, and its tokens are projected, in every mode.
 
-    hidden: [T, N, C], what the projector takes, unit stride over C (`hidden[:, 1:]` as it is, or with the class token
-        where the layout reads it).
+    hidden: [T, N, C], or [B, T, N, C] for tokens [B, S, D], what the projector takes, unit stride over C
+        (`hidden[:, 1:]` as it is, or with the class token where the layout reads it).
     projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
     mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
         means before Linear2, for inference only: its error against float64 is no larger than the published order's.
@@ -75,8 +77,12 @@ def project_and_aggregate(
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+    if not callable(projector):
+        raise InputError(f"the projector must be a module or a function, not {type(projector).__name__}")
+    if not isinstance(hidden, Tensor):
+        raise InputError(f"features must be a torch.Tensor, not {type(hidden).__name__}")
     if _pools_first(str(config)):
         return _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators)
     traced = torch.compiler.is_compiling()
@@ -93,11 +99,12 @@ def project_and_aggregate(
     first, second = _Layer(first.weight, first.bias), _Layer(second.weight, second.bias)
     if traced:
         return _trace_commuted(hidden, first, second, str(config), out, backend, grid, frame_offsets)
+    shape = token_shape(plan, hidden, len(second.weight))
     if out is None:
-        out = hidden.new_empty(plan.offsets[-1], len(second.weight))
-    check_out(out, hidden, plan.offsets[-1], len(second.weight))
+        out = hidden.new_empty(shape)
+    check_out(out, hidden, shape)
     with torch.no_grad():
-        _commuted(hidden, first, second, plan, out, backend)
+        _commuted_launches(hidden, first, second, plan, str(config), out, backend)
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
 
 
@@ -109,16 +116,19 @@ def _pools_first(layout: str) -> bool:
 def _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators):
     """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
     names = parse_layout(config).separators
-    none = hidden.new_zeros(len(names), hidden.shape[2]) if names else None
+    plan = resolve_plan(hidden, config, grid, frame_offsets) if names else None
+    none = hidden.new_zeros(len(names), hidden.shape[-1]) if names else None
     call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
     pooled = slowfast_aggregate(hidden, config, **call)
     pooled, *offsets = (pooled,) if frame_offsets is None else pooled
     tokens = projector(pooled)
     if names:
         check_separators(separators, str(config), tokens)
-        tokens = with_separators(tokens, resolve_plan(hidden, config, grid, frame_offsets), separators)
+        if hidden.dim() == 4:
+            plan = resolve_plan(hidden[0], config, grid)
+        tokens = with_separators(tokens, plan, separators)
     if out is not None:
-        check_out(out, tokens, *tokens.shape)
+        check_out(out, tokens, tuple(tokens.shape))
         tokens = out.copy_(tokens)
     return (tokens, *offsets) if offsets else tokens
 
@@ -131,8 +141,8 @@ class _Layer(NamedTuple):
 
 
 def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_offsets):
-    height, width = check_grid(grid, hidden.shape[1])
-    offsets = None if frame_offsets is None else as_offsets(frame_offsets)
+    height, width = check_grid(grid, hidden.shape[-2])
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets, hidden)
     tokens = torch.ops.sfllava_fast.commuted(hidden, *first, *second, layout, height, width, offsets, backend)
     tokens = tokens if out is None else out.copy_(tokens)
     if offsets is None:
@@ -142,23 +152,31 @@ def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_off
 
 def _run_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width, frame_offsets, backend):
     plan = resolve_plan(hidden, layout, (height, width), frame_offsets)
-    out = hidden.new_empty(plan.offsets[-1], weight2.shape[0])
-    _commuted(hidden, _Layer(weight1, bias1), _Layer(weight2, bias2), plan, out, backend)
+    out = hidden.new_empty(token_shape(plan, hidden, weight2.shape[0]))
+    _commuted_launches(hidden, _Layer(weight1, bias1), _Layer(weight2, bias2), plan, layout, out, backend)
     return out
 
 
+def _watched_commuted(hidden, weight1, bias1, weight2, bias2, *call):
+    if gradients.is_differentiated(hidden, weight1, bias1, weight2, bias2):
+        raise InputError("commuted is not differentiable: use mode='exact', or call under torch.no_grad()")
+    return gradients.below_autograd(torch.ops.sfllava_fast.commuted, hidden, weight1, bias1, weight2, bias2, *call)
+
+
 def _fake_commuted(hidden, weight1, bias1, weight2, bias2, layout, height, width, frame_offsets, backend):
-    tokens = count_open_tokens(hidden.shape[0], layout, (height, width), frame_offsets)
-    return hidden.new_empty(tokens, weight2.shape[0])
+    tokens = open_token_shape(hidden, layout, (height, width), frame_offsets)
+    return hidden.new_empty(*tokens, weight2.shape[0])
 
 
 _library.impl("commuted", _run_commuted, "CompositeExplicitAutograd")
+_library.impl("commuted", _watched_commuted, "Autograd")
 torch.library.register_fake("sfllava_fast::commuted", _fake_commuted, lib=_library)
 
 
 def why_not_commuted(projector: nn.Module) -> str | None:
     """Why pooling can never go before this projector's second layer; None where it can."""
-    name, parts = type(projector).__name__, dict(projector.named_children())
+    name = type(projector).__name__
+    parts = dict(projector.named_children()) if isinstance(projector, nn.Module) else {}
     if len(parts) != 3 or type(projector) is not nn.Sequential and list(parts) != ["linear_1", "act", "linear_2"]:
         return f"{name} is not Linear, GELU, Linear"
     first, act, second = parts.values()
@@ -193,9 +211,13 @@ def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str 
     first = next(projector.children())
     if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in projector.parameters())):
         return "it needs gradients"
+    if not torch.compiler.is_compiling() and gradients.is_transformed():
+        return "forward-mode gradients or torch.func transform it"
+    if hidden.shape[-1] != first.in_features:
+        return f"features have {hidden.shape[-1]} channels, and it takes {first.in_features}"
     if hidden.dtype != first.weight.dtype:
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         return "autocast chooses the dtypes"
     return why_layout_not_commuted(parse_layout(config))
 
@@ -229,7 +251,7 @@ class _Half:
     plan: Plan | None
 
 
-@lru_cache(maxsize=64)
+@kept_with_plan
 def _split(plan: Plan) -> tuple[_Half, _Half]:
     """The maxima, which need Linear2 of every patch, and the means."""
     return _half(plan, "max"), _half(plan, "mean")
@@ -255,6 +277,11 @@ def _half(plan: Plan, reduce: str) -> _Half:
                 rows.append((begin, at + count))
             at += count
     return _Half(frames, tuple(rows), Plan(tuple(map(len, by_video)), plan.grid, renumbered))
+
+
+def _commuted_launches(hidden, first, second, plan, layout, out, backend):
+    for part, plan, rows in launches(hidden, plan, layout, out):
+        _commuted(part, first, second, plan, rows, backend)
 
 
 def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Tensor, backend: str) -> None:

@@ -40,6 +40,19 @@ def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
     return wide.to(features.dtype)
 
 
+def aggregate_tangent(tangent: Tensor, features: Tensor, plan: Plan) -> Tensor:
+    """Derivative [S, D] of `aggregate` in the direction `tangent` [T, N, D]: a mean is linear, and a maximum passes on
+    the tangent of the element that it kept."""
+    out = features.new_zeros(plan.offsets[-1], features.shape[2])
+    for path, rows in zip(plan.pathways, token_rows(plan, out.device)):
+        if len(rows) and path.reduce == "max":
+            flat = tangent.reshape(-1, tangent.shape[2])
+            out[rows] = flat.gather(0, _winners(features, path)).to(out.dtype)
+        elif len(rows):
+            out[rows] = _pool(tangent, path)
+    return out
+
+
 def token_rows(plan: Plan, device: torch.device) -> list[Tensor]:
     """Which rows of the output the tokens of each pathway are, in the order of its boxes."""
     rows = []
@@ -72,15 +85,21 @@ def _pool_backward(grad: Tensor, features: Tensor, path: PathwayTables, into: Te
         share = grad[token] if path.reduce == "mean" else grad[token] * weight
         into.index_add_(0, patch, share)
         return
+    into.scatter_add_(0, _winners(features, path), grad)
+
+
+def _winners(features: Tensor, path: PathwayTables) -> Tensor:
+    """Which of the packed patches a maximum keeps, [tokens, D]."""
     best = winner = None
     for offset in _offsets(path, features):
-        x, patch = _gather(features, offset.patch), offset.patch[:, None].expand_as(grad)
+        x = _gather(features, offset.patch)
+        patch = offset.patch[:, None].expand_as(x)
         if best is None:
             best, winner = x, patch
             continue
         better = offset.inside[:, None] & ((x > best) | x.isnan())
         best, winner = torch.where(better, x, best), torch.where(better, patch, winner)
-    into.scatter_add_(0, winner, grad)
+    return winner
 
 
 def _pairs(path: PathwayTables, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from .plan import Plan
-from .table import on_device
+from .plan import Plan, kept_with_plan
+from .table import host_table, on_device
 
 
 def write_separators(out: Tensor, plan: Plan, separators: Tensor | None) -> None:
@@ -21,9 +19,13 @@ def write_separators(out: Tensor, plan: Plan, separators: Tensor | None) -> None
 
 
 def with_separators(tokens: Tensor, plan: Plan, separators: Tensor) -> Tensor:
-    """Tokens [S, D] with separators [K, D] in their rows; differentiable."""
+    """Tokens [S, D] or [B, S, D] with separators [K, D] in their rows; differentiable.
+
+    plan: of a batch, that of one video.
+    """
     _, rows, which = (on_device(part, tokens.device) for part in _rows(plan))
-    return tokens.index_copy(0, rows, separators[which])
+    written = separators[which]
+    return tokens.index_copy(-2, rows, written.expand(*tokens.shape[:-2], *written.shape))
 
 
 def separators_backward(grad: Tensor, plan: Plan) -> Tensor:
@@ -34,8 +36,8 @@ def separators_backward(grad: Tensor, plan: Plan) -> Tensor:
     return total.to(grad.dtype)
 
 
-@lru_cache(maxsize=256)
+@kept_with_plan
 def _rows(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that are zero, rows of separators, and which separator each of those is."""
     rows, which = zip(*plan.separator_rows) if plan.separator_rows else ((), ())
-    return tuple(torch.tensor(part, dtype=torch.long) for part in (plan.zeros, rows, which))
+    return tuple(host_table(part, torch.long) for part in (plan.zeros, rows, which))

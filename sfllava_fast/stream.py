@@ -26,6 +26,9 @@ def kept_frames(seen: int, most: int) -> range:
 
     Uniform sampling cannot be kept up on a stream: every position moves with each frame that comes.
     """
+    if not isinstance(seen, int) or seen < 0:
+        raise InputError(f"the frames seen must be an integer of at least 0, not {seen!r}")
+    check_count("most", most)
     stride = 1 << max(0, -(-seen // most) - 1).bit_length()
     return range(0, seen, stride)
 
@@ -54,6 +57,7 @@ class SlowFastStream:
         encode: Encode | None = None,
     ) -> None:
         check_count("most", most)
+        check_encode(encode)
         self.config, self.most, self.grid, self.backend = parse_layout(config), most, grid, backend
         self.seen = 0  # frames pushed
         self._encode = encode
@@ -70,7 +74,7 @@ class SlowFastStream:
         self._check_intact()
         seen = self.seen + count_frames(frames)
         kept = kept_frames(seen, self.most)
-        due = frames[-self.seen % kept.step :: kept.step]
+        due = slice_frames(frames, slice(-self.seen % kept.step, None, kept.step))
         features = None
         if len(due) or self._encode is None:
             features = encode_frames(self._encode, due, like=self._buffer)
@@ -149,6 +153,18 @@ def count_frames(frames: Any) -> int:
     if count == 0:
         raise InputError("push one frame or more")
     return count
+
+
+def slice_frames(frames: Any, which: slice) -> Any:
+    try:
+        return frames[which]
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        raise InputError(f"push frames as [t, ...], not {type(frames).__name__} that cannot be sliced") from None
+
+
+def check_encode(encode: object) -> None:
+    if encode is not None and not callable(encode):
+        raise InputError(f"encode must be a function of frames, or None, not {type(encode).__name__}")
 
 
 def encode_frames(encode: Encode | None, frames: Any, like: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from contextlib import contextmanager
 from itertools import accumulate, chain
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .errors import BackendError
 from .pathways import Range
-from .plan import Item, PathwayTables, Plan
+from .plan import Item, PathwayTables, Plan, kept_with_plan
 
 _VERSION = 3
 _REDUCE = {"max": 0, "mean": 1, "linear": 2}
 
 
-@lru_cache(maxsize=256)
+@kept_with_plan
 def plan_table(plan: Plan) -> Tensor:
     """The table of `plan`, int32 on the CPU, cached."""
     items = sorted(plan.items, key=lambda item: (item.frame_begin, item.frame_end, item.pathway))
@@ -35,7 +35,13 @@ def plan_table(plan: Plan) -> Tensor:
     ]  # fmt: skip
     groups.append(len(items))
     numbers = chain(header, *pathways, groups, *items, firsts, *readers, *bins)
-    return torch.tensor([*numbers], dtype=torch.int32)
+    return host_table([*numbers], torch.int32)
+
+
+def host_table(numbers: Sequence, dtype: torch.dtype) -> Tensor:
+    """A table on the CPU to be cached."""
+    with _for_every_call():
+        return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def device_table(plan: Plan, device: torch.device) -> Tensor:
@@ -44,12 +50,13 @@ def device_table(plan: Plan, device: torch.device) -> Tensor:
 
 
 def on_device(host_table: Tensor, device: torch.device) -> Tensor:
-    """A cached table on `device`: uploaded by the first call and cached, so that later ones copy nothing.
+    """A table on `device`: uploaded by the first call and kept with the table, so that later ones copy nothing.
 
     Its memory stays as long as queued work may read it, in captured CUDA graphs as long as the process: they can be
     replayed at any time. Raises BackendError where the first call is inside a capture.
     """
-    table, streams = _upload(host_table, device)
+    copies = vars(host_table).setdefault("copies", {})
+    table, streams = copies.get(device) or copies.setdefault(device, _upload(host_table, device))
     if device.type == "cuda":
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         if stream not in streams:
@@ -63,12 +70,19 @@ def on_device(host_table: Tensor, device: torch.device) -> Tensor:
 _in_graphs: set[Tensor] = set()
 
 
-@lru_cache(maxsize=256)
 def _upload(host_table: Tensor, device: torch.device) -> tuple[Tensor, set[int]]:
     """The table, and the streams that have read it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("a CUDA graph cannot capture the first call of its kind: make it once before the capture")
-    return host_table.to(device), set()
+    with _for_every_call():
+        return host_table.to(device), set()
+
+
+@contextmanager
+def _for_every_call() -> Iterator[None]:
+    """Makes tensors that later calls can use: inference mode and torch.func would leave their mark on them."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
 
 
 def _pathway(path: PathwayTables, first_bin: int) -> list[int]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
+
 import numpy as np
 import oracle
 import pytest
@@ -9,10 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfllava_fast.config import SLOW_POOLS, Bins, Pathways, SlowFastConfig, sample_frames, square_grid
+from sfllava_fast.config import PLANS, SLOW_POOLS, Bins, Pathways, SlowFastConfig, sample_frames, square_grid
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts import parse_layout
+from sfllava_fast.plan import ByteCache
 from sfllava_fast.reference import aggregate
+from sfllava_fast.separators import write_separators
+from sfllava_fast.table import on_device, plan_table
 
 PAPER = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
 counts = st.integers(1, 2**20)
@@ -243,6 +250,52 @@ def test_one_pathway_alone():
 def test_plans_are_cached():
     config = SlowFastConfig(slow_frames=3)
     assert config.plan(7, (4, 4)) is SlowFastConfig(slow_frames=3).plan((7,), [4, 4])
+
+
+def test_cached_plans_are_bounded_in_bytes(monkeypatch):
+    """Of everything that is kept with them, as tracemalloc finds it."""
+    cache = ByteCache(4 << 20)
+    monkeypatch.setattr("sfllava_fast.config.PLANS", cache)
+    layouts = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4", "llava_next_video-newline_grid", "pllava"
+    layouts += "llava_video_slowfast", "red_villm"
+    for layout in map(parse_layout, layouts):
+        cache.clear()
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for frames in range(600, 640):
+                plan = layout.plan(frames, (24, 24))
+                table = plan_table(plan), write_separators(torch.empty(plan.offsets[-1], 1), plan, None)
+                del plan, table
+            gc.collect()
+            taken = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert cache.nbytes <= cache.most and taken < 1.5 * cache.most, (layout, taken, cache.nbytes)
+
+
+def test_a_cache_drops_the_oldest():
+    cache = ByteCache(100)
+    for key in "abc":
+        cache.keep(key, key.upper(), 40)
+    assert (cache.find("a"), cache.find("b"), cache.find("c"), cache.nbytes) == (None, "B", "C", 80)
+    cache.keep("c", "D", 50)
+    assert cache.find("c") == "D" and cache.nbytes == 90
+    cache.keep("e", "E", 1000)  # the newest is kept whatever its size
+    assert len(cache) == 1 and cache.find("e") == "E" and cache.nbytes == 1000
+    cache.clear()
+    assert not len(cache) and not cache.nbytes
+
+
+def test_what_is_made_of_a_plan_goes_with_it():
+    plan = SlowFastConfig(2).plan(5, (4, 4))
+    table = plan_table(plan)
+    assert plan_table(plan) is table and on_device(table, torch.device("cpu")) is on_device(table, torch.device("cpu"))
+    seen = weakref.ref(plan)
+    PLANS.clear()
+    del plan, table
+    gc.collect()
+    assert seen() is None
 
 
 def test_a_plan_of_several_videos():

@@ -224,6 +224,11 @@ def test_the_instruction_set_is_chosen_by_name(isa):
     assert LIBRARY.sfllava_isa() == ISAS[0]
 
 
+def without_memory(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 PLAN = plan_table(SlowFastConfig(2).plan(3, (4, 4)))
 ROWS = 2 * 8 + 3 * 16
 BAD_KERNEL_CALLS = {
@@ -239,6 +244,8 @@ BAD_KERNEL_CALLS = {
     "a plan with gaps": lambda x, out: (x, torch.stack([PLAN, PLAN], 1)[:, 0], out),
     "a plan cut short": lambda x, out: (x, PLAN[:-1], out),
     "an empty plan": lambda x, out: (x, PLAN[:0], out),
+    "features without memory": lambda x, out: (without_memory(x), PLAN, out),
+    "tokens without memory": lambda x, out: (x, PLAN, without_memory(out.clone())),
     "a plan of another version": lambda x, out: (x, PLAN + (torch.arange(len(PLAN)) == 0), out),
 }
 

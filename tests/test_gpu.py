@@ -10,8 +10,8 @@ from kernel_cases import (
     rows_without_patches, slowfast_calls,
 )  # fmt: skip
 
-from sfllava_fast import backends, reference, slowfast_aggregate, table
-from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
+from sfllava_fast import backends, reference, slowfast_aggregate
+from sfllava_fast.config import PLANS, SLOW_POOLS, Pathways, SlowFastConfig
 from sfllava_fast.errors import BackendError, InputError
 from sfllava_fast.layouts import PRESETS
 from sfllava_fast.plan import Plan
@@ -294,9 +294,7 @@ def test_a_graph_replays_after_the_cache_has_forgotten_its_table(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         slowfast_aggregate(x, out=out, backend=backend)
-    for frames in range(1, 300):  # more plans than are cached
-        device_table(SlowFastConfig(1).plan(frames, (4, 4)), x.device)
-    table._upload.cache_clear()
+    PLANS.clear()
     garbage = [torch.full((2**k,), -1, dtype=torch.int32, device="cuda") for k in range(20)]
     for _ in range(3):
         x.normal_()
@@ -308,7 +306,7 @@ def test_a_graph_replays_after_the_cache_has_forgotten_its_table(backend):
 
 def test_the_first_call_of_its_kind_cannot_be_captured(backend):
     x, config = on_gpu(normal, torch.float32)((7, 25, 8)), SlowFastConfig(4, "concat", (2, 3))
-    table._upload.cache_clear()
+    PLANS.clear()
     with pytest.raises(BackendError, match="make it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         slowfast_aggregate(x, config, backend=backend)
     expected = reference.aggregate(x.cpu(), config.plan(7, (5, 5)))
@@ -343,16 +341,15 @@ def test_a_backward_neither_waits_nor_allocates_more_than_the_gradient(backend):
 
 
 def test_a_table_outlives_its_place_in_the_cache_on_other_streams(backend):
-    x, plan = torch.ones(6, 576, 64, device="cuda"), PAPER.plan(6, (24, 24))
-    slowfast_aggregate(x, backend=backend)
-    out = torch.zeros(plan.offsets[-1], 64, device="cuda")
+    x = torch.ones(6, 576, 64, device="cuda")
+    out, numbers = torch.zeros_like(slowfast_aggregate(x, backend=backend)), plan_table(PAPER.plan(6, (24, 24))).numel()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         slowfast_aggregate(x, out=out, backend=backend)
-    table._upload.cache_clear()  # the only reference: its memory may be had for the asking, if nothing holds it
-    garbage = [torch.full((plan_table(plan).numel(),), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+    PLANS.clear()  # the only reference: its memory may be had for the asking, if nothing holds it
+    garbage = [torch.full((numbers,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
     torch.cuda.synchronize()
     assert (out == 1).all()
     del garbage

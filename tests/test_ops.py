@@ -432,7 +432,8 @@ X = torch.zeros(4, 16, 8)
 OUT = torch.zeros(40, 8)
 BAD_CALLS = {
     "2-D": (InputError, lambda: slowfast_aggregate(X[0], LAYOUT)),
-    "4-D": (InputError, lambda: slowfast_aggregate(X[None], LAYOUT)),
+    "5-D": (InputError, lambda: slowfast_aggregate(X[None, None], LAYOUT)),
+    "a batch with offsets": (InputError, lambda: slowfast_aggregate(X[None], LAYOUT, frame_offsets=[0, 4])),
     "integers": (InputError, lambda: slowfast_aggregate(X.int(), LAYOUT)),
     "booleans": (InputError, lambda: slowfast_aggregate(X.bool(), LAYOUT)),
     "complex": (InputError, lambda: slowfast_aggregate(X.to(torch.complex64), LAYOUT)),

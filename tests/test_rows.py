@@ -126,6 +126,65 @@ def test_kernels_stay_inside_of_tensors_whatever_the_index_says():
     assert torch.equal(hidden, expected)
 
 
+def shrunk(tensor):
+    """Its memory is gone, as that of a parameter that FSDP has freed."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+FRAMES = torch.tensor([[0, 3, 2, 0], [3, 3, 2, 2]], dtype=torch.int32)
+KEPT, FLAG = torch.empty(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+BAD_KERNEL_CALLS = {
+    "an empty flag": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG[:0]),
+    "a flag of no dimension": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG[0]),
+    "a flag of another dtype": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG.long()),
+    "a flag without memory": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, shrunk(FLAG.clone())),
+    "a result that is too small": lambda s, x, r: ("select_rows", s, FRAMES, KEPT[:, :3], FLAG),
+    "a result of more videos": lambda s, x, r: ("select_rows", s, FRAMES, KEPT.expand(2, -1), FLAG),
+    "a frame behind the scores": lambda s, x, r: ("select_rows", s[:, :5], FRAMES, KEPT, FLAG),
+    "a frame that keeps more than it has": lambda s, x, r: ("select_rows", s, FRAMES + 2, KEPT, FLAG),
+    "a table of int64": lambda s, x, r: ("select_rows", s, FRAMES.long(), KEPT, FLAG),
+    "scores of float64": lambda s, x, r: ("select_rows", s.double(), FRAMES, KEPT, FLAG),
+    "fewer results than tensors": lambda s, x, r: ("copy_rows", [x, x], INDEX, [r]),
+    "a copy into fewer rows": lambda s, x, r: ("copy_rows", [x], INDEX, [r[:, 1:]]),
+    "a copy into fewer channels": lambda s, x, r: ("copy_rows", [x], INDEX, [r[..., 1:]]),
+    "a copy into a smaller dtype": lambda s, x, r: ("copy_rows", [x], INDEX, [r.half()]),
+    "a copy of another batch": lambda s, x, r: ("copy_rows", [x.expand(2, -1, -1)], INDEX, [r]),
+    "a copy into no memory": lambda s, x, r: ("copy_rows", [x], INDEX, [shrunk(r.clone())]),
+    "a copy out of no memory": lambda s, x, r: ("copy_rows", [shrunk(x.clone())], INDEX, [r]),
+    "rows into a smaller result": lambda s, x, r: ("replace_rows", x, INDEX, r, x[:, 1:].clone()),
+    "fewer rows than the index": lambda s, x, r: ("replace_rows", x, INDEX, r[:, 1:], x.clone()),
+    "in place, by other strides": lambda s, x, r: ("replace_rows", x, INDEX, r, x.as_strided((1, 6, 8), (48, 4, 1))),
+    "fewer weights than the index": lambda s, x, r: ("blend_rows", x, INDEX, r, torch.ones(1, 2), x.clone()),
+    "weights of float64": lambda s, x, r: ("blend_rows", x, INDEX, r, torch.ones(1, 3).double(), x.clone()),
+    "a blend of integers": lambda s, x, r: ("blend_rows", x.int(), INDEX, r.int(), torch.ones(1, 3), x.int()),
+    "more queries than tokens": lambda s, x, r: ("receive_attention", x[None], r[None], 1.0, torch.zeros(1, 3)),
+    "attention of fewer tokens": lambda s, x, r: ("receive_attention", r[None], x[None], 1.0, torch.zeros(1, 5)),
+    "attention of float64": lambda s, x, r: ("receive_attention", r[None], x[None], 1.0, torch.zeros(1, 6).double()),
+    "other channels": lambda s, x, r: ("receive_attention", r[None, ..., 1:], x[None], 1.0, torch.zeros(1, 6)),
+    "no heads of keys": lambda s, x, r: ("receive_attention", r[None], x[None][:, :0], 1.0, torch.zeros(1, 6)),
+}
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("call", BAD_KERNEL_CALLS)
+def test_a_kernel_alone_refuses_what_it_cannot_write(call):
+    scores, hidden, rows = torch.full((1, 6), torch.nan), torch.zeros(1, 6, 8), torch.ones(1, 3, 8)
+    name, *arguments = BAD_KERNEL_CALLS[call](scores, hidden, rows)
+    with pytest.raises(RuntimeError, match="sfllava_fast: "):
+        getattr(torch.ops.sfllava_fast, name)(*arguments)
+    assert not hidden.any() and (rows == 1).all() and not FLAG.any()
+
+
+@NEEDS_LIBRARY
+def test_kernels_of_nothing():
+    nothing, index = torch.zeros(1, 0, 8), torch.zeros(1, 0, dtype=torch.int64)
+    torch.ops.sfllava_fast.replace_rows(nothing, index, nothing, nothing.clone())
+    flat, turned = torch.zeros(2, 3, 0), torch.zeros(3, 2, 0).transpose(0, 1)
+    torch.ops.sfllava_fast.replace_rows(flat, INDEX.expand(2, -1), flat.clone(), turned)
+    torch.ops.sfllava_fast.copy_rows([torch.zeros(1, 6, 8)], index, [nothing])
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from ..plan import kept_with_plan
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
 from .project_launch import project_pool as project_pool, project_pooled as project_pooled
@@ -59,7 +60,7 @@ def _call(find_work, features, tokens, tensors, plan, host_table):
     for address in addresses:
         low_bits |= address
     launch, numbers = _prepare(
-        find_work, plan, host_table, features.dtype, device,
+        plan, find_work, host_table, features.dtype, device,
         low_bits % 16 == 0, channels, features.stride(), tokens.stride(),
     )  # fmt: skip
     if device is None:  # the interpreter
@@ -68,8 +69,8 @@ def _call(find_work, features, tokens, tensors, plan, host_table):
         launch(*addresses, *numbers, stream=torch._C._cuda_getCurrentRawStream(device))
 
 
-@lru_cache(maxsize=256)
-def _prepare(find_work, plan, host_table, dtype, device, aligned, channels, features_stride, tokens_stride):
+@kept_with_plan
+def _prepare(plan, find_work, host_table, dtype, device, aligned, channels, features_stride, tokens_stride):
     """What to call with the tensors and these numbers; `device` must be the current one."""
     steps = (*features_stride[:2], tokens_stride[0], channels)
     vector = _vector(aligned, steps, dtype.itemsize)

@@ -15,11 +15,12 @@ of boxes that several tiles share.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
+
+from ..plan import kept_with_plan
 
 _UNITS = (4, 2, 1)
 
@@ -54,7 +55,7 @@ class _Order:
     cost: float
 
 
-@lru_cache(maxsize=256)
+@kept_with_plan
 def gather(plan, size):
     """The Gather of a sfllava_fast.plan.Plan in tiles of `size` patches; ValueError where bins span frames."""
     readers, tokens, kept_frames = _readers(plan)

@@ -71,7 +71,7 @@ class Diet:
 def normalise(frames: np.ndarray) -> torch.Tensor:
     """uint8 [..., H, W, 3] -> pixel values float32 [N, 3, H, W]."""
     processor = image_processor()
-    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (processor.image_mean, processor.image_std))
     pixels = torch.from_numpy(frames).flatten(0, -4).permute(0, 3, 1, 2)
     return pixels.float().div_(255).sub_(mean).div_(std)
 

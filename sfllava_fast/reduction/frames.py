@@ -42,7 +42,10 @@ def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tupl
 
 def check_frames(frames: Sequence[int]) -> tuple[int, ...]:
     """Frame offsets [F + 1] as integers. Raises InputError where they do not ascend."""
-    frames = tuple(int(at) for at in frames)
+    try:
+        frames = tuple(int(at) for at in frames)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        frames = ()
     if len(frames) < 2 or frames[0] < 0 or any(stop <= start for start, stop in zip(frames, frames[1:])):
         raise InputError("frames must be where each frame's tokens begin and the last end, ascending: 0, 16, 32, ...")
     return frames

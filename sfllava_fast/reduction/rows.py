@@ -7,16 +7,17 @@ rows_reference.py, which serves every dtype). Copies and choices are equal to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
+from ..gradients import OneLevel, apply, below_autograd, is_differentiated, is_transformed
 from ..ops import is_unwatched, span
 from . import rows_reference as reference
 from .frames import check_frames, check_ratio, kept_of
-from .rows_backends import find_kernels, frame_table
+from .rows_backends import check_backend, find_kernels, frame_table
 from .rows_reference import wide
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,11 +48,17 @@ def top_per_frame(
     Returns positions as `frames` counts them. Not differentiable.
     """
     frames, ratio = check_frames(frames), check_ratio(ratio)
+    _check_tensors(scores=scores)
+    if nan is not None:
+        _check_tensors(nan=nan)
+    check_backend(backend)
     if scores.dim() != 2 or scores.shape[1] != frames[-1] - frames[0] or not scores.is_floating_point():
         shape = f"{scores.dtype} {list(scores.shape)}"
         raise InputError(f"scores must be floating [batch, {frames[-1] - frames[0]}], one for each token, not {shape}")
     if nan is not None and (nan.shape != (1,) or nan.dtype != torch.int32 or nan.device != scores.device):
         raise InputError("nan= must be int32 [1] on the scores' device: torch.zeros(1, dtype=torch.int32, ...)")
+    if torch._C._functorch.is_batchedtensor(scores):
+        raise InputError("vmap cannot batch top_per_frame, which looks for NaN: pass scores as [batch, tokens]")
     run = _top_per_frame if is_unwatched(scores) else torch.ops.sfllava_fast.top_per_frame
     return run(scores.detach(), frames, ratio, nan, backend)
 
@@ -68,13 +75,23 @@ def gather_many(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "aut
     index: int64 [B, K], ascending in each row and without repeats. That is checked on a CPU; on a GPU, where looking
         would wait for the device, rows outside of a tensor are left out. Differentiable in `tensors`.
     """
+    if not isinstance(tensors, (tuple, list)) or not tensors:
+        raise InputError(f"tensors must be a list of one or more, not {type(tensors).__name__}")
+    _check_tensors(index=index)
+    for tensor in tensors:
+        _check_tensors(tensors=tensor)
+    check_backend(backend)
+    _check_dims(index)
     for tensor in tensors:
         batch, tokens = tensor.shape[:2] if tensor.dim() == 3 else (0, 0)
         if batch not in (1, len(index)) or tokens != tensors[0].shape[1]:
             raise InputError(f"tensors must be [{len(index)} or 1, tokens, channels], not {list(tensor.shape)}")
         _check_device(tensor, index)
     _check_index(index, tensors[0].shape[1])
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if _serves_reference(tensors[0]):
+        return tuple(reference.gather_rows(tensor, index) for tensor in tensors)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if needs_grad and not torch.compiler.is_compiling():
         return _Gather.apply(index, backend, *tensors)
     run = _gather_rows if is_unwatched(tensors[0]) else torch.ops.sfllava_fast.gather_rows
     return tuple(run(list(tensors), index, backend))
@@ -95,6 +112,15 @@ def scatter_rows(
     One pass. index, strides: as in `gather_many`. out: like hidden, written and returned; hidden itself, of which only
     those rows are then touched, or memory of its own. Differentiable in hidden, rows and weights, but for `out`.
     """
+    _check_tensors(hidden=hidden, index=index, rows=rows)
+    if weights is not None:
+        _check_tensors(weights=weights)
+    if out is not None:
+        _check_tensors(out=out)
+    check_backend(backend)
+    _check_dims(index)
+    if hidden.dim() != 3:
+        raise InputError(f"hidden must be [batch, tokens, channels], not {list(hidden.shape)}")
     _check_like(hidden, "hidden", (len(index), *hidden.shape[1:2], *hidden.shape[-1:]), hidden, index)
     _check_like(rows, "rows", (*index.shape, hidden.shape[2]), hidden, index)
     _check_index(index, hidden.shape[1])
@@ -102,7 +128,7 @@ def scatter_rows(
         raise InputError(f"weights must be {list(index.shape)}, one for each row, not {list(weights.shape)}")
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, rows, weights))
     if out is not None:
-        if needs_grad or out.requires_grad:
+        if needs_grad or out.requires_grad or _serves_reference(hidden):
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
         _check_like(out, "out", hidden.shape, hidden, index)
         if not is_unwatched(hidden):
@@ -110,7 +136,9 @@ def scatter_rows(
         _check_memory(out, hidden, rows)
         _scatter_into(hidden, index, rows, weights, backend, out)
         return out
-    if needs_grad:
+    if _serves_reference(hidden):
+        return reference.scatter_rows(hidden, index, rows, weights)
+    if needs_grad and not torch.compiler.is_compiling():
         return _Scatter.apply(hidden, index, rows, weights, backend)
     run = _scatter_rows if is_unwatched(hidden) else torch.ops.sfllava_fast.scatter_rows
     return run(hidden, index, rows, weights, backend)
@@ -124,6 +152,10 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
     Returns float32 [B, N], which sums to 1. Of the [H, M, N] probabilities only a few rows exist at a time, so that it
     serves beside FlashAttention, which never stores any. Not differentiable.
     """
+    _check_tensors(queries=queries, keys=keys)
+    check_backend(backend)
+    if not isinstance(scale, (int, float)):
+        raise InputError(f"scale must be a number, usually d ** -0.5, not {scale!r}")
     shapes = f"{list(queries.shape)} and {list(keys.shape)}"
     if queries.dim() != 4 or keys.dim() != 4 or queries.shape[::3] != keys.shape[::3]:
         raise InputError(f"queries must be [B, H, M, d] and keys [B, G, N, d], not {shapes}")
@@ -137,10 +169,15 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
     return run(queries.detach(), keys.detach(), float(scale), backend)
 
 
-class _Gather(torch.autograd.Function):
+def _serves_reference(tensor: Tensor) -> bool:
+    """Whether a call goes to the reference's torch operators, which know forward mode and torch.func's transforms."""
+    return not is_unwatched(tensor) and not torch.compiler.is_compiling() and is_transformed()
+
+
+class _Gather(OneLevel):
     @staticmethod
     def forward(index, backend, *tensors):
-        return tuple(torch.ops.sfllava_fast.gather_rows(list(tensors), index, backend))
+        return tuple(below_autograd(torch.ops.sfllava_fast.gather_rows, list(tensors), index, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +187,6 @@ class _Gather(torch.autograd.Function):
         ctx.mark_non_differentiable(*(rows for rows, of in zip(output, tensors) if not of.requires_grad))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         (index,) = ctx.saved_tensors
         found = []
@@ -163,10 +199,10 @@ class _Gather(torch.autograd.Function):
         return None, None, *found
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(OneLevel):
     @staticmethod
     def forward(hidden, index, rows, weights, backend):
-        return torch.ops.sfllava_fast.scatter_rows(hidden, index, rows, weights, backend)
+        return below_autograd(torch.ops.sfllava_fast.scatter_rows, hidden, index, rows, weights, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -174,7 +210,6 @@ class _Scatter(torch.autograd.Function):
         ctx.save_for_backward(index, weights, *((hidden, rows) if weights is not None else ()))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         index, weights, *moved = ctx.saved_tensors
         grad, backend = grad.contiguous(), ctx.backend
@@ -274,13 +309,43 @@ for _name, _run, _fake in (
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sfllava_fast::{_name}", _fake, lib=_library)
+
+
+# The public functions run ops without these; they are for traces, and for who calls an op itself.
+def _watched_gather_rows(tensors, index, backend):
+    if is_differentiated(*tensors):
+        return list(apply(_Gather, index, backend, *tensors))
+    return below_autograd(torch.ops.sfllava_fast.gather_rows, tensors, index, backend)
+
+
+def _watched_scatter_rows(hidden, index, rows, weights, backend):
+    if is_differentiated(hidden, rows, weights):
+        return apply(_Scatter, hidden, index, rows, weights, backend)
+    return below_autograd(torch.ops.sfllava_fast.scatter_rows, hidden, index, rows, weights, backend)
+
+
+_library.impl("gather_rows", _watched_gather_rows, "Autograd")
+_library.impl("scatter_rows", _watched_scatter_rows, "Autograd")
+for _name in ("top_per_frame", "attention_received"):  # not differentiable
+    _library.impl(_name, partial(below_autograd, getattr(torch.ops.sfllava_fast, _name)), "Autograd")
 for _name in ("select_rows", "copy_rows", "replace_rows", "blend_rows", "receive_attention"):
     torch.library.register_fake(f"sfllava_fast::{_name}", lambda *_: None, lib=_library)
 
 
-def _check_index(index: Tensor, tokens: int) -> None:
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise InputError(f"{name} must be dense, not {tensor.layout}: call .to_dense() on it")
+
+
+def _check_dims(index: Tensor) -> None:
     if index.dim() != 2 or index.dtype != torch.int64:
         raise InputError(f"the index must be int64 [batch, rows], not {index.dtype} {list(index.shape)}")
+
+
+def _check_index(index: Tensor, tokens: int) -> None:
     if index.is_cpu and index.numel() and is_unwatched(index):
         if index[:, 0].min() < 0 or index[:, -1].max() >= tokens or (index.diff(dim=1) <= 0).any():
             raise InputError(f"the index must ascend from 0 on, below {tokens} and without repeats")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import BackendError, first_line
+from ..plan import ByteCache
+from ..table import host_table
 from . import rows_reference as reference
 from .frames import kept_of
 
@@ -24,8 +26,7 @@ def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
     unfit: why no kernel can serve the call. "auto" falls back to the reference, and says once where kernels are
     missing; a backend asked for by name serves, or BackendError says why not.
     """
-    if name not in NAMES:
-        raise BackendError(f"unknown backend {name!r} for rows: choose one of {', '.join(NAMES)}")
+    check_backend(name)
     if name == "torch":
         return None
     wanted = name if name != "auto" else {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type)
@@ -42,15 +43,25 @@ def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
     raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
 
 
-@lru_cache(maxsize=256)
-def frame_table(frames: Sequence[int], ratio: float) -> Tensor:
+def check_backend(name: object) -> None:
+    if not isinstance(name, str) or name not in NAMES:
+        raise BackendError(f"unknown backend {name!r} for rows: choose one of {', '.join(NAMES)}")
+
+
+def frame_table(frames: tuple[int, ...], ratio: float) -> Tensor:
     """What `select_rows` reads, int32 [F, 4] on the CPU: start, tokens, how many are kept, and where in the result."""
+    if (kept_table := _tables.find((frames, ratio))) is not None:
+        return kept_table
     table, first = [], 0
     for start, stop in zip(frames, frames[1:]):
         kept = kept_of(ratio, stop - start)
         table.append((start, stop - start, kept, first))
         first += kept
-    return torch.tensor(table, dtype=torch.int32)
+    # An offset is an object of the key and 16 bytes of the table, here and on a device.
+    return _tables.keep((frames, ratio), host_table(table, torch.int32), 256 + 80 * len(frames))
+
+
+_tables = ByteCache(4 << 20)
 
 
 def _why_unavailable(name: str, device: torch.device) -> str | None:

@@ -204,7 +204,7 @@ def _normalise(pixels: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) ->
 @lru_cache(maxsize=8)
 def _scale_and_shift(spec: PreprocessSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [3, 1, 1] each: a pixel becomes pixel * scale - shift."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (spec.mean, spec.std))
     return (spec.rescale / std).to(device), (mean / std).to(device)
 
 

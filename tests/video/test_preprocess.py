@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sfllava_fast.errors import InputError
 from sfllava_fast.video import preprocess as module
-from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD, PreprocessSpec, preprocess
+from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD, PreprocessSpec, _scale_and_shift, preprocess
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -202,6 +202,19 @@ def test_frames_go_to_a_gpu_through_pinned_memory_without_waiting():
     calls.clear()
     module._move(Frame(), torch.device("cpu"))
     assert calls == [(torch.device("cpu"), False)]
+
+
+def test_the_default_dtype_of_the_process_does_not_matter():
+    """Training code sets it, to bfloat16 for one."""
+    frames, spec = draw(90, 120), PreprocessSpec(size=56, crop=None, resample="bicubic")
+    expected = preprocess(frames, spec)
+    for dtype in (torch.bfloat16, torch.float64):
+        _scale_and_shift.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(preprocess(frames, spec), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_input_is_left_as_it_was():
