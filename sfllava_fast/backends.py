@@ -78,7 +78,7 @@ def _why_missing(library: Path, compiler: str, setting: str) -> str:
             f"the source tree {tree} was imported, and {library.name} is not built in it: `pip install -e {tree}` "
             "builds it; if the package is installed, start Python in another folder"
         )
-    return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): add it, and install again"
+    return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): install it and this again"
 
 
 @cache

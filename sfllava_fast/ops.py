@@ -253,6 +253,8 @@ _library.impl("aggregate_tangent", _aggregate_tangent, "CompositeExplicitAutogra
 _library.impl("aggregate_backward", _aggregate_backward, "CompositeExplicitAutograd")
 _library.impl("separators_backward", _separators_backward, "CompositeExplicitAutograd")
 _library.impl("token_offsets", _token_offsets, "CompositeExplicitAutograd")
+
+
 def _watched_aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
     call = layout, height, width, frame_offsets, backend
     if gradients.is_differentiated(features, separators):

@@ -49,7 +49,7 @@ from .weights import hash_weights
 if TYPE_CHECKING:
     from .kv_cache import KvCache
     from .prefilling import Reduction
-    from .preprocess import PreprocessSpec
+    from .video.preprocess import PreprocessSpec
 
 log = logging.getLogger("sfllava_fast")
 

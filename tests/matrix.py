@@ -14,25 +14,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = "3.10", "3.11", "3.12", "3.13", "3.14"
-DECODING = ("tests/video",)
-MODELS = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        "mixture mixture_wrapping scorers pruning compression generation session engine engine_layouts engine_reduction "
-        "live batch patch_transformers pipeline_bench reduction_bench"
-    ).split()
+MODELS = (
+    "mixture mixture_wrapping scorers pruning compression generation session engine engine_layouts engine_reduction live "
+    "batch patch_transformers pipeline_bench reduction_bench"
 )
-OP = tuple(
-    f"tests/test_{name}.py" for name in "ops modules rows cpu_kernel stable_abi projector stream memory".split()
-)
-TRITON = "tests/test_triton.py", "tests/test_triton_rows.py", "tests/test_triton_project.py"
+OP = "ops videos gradients misuse modules rows cpu_kernel stable_abi projector stream memory"
+TRITON = "triton triton_rows triton_project"
 DECODERS = "numpy", "pillow", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "imageio-ffmpeg"
+OUTCOMES = {True: "passed", False: "FAILED", None: "not run"}
 PINNED = "-c", "constraints.txt"
 FOUND = """
 from importlib.metadata import PackageNotFoundError, version
@@ -48,12 +43,12 @@ for name in ("torch", "triton", "transformers", "av", "numpy", "pillow"):
 class Row:
     """A row of the matrix.
 
-    packages: what pip installs. tests: pytest's arguments; none: every test. python: "3.12", "newest" of what this
-    machine has, or None: on top of the environment that runs this script.
+    packages: what pip installs. tests: names of test files, or "video" for that folder; "": every test. python: such as
+        "3.12", or "newest" of what this machine has; None: on top of the environment that runs this script.
     """
 
     packages: tuple[str, ...]
-    tests: tuple[str, ...] = ()
+    tests: str = ""
     python: str | None = None
 
 
@@ -71,28 +66,32 @@ def requirements(extra: str) -> Iterator[str]:
             yield asked
 
 
-def oldest() -> tuple[str, ...]:
-    """The lower bound of each dependency but torch, which has a row of its own, and pytest's plugins."""
-    asked = {re.match(r"[\w-]+", text)[0]: text for text in requirements("test")}
-    left = {name: text for name, text in asked.items() if name != "torch" and not name.startswith("pytest")}
-    return tuple(text.replace(">=", "==", 1) for text in left.values())
+def expand(package: str) -> Iterator[str]:
+    """`oldest` and `test` are the lower bounds and the requirements of pyproject.toml, but for torch and Triton, which
+    have rows of their own; anything else goes to pip as it is."""
+    if package not in ("oldest", "test"):
+        yield package
+        return
+    for text in requirements("test"):
+        if not text.startswith(("torch", "triton")):
+            yield text.replace(">=", "==", 1) if package == "oldest" else text
 
 
 ROWS = {
-    "decoding": Row(("av", *DECODERS), DECODING, "newest"),
+    "decoding": Row(("av", *DECODERS), "video", "newest"),
     "transformers-newest": Row(("transformers",), MODELS),
     "transformers-5.23": Row(("transformers==5.23.0",), MODELS),
     "oldest": Row(("oldest",)),
-    "av-14": Row(("av==14.1.0", *DECODERS), DECODING, "3.11"),
-    "av-18": Row(("av==18.1.0", *DECODERS), DECODING, "3.11"),
+    "av-14": Row(("av==14.1.0", *DECODERS), "video", "3.11"),
+    "av-18": Row(("av==18.1.0", *DECODERS), "video", "3.11"),
     "triton-3.6": Row(("triton==3.6.0",), TRITON),
     "triton-newest": Row(("triton",), TRITON),
     "torch-2.10": Row(("torch==2.10.0", "triton==3.6.0", "test"), OP, "3.11"),
     "torch-newest": Row(("torch", "test"), OP, "newest"),
-    "python-3.10": Row((*PINNED, "-e", ".[test]"), (*OP, *DECODING, *MODELS), "3.10"),
-    "python-3.12": Row((*PINNED, "-e", ".[test]"), (*OP, *DECODING, *MODELS), "3.12"),
-    "python-3.13": Row((*PINNED, "-e", ".[test]"), (*OP, *DECODING, *MODELS), "3.13"),
-    "newest": Row(("-e", ".[test]"), (), "newest"),
+    "python-3.10": Row((*PINNED, "-e", ".[test]"), f"{OP} video {MODELS}", "3.10"),
+    "python-3.12": Row((*PINNED, "-e", ".[test]"), f"{OP} video {MODELS}", "3.12"),
+    "python-3.13": Row((*PINNED, "-e", ".[test]"), f"{OP} video {MODELS}", "3.13"),
+    "newest": Row(("-e", ".[test]"), python="newest"),
 }
 
 
@@ -111,7 +110,7 @@ def main() -> int:
             results[name] = run(ROWS[name], (args.keep or Path(folder)) / name, args.jobs)
     print()
     for name, (version, good, said) in results.items():
-        print(f"{name:<20} Python {version:<5} {'passed' if good else 'FAILED' if good is False else 'not run'}: {said}")
+        print(f"{name:<20} Python {version:<5} {OUTCOMES[good]}: {said}")
     return int(any(good is False for _, good, _ in results.values()))
 
 
@@ -131,20 +130,14 @@ def run(row: Row, folder: Path, jobs: str) -> tuple[str, bool | None, str]:
     found = output(python, "-c", FOUND)
     if not row.python and found == output(sys.executable, "-c", FOUND):
         return version, None, f"`make test` has these versions: {found}"
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", jobs, *row.tests]
+    files = ["tests/video" if name == "video" else f"tests/test_{name}.py" for name in row.tests.split()]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", jobs, *files]
     process = subprocess.Popen(tests, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
     last = ""
     for line in process.stdout:
         print(line, end="", flush=True)
         last = line.strip().strip("= ") or last
     return version, process.wait() == 0, f"{last}; {found}"
-
-
-def expand(package: str) -> Sequence[str]:
-    """`oldest` and `test` are what pyproject.toml says; anything else goes to pip as it is."""
-    if package == "oldest":
-        return oldest()
-    return [text for text in requirements("test") if not text.startswith(("torch", "triton"))] if package == "test" else [package]
 
 
 def environment(python: str, folder: Path, own: bool) -> str:

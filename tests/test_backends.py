@@ -130,7 +130,7 @@ def test_cuda_library_reasons(fresh, monkeypatch, tmp_path):
     assert "is not built for CUDA" in backends.load_cuda_library()
     backends.load_cuda_library.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "without _C_cuda.so (no nvcc, or SFLLAVA_FAST_CUDA=0): add it" in backends.load_cuda_library()
+    assert "without _C_cuda.so (no nvcc, or SFLLAVA_FAST_CUDA=0): " in backends.load_cuda_library()
     backends.load_cuda_library.cache_clear()
     (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
     reason = backends.load_cuda_library()
