@@ -403,7 +403,9 @@ def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tenso
 
 
 def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
-    """None for what torch cannot make a tensor of."""
+    """None for what torch cannot make a tensor of, and for complex numbers."""
+    if isinstance(numbers, Tensor) and numbers.is_complex():
+        return None
     try:
         return torch.as_tensor(numbers, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError):
