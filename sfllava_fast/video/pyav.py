@@ -178,17 +178,18 @@ class PyavVideo(Video):
     def _renumber(self, unique: list[int], given: int, stop: threading.Event) -> None:
         """Find by decoding which frames there are; the `given` first of `unique` must keep their numbers."""
         log.info("%s: its frames are not those its packets announce, decoding from the start", self.path)
-        indexed, self._index = self._pts, None
+        indexed = self._pts
         _, stamps, bad = self._scan_frames(stop)
         if stop.is_set():
             return
+        self._index = None
         if stamps and len(stamps) < len(indexed) and stamps == sorted(stamps) and set(stamps) <= set(indexed):
             self._served = [min(bisect_left(stamps, pts), len(stamps) - 1) for pts in indexed]
             self._tell_damage(
                 f"{len(stamps)} of its {len(indexed)} frames can be decoded; where one is missing, the next is taken"
             )
             return
-        self._pts = stamps
+        self._pts, self._timed = stamps, _are_times(stamps, self._time_base)
         self._tell_bad(bad)
         if unique[-1] >= self.total:
             raise VideoError(

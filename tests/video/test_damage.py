@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import clips
 import numpy as np
 import pytest
@@ -125,3 +127,13 @@ def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
     with pytest.raises(BlockingIOError):
         list(pyav.demux(gaps, None))
     assert gaps.asked == 21
+
+
+def test_a_read_that_is_stopped_while_it_counts_changes_nothing(spoilt):
+    path = spoilt(12)
+    video, stop, whole = open_video(path), threading.Event(), open_video(path).arrays(range(60))
+    plain = video.decode_all
+    video.decode_all = lambda tally: (stop.set(), plain(tally))[1]
+    assert len(list(video.stream_arrays(range(60), stop))) < 60
+    del video.decode_all
+    assert np.array_equal(video.arrays(range(60)), whole)
