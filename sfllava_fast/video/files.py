@@ -87,8 +87,11 @@ def _is_tensor(value: object) -> bool:
 
 
 def open_video(video: Source, decoder: str = "pyav") -> Video:
-    """Open a video file, a folder of image frames (read with Pillow under every decoder), or frames in memory (uint8
-    RGB [T, H, W, 3]); an opened Video comes back as it is.
+    """Open a video file, a folder of image frames, or frames in memory (uint8 RGB [T, H, W, 3]); an opened Video comes
+    back as it is.
+
+    Pillow reads a folder's frames under every decoder, in natural order; under decord, the published pipeline's decoder,
+    in the order of that pipeline: by name, 10.jpg before 2.jpg.
 
     Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
     decoder that is unknown or not installed; each in one line.
@@ -106,7 +109,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
         raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
     path = Path(text)
     if os.path.isdir(text):
-        return FolderVideo(path)
+        return FolderVideo(path, by_name=decoder == "decord")
     size = check_file(path)
     declared = declared_bytes(path)
     if declared > size:

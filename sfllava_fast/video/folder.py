@@ -23,17 +23,18 @@ _WHITE_16 = 65535
 
 
 class FolderVideo(Video):
-    """A folder of image frames in natural order (frame2 before frame10), read with Pillow."""
+    """A folder of image frames, read with Pillow: in natural order (frame2 before frame10), or by name as the published
+    pipeline sorts them (frame10 before frame2)."""
 
     decoder = "images"
     fps = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, by_name: bool = False) -> None:
         super().__init__(path)
         names = (
             p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
         )
-        self._files = sorted(names, key=_natural)
+        self._files = sorted(names, key=None if by_name else _natural)
         if not self._files:
             raise VideoError(
                 f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames"
