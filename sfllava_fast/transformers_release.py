@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,11 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     Raises PatchError where neither it nor a module inside takes one.
     """
     for module in model.modules():
-        if name := name_of_cache(inspect.signature(type(module).forward).parameters):
+        if name := _name_in(type(module).forward):
             return {name: cache}
     raise PatchError(f"{type(model).__name__} takes no key/value cache by {' or '.join(CACHE_NAMES)} ({release()})")
+
+
+@lru_cache(maxsize=None)
+def _name_in(forward: Callable) -> str | None:
+    return name_of_cache(inspect.signature(forward).parameters)
