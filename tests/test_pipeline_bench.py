@@ -415,7 +415,7 @@ def test_memory_of_a_call():
 
 
 @pytest.mark.parametrize("arguments, error", [
-    (["--config", "9b"], "unknown config '9b': choose one of tiny, small, 7b, 34b"),
+    (["--config", "9b"], "argument --config: invalid choice: '9b'"),
     (["--config", "tiny", "--model", "x"], "not allowed with argument"),
     (["--model", "no/such/place"], "no checkpoint directory no/such/place"),
     (["--rounds", "1"], "rounds must be at least 2"),
