@@ -182,7 +182,10 @@ def test_frames_in_work_are_few(monkeypatch, threads):
     whole = module.write_pixels
     monkeypatch.setattr(module, "write_pixels", lambda *args: gate.wait(10) and whole(*args))
     with load_pixels(video, range(40), SPEC, batch=40) as pixels:
-        time.sleep(0.05)
+        until = time.monotonic() + 10
+        while video.decoded <= threads and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.05)  # for one that would be too many
         assert video.decoded == threads + 1
         gate.set()
         (got,) = pixels
