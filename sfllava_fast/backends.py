@@ -76,7 +76,8 @@ def _why_missing(library: Path, compiler: str, setting: str) -> str:
     if (tree / "setup.py").exists():  # on the path before what is installed, if Python was started in it
         return (
             f"the source tree {tree} was imported, and {library.name} is not built in it: `pip install -e {tree}` "
-            "builds it; if the package is installed, start Python in another folder"
+            "builds it; if the package is installed, start Python in another folder, where the benchmark is "
+            "`python -m sfllava_fast._bench`"
         )
     return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): install it and this again"
 

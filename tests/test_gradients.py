@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -254,3 +256,13 @@ def test_an_op_alone_that_has_no_gradient_says_so():
 def test_attention_is_not_differentiated():
     heads = torch.randn(1, 2, 3, 4)
     assert vmap(lambda x: attention_received(x, x, 0.5))(torch.stack([heads, -heads])).shape == (2, 1, 3)
+
+
+def test_attention_received_is_detached_under_transforms():
+    queries, keys = torch.randn(3, 1, 2, 2, 4), torch.randn(3, 1, 2, 5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = vmap(lambda q, k: attention_received(q, k, 0.5))(queries, keys)
+        assert not grad(lambda q: attention_received(q, keys[0], 0.5).sum())(queries[0]).any()
+    alone = [attention_received(q, k, 0.5) for q, k in zip(queries, keys)]
+    torch.testing.assert_close(together, torch.stack(alone))

@@ -220,9 +220,10 @@ def test_gradients_of_the_reference():
     shapes = (2, 6, 4), (2, 3, 4), (1, 6, 4)
     hidden, rows, one = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: gather_many((a, b), index), (hidden, one))
-    assert torch.autograd.gradcheck(lambda a, b: scatter_rows(a, index, b), (hidden, rows))
-    assert torch.autograd.gradcheck(lambda a, b, w: scatter_rows(a, index, b, w), (hidden, rows, weights))
+    assert torch.autograd.gradcheck(lambda a, b: gather_many((a, b), index), (hidden, one), check_batched_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: scatter_rows(a, index, b), (hidden, rows), check_batched_grad=True)
+    moved = lambda a, b, w: scatter_rows(a, index, b, w)  # noqa: E731
+    assert torch.autograd.gradcheck(moved, (hidden, rows, weights), check_batched_grad=True)
 
 
 @NEEDS_LIBRARY

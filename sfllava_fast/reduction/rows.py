@@ -6,7 +6,7 @@ rows_reference.py, which serves every dtype). Copies and choices are equal to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -150,7 +150,7 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
     queries: [B, H, M, d], of the last M of the N tokens. keys: [B, G, N, d], H a multiple of G, both with unit stride
         over d and of one floating dtype. scale: of the logits, usually d ** -0.5.
     Returns float32 [B, N], which sums to 1. Of the [H, M, N] probabilities only a few rows exist at a time, so that it
-    serves beside FlashAttention, which never stores any. Not differentiable.
+    serves beside FlashAttention, which never stores any. Not differentiable: the result is detached.
     """
     _check_tensors(queries=queries, keys=keys)
     check_backend(backend)
@@ -165,13 +165,23 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
         raise InputError(f"{queries.shape[2]} queries cannot be those of the last of {keys.shape[2]} tokens")
     if queries.dtype != keys.dtype or queries.device != keys.device or not keys.is_floating_point():
         raise InputError(f"queries {queries.dtype} and keys {keys.dtype} must be of one floating dtype, on one device")
+    queries, keys = queries.detach(), keys.detach()
+    if _serves_reference(queries):
+        return reference.attention_received(queries, keys, float(scale))
     run = _attention_received if is_unwatched(queries) else torch.ops.sfllava_fast.attention_received
-    return run(queries.detach(), keys.detach(), float(scale), backend)
+    return run(queries, keys, float(scale), backend)
 
 
 def _serves_reference(tensor: Tensor) -> bool:
     """Whether a call goes to the reference's torch operators, which know forward mode and torch.func's transforms."""
     return not is_unwatched(tensor) and not torch.compiler.is_compiling() and is_transformed()
+
+
+def _movers(grad: Tensor, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(gather_rows, scatter_rows) for a gradient; one of several at once, `is_grads_batched`, is for torch's operators."""
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        return reference.gather_rows, reference.scatter_rows
+    return partial(gather_rows, backend=backend), partial(scatter_rows, backend=backend)
 
 
 class _Gather(OneLevel):
@@ -193,7 +203,7 @@ class _Gather(OneLevel):
         for grad, shape, needed in zip(grads, ctx.shapes, ctx.needs_input_grad[2:]):
             if needed:
                 nothing = grad.new_zeros(shape[2]).expand(len(index), *shape[1:])
-                grad = scatter_rows(nothing, index, grad.contiguous(), backend=ctx.backend)
+                grad = _movers(grad, ctx.backend)[1](nothing, index, grad.contiguous())
                 grad = grad if shape[0] == len(index) else grad.sum(0, keepdim=True)
             found.append(grad if needed else None)
         return None, None, *found
@@ -212,14 +222,15 @@ class _Scatter(OneLevel):
     @staticmethod
     def backward(ctx, grad):
         index, weights, *moved = ctx.saved_tensors
-        grad, backend = grad.contiguous(), ctx.backend
-        of_rows = gather_rows(grad, index, backend=backend)
+        gather, scatter = _movers(grad, ctx.backend)
+        grad = grad.contiguous()
+        of_rows = gather(grad, index)
         nothing = grad.new_zeros(grad.shape[2]).expand_as(of_rows)
-        of_hidden = scatter_rows(grad, index, nothing, weights, backend=backend) if ctx.needs_input_grad[0] else None
+        of_hidden = scatter(grad, index, nothing, weights) if ctx.needs_input_grad[0] else None
         if weights is None:
             return of_hidden, None, of_rows, None, None
         hidden, rows = moved
-        way = wide(rows) - wide(gather_rows(hidden, index, backend=backend))
+        way = wide(rows) - wide(gather(hidden, index))
         of_weights = (way * wide(of_rows)).sum(-1).to(weights.dtype)
         of_rows = (wide(weights)[..., None] * wide(of_rows)).to(rows.dtype)
         return of_hidden, None, of_rows, of_weights, None
