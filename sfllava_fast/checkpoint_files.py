@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ _HUB_PICKLES = ["pytorch_model*.bin"]
 
 def locate(path_or_hub_id: str | Path) -> Path:
     """The directory of a checkpoint; a hub id is downloaded, or taken from the local cache."""
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        kind = type(path_or_hub_id).__name__
+        raise CheckpointError(f"a checkpoint is a directory or a hub id such as owner/name, not a {kind}")
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path

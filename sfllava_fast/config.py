@@ -310,7 +310,9 @@ def _check_pathway(path: Pathway) -> None:
 
 
 def _plan(config: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Plan:
-    if not lengths or min(lengths) < 1 or min(grid) < 1:
+    if not lengths:
+        raise InputError("the batch holds no video: features are [B, T, N, D] with B of at least 1")
+    if min(lengths) < 1 or min(grid) < 1:
         raise InputError(f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "
                          "each needs at least one frame and one patch")
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()

@@ -99,6 +99,11 @@ class SlowFastLlava(Pipeline):
         Raises CheckpointError, LayoutError, BackendError or InputError.
         """
         check_settings(layout, dtype, device, backend, attention, projector, reduction, prompt)
+        check_count("max_sessions", max_sessions)
+        if max_session_bytes is not None and not (isinstance(max_session_bytes, int) and max_session_bytes > 0):
+            raise InputError(f"max_session_bytes must be a number of bytes of at least 1, not {max_session_bytes!r}")
+        if separators is not None and not isinstance(separators, Mapping):
+            raise InputError(f"separators must be a dict of vectors by name, not a {type(separators).__name__}")
         home = None
         if path_or_hub_id is None:
             from .embedded import model_dir

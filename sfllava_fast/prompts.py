@@ -201,7 +201,9 @@ def user_words(question: str, choices: Sequence[str] | None) -> str:
 
 def format_options(choices: Sequence[str]) -> str:
     """The choices as published, a line each: "(A) first", an empty one as well."""
-    texts = [] if isinstance(choices, str) else [str(choice) for choice in choices]
+    if isinstance(choices, str):
+        raise InputError(f"choices must be a list of 2 to 26 texts, not the text {choices!r}")
+    texts = [str(choice) for choice in choices]
     if not 2 <= len(texts) <= len(string.ascii_uppercase):
         raise InputError(f"choices must be 2 to 26 texts, not {len(texts)}")
     return "".join(f"({letter}) {text}\n" for letter, text in zip(string.ascii_uppercase, texts))

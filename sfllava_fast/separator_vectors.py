@@ -46,8 +46,9 @@ def _find(name: str, checkpoint: Checkpoint, given: Tensor | None) -> Tensor:
     vector = getattr(model.model, "image_newline", None) if given is None and name == "newline" else given
     if vector is None:
         vector = _embed(_TEXTS.get(name, _ELSE), name, checkpoint)
-    if tuple(vector.shape) != (width,):
-        raise InputError(f"the separator {name} must be [{width}], not {list(vector.shape)}")
+    if not isinstance(vector, Tensor) or tuple(vector.shape) != (width,):
+        found = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise InputError(f"the separator {name} must be a tensor [{width}], not {found}")
     return vector.detach().to(model.device, model.dtype)
 
 

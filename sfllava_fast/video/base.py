@@ -67,7 +67,7 @@ class Video:
         Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails or the frames are more
         than `check_pixels` allows.
         """
-        wanted = [self._check(i) for i in indices]
+        wanted = [self._check(i) for i in _each(indices)]
         check_pixels(self.path, self.size, len(wanted))
         rows = np.empty((len(wanted), *self.size, 3), np.uint8)
         rows_of: dict[int, list[int]] = {}
@@ -94,7 +94,7 @@ class Video:
         Raises InputError, at once, for a number outside 0 .. total - 1; VideoError where decoding fails;
         RenumberedError where damage shows that frames already given go by other numbers: stream again.
         """
-        unique = sorted({self._check(i) for i in indices})
+        unique = sorted({self._check(i) for i in _each(indices)})
         return self._stream(unique, stop or threading.Event())
 
     def times(self, indices: Iterable[int]) -> list[float] | None:
@@ -102,7 +102,10 @@ class Video:
         return [self._time(self._check(i)) for i in indices] if self.fps else None
 
     def _check(self, index: int) -> int:
-        index = operator.index(index)
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise InputError(f"a frame is named by its number, an integer, not {index!r}") from None
         if not 0 <= index < self.total:
             raise InputError(f"frame {index} does not exist: {self.path} has frames 0 to {self.total - 1}")
         return index
@@ -118,6 +121,12 @@ class Video:
 
     def _time(self, index: int) -> float:
         return index / self.fps
+
+
+def _each(indices: Iterable[int]) -> Iterable[int]:
+    if not isinstance(indices, Iterable):
+        raise InputError(f"frames are named by a list of numbers, not {indices!r}")
+    return indices
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

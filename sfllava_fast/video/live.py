@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, VideoError
-from .base import as_tensor, check_file, check_pixels, hide_password, import_package, log, reason
+from .base import as_tensor, check_file, check_pixels, hide_password, import_package, log, max_pixels, reason
 from .pyav import (
     FORMATS,
     demux,
@@ -66,6 +66,7 @@ def open_live(source: str | os.PathLike[str], rate: float = DEFAULT_RATE) -> Liv
     """
     if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
         raise InputError(f"the rate is a number of frames a second above 0, not {rate!r}")
+    max_pixels()  # a wrong setting is not the source's fault
     av = import_package("av", "pyav")
     live = LiveVideo(av, _Source(os.fspath(source)), Fraction(str(float(rate))))
     try:
