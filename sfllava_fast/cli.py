@@ -188,8 +188,8 @@ def batch(args: argparse.Namespace) -> int:
     from .embedded import CAVEAT, is_sample
     from .offline.questions import by_video, find_video, read_questions
     from .offline.run import run
-    from .video.base import max_pixels
     from .offline.workers import Worker
+    from .video.base import max_pixels
 
     max_pixels()  # a wrong setting is not every video's fault
     groups = by_video(read_questions(args.questions, args.truths))

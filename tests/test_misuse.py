@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sfllava_fast import (
-    FusedProjectorAggregator, MemoryStream, PathwayProjectors, SlowFastAggregator, SlowFastConfig, SlowFastStream,
-    project_and_aggregate, slowfast_aggregate,
+    FusedProjectorAggregator, MemoryStream, PathwayProjectors, SlowFastAggregator, SlowFastConfig, SlowFastLlava,
+    SlowFastStream, project_and_aggregate, slowfast_aggregate,
 )
-from sfllava_fast.errors import SfllavaError
+from sfllava_fast.errors import InputError, SfllavaError
 from sfllava_fast.layouts import parse_layout, parse_patches_only, preset_frames
 from sfllava_fast.ops import resolve_plan
 from sfllava_fast.projector import why_not_commuted
@@ -131,3 +131,23 @@ def test_a_wrong_argument_is_served_or_refused_in_a_line(name, argument):
             assert str(error) and "\n" not in str(error), error
         except Exception as error:
             pytest.fail(f"{argument}={wrong!r}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"path_or_hub_id": 3}, "a checkpoint is a directory or a hub id such as owner/name, not a int"),
+        ({"max_sessions": "a"}, "max_sessions must be an integer of at least 1, not 'a'"),
+        ({"max_session_bytes": -1}, "max_session_bytes must be a number of bytes of at least 1, not -1"),
+        ({"separators": 3}, "separators must be a dict of vectors by name, not a int"),
+        ({"layout": "llava_next_video-newline_grid", "separators": {"newline": 3}}, "separator newline must be a tensor"),
+    ],
+)
+def test_wrong_settings_of_a_model_are_refused_in_a_line(settings, message):
+    with pytest.raises(SfllavaError, match=message):
+        SlowFastLlava.from_pretrained(**settings)
+
+
+def test_a_batch_of_no_videos():
+    with pytest.raises(InputError, match="the batch holds no video"):
+        slowfast_aggregate(torch.randn(0, 4, 16, 8), "slowfast-slow_2frms_concat-fast_2x2")

@@ -395,6 +395,18 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
         open_video(path, decoder)
 
 
+@pytest.mark.parametrize("indices", [3, ["a"], [0.5]])
+def test_frames_are_named_by_their_numbers(indices, folder):
+    with pytest.raises(InputError, match="named by (a list of numbers|its number, an integer), not"):
+        open_video(clips.make(folder, "plain.mp4")).arrays(indices)
+
+
+def test_a_wrong_setting_is_not_the_videos_fault(folder, monkeypatch):
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "ab")
+    with pytest.raises(InputError, match="^SFLLAVA_FAST_MAX_PIXELS must be a number of pixels"):
+        open_video(clips.make(folder, "plain.mp4"))
+
+
 @pytest.mark.parametrize("index", [-1, clips.FRAMES])
 def test_frame_numbers_outside_the_video(index, folder):
     with pytest.raises(InputError, match=f"frame {index} does not exist.*0 to 59"):
