@@ -53,6 +53,10 @@ class ServerError(SfllavaError, RuntimeError):
     """A server that failed on this request; another attempt may succeed."""
 
 
+class SlowServerError(ServerError):
+    """A server that gave no whole reply in time."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 # C0 and C1 controls but tab and newline, marks that turn the direction of text, and halves of surrogate pairs: bytes of
 # a name that is not UTF-8.
-_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: object) -> str:

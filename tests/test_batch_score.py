@@ -188,6 +188,7 @@ def test_figures_by_both_rules(tmp_path):
         "{" * 10_000,
         "{" * 10_000 + "}" * 10_000,
         "<think>{'pred': 'yes', 'score': 5}",
+        "{'pred': 'yes', 'score': 5}" + " " * 5000,
     ],
 )
 def test_what_is_no_verdict(text):
@@ -337,3 +338,11 @@ def test_a_key_gets_into_no_file_and_no_message(key, tmp_path, capfd, monkeypatc
     assert "EXAMPLE" not in told + err and err.count("put its key into OPENAI_API_KEY") == 2
     for file in tmp_path.iterdir():
         assert b"EXAMPLE" not in file.read_bytes()
+
+
+def test_verdicts_do_not_go_where_the_answers_are(tmp_path):
+    path = write(tmp_path, line(1, "yes", truth="yes"))
+    before = path.read_bytes()
+    with serving(graded) as server, pytest.raises(InputError, match="has the answers: name another --out"):
+        score(path, server.url, out=path, retry_changed=True)
+    assert path.read_bytes() == before

@@ -218,6 +218,14 @@ def test_a_key_that_the_server_repeats_is_not_told(said, chat, monkeypatch):
     assert KEY not in str(raised.value) and "***" in str(raised.value)
 
 
+def test_a_key_that_a_server_repeats_in_json_is_not_told(chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", 'secret"key')
+    with serving(lambda body: (200, {"choices": ['secret"key']})) as server:
+        with pytest.raises(ServerError, match="a reply without a message") as raised:
+            ask(chat(server))
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed_and_the_key_stays(status, chat, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -330,11 +338,12 @@ def test_a_video_that_the_server_refuses_is_its_own_error(batch):
     assert "the question is empty" in lines[3]["error"] and "2 to 26" in lines[4]["error"]
 
 
-def test_a_request_that_breaks_the_server_is_tried_again_and_then_given_up(batch):
-    with serving(lambda body: (500, {}) if "bad" in video_of(body) else "fine") as server:
-        code, lines = batch(server, [("bad", "1", None), ("bad", "2", None), ("c", "3", None)], "--attempts", 2)
-    assert code == 1 and lines[2]["ok"] and lines[0]["attempts"] == 2 and lines[1]["quarantined"]
-    assert len(server.requests) == 3
+def test_a_question_that_breaks_the_server_is_tried_again_and_its_video_goes_on(batch):
+    with serving(lambda body: (500, {}) if "bad" in words_of(body) else "fine") as server:
+        code, lines = batch(server, [("c", "bad", None), ("c", "2", None), ("d", "3", None)], "--attempts", 2)
+    assert code == 1 and lines[1]["ok"] and lines[2]["ok"]
+    assert lines[0]["attempts"] == 2 and not lines[0].get("quarantined") and "says 500" in lines[0]["error"]
+    assert len(server.requests) == 4
 
 
 def test_a_server_that_refuses_us_ends_the_batch_and_quarantines_nothing(batch, capsys):

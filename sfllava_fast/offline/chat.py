@@ -18,7 +18,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from ..errors import BackendError, InputError, ServerError
+from ..errors import BackendError, InputError, ServerError, SlowServerError
 
 Json = dict[str, Any]
 
@@ -97,7 +97,7 @@ class Chat:
             status, reason, data = _exchange(request)
         except (OSError, http.client.HTTPException) as error:  # an URLError is an OSError
             if watch.over or isinstance(error, TimeoutError):
-                raise ServerError(f"{self.url} gave no reply within {self.timeout:g} seconds") from None
+                raise SlowServerError(f"{self.url} gave no reply within {self.timeout:g} seconds") from None
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(error, URLError) and not isinstance(cause, (BrokenPipeError, ConnectionResetError)):
                 raise _Unavailable(_kind(cause)) from None
@@ -105,7 +105,7 @@ class Chat:
         finally:
             watch.cancel()
         if watch.over:
-            raise ServerError(f"{self.url} gave no reply within {self.timeout:g} seconds")
+            raise SlowServerError(f"{self.url} gave no reply within {self.timeout:g} seconds")
         if len(data) > _LARGEST:
             raise ServerError(f"{self.url} gave a reply of more than {_LARGEST >> 20} MiB")
         if not 200 <= status < 300:
@@ -128,8 +128,8 @@ class Chat:
 
     def _printable(self, text: str) -> str:
         """The beginning of a server's text in a line; some repeat the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
+        for key in filter(None, (self._key, json.dumps(self._key or "")[1:-1])):  # as it is, and as it stands in JSON
+            text = text.replace(key, "***")
         return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split())[:_TOLD])
 
 

@@ -123,7 +123,7 @@ class Scheduler:
 
     def _again_or_give_up(self, group: Group, reply: Reply, error: str, seconds: float) -> None:
         if self.journal.attempts[group.questions[0].id] >= self.attempts:
-            if reply is Reply.BROKEN:
+            if reply in (Reply.BROKEN, Reply.UNSERVED):
                 self._finish(group.questions.popleft(), {"ok": False, "error": error}, seconds)
             else:
                 self._give_up(group, error, seconds)

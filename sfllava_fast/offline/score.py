@@ -29,6 +29,7 @@ _TIMEOUT = 120.0
 _REPLY_TOKENS = 1024  # some judges think first
 _BEST = 5
 _BRACES = 8
+_LONGEST = 4096  # characters of a reply's end that are looked at
 _TOLD = 3
 _RULES = (
     "You grade answers to questions about videos. You get a question, its reference answer and the answer of a model. "
@@ -96,6 +97,8 @@ def score(
     if judge is not None:
         check_access(judge)
         out = out or path.with_suffix(".judged.jsonl")
+        if out.exists() and out.samefile(path):
+            raise InputError(f"{out} has the answers: name another --out for the verdicts")
         groups = [_as_question(line) for line in lines if line["ok"] and "choices" not in line and "truth" in line]
         if groups:
             make = partial(make_judge, url=judge, model=judge_model)
@@ -156,7 +159,7 @@ def read_verdict(text: str) -> dict[str, Any]:
 
     Raises ServerError where there is none.
     """
-    said = text.rpartition("</think>")[2].partition("<think>")[0]
+    said = text.rpartition("</think>")[2].partition("<think>")[0][-_LONGEST:]
     ends = [i for i, letter in enumerate(said) if letter == "}"][-_BRACES:]
     starts = [i for i, letter in enumerate(said) if letter == "{"][-_BRACES:]
     for end in reversed(ends):

@@ -27,6 +27,7 @@ from ..errors import (
     OutOfMemoryError,
     ServerError,
     SfllavaError,
+    SlowServerError,
     VideoError,
     first_line,
 )
@@ -49,7 +50,8 @@ class Reply(enum.Enum):
     ANSWERED = enum.auto()
     REFUSED = enum.auto()  # the question is wrong: asking again says the same
     FAILED = enum.auto()  # another attempt may succeed; if none does, it is the video's fault
-    BROKEN = enum.auto()  # so it may, but not in this process; if none does, it is the question's fault
+    UNSERVED = enum.auto()  # so it may; if none does, the question is an error, and its video is not at fault
+    BROKEN = enum.auto()  # the same, but not in this process
     DIED = enum.auto()
 
 
@@ -79,8 +81,10 @@ class Desk:
             return Reply.ANSWERED, self.answerer(question)
         except (BackendError, CheckpointError) as error:
             return Reply.UNUSABLE, _one_line(error)
-        except (VideoError, OutOfMemoryError, ServerError) as error:
+        except (VideoError, OutOfMemoryError, SlowServerError) as error:
             return Reply.FAILED, _one_line(error)
+        except ServerError as error:
+            return Reply.UNSERVED, _one_line(error)
         except SfllavaError as error:
             return Reply.REFUSED, _one_line(error)
         except (RuntimeError, OSError, MemoryError) as error:  # a CUDA error, for one, stays with the process

@@ -180,6 +180,8 @@ def check_file(path: Path) -> int:
             raise VideoError(f"{path} is {what}: name a video file; `watch` reads pipes and devices")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+    except VideoError:
+        raise
     except FileNotFoundError as error:
         raise VideoError(f"{path} does not exist: {_instead_of(path)}") from error
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import BackendError, VideoError
 from .base import Numbered, Video, import_package, reason
+from .headers import check_container
 from .pyav import open_stream, orientation
 
 _BATCH = 8
@@ -30,7 +31,12 @@ class DecordVideo(Video):
         with contextlib.suppress(BackendError):
             av = import_package("av", "decord")
             with open_stream(av, path) as (container, stream):
-                _check_upright(av, path, next(container.decode(stream), None))
+                try:
+                    first = next(container.decode(stream), None)
+                except av.FFmpegError as error:
+                    raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
+                _check_upright(av, path, first)
+        check_container(path)
         try:
             self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
             self.total = len(self._reader)

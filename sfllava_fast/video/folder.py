@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import VideoError
-from .base import Numbered, Video, check_pixels, one_line, wide
+from .base import Numbered, Video, check_file, check_pixels, one_line, wide
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # others, such as EPS, may start programs, whatever the file's name
 _READERS = 8  # threads, at most
 _WHITE_16 = 65535
 
@@ -46,13 +47,14 @@ class FolderVideo(Video):
         from PIL import Image, ImageOps
 
         file = self._files[index]
+        check_file(file)
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=_FORMATS) as image:
                 check_pixels(file, image.size[::-1])
                 return _rgb(ImageOps.exif_transpose(image))
         except VideoError:
             raise
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's readers fails in ways of its own
             raise VideoError(f"cannot read the frame {file}: {one_line(error)}") from error
 
     def _load_alike(self, index: int) -> np.ndarray:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import VideoError
+
 # What stands at the top of MP4, MOV and their kin.
 _BOXES = frozenset(
     b"ftyp moov mdat free skip wide moof mfra sidx ssix styp uuid meta pdin emsg prft udta pnot PICT junk imda".split()
 )
+# What Matroska, AVI, Ogg, FLV, GIF and MPEG-TS (G), MPEG and raw H.264, and ASF begin with.
+_CONTAINERS = (
+    b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"FLV", b"G", b"\x00\x00\x01", b"\x00\x00\x00\x01", b"0&\xb2u",
+)  # fmt: skip
 _MOST_BOXES = 100_000
 _MOST_BYTES = 2**62
 _UNKNOWN_RIFF = 0xFFFFFFFF  # written to a pipe
@@ -60,3 +66,12 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
     bits = 7 * length
     value = int.from_bytes(data[at : at + length], "big") & ((1 << bits) - 1)
     return (0 if value == (1 << bits) - 1 else value), at + length
+
+
+def check_container(path: Path) -> None:
+    """VideoError for a file that does not begin as a container of its own does: an old FFmpeg, as decord has, also opens
+    lists of other files, whatever their names."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head.startswith(_CONTAINERS) and head[4:8] not in _BOXES:
+        raise VideoError(f"{path} is of no container that is read with decord (MP4, Matroska, AVI, ...): use --decoder pyav")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -345,3 +346,24 @@ def test_an_animated_webp_is_read_or_named(tmp_path):
         assert open_video(path).arrays(range(3))[:, 0, 0, 0].tolist() == [10, 90, 200]
     else:
         one_line("none of its frames can be decoded: this FFmpeg cannot read animated WebP; convert it to GIF", path)
+
+
+def test_a_pipe_among_the_frames_of_a_folder_is_refused_without_waiting(tmp_path, deadline):
+    pytest.importorskip("PIL.Image")
+    os.mkfifo(tmp_path / "0.jpg")
+    with pytest.raises(VideoError, match=f"^{tmp_path}/0.jpg is a pipe: name a video file"):
+        open_video(tmp_path)
+
+
+def test_a_frame_is_of_the_formats_that_are_read_whatever_its_name(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg", format="GIF")
+    with pytest.raises(VideoError, match="cannot read the frame .*0.jpg"):
+        open_video(tmp_path)
+
+
+def test_decord_is_given_what_begins_as_a_container(tmp_path):
+    for head, known in ((b"\0\0\0\x18ftypisom", True), (b"\x1aE\xdf\xa3", True), (b"ffconcat version 1.0", False)):
+        (tmp_path / "clip").write_bytes(head)
+        with contextlib.nullcontext() if known else pytest.raises(VideoError, match="no container that is read with decord"):
+            headers.check_container(tmp_path / "clip")
