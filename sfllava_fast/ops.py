@@ -313,10 +313,13 @@ def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets:
         frames = _lengths(frame_offsets, frames)
     elif features.dim() == 4:
         frames = (features.shape[1],) * frames
-    return PLANS.find((layout, frames, height, width)) or _make_plan(layout, frames, height, width)
+    plan = PLANS.find((layout, frames, height, width))
+    return plan or _make_plan(layout, frames, height, width, features.shape[-2] - _class_tokens(layout))
 
 
-def _make_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int) -> Plan:
+def _make_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int, patches: int) -> Plan:
+    if height * width != patches:  # of who calls the op itself
+        raise InputError(f"grid {height}x{width} does not fit {patches} patches")
     plan = parse_layout(layout).plan(frames, (height, width))
     # Layout.plan has kept it by the layout's own text; a name of it, such as "sf_llava", is one more key.
     return PLANS.keep((layout, frames, height, width), plan, plan.nbytes)

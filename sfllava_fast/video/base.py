@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
-_MAX_PIXELS = 8192 * 8192
+_MAX_PIXELS = 8192 * 4096
 _MOST_PIXELS = 2**31 - 1  # FFmpeg has no larger limit
 _FRAMES_AT_ONCE = 32  # of the largest size
 _KINDS = (
