@@ -79,7 +79,7 @@ def _why_missing(library: Path, compiler: str, setting: str) -> str:
             "builds it; if the package is installed, start Python in another folder, where the benchmark is "
             "`python -m sfllava_fast._bench`"
         )
-    return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): install it and this again"
+    return f"the package was installed without {library.name} (no {compiler}, or {setting}=0): install both"
 
 
 @cache

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PYTHONS = "3.10", "3.11", "3.12", "3.13", "3.14"
 MODELS = (
-    "mixture mixture_wrapping scorers pruning compression generation session engine engine_layouts engine_reduction live "
-    "batch patch_transformers pipeline_bench reduction_bench"
+    "mixture mixture_wrapping scorers pruning compression generation session engine engine_layouts engine_reduction "
+    "live batch patch_transformers pipeline_bench reduction_bench"
 )
 OP = "ops videos gradients misuse modules rows cpu_kernel stable_abi projector stream memory"
 TRITON = "triton triton_rows triton_project"

@@ -140,7 +140,7 @@ def test_a_wrong_argument_is_served_or_refused_in_a_line(name, argument):
         ({"max_sessions": "a"}, "max_sessions must be an integer of at least 1, not 'a'"),
         ({"max_session_bytes": -1}, "max_session_bytes must be a number of bytes of at least 1, not -1"),
         ({"separators": 3}, "separators must be a dict of vectors by name, not a int"),
-        ({"layout": "llava_next_video-newline_grid", "separators": {"newline": 3}}, "separator newline must be a tensor"),
+        ({"layout": "llava_next_video-newline_grid", "separators": {"newline": 3}}, "newline must be a tensor"),
     ],
 )
 def test_wrong_settings_of_a_model_are_refused_in_a_line(settings, message):

@@ -22,7 +22,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     layers = getattr(decoder, "layers", None)
     found = type(decoder).__name__ if decoder is model else f"{type(model).__name__} with {type(decoder).__name__}"
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise PatchError(f"{found} has no list of decoder layers ({release()}): give a Llama-like model of transformers")
+        raise PatchError(f"{found} has no list of decoder layers ({release()}): give a Llama-like model")
     for layer in layers:
         if obstacle := _obstacle(layer):
             raise PatchError(f"{found} is not known: {type(layer).__name__} {obstacle} ({release()})")

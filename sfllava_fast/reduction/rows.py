@@ -178,7 +178,7 @@ def _serves_reference(tensor: Tensor) -> bool:
 
 
 def _movers(grad: Tensor, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(gather_rows, scatter_rows) for a gradient; one of several at once, `is_grads_batched`, is for torch's operators."""
+    """(gather_rows, scatter_rows) for a gradient; several at once, `is_grads_batched`, are for torch's operators."""
     if torch._C._functorch.is_legacy_batchedtensor(grad):
         return reference.gather_rows, reference.scatter_rows
     return partial(gather_rows, backend=backend), partial(scatter_rows, backend=backend)

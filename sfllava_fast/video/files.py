@@ -90,8 +90,8 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     """Open a video file, a folder of image frames, or frames in memory (uint8 RGB [T, H, W, 3]); an opened Video comes
     back as it is.
 
-    Pillow reads a folder's frames under every decoder, in natural order; under decord, the published pipeline's decoder,
-    in the order of that pipeline: by name, 10.jpg before 2.jpg.
+    Pillow reads a folder's frames under every decoder, in natural order; under decord, the published pipeline's, in the
+    order of that pipeline: by name, 10.jpg before 2.jpg.
 
     Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
     decoder that is unknown or not installed; each in one line.

@@ -69,9 +69,10 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
 
 
 def check_container(path: Path) -> None:
-    """VideoError for a file that does not begin as a container of its own does: an old FFmpeg, as decord has, also opens
-    lists of other files, whatever their names."""
+    """VideoError for a file that does not begin as a container does: an old FFmpeg, as decord has, also opens lists of
+    other files, whatever their names."""
     with path.open("rb") as file:
         head = file.read(16)
     if not head.startswith(_CONTAINERS) and head[4:8] not in _BOXES:
-        raise VideoError(f"{path} is of no container that is read with decord (MP4, Matroska, AVI, ...): use --decoder pyav")
+        known = "MP4, Matroska, AVI, ..."
+        raise VideoError(f"{path} is of no container that is read with decord ({known}): use --decoder pyav")
