@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from rich.table import Table
 from sfllava_fast.errors import SfllavaError
 from sfllava_fast.options import add_bench_options
 
-from . import dropins, gpu, layouts, op, projector
+from . import carried, dropins, gpu, layouts, op, projector, sanitize, tune
 from .compare import compare
-from .op import BEST_PEER, COPY
+from .copies import KERNEL
+from .op import BEST_PEER, COPY, FAIREST
 from .plot import plot
 from .record import ROOT, ResultError, device_name, passes, read_result, write_json
+from .works import PEERS, capped
 
 _ROUNDS = {"cpu": 15, "cuda": 31}
 
@@ -41,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     option = command.add_argument
     option("--device", choices=op.LABS, default="cpu", help="cpu (the default, one thread) or cuda")
     option("--rounds", type=int, metavar="N", help="paired rounds (default 15, on a GPU 31)")
-    option("--only", default="", metavar="TEXT", help="only the works whose names contain it")
+    _add_only(command)
+    option("--peers", choices=PEERS, default="all", help="no more peers than these: eager leaves torch.compile out")
     option("--slow-peers", action="store_true", help="also time the reference, and on the CPU the plain eager form")
     option("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
@@ -89,8 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("results", type=Path, nargs="+", metavar="FILE.json")
     command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
 
-    command = commands.add_parser("gpu", help="build, test, sanitize and measure on this machine's GPU")
-    command.set_defaults(run=lambda args: gpu.run(args.out, args.part))
+    command = commands.add_parser("tune", help="every tuning of the GPU's tile kernels: bits, then times")
+    command.set_defaults(run=_tune)
+    command.add_argument("--rounds", type=int, default=_ROUNDS["cuda"], metavar="N", help="paired rounds (default 31)")
+    _add_only(command)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
+
+    command = commands.add_parser("small-calls", help="every GPU kernel, for compute-sanitizer; exit 1 if one is wrong")
+    command.add_argument("--main-works", action="store_true", help="instead: the main works once each, for ncu")
+    command.set_defaults(run=lambda args: sanitize.main("cuda", args.main_works))
+
+    command = commands.add_parser("gpu-build", help="build what a machine with a GPU is to be brought: build/gpu")
+    command.set_defaults(run=_gpu_build)
+    command.add_argument("--arch", default="90", help="of the GPU, such as 90 (the default: H100, H200)")
+
+    command = commands.add_parser("gpu-pick", help="make the best tunings of bench tune the default, in the sources")
+    command.set_defaults(run=_gpu_pick)
+    command.add_argument("result", type=Path, metavar="TUNE.json")
+
+    command = commands.add_parser("gpu", help="test, sanitize, tune and measure on this machine's GPU")
+    command.set_defaults(run=lambda args: gpu.run(args.out, args.part, args.seconds))
+    command.add_argument("--seconds", type=float, default=520, metavar="N", help="that it may take (default 520)")
     command.add_argument("--part", choices=gpu.PARTS, default="op", help="the aggregator (default), or all around it")
     command.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
     return parser
@@ -99,9 +122,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_paired_options(command: argparse.ArgumentParser, rounds: int = 9) -> None:
     command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
     command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"paired rounds (default {rounds})")
-    command.add_argument("--only", default="", metavar="TEXT", help="only the works whose names contain it")
+    _add_only(command)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
     command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
+
+
+def _add_only(command: argparse.ArgumentParser) -> None:
+    text = "only works of these names, or whose names contain them"
+    command.add_argument("--only", nargs="+", default=(), metavar="TEXT", help=text)
 
 
 def _op(args: argparse.Namespace) -> int:
@@ -109,9 +137,29 @@ def _op(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
     rounds = args.rounds or _ROUNDS[args.device]
-    result = op.run(op.LABS[args.device](), rounds, args.slow_peers, args.only, save)
+    lab = op.LABS[args.device]()
+    lab = replace(lab, works=tuple(capped(work, args.peers) for work in lab.works))
+    result = op.run(lab, rounds, args.slow_peers, args.only, save)
     _print(result)
     return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    result = tune.run(op.LABS["cuda"](), args.rounds, args.only, save)
+    tune.show(result)
+    return 1 if result["errors"] or any(figures["wrong"] for figures in result["works"].values()) else 0
+
+
+def _gpu_build(args: argparse.Namespace) -> int:
+    carried.build(args.arch)
+    print(f"{carried.BUILT} is ready to be carried to a machine with a GPU of sm_{args.arch}")
+    return 0
+
+
+def _gpu_pick(args: argparse.Namespace) -> int:
+    print("\n".join(tune.pick(args.result)))
+    return 0
 
 
 def _pipeline(args: argparse.Namespace) -> int:
@@ -274,10 +322,10 @@ def _print(result: dict) -> None:
     facts = result["machine"]
     console.print(f"{device_name(result)}, torch {facts['torch']}, commit {facts['commit']}; medians, caches cold")
     for work, figures in result["works"].items():
-        console.print(_table(work, figures))
+        console.print(_table(work, figures, result.get("large_copy_gb_per_s")))
         for name, bar in figures["bars"].items():
             if bar["bar"] is not None:
-                console.print("  " + _verdict(name, bar, figures["best_peer"]))
+                console.print("  " + _verdict(name, bar, figures))
     for name, row in result.get("host", {"providers": {}})["providers"].items():
         console.print(f"host time of a call, {name}: {row['p50_ms'] * 1e3:.1f} us")
     for name, figure in result.get("sweep", {}).items():
@@ -287,24 +335,32 @@ def _print(result: dict) -> None:
             console.print(f"{kind}: {name}: {reason}", markup=False)
 
 
-def _table(work: str, figures: dict) -> Table:
+def _table(work: str, figures: dict, large_copy: float | None) -> Table:
+    """large_copy: GB/s of a copy of gigabytes."""
     title = f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s"
     table = Table(title=title, title_justify="left")
-    for name in ("provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "time / ours"):
+    rows = figures["providers"]
+    copies = [name for name in (COPY, KERNEL) if name in rows]
+    large = ["% of a large copy"] if large_copy else []
+    heads = ("provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", *(f"% of {copy}" for copy in copies), *large)
+    for name in (*heads, "time / ours"):
         table.add_column(name, justify="left" if name == "provider" else "right")
-    copy = figures["providers"].get(COPY, {"ratio": float("nan")})["ratio"]
-    for name, row in figures["providers"].items():
+    for name, row in rows.items():
         label = name if row.get("graph", True) else f"{name} (no graph)"
         rate = figures["bytes"] / row["p50_ms"] / 1e6
         times = (f"{row[key]:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
-        table.add_row(label, *times, f"{rate:.1f}", f"{copy / row['ratio']:.0%}", f"{row['ratio']:.2f}")
+        shares = [f"{rows[copy]['ratio'] / row['ratio']:.0%}" for copy in copies]
+        of_large = [f"{rate / large_copy:.0%}"] if large_copy else []
+        table.add_row(label, *times, f"{rate:.1f}", *shares, *of_large, f"{row['ratio']:.2f}")
     return table
 
 
-def _verdict(name: str, bar: dict, best_peer: str | None) -> str:
+def _verdict(name: str, bar: dict, figures: dict) -> str:
     word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
     stretch = f" (hoped for {bar['stretch']:.2f})" if "stretch" in bar else ""
-    return f"against {name.replace(BEST_PEER, str(best_peer))}: {bar['ratio']:.2f} of {bar['bar']:.2f}{stretch}, {word}"
+    name = name.replace(BEST_PEER, str(figures["best_peer"]))
+    name = name.replace(FAIREST, f"{FAIREST}, {figures.get('fairest_copy')}")
+    return f"against {name}: {bar['ratio']:.2f} of {bar['bar']:.2f}{stretch}, {word}"
 
 
 if __name__ == "__main__":

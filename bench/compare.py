@@ -48,7 +48,8 @@ def _noise(figures: dict, bar: str) -> float:
     """Half the way from the 20th to the 80th percentile, over the median, of both whose ratio it is."""
     backend, _, against = bar.rpartition(": ")
     rows = figures["providers"]
-    pair = (backend or "cpu", figures["best_peer"] if against == "best peer" else against)
+    named = {"best peer": figures["best_peer"], "fairest copy": figures.get("fairest_copy")}
+    pair = (backend or "cpu", named.get(against, against))
     spreads = (rows[name]["p80_ms"] / rows[name]["p50_ms"] - rows[name]["p20_ms"] / rows[name]["p50_ms"]
                for name in pair if name in rows)
     return sum(spreads) / 2

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -123,8 +123,8 @@ _CALLS = (
 WORKS = tuple(Work(*call, dtype) for call in _CALLS for dtype in (torch.float32, torch.bfloat16))
 
 
-def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Times both forms of every work whose name contains `only`; `save` gets what there is after each."""
+def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+    """Times both forms of every work chosen by `only`; `save` gets what there is after each."""
     return pairs.run("dropins", WORKS, _measure, device, rounds, only, save)
 
 

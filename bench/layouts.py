@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,8 +56,8 @@ class Work:
 WORKS = tuple(Work(name, dtype) for name in _NAMES for dtype in (torch.float32, torch.bfloat16))
 
 
-def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Times both forms of every work whose name contains `only`; `save` gets what there is after each."""
+def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+    """Times both forms of every work chosen by `only`; `save` gets what there is after each."""
     return pairs.run("layouts", WORKS, _measure, device, rounds, only, save)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .record import first_line, machine
 from .timers import CpuTimer, CudaTimer
+from .works import chosen
 
 Measure = Callable[[Any, str, CpuTimer | CudaTimer, int], dict]
 
@@ -17,14 +18,14 @@ def run(
     measure: Measure,
     device: str,
     rounds: int,
-    only: str,
+    only: Sequence[str],
     save: Callable[[dict], None],
 ) -> dict:
-    """The result of every work whose name contains `only`; `save` gets what there is after each."""
+    """The result of every work chosen by `only`; `save` gets what there is after each."""
     timer = CudaTimer() if device == "cuda" else CpuTimer(warm_up=1)
     result = {"kind": kind, "machine": machine(device, outputs="made by every call")}
     result |= {"unavailable": {}, "skipped": {}, "works": {}, "errors": {}}
-    for work in (work for work in works if only in str(work)):
+    for work in chosen(works, only):
         try:
             result["works"][str(work)] = measure(work, device, timer, rounds)
         except Exception as error:  # no failure may cost the figures of the others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,8 +52,8 @@ WORKS = (
 )
 
 
-def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Times both orders on every work whose name contains `only`; `save` gets what there is after each."""
+def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+    """Times both orders on every work chosen by `only`; `save` gets what there is after each."""
     return pairs.run("projector", WORKS, _measure, device, rounds, only, save)
 
 

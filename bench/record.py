@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+BUILT = ROOT / "build/gpu"  # what bench/carried.py builds on one machine for another
 
 
 class ResultError(Exception):
@@ -25,7 +27,7 @@ def machine(device: str, outputs: str = "allocated and touched before timing") -
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     if device == "cpu":
         return facts | {"allocator": f"glibc malloc; outputs are {outputs}"}
@@ -76,11 +78,31 @@ def passes(result: dict, margin: float) -> bool:
     return all(bar["ratio"] >= bar["bar"] * margin for bar in bars)
 
 
-def _commit() -> str:
-    """The source tree's; of an installed package its version, whatever repository it was installed into."""
-    if not (ROOT / ".git").exists():
-        return f"release {_version('sfllava_fast')}"
-    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+def commit() -> str:
+    """The source tree's, without .git from what was built in it; of an installed package its version, whatever
+    repository it was installed into."""
+    if (ROOT / ".git").exists():
+        return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    if told := built():
+        return told["commit"] if told["sources"] == sources_digest() else f"{told['commit']}, changed since"
+    return f"release {_version('sfllava_fast')}"
+
+
+def built() -> dict | None:
+    """What bench/carried.py wrote of what it built."""
+    try:
+        return json.loads((BUILT / "build.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def sources_digest() -> str:
+    """Of all that figures depend on."""
+    kinds, digest = {".py", ".h", ".cpp", ".cu", ".txt"}, hashlib.sha256()
+    folders = (ROOT / name for name in ("csrc", "kernels", "sfllava_fast", "bench"))
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in kinds):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_name() -> str:

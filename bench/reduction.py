@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ PREFILLS = {"cpu": Prefill("mid-size", MID_SIZE, torch.float32), "cuda": Prefill
 QUESTIONS = {"cpu": Question("small", torch.float32), "cuda": Question("7b", torch.bfloat16)}
 
 
-def run(device: str, rounds: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Every work whose name contains `only`; `save` gets what there is after each."""
+def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+    """Every work chosen by `only`; `save` gets what there is after each."""
     works = PREFILLS[device], QUESTIONS[device], *rows.WORKS
     return pairs.run("reduction", works, lambda work, *how: work.measure(*how), device, rounds, only, save)
 

@@ -95,7 +95,7 @@ def test_every_peer_computes_the_tokens(monkeypatch, frames, dtype):
     found = peers.peers(work, "cpu", None)
     assert set(found) == {"plain eager", "best eager", "compiled plain", "compiled best"}
     for name, fill in found.items():
-        op._check(name, lambda _, fill=fill: (fill(features, out), out)[1], out, work.expected(features, out), work)
+        op.check(name, lambda _, fill=fill: (fill(features, out), out)[1], out, work.expected(features, out), work)
 
 
 @pytest.mark.parametrize("layout", ["concat", "spatial_1d_avg_pool", "spatial_2d_max_pool", "spatial_2d_avg_pool"])
@@ -103,7 +103,7 @@ def test_the_plain_form_of_other_layouts(layout):
     work = Work(torch.float32, 8, peers="plain", frames=14, layout=SlowFastConfig(8, layout, (5, 3)))
     features, out = work.make_set("cpu", torch.Generator().manual_seed(1))
     [(name, fill)] = peers.peers(work, "cpu", None).items()
-    op._check(name, lambda _: (fill(features, out), out)[1], out, work.expected(features, out), work)
+    op.check(name, lambda _: (fill(features, out), out)[1], out, work.expected(features, out), work)
 
 
 # --- a GPU that is none
@@ -285,12 +285,12 @@ def boom_for(breaking, make_set=Work.make_set):
 
 
 def test_a_backend_of_ours_that_is_one_bit_off_has_no_figures(monkeypatch):
-    monkeypatch.setattr(op, "_aggregate", nearly)
+    monkeypatch.setattr(op, "run_forward", nearly)
     result = measure(fake_lab(FakeCuda(), TINY))
     assert set(result["errors"]) == {f"{TINY}: cpu"} and "cpu" not in result["works"][str(TINY)]["providers"]
 
 
-def nearly(work, sets, backend, number, aggregate=op._aggregate):
+def nearly(work, sets, backend, number, aggregate=op.run_forward):
     out = aggregate(work, sets, backend, number)
     if backend == "cpu":
         out.view(torch.int32)[-1, -1] += 1
