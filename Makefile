@@ -4,9 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 SETUP  := $(VENV)/.ready
+ARCH   ?= 90
+REHEARSAL ?= $(BIN)/python
 VLLM   := 0.31.0 0.32.0
 
-.PHONY: demo test sanitize bench gpu gpu-pipeline test-matrix test-newest test-torch test-lmms test-vllm fuzz clean
+.PHONY: demo test sanitize bench gpu gpu-build gpu-pick gpu-rehearse test-matrix test-newest test-torch test-lmms test-vllm fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
@@ -26,15 +28,25 @@ sanitize: $(SETUP)
 bench: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench op
 
-# All of the aggregator that needs a GPU, under the Python and the torch that are there, without a network: less than 9 minutes.
+# What a machine with a GPU is to be brought, built with nvcc where there need be none: build/gpu. ARCH=100 for a B200.
+gpu-build: $(SETUP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench gpu-build --arch $(ARCH)
+
+# All of the aggregator that needs a GPU, under the Python and the torch that are there, without a network, on what
+# gpu-build built; ARGS='--seconds 500' for another limit, ARGS='--part pipeline' for 7B shapes and all around the op.
 gpu:
 	@$(PYTHON) -c 'import rich, torch' 2>/dev/null || \
 	  { echo 'make gpu: $(PYTHON) needs torch and rich; name another with PYTHON=' >&2; exit 2; }
 	$(PYTHON) -m bench gpu $(ARGS)
 
-# The same for the whole pipeline: projector, sessions, 7B shapes with random weights. Less than 9 minutes, too.
-gpu-pipeline:
-	@$(MAKE) --no-print-directory gpu ARGS='--part pipeline $(ARGS)'
+# Makes the fastest tunings of a sweep the default: make gpu-pick FILE=bench/results/nvidia-h200/tune.json
+gpu-pick: $(SETUP)
+	$(BIN)/python -m bench gpu-pick $(FILE)
+
+# The steps of both parts without a GPU, in small shapes on the CPU. REHEARSAL=python3 for another environment's Python.
+gpu-rehearse: $(SETUP)
+	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/rehearse.py gpu --out build/rehearsal $(ARGS)
+	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/rehearse.py gpu --part pipeline --out build/rehearsal $(ARGS)
 
 # Other versions of the dependencies and of Python: ROWS="decoding transformers-newest" for some of them. All of them take
 # hours and tens of gigabytes; CI runs those two.

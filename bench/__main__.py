@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("gpu-build", help="build what a machine with a GPU is to be brought: build/gpu")
     command.set_defaults(run=_gpu_build)
     command.add_argument("--arch", default="90", help="of the GPU, such as 90 (the default: H100, H200)")
+    command.add_argument("--install", action="store_true", help="put the libraries into the package, too")
 
     command = commands.add_parser("gpu-pick", help="make the best tunings of bench tune the default, in the sources")
     command.set_defaults(run=_gpu_pick)
@@ -154,6 +155,8 @@ def _tune(args: argparse.Namespace) -> int:
 def _gpu_build(args: argparse.Namespace) -> int:
     carried.build(args.arch)
     print(f"{carried.BUILT} is ready to be carried to a machine with a GPU of sm_{args.arch}")
+    if args.install:
+        print(f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
     return 0
 
 
@@ -318,7 +321,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _print(result: dict) -> None:
-    console = Console(width=110, highlight=False)
+    console = Console(width=140, highlight=False)
     facts = result["machine"]
     console.print(f"{device_name(result)}, torch {facts['torch']}, commit {facts['commit']}; medians, caches cold")
     for work, figures in result["works"].items():

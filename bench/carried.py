@@ -35,7 +35,7 @@ def build(arch: str) -> None:
     for library in BUILT.rglob("*.so"):
         if (glibc := newest_glibc(library)) > _NEWEST_GLIBC:
             raise ResultError(f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}: build on an older system")
-    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version"), "status": _said("git", "status", "--short")}
+    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1], "status": _said("git", "status", "--short")}
     write_json(BUILT / "build.json", told | {"sources": sources_digest()})
 
 

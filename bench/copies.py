@@ -17,7 +17,7 @@ from .timers import CudaTimer, Run
 
 KERNEL = "copy kernel"
 LIBRARY = BUILT / "bench/copy.so"
-_LARGE = 4 << 30  # bytes
+_LARGE = 4 << 30  # bytes of a tensor
 _LARGE_ROUNDS = 7
 # bytes moved by a call, sets of tensors, device
 Copy = Callable[[int, int, str], Run]
@@ -41,13 +41,13 @@ def kernel_copy(size: int, sets: int, device: str) -> Run:
     return lambda number: _copy_on_gpu(*pairs[number])
 
 
-def large_copy(timer: CudaTimer, device: str, size: int = _LARGE) -> float:
-    """GB/s, read and written, of a copy_ of gigabytes, which no launch or cache counts in."""
-    if reason := timer.why_no_room(2 * size):
+def large_copy(timer: CudaTimer, device: str) -> float:
+    """GB/s, read and written, of a copy_ of gigabytes, in which no launch and no cache counts."""
+    moved = 2 * _LARGE
+    if reason := timer.why_no_room(moved):
         raise RuntimeError(reason)
-    copy = timer.prepare(torch_copy(2 * size, 1, device), 1, capture=False)
-    seconds = statistics.median(timer.times({"copy": copy}, _LARGE_ROUNDS)["copy"])
-    return 2 * size / seconds / 1e9
+    copy = timer.prepare(torch_copy(moved, 1, device), 1, capture=False)
+    return moved / statistics.median(timer.times({"copy": copy}, _LARGE_ROUNDS)["copy"]) / 1e9
 
 
 def _pairs(size: int, sets: int, device: str) -> list[tuple[Tensor, Tensor]]:

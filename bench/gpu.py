@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, in two parts, each in steps: the op (build, tests, compute-sanitizer, benchmark,
-roofline) and the whole pipeline (tests, the projector, 7B shapes, the embedded model).
+"""Everything that needs a GPU, in two parts, each in steps: the op (figures, tunings, counters, tests, sanitizers) and
+the whole pipeline (7B shapes, the projector, tests, the embedded model, reductions, layouts).
 
-It installs nothing and needs no network: it runs under the Python and the torch that are there. A step that fails does
-not stop the others; each has a limit, and a part ends in time.
+It installs nothing and needs no network: it runs under the Python and the torch that are there, on libraries that
+`make gpu-build` built elsewhere. A step that fails does not stop the others; each has a limit, one that no longer fits
+is dropped, and what is known is written as each step ends.
 """
 
 from __future__ import annotations
@@ -24,110 +25,158 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .record import ROOT, ResultError, folder_name, write_json
+from . import carried, works
+from .record import ROOT, ResultError, folder_name, machine, write_json
 
-_SECONDS = 530
-_SMALL_CALLS = [sys.executable, "-m", "bench.sanitize"]
-_PASSED, _FAILED, _SKIPPED = "passed", "FAILED", "skipped"
-_OTHER_TESTS = ("backends", "ops", "table", "reference", "cpu_kernel", "rows", "stable_abi", "config", "bench")
-_TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", str(Path(sys.executable).parent))
+BENCH = [sys.executable, "-m", "bench"]
+_PASSED, _FAILED, _SKIPPED, _DROPPED = "passed", "FAILED", "skipped", "DROPPED"
+_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+_TOOL_FOLDERS = (f"{_HOME}/bin", str(Path(sys.executable).parent))
+_TOOLS = ("nvcc", "c++", "cmake", "ncu", "compute-sanitizer")
+_COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_sector_hit_rate.pct",
+    "l1tex__t_sector_hit_rate.pct",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_lg_throttle_per_issue_active.ratio",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+    "launch__waves_per_multiprocessor",
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its seconds. `why_not` may have a reason not to run it, which is a failure unless it is optional;
-    `why_failed` one not to believe its exit status."""
+    """A command, the seconds that it is expected to take and the most that it may. `why_not` may have a reason not to
+    run it, which is a failure unless it is optional; `why_failed` one not to believe its exit status."""
 
     name: str
     command: list[str]
+    expected: float
     limit: float
     why_not: Callable[[], str | None] = lambda: None
     why_failed: Callable[[], str | None] = lambda: None
     optional: bool = False
 
 
-def run(results: Path, part: str = "op") -> int:
-    """0 where no step failed; ResultError without a GPU."""
+def run(results: Path, part: str, seconds: float) -> int:
+    """0 where no step failed or was dropped; ResultError without a GPU."""
+    began = time.monotonic()
     if not torch.cuda.is_available():
         raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
     folder = results / folder_name(torch.cuda.get_device_name())
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
     workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
-    return run_steps(PARTS[part](folder, capability, min(8, max(1, workers))), folder, f"{part}-steps.json")
+    missing = carried.why_not(arch)
+    steps = [_carried_build(arch)] if missing else []
+    steps += PARTS[part](folder, arch, min(8, max(1, workers)))
+    print(f"not carried: {missing}" if missing else f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
+    left = seconds - (time.monotonic() - began)
+    return run_steps(steps, folder / f"{part}-steps.json", left, {"facts": facts(), "not_carried": missing})
 
 
-def op_steps(folder: Path, capability: str, workers: int) -> list[Step]:
-    """In order: what needs no GPU, and runs alike without one, comes last."""
-    python, report, result = sys.executable, folder / "tests.xml", str(folder / "op.json")
+def facts() -> dict:
+    """What this machine is, and which tools it has."""
+    query = "name,driver_version,clocks.max.sm,clocks.max.mem"
+    called = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    told = subprocess.run(called, capture_output=True, text=True).stdout.strip() if shutil.which(called[0]) else ""
+    tools = {name: find(name) for name in _TOOLS}
+    return {"machine": machine("cuda"), query: told, "kernel": os.uname().release, "tools": tools}
+
+
+def op_steps(folder: Path, arch: str, workers: int) -> list[Step]:
+    """In the order of what would be missed most."""
+    report, op = folder / "tests.xml", [*BENCH, "op", "--device", "cuda"]
     tests = [*_pytest(workers), "tests/test_gpu.py", f"--junitxml={report}"]
-    other = [f"tests/test_{name}.py" for name in _OTHER_TESTS]
+    compiled = [str(work) for work in works.MAIN if work.peers == "all"]
     return [
-        _build(capability),
-        Step("tests on the device", tests, 145, _why_no_tests, lambda: why_no_proof(report, ("cuda", "triton"))),
-        Step("small calls", _SMALL_CALLS, 40),
-        *_sanitizer_steps(),
-        Step("benchmark", [python, "-m", "bench", "op", "--device", "cuda", "--slow-peers", "--json", result], 260),
-        Step("roofline", [python, "-m", "bench", "plot", result, "--out", str(folder / "roofline.png")], 30),
-        Step("other tests", [*_pytest(8), *other], 120, _why_no_tests),
+        Step("small calls", [*BENCH, "small-calls"], 15, 60),
+        Step("op", [*op, "--peers", "eager", *_json(folder, "op")], 70, 110),
+        Step("tune", [*BENCH, "tune", *_json(folder, "tune")], 45, 90),
+        _counters(folder),
+        Step("op, torch.compile", [*op, "--only", *compiled, *_json(folder, "op-compiled")], 80, 120),
+        Step("tests on the device", tests, 70, 130, why_no_tests, lambda: why_no_proof(report, ("cuda", "triton"))),
+        _memcheck(),
+        _build(arch),
     ]
 
 
-def pipeline_steps(folder: Path, capability: str, workers: int) -> list[Step]:
-    """In the order of what would be missed most, but for the tests, without which nothing counts."""
-    report, bench = folder / "tests.xml", [sys.executable, "-m", "bench"]
+def pipeline_steps(folder: Path, arch: str, workers: int) -> list[Step]:
+    """In the order of what would be missed most."""
+    report, cuda = folder / "tests.xml", ["--device", "cuda"]
     files = ("test_gpu_system", "test_triton_project", "test_triton_rows")
     tests = [*_pytest(min(4, workers)), *(f"tests/{name}.py" for name in files), "-m", "gpu", f"--junitxml={report}"]
-    pipeline = [*bench, "pipeline", "--device", "cuda"]
-
-    def written(name: str) -> list[str]:
-        return ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
-
-    projector, reduction, layouts = (
-        [*bench, name, "--device", "cuda", "--json", str(folder / f"{name}.json")]
-        for name in ("projector", "reduction", "layouts")
-    )
+    pipeline = [*BENCH, "pipeline", *cuda, "--rounds", "5"]
+    projector = [*BENCH, "projector", *cuda, "--rounds", "5", "--only", "bfloat16"]
+    reduction, layouts = ([*BENCH, name, *cuda, "--rounds", "3"] for name in ("reduction", "layouts"))
+    embedded = [*pipeline, "--dtype", "float32"]  # in 16 bits trained weights have near ties, too
     return [
-        _build(capability),
-        Step("tests on the device", tests, 150, _why_no_system, lambda: why_no_proof(report, files)),
-        Step("projector", projector, 60),
-        Step("7B shapes", [*pipeline, "--config", "7b", *written("pipeline-7b")], 130, _why_no_system),
-        Step("embedded model", [*pipeline, *written("pipeline-embedded")], 40, _why_no_system),
-        Step("reduction", reduction, 50, _why_no_system),
-        Step("layouts", layouts, 30),
+        Step("7B shapes", [*pipeline, "--config", "7b", *_json(folder, "pipeline-7b")], 60, 130, why_no_system),
+        Step("projector", [*projector, *_json(folder, "projector")], 15, 60),
+        Step("tests on the device", tests, 70, 120, why_no_system, lambda: why_no_proof(report, files)),
+        Step("embedded model", [*embedded, *_json(folder, "pipeline-embedded")], 20, 50, why_no_system),
+        Step("reduction", [*reduction, *_json(folder, "reduction")], 40, 60, why_no_system),
+        Step("layouts", [*layouts, *_json(folder, "layouts")], 20, 40),
     ]
 
 
 PARTS = {"op": op_steps, "pipeline": pipeline_steps}
 
 
-def _build(capability: str) -> Step:
-    settings = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={capability}-real"]
-    return Step("build", [*settings, sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 70, _why_no_build)
+def _json(folder: Path, name: str) -> list[str]:
+    return ["--json", str(folder / f"{name}.json")]
 
 
-def run_steps(steps: list[Step], folder: Path, file: str = "steps.json") -> int:
-    """Runs them all and says how each went, here and in a file of the folder."""
-    deadline = time.monotonic() + _SECONDS
-    outcomes = []
+def _carried_build(arch: str) -> Step:
+    """What should have been carried, built here; installed by the command itself."""
+    return Step("build first", [*BENCH, "gpu-build", "--arch", arch, "--install"], 45, 120, _why_no_build)
+
+
+def _build(arch: str) -> Step:
+    """Whether the package builds here."""
+    settings = ["env", "SFLLAVA_FAST_CPU=1", "SFLLAVA_FAST_CUDA=1", f"CUDAARCHS={arch}-real"]
+    built = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "build/here"]
+    return Step("build", [*settings, *built], 20, 70, _why_no_build)
+
+
+def run_steps(steps: list[Step], file: Path, seconds: float, told: dict | None = None) -> int:
+    """Runs all that fits into so many seconds and says how each step went, here and in `file`, with `told`."""
+    deadline = time.monotonic() + seconds
+    outcomes: list[dict] = []
     for step in steps:
         print(f"\n--- {step.name}: {' '.join(step.command)}", flush=True)
         start = time.monotonic()
         status, reason = _run(step, deadline - start)
-        outcomes.append({"step": step.name, "status": status, "reason": reason, "seconds": time.monotonic() - start})
-    write_json(folder / file, outcomes)
-    table = Table("step", "status", "seconds", "reason", title=f"results are in {folder}", title_justify="left")
+        told_of_step = {"step": step.name, "status": status, "reason": reason, "expected": step.expected}
+        outcomes.append(told_of_step | {"limit": step.limit, "seconds": time.monotonic() - start})
+        write_json(file, (told or {}) | {"steps": outcomes})
+    Console(width=150).print(_table(outcomes, file.parent))
+    return 1 if any(outcome["status"] in (_FAILED, _DROPPED) for outcome in outcomes) else 0
+
+
+def _table(outcomes: list[dict], folder: Path) -> Table:
+    table = Table("step", "status", "seconds", "expected", "limit", "reason", title=f"results are in {folder}")
+    table.title_justify = "left"
     for outcome in outcomes:
-        table.add_row(outcome["step"], outcome["status"], f"{outcome['seconds']:.0f}", outcome["reason"])
-    Console(width=150).print(table)
-    return 1 if any(outcome["status"] == _FAILED for outcome in outcomes) else 0
+        numbers = (f"{outcome[name]:.0f}" for name in ("seconds", "expected", "limit"))
+        table.add_row(outcome["step"], outcome["status"], *numbers, outcome["reason"])
+    seconds, expected = (sum(outcome[name] for outcome in outcomes) for name in ("seconds", "expected"))
+    table.add_section()
+    table.add_row("all", "", f"{seconds:.0f}", f"{expected:.0f}", "", "")
+    return table
 
 
 def _run(step: Step, left: float) -> tuple[str, str]:
     if reason := step.why_not():
         return _SKIPPED if step.optional else _FAILED, reason
+    if left < step.expected:
+        return _DROPPED, f"{max(left, 0):.0f} s were left"
     limit = min(step.limit, left)
-    if limit <= 0:
-        return _FAILED, "no time was left"
     status = _call(step.command, limit)
     if status is None:
         return _FAILED, f"took longer than {limit:.0f} s"
@@ -171,33 +220,41 @@ def why_no_proof(report: Path, needed: tuple[str, ...]) -> str | None:
 
 
 def _why_no_build() -> str | None:
-    missing = [name for name in ("cmake", "c++", "nvcc") if not _find(name)]
+    missing = [name for name in ("cmake", "c++", "nvcc") if not find(name)]
     if not util.find_spec("setuptools") or int(metadata.version("setuptools").split(".")[0]) < 77:
         missing.append("setuptools >= 77")
     return f"missing: {', '.join(missing)}" if missing else None
 
 
-def _why_no_tests() -> str | None:
+def why_no_tests() -> str | None:
     missing = [name for name in ("pytest", "hypothesis") if not util.find_spec(name)]
     return f"missing: {', '.join(missing)}" if missing else None
 
 
-def _why_no_system() -> str | None:
+def why_no_system() -> str | None:
     missing = [name for name in ("transformers", "tokenizers", "safetensors", "PIL") if not util.find_spec(name)]
-    return f"missing: {', '.join(missing)}" if missing else _why_no_tests()
+    return f"missing: {', '.join(missing)}" if missing else why_no_tests()
 
 
-def _sanitizer_steps() -> list[Step]:
-    sanitizer = _find("compute-sanitizer") or "compute-sanitizer"
+def _counters(folder: Path) -> Step:
+    ncu = find("ncu") or next(map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"), reverse=True)), "ncu")
+    kernels = ["-k", "regex:tile_kernel|pool_tiles|spread_tiles"]
+    told = ["--csv", "--page", "raw", "--log-file", str(folder / "counters.csv")]
+    command = [ncu, "--clock-control", "none", "--metrics", ",".join(_COUNTERS), *kernels, *told]
+    reason = None if shutil.which(ncu) else "ncu was not found"
+    return Step("counters", [*command, *BENCH, "small-calls", "--main-works"], 35, 60, lambda: reason, optional=True)
+
+
+def _memcheck() -> Step:
+    sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     # Without torch's cache every tensor is an allocation of its own, whose bounds are watched.
-    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "3", "--print-limit", "5"]
-    tools = ("memcheck", "racecheck", "initcheck")
-    refused = partial(_why_refused, sanitizer)
-    return [Step(tool, [*alone, "--tool", tool, *_SMALL_CALLS], 40, refused, optional=True) for tool in tools]
+    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", "memcheck", "--error-exitcode", "3"]
+    refused = partial(why_refused, sanitizer)
+    return Step("memcheck", [*alone, "--print-limit", "5", *BENCH, "small-calls"], 40, 60, refused, optional=True)
 
 
 @cache
-def _why_refused(sanitizer: str) -> str | None:
+def why_refused(sanitizer: str) -> str | None:
     """Why compute-sanitizer cannot watch even a program that does next to nothing."""
     if not shutil.which(sanitizer):
         return "compute-sanitizer was not found"
@@ -212,5 +269,5 @@ def _why_refused(sanitizer: str) -> str | None:
     return f"this machine refuses it: {said}" if probed.returncode else None
 
 
-def _find(name: str) -> str | None:
+def find(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(_TOOL_FOLDERS))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,17 +62,24 @@ def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], No
 
 @torch.inference_mode()
 def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
-    features, separators = work.make(device)
+    sets = [work.make(device)]
     grid, published = work.preset.grid, LAYOUTS[work.name]
-    forms = {
-        OURS: lambda number=0: slowfast_aggregate(features, work.name, grid=grid, separators=separators),
-        PUBLISHED: lambda number=0: published(features, grid, separators).contiguous(),
-    }
-    tokens, tolerance = {form: call() for form, call in forms.items()}, _CLOSE[work.dtype]
-    torch.testing.assert_close(*tokens.values(), rtol=tolerance, atol=tolerance)
-    moved = features.nbytes + tokens[OURS].nbytes
+
+    def ours(number: int) -> Tensor:
+        features, separators = sets[number]
+        return slowfast_aggregate(features, work.name, grid=grid, separators=separators)
+
+    def theirs(number: int) -> Tensor:
+        features, separators = sets[number]
+        return published(features, grid, separators).contiguous()
+
+    forms = {OURS: ours, PUBLISHED: theirs}
+    tokens, tolerance = [call(0) for call in forms.values()], _CLOSE[work.dtype]
+    torch.testing.assert_close(*tokens, rtol=tolerance, atol=tolerance)
+    moved = sets[0][0].nbytes + tokens[0].nbytes
     tokens.clear()
-    samples = {form: timer.prepare(partial(call), 1, capture=False) for form, call in forms.items()}
+    sets += [work.make(device) for _ in range(timer.sets(moved) - 1)]
+    samples = {form: timer.prepare(call, len(sets)) for form, call in forms.items()}
     times = timer.times(samples, rounds)
     rows = {form: summary(found) | {"ratio": median_ratio(found, times[OURS])} for form, found in times.items()}
     return {

@@ -74,7 +74,7 @@ def run(lab: Lab, rounds: int, slow_peers: bool, only: Sequence[str], save: Call
     result |= {"unavailable": lab.unavailable, "works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
     guarded("host overhead", errors, lambda: result.update(host=host_overhead(lab)))
-    if lab.device != "cpu":
+    if isinstance(lab.timer, CudaTimer):
         guarded("a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(lab.timer, lab.device)))
     save(result)
     for work in works.chosen(lab.works, only):

@@ -106,7 +106,7 @@ def plot(result: dict, path: Path) -> None:
     of_plain, megabytes = figure.subplots(1, 2)
     for what, style in {"time": "o-", "FLOP": "s--", "cache": "^:"}.items():
         [line] = of_plain.plot(RATIOS, [shares(rows_, contender)[what] for contender in swept], style, label=what)
-        if (limit := BARS.get(what)) is not None:
+        if (limit := BARS["cuda" if "gpu" in result["machine"] else "cpu"].get(what)) is not None:
             of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
     of_plain.set(ylabel="of the plain model's prefill", ylim=(0, None))
     for key, label in {"peak_bytes": "tensors at the peak of a prefill", "cache_bytes": "key/value cache"}.items():

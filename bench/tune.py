@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -88,6 +90,10 @@ class Variant:
     @property
     def library(self) -> Path:
         return BUILT / "bench" / f"{self.direction}-{'-'.join(re.findall(r'[A-Za-z0-9]+', str(self.tuning)))}.so"
+
+    @property
+    def built(self) -> bool:
+        return self.library.exists()
 
     @cached_property
     def _call(self) -> Callable[..., bytes | None]:
@@ -181,14 +187,14 @@ def cuda_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
         variant.run(work, features, tokens, gradients[number])
         return tokens if gradients[number] is None else gradients[number]
 
-    ready = [v for v in variants() if v.direction == direction_of(work) and v.library.exists()]
+    ready = [v for v in variants() if v.direction == direction_of(work) and v.built]
     return {f"cuda {variant.tuning}": partial(run, variant) for variant in ready}
 
 
 def triton_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
     """As "triton Tuning(...)"."""
     untuned = run_backward(work, sets, "triton") if work.backward else partial(run_forward, work, sets, "triton")
-    direction, kind = direction_of(work), backends.triton_kernels().tuning.Tuning
+    direction, kind = direction_of(work), _triton_module().Tuning
 
     def run(tuning: object, number: int) -> Tensor:
         with _triton_tuning(direction, tuning):
@@ -198,9 +204,13 @@ def triton_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]
     return {f"triton {tuning}": partial(run, tuning) for tuning in tunings}
 
 
+def _triton_module() -> ModuleType:
+    return import_module(".tuning", backends.triton_kernels().__name__)
+
+
 @contextmanager
 def _triton_tuning(direction: str, tuning: object) -> Iterator[None]:
-    table = backends.triton_kernels().tuning.TUNING
+    table = _triton_module().TUNING
     before, table[direction] = table[direction], tuning
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import dataclasses
@@ -12,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +19,8 @@ import torch
 from sfllava_fast import SlowFastConfig, backends
 
 pytest.importorskip("rich")
+from gpu_stand_in import FakeCuda, rehearse  # noqa: E402
+
 from bench import __main__ as cli  # noqa: E402
 from bench import dropins, gpu, layouts, op, peers, plot, projector, sanitize, stream, timers, works  # noqa: E402
 from bench.compare import compare  # noqa: E402
@@ -106,64 +106,7 @@ def test_the_plain_form_of_other_layouts(layout):
     op.check(name, lambda _: (fill(features, out), out)[1], out, work.expected(features, out), work)
 
 
-# --- a GPU that is none
-
-
-class FakeGraph:
-    """Replays what ran while it was captured; what copies from the host cannot be captured."""
-
-    def replay(self):
-        self.calls()
-
-
-class FakeCuda:
-    """torch.cuda as CudaTimer uses it, on the CPU. `elapsed` gives every pair of events its milliseconds."""
-
-    CUDAGraph = FakeGraph
-
-    def __init__(self, elapsed=None, l2=1 << 20, free=1 << 40, captures=True):
-        self.elapsed, self.l2, self.free, self.captures, self.requested = elapsed, l2, free, captures, 0
-        self.log = []
-
-    def Event(self, enable_timing):
-        event = SimpleNamespace(at=0.0)
-        event.record = lambda: (self.log.append("event"), setattr(event, "at", time.perf_counter()))
-        event.elapsed_time = lambda end: self.elapsed() if self.elapsed else (end.at - event.at) * 1e3
-        return event
-
-    @contextlib.contextmanager
-    def graph(self, graph, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        graph.calls = lambda: self.log.append("replay")
-        yield
-        if not self.captures:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=self.l2)
-
-    def memory_stats(self):
-        return {"requested_bytes.all.current": 100, "requested_bytes.all.peak": 100 + self.requested}
-
-    def _sleep(self, cycles):
-        self.log.append("sleep")
-
-    def mem_get_info(self):
-        return self.free, 1 << 40
-
-    def set_stream(self, stream):
-        self.log.append(f"stream {stream}")
-
-    def current_stream(self):
-        return 7
-
-    def current_device(self):
-        return 0
-
-    def synchronize(self):
-        pass
-
-    empty_cache = reset_peak_memory_stats = synchronize
+# --- a GPU that is none: FakeCuda
 
 
 @pytest.fixture(autouse=True)

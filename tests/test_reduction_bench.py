@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
-from test_bench import FakeCuda
+from gpu_stand_in import FakeCuda
 from transformers import LlamaConfig
 
 from bench import __main__ as cli
@@ -214,7 +214,7 @@ def rows_of(ratio, flop, peak):
     (0.75, 651, 800, (True, False, True)), (0.75, 650, 801, (True, True, False)),
 ])
 def test_bars(ratio, flop, peak, reached):
-    found = mixture.bars(rows_of(ratio, flop, peak))
+    found = mixture.bars(rows_of(ratio, flop, peak), mixture.BARS["cpu"])
     asked = ("0.75 of plain's time", "0.65 of plain's FLOP", "0.8 of plain's peak memory")
     assert list(found) == [f"{HELD}: {limit}" for limit in asked]
     assert tuple(bar["ratio"] >= bar["bar"] for bar in found.values()) == reached
