@@ -72,12 +72,14 @@ def run(results: Path, part: str, seconds: float) -> int:
     folder = results / folder_name(torch.cuda.get_device_name())
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
-    missing = carried.why_not(arch)
-    steps = [_carried_build(arch)] if missing else []
-    steps += PARTS[part](folder, arch, min(8, max(1, workers)))
-    print(f"not carried: {missing}" if missing else f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
-    left = seconds - (time.monotonic() - began)
-    return run_steps(steps, folder / f"{part}-steps.json", left, {"facts": facts(), "not_carried": missing})
+    steps = PARTS[part](folder, arch, min(8, max(1, workers)))
+    if missing := carried.why_not(arch):
+        print(f"not carried: {missing}")
+        steps = [_carried_build(arch), *steps]
+    else:
+        print(f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
+    told = {"facts": facts(), "not_carried": missing}
+    return run_steps(steps, folder / f"{part}-steps.json", seconds - (time.monotonic() - began), told)
 
 
 def facts() -> dict:
