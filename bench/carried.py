@@ -15,8 +15,8 @@ from .record import BUILT, ROOT, ResultError, built, commit, sources_digest, wri
 
 _PACKAGE = ROOT / "sfllava_fast"
 _NEWEST_GLIBC = 34  # 2.34, of 2021: what the machines with a GPU are sure to have
-_NVCC = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-shared", "-cudart", "static", "-Xlinker=-s"]
-_NVCC += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
+NVCC = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-shared", "-cudart", "static", "-Xlinker=-s"]
+NVCC += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
 
 
 def build(arch: str) -> None:
@@ -31,7 +31,7 @@ def build(arch: str) -> None:
     for library in (BUILT / "lib/sfllava_fast").glob("*.so"):
         library.rename(BUILT / library.name)
     shutil.rmtree(BUILT / "lib")
-    _build_bench([nvcc, *_NVCC, f"-gencode=arch=compute_{arch},code=sm_{arch}"])
+    build_bench([nvcc, *NVCC, f"-gencode=arch=compute_{arch},code=sm_{arch}"])
     for library in BUILT.rglob("*.so"):
         if (glibc := newest_glibc(library)) > _NEWEST_GLIBC:
             raise ResultError(f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}: build on an older system")
@@ -39,7 +39,7 @@ def build(arch: str) -> None:
     write_json(BUILT / "build.json", told | {"sources": sources_digest()})
 
 
-def _build_bench(nvcc: list[str]) -> None:
+def build_bench(nvcc: list[str]) -> None:
     """The copy kernel and the variants, several at a time."""
     source = ROOT / "bench/cuda"
     commands = [[*nvcc, str(source / "copy.cu"), "-o", str(copies.LIBRARY)]]

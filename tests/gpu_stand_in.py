@@ -83,23 +83,28 @@ Set = Callable[[Any, str, Any], None]  # setattr, or pytest's monkeypatch.setatt
 def rehearse(set_: Set, set_item: Set) -> None:
     """Makes the commands that `bench gpu` starts run on the CPU with few channels. Kernels, variants and the copy kernel
     are stood in for by the CPU's."""
-    fake = FakeCuda(l2=1 << 12)  # two sets of everything
-    for name in ("get_device_properties", "mem_get_info", "current_device", "current_stream", "empty_cache"):
-        set_(torch.cuda, name, getattr(fake, name))
-    set_(torch.cuda, "is_available", lambda: True)
-    set_(torch.cuda, "get_device_name", lambda device=None: "Rehearsal")
-    set_(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for name in _NAMES:
         found = getattr(works, name)
         set_(works, name, _small(found) if isinstance(found, works.Work) else tuple(map(_small, found)))
     set_(timers.CudaTimer, "_WARM_UP", 0)
+    set_(timers, "gc", SimpleNamespace(collect=int))  # no memory is short
     set_(copies, "_LARGE", 1 << 20)
     for name in ("cuda", "triton"):
         set_item(backends.BACKENDS, name, replace(_on_the_cpu(), name=name))
     set_(tune.Variant, "built", True)
     set_(tune.Variant, "run", _run_variant)
-    set_item(op.LABS, "cuda", partial(_lab, fake))
+    set_item(op.LABS, "cuda", _lab)
     set_(sanitize, "main", partial(_small_calls, sanitize.main))
+
+
+def pretend_a_device(set_: Set) -> None:
+    """What `bench gpu` itself asks of a device, and libraries that were carried for it."""
+    fake = FakeCuda()
+    for name in ("get_device_properties", "mem_get_info", "current_device"):
+        set_(torch.cuda, name, getattr(fake, name))
+    set_(torch.cuda, "is_available", lambda: True)
+    set_(torch.cuda, "get_device_name", lambda: "Rehearsal")
+    set_(torch.cuda, "get_device_capability", lambda: (9, 0))
     set_(carried, "why_not", lambda arch: None)
     set_(carried, "install", list)
 
@@ -108,10 +113,11 @@ def _small(work: works.Work) -> works.Work:
     return replace(work, channels=work.channels // _SMALLER)
 
 
-def _lab(fake: FakeCuda) -> op.Lab:
+def _lab() -> op.Lab:
     ours = ("cuda",) if backends.load_triton() else ("cuda", "triton")
     both = {"copy_": copies.torch_copy, copies.KERNEL: copies.torch_copy}
-    return op.Lab("cpu", works.CUDA_WORKS, ours, (), timers.CudaTimer(fake), copies=both)
+    timer = timers.CudaTimer(FakeCuda(l2=1 << 12))  # two sets of everything
+    return op.Lab("cpu", works.CUDA_WORKS, ours, (), timer, compile_mode="default", copies=both)
 
 
 def _run_variant(variant: tune.Variant, work: works.Work, features, tokens, gradient) -> None:

@@ -19,7 +19,7 @@ import torch
 from sfllava_fast import SlowFastConfig, backends
 
 pytest.importorskip("rich")
-from gpu_stand_in import FakeCuda, rehearse  # noqa: E402
+from gpu_stand_in import FakeCuda, pretend_a_device, rehearse  # noqa: E402
 
 from bench import __main__ as cli  # noqa: E402
 from bench import carried, copies, dropins, gpu, layouts, op, peers, plot, projector, record  # noqa: E402
@@ -457,7 +457,7 @@ def test_the_steps_of_the_pipeline(tmp_path):
 
 
 def test_libraries_that_were_not_carried_are_built_first(tmp_path, monkeypatch):
-    rehearse(monkeypatch.setattr, monkeypatch.setitem)
+    pretend_a_device(monkeypatch.setattr)
     monkeypatch.setattr(carried, "why_not", lambda arch: "nothing was built beforehand")
     monkeypatch.setattr(gpu, "run_steps", lambda steps, file, seconds, told: (steps, file, seconds, told))
     steps, file, seconds, told = gpu.run(tmp_path, "op", 300)
@@ -764,6 +764,13 @@ def test_layouts_are_measured_after_their_tokens(small_layouts, tmp_path, monkey
     assert list(result["works"]) == [str(work) for work in layouts.WORKS if "float32" in str(work)]
     assert not result["errors"] and all(f["providers"]["published"]["ratio"] > 0 for f in result["works"].values())
     assert "pllava float32" in capsys.readouterr().out
+
+
+def test_layouts_on_a_gpu_go_round_the_cache_in_a_graph(small_layouts):
+    fake, work = FakeCuda(l2=1 << 20), layouts.WORKS[0]
+    figures = layouts._measure(work, "cpu", timers.CudaTimer(fake), 3)
+    assert timers.CudaTimer(fake).sets(figures["bytes"]) > 2
+    assert fake.log.count("replay") == 2 + 2 * 3  # each form once when it was captured, then in every round
 
 
 def test_layouts_of_other_tokens_are_not_timed(small_layouts, monkeypatch, capsys):

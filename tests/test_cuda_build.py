@@ -221,12 +221,50 @@ for op in ("pool_gpu", "pool_backward_gpu"):
     ],
 )
 def test_which_layouts_are_tiled(library, layout, frames, grid, path):
-    library = ctypes.CDLL(str(library))
-    library.sfllava_cuda_path.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.sfllava_cuda_path.restype = ctypes.c_char_p
     table = plan_table(parse_layout(layout).plan(frames, grid))
-    assert library.sfllava_cuda_path(table.data_ptr(), table.numel()) == path
-    assert library.sfllava_cuda_path(table.data_ptr(), table.numel() - 1) is None
+    assert path_of(library)(table.data_ptr(), table.numel()) == path
+    assert path_of(library)(table.data_ptr(), table.numel() - 1) is None
+
+
+def path_of(library):
+    call = ctypes.CDLL(str(library)).sfllava_cuda_path
+    call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_char_p
+    return call
+
+
+def test_sanitizers_watch_both_ways(library):
+    """The small calls of bench/sanitize.py are large enough for tiles of either width, and others take the box way."""
+    pytest.importorskip("rich")
+    from bench.sanitize import CASES, LENGTHS
+
+    found = set()
+    for layout, grid in CASES:
+        table = plan_table(layout.plan(LENGTHS, grid))
+        path = path_of(library)(table.data_ptr(), table.numel())
+        found.add((path, grid[1] // layout.fast_grid[1]) if path == b"tile" else path)
+    assert found == {b"box", (b"tile", 4), (b"tile", 6)}
+
+
+def test_what_only_the_benchmark_has_is_built_and_loads(tmp_path, monkeypatch):
+    """The copy kernel, and of each direction the variant that is the default."""
+    pytest.importorskip("rich")
+    if not (nvcc := tool("nvcc")):
+        pytest.skip("there is no nvcc")
+    from bench import carried, copies, tune
+
+    monkeypatch.setattr(tune, "BUILT", tmp_path)
+    monkeypatch.setattr(copies, "LIBRARY", tmp_path / "bench/copy.so")
+    chosen = [tune.Variant(direction, tuning) for direction, tuning in tune.defaults().items()]
+    monkeypatch.setattr(tune, "variants", lambda: chosen)
+    carried.build_bench([nvcc, *carried.NVCC, "-gencode=arch=compute_90,code=sm_90"])
+    libraries = {copies.LIBRARY: "sfllava_copy"} | {variant.library: "sfllava_variant" for variant in chosen}
+    for library, name in libraries.items():
+        assert carried.newest_glibc(library) <= 34
+        assert not {needed for needed in Elf(library).needed if "cuda" in needed}
+        code = f"import ctypes; ctypes.CDLL({str(library)!r}).{name}"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    kernels = cuobjdump(chosen[1].library, "-res-usage")
+    assert len(re.findall(r"Function \S*tile_kernel", kernels)) == 1 and "DirectionE1E" in kernels
 
 
 def setup(path: str | None = None, **variables: str) -> subprocess.CompletedProcess:
