@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata, util
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -32,6 +33,7 @@ BENCH = [sys.executable, "-m", "bench"]
 _PASSED, _FAILED, _SKIPPED, _DROPPED = "passed", "FAILED", "skipped", "DROPPED"
 _HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 _TOOL_FOLDERS = (f"{_HOME}/bin", str(Path(sys.executable).parent))
+_SHOWN = 12  # last lines of a step's output: all of it is in the log
 _TOOLS = ("nvcc", "c++", "cmake", "ncu", "compute-sanitizer")
 _COUNTERS = (
     "gpu__time_duration.sum",
@@ -147,13 +149,16 @@ def _build(arch: str) -> Step:
 
 
 def run_steps(steps: list[Step], file: Path, seconds: float, told: dict | None = None) -> int:
-    """Runs all that fits into so many seconds and says how each step went, here and in `file`, with `told`."""
-    deadline = time.monotonic() + seconds
+    """Runs all that fits into so many seconds and says how each step went, here and in `file`, with `told`; what the
+    steps print goes into a log beside it."""
+    deadline, log = time.monotonic() + seconds, file.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
     outcomes: list[dict] = []
     for step in steps:
         print(f"\n--- {step.name}: {' '.join(step.command)}", flush=True)
         start = time.monotonic()
-        status, reason = _run(step, deadline - start)
+        status, reason = _run(step, deadline, log)
         told_of_step = {"step": step.name, "status": status, "reason": reason, "expected": step.expected}
         outcomes.append(told_of_step | {"limit": step.limit, "seconds": time.monotonic() - start})
         write_json(file, (told or {}) | {"steps": outcomes})
@@ -173,25 +178,32 @@ def _table(outcomes: list[dict], folder: Path) -> Table:
     return table
 
 
-def _run(step: Step, left: float) -> tuple[str, str]:
+def _run(step: Step, deadline: float, log: Path) -> tuple[str, str]:
     if reason := step.why_not():
         return _SKIPPED if step.optional else _FAILED, reason
+    left = deadline - time.monotonic()
     if left < step.expected:
         return _DROPPED, f"{max(left, 0):.0f} s were left"
     limit = min(step.limit, left)
-    status = _call(step.command, limit)
+    with log.open("a+", errors="replace") as file:
+        print(f"\n--- {step.name}", file=file, flush=True)
+        begin = file.tell()
+        status = _call(step.command, limit, file)
+        file.seek(begin)
+        print("".join(file.readlines()[-_SHOWN:]), end="", flush=True)
     if status is None:
         return _FAILED, f"took longer than {limit:.0f} s"
     reason = step.why_failed() or (f"exit status {status}" if status else "")
     return (_FAILED, reason) if reason else (_PASSED, "")
 
 
-def _call(command: list[str], limit: float) -> int | None:
+def _call(command: list[str], limit: float, output: TextIO) -> int | None:
     """The exit status; None where it took too long and was ended, with all that it had started."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_TOOL_FOLDERS])
     modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    given = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **given)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:

@@ -153,21 +153,22 @@ def run(lab: Lab, rounds: int, only: Sequence[str], save: Callable[[dict], None]
 def _measure(work: Work, lab: Lab, rounds: int) -> dict:
     size, wrong = work.bytes_moved(), {}
     count = lab.timer.sets(size)
-    if reason := lab.timer.why_no_room((3 * count + 8) * size):
+    if reason := lab.timer.why_no_room(((2 + len(lab.copies)) * count + 8) * size):
         raise RuntimeError(reason)
     generator = torch.Generator(lab.device).manual_seed(0)
     sets = [work.make_set(lab.device, generator) for _ in range(count)]
     expected, samples = work.expected(*sets[0]), {}
 
     def prepare(name: str, contender: Run) -> None:
-        check(name, contender, sets[0][1], expected, work, exact=True)
+        check(name, contender, expected, work, exact=True)
         samples[name] = lab.timer.prepare(contender, count)
 
     for name, contender in {**cuda_runs(work, sets), **(triton_runs(work, sets) if "triton" in lab.ours else {})}.items():
         guarded(name, wrong, partial(prepare, name, contender))
     copies = {name: lab.timer.prepare(copy(size, count, lab.device), count) for name, copy in lab.copies.items()}
-    times = lab.timer.times(copies | samples, rounds)
-    rows = {name: _row(name, times, size, lab.copies) for name in times}
+    samples |= copies
+    times = lab.timer.times(samples, rounds)
+    rows = {name: _row(name, times, size, lab.copies) | {"graph": sample.graph} for name, sample in samples.items()}
     best = {kind: _fastest(rows, kind) for kind in ("cuda", "triton")}
     return {"bytes": size, "providers": rows, "wrong": wrong, "best": best, "best_peer": None, "bars": {}}
 

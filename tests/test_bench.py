@@ -113,7 +113,7 @@ def test_every_peer_computes_the_tokens(monkeypatch, frames, dtype):
     found = peers.peers(work, "cpu", None)
     assert set(found) == {"plain eager", "best eager", "compiled plain", "compiled best"}
     for name, fill in found.items():
-        op.check(name, lambda _, fill=fill: (fill(features, out), out)[1], out, work.expected(features, out), work)
+        op.check(name, lambda _, fill=fill: (fill(features, out), out)[1], work.expected(features, out), work)
 
 
 @pytest.mark.parametrize("layout", ["concat", "spatial_1d_avg_pool", "spatial_2d_max_pool", "spatial_2d_avg_pool"])
@@ -121,7 +121,7 @@ def test_the_plain_form_of_other_layouts(layout):
     work = Work(torch.float32, 8, peers="plain", frames=14, layout=SlowFastConfig(8, layout, (5, 3)))
     features, out = work.make_set("cpu", torch.Generator().manual_seed(1))
     [(name, fill)] = peers.peers(work, "cpu", None).items()
-    op.check(name, lambda _: (fill(features, out), out)[1], out, work.expected(features, out), work)
+    op.check(name, lambda _: (fill(features, out), out)[1], work.expected(features, out), work)
 
 
 # --- a GPU that is none: FakeCuda
@@ -253,6 +253,14 @@ def test_a_backend_of_ours_that_is_one_bit_off_has_no_figures(monkeypatch):
     monkeypatch.setattr(op, "run_forward", nearly)
     result = measure(fake_lab(FakeCuda(), TINY))
     assert set(result["errors"]) == {f"{TINY}: cpu"} and "cpu" not in result["works"][str(TINY)]["providers"]
+
+
+def test_who_writes_nothing_is_not_taken_for_right():
+    """Not even where another one wrote the right values into the same tensor before."""
+    written = torch.ones(3)
+    with pytest.raises(AssertionError, match="other values"):
+        op.check("cpu", lambda number: written, torch.ones(3), TINY)
+    op.check("cpu", lambda number: written.fill_(1), torch.ones(3), TINY)
 
 
 def nearly(work, sets, backend, number, aggregate=op.run_forward):
@@ -387,7 +395,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path, capfd):
             step("lies", "", why_failed=lambda: "proved nothing"),
             step("lacks a tool", "", why_not=lambda: "missing: nvcc"),
             step("is refused", "", why_not=lambda: "not here", optional=True),
-            step("finds them written", reads),
+            step("finds them written", reads + "; print(*range(100), sep='\\n')"),
             step("does not fit", mark + "; 1 / 0", expected=100),
             step("works", mark),
         ],
@@ -412,6 +420,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path, capfd):
     ]
     out = capfd.readouterr().out
     assert "--- works" in out and "proved nothing" in out and "expected" in out
+    assert "\n99\n" in out and "\n80\n" not in out and "\n80\n" in (tmp_path / "steps.log").read_text()
     assert gpu.run_steps([step("is refused", "", why_not=lambda: "not here", optional=True)], file, 60) == 0
 
 
@@ -433,7 +442,7 @@ def check_steps(found, folder, most_seconds):
         assert getattr(args, "json", None) is None or args.json.parent == folder
         assert getattr(args, "device", "cuda") == "cuda"
     written = {args.json.name for step in found if getattr(args := parsed(step), "json", None)}
-    assert len(written) <= 6  # with the steps and ncu's counters: eight files come back
+    assert len(written) <= 5  # with the steps, their log and ncu's counters: eight files come back
     assert sum(step.expected for step in found) <= most_seconds
     return {step.name: step for step in found}
 
