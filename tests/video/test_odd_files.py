@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import struct
 import zlib
@@ -83,6 +84,43 @@ def test_decord_refuses_a_name_that_is_not_utf8(folder, tmp_path):
     with open(name, "wb") as file:
         file.write(clips.make(folder, "plain.mp4").read_bytes())
     one_line("decord cannot read .*, a name that is not UTF-8; try --decoder pyav", name, decoder="decord")
+
+
+@pytest.mark.parametrize(("beyond", "reads"), [(0, True), (1, False), (2**20, False)])
+def test_decord_is_given_no_header_of_more_frames_than_the_file_has_bytes(
+    beyond, reads, folder, tmp_path, monkeypatch
+):
+    """It takes memory for as many: the counts here are harmless, and decord is kept from those refused."""
+    decord = pytest.importorskip("decord")
+    path = tmp_path / "many.avi"
+    data = bytearray(clips.make(folder, "mpeg4.avi").read_bytes())
+    at = data.index(b"strh") + 40  # the stream's length in frames
+    data[at : at + 4] = struct.pack("<I", len(data) + beyond)
+    path.write_bytes(data)
+    assert open_video(path).total == clips.FRAMES
+    if reads:
+        assert open_video(path, "decord").total == clips.FRAMES
+        return
+    monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord was given the file"))
+    one_line(
+        f"decord cannot read {path}: its header says {len(data) + beyond} frames, .* try --decoder pyav",
+        path,
+        decoder="decord",
+    )
+
+
+def test_whatever_decord_raises_is_one_line(folder, monkeypatch):
+    decord = pytest.importorskip("decord")
+    path = clips.make(folder, "plain.mp4")
+    video = open_video(path, "decord")
+
+    def fail(*_, **__):
+        raise ctypes.ArgumentError("argument 1:\nwrong type")
+
+    monkeypatch.setattr(video._reader, "get_batch", fail)
+    one_line("decord cannot decode .*wrong type; try --decoder pyav", [0], video.arrays)
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    one_line("decord cannot read .*wrong type; try --decoder pyav", path, decoder="decord")
 
 
 def test_the_default_stream_is_the_video_not_a_larger_thumbnail(folder, tmp_path):

@@ -379,7 +379,7 @@ def test_unknown_decoder(tmp_path):
         open_video(tmp_path, decoder="vlc")
 
 
-@pytest.mark.parametrize(("decoder", "module"), [("pyav", "av"), ("decord", "decord")])
+@pytest.mark.parametrize(("decoder", "module"), [("pyav", "av"), ("decord", "decord"), ("decord", "av")])
 def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"anything")
