@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, hide_password, import_package, max_pixels
+from .base import Numbered, Video, check_file, check_limits, hide_password, import_package
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -110,7 +110,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
-    max_pixels()  # a wrong setting is not the file's fault
+    check_limits()
     size = check_file(path)
     declared = declared_bytes(path)
     if declared > size:

@@ -426,9 +426,14 @@ def _why_none(path: Path, sized: bool) -> str:
     head = path.read_bytes()[:64] if path.is_file() else b""
     if head[8:12] == b"WEBP" and b"ANIM" in head:
         return "this FFmpeg cannot read animated WebP; convert it to GIF or MP4, or install PyAV 19"
-    if not sized:
-        return f"re-encode it; or set SFLLAVA_FAST_MAX_PIXELS, if it has frames of more than {max_pixels()} pixels"
-    return "re-encode it"
+    return instead_of_none(sized)
+
+
+def instead_of_none(sized: bool) -> str:
+    """What to do about a video without a frame that can be decoded, which says the size of its pictures or does not."""
+    if sized:
+        return "re-encode it"
+    return f"re-encode it; or set SFLLAVA_FAST_MAX_PIXELS, if it has frames of more than {max_pixels()} pixels"
 
 
 def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorders: bool) -> _Index | None:

@@ -293,7 +293,8 @@ def test_frames_of_too_many_pixels_are_not_decoded(make, tmp_path, monkeypatch):
     monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "59999")
     decoded = []
     monkeypatch.setattr("sfllava_fast.video.pyav.rgb_converter", lambda av: decoded.append)
-    one_line("SFLLAVA_FAST_MAX_PIXELS", path)
+    one_line("none of its frames can be decoded.*SFLLAVA_FAST_MAX_PIXELS.*than 59999 pixels", path)
+    one_line("SFLLAVA_FAST_MAX_PIXELS.*than 59999 pixels", path, lambda source: list(open_live(source).arrays()))
     if make is png:
         one_line("frames of 300x200, more than 59999 pixels: .*SFLLAVA_FAST_MAX_PIXELS", tmp_path)
     assert not decoded
@@ -311,7 +312,46 @@ def test_videos_of_too_many_pixels_are_not_decoded(folder, monkeypatch):
     one_line("33 frames of 128x96 are asked of .*, more than 393216 pixels at once", [0] * 33, video.arrays)
 
 
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", str(3 * clips.HEIGHT * clips.WIDTH))
+    one_line("4 frames .* more than 36864 pixels at once: .* SFLLAVA_FAST_MAX_TOTAL_PIXELS", [0] * 4, video.arrays)
+    monkeypatch.undo()
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", str(3 * clips.HEIGHT * clips.WIDTH))
+    assert len(video.arrays([0] * 3)) == 3
+
+
+@pytest.mark.parametrize("limit", [1500, 100], ids=["beyond which Pillow warns", "twice of which it raises at"])
+def test_pillow_has_no_limit_of_its_own(limit, tmp_path, monkeypatch, recwarn):
+    Image = pytest.importorskip("PIL.Image")
+    for suffix in ("png", "jpg", "bmp"):
+        (tmp_path / suffix).mkdir()
+        Image.new("RGB", (64, 32), "white").save(tmp_path / suffix / f"0.{suffix}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for suffix in ("png", "jpg", "bmp"):
+        assert (open_video(tmp_path / suffix).arrays([0]) == 255).all()
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "2047")
+    for suffix in ("png", "jpg", "bmp"):
+        one_line("frames of 64x32, more than 2047 pixels: .*SFLLAVA_FAST_MAX_PIXELS", tmp_path / suffix)
+    assert [str(one.message) for one in recwarn] == []
+
+
+@pytest.mark.parametrize("name", ["WebP", "Tiff"])
+def test_a_limit_that_pillow_has_for_some_formats_is_one_line(name, tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    plugin = pytest.importorskip(f"PIL.{name}ImagePlugin")
+    Image.new("RGB", (64, 32)).save(tmp_path / f"0.{name.lower()}")
+
+    def refuse(*_):
+        raise Image.DecompressionBombError("DOS attack")
+
+    monkeypatch.setattr(getattr(plugin, f"{name}ImageFile"), "_open", refuse)
+    one_line(f"0.{name.lower()} has more pixels than Pillow's own limit, [0-9]+$", tmp_path)
+
+
 def test_a_limit_that_is_no_number(folder, monkeypatch):
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", "-1")
+    for opening in (open_video, open_live):
+        with pytest.raises(InputError, match="^SFLLAVA_FAST_MAX_TOTAL_PIXELS must be a number .*, not '-1'"):
+            opening(clips.make(folder, "plain.mp4"))
     monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "8k")
     with pytest.raises(InputError, match="SFLLAVA_FAST_MAX_PIXELS must be a number of pixels of at least 1, not '8k'"):
         MemoryVideo(np.zeros((1, 2, 2, 3), np.uint8)).arrays([0])
