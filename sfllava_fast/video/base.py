@@ -58,7 +58,8 @@ class Video:
         self.path = path
 
     def frames(self, indices: Iterable[int]) -> Tensor:
-        """The tensor of `arrays(indices)`, which it shares memory with."""
+        """The tensor of `arrays(indices)`, which it shares memory with. Raises BackendError where torch is missing."""
+        import_torch()
         return as_tensor(self.arrays(indices))
 
     def arrays(self, indices: Iterable[int]) -> np.ndarray:
@@ -82,7 +83,8 @@ class Video:
     def stream(
         self, indices: Iterable[int], stop: threading.Event | None = None
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """The frames of `stream_arrays` as tensors, which share memory with them."""
+        """The frames of `stream_arrays` as tensors, which share memory with them; BackendError where torch is missing."""
+        import_torch()
         return _tensors(self.stream_arrays(indices, stop))
 
     def stream_arrays(self, indices: Iterable[int], stop: threading.Event | None = None) -> Numbered:
@@ -131,9 +133,18 @@ def _each(indices: Iterable[int]) -> Iterable[int]:
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """The tensor that shares an array's memory."""
-    import torch
+    return import_torch().from_numpy(array)
 
-    return torch.from_numpy(array)
+
+def import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError(
+            f"tensors of frames need the package torch, which cannot be imported ({one_line(error)}): pip install torch, "
+            "or take arrays (`arrays`, `stream_arrays`)"
+        ) from error
+    return torch
 
 
 def _tensors(arrays: Numbered) -> Generator[tuple[int, Tensor], None, None]:

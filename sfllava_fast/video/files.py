@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, check_limits, hide_password, import_package
+from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -62,9 +62,7 @@ def as_frames(frames: Tensor | np.ndarray) -> Tensor:
     _check_frames(frames)
     if not isinstance(frames, np.ndarray):
         return frames
-    import torch
-
-    return torch.from_numpy(_for_torch(frames))
+    return as_tensor(_for_torch(frames))
 
 
 def _check_frames(frames: object) -> None:

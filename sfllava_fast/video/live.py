@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, VideoError
-from .base import as_tensor, check_file, check_limits, check_pixels, hide_password, import_package, log, reason
+from .base import as_tensor, check_file, check_limits, check_pixels, hide_password, import_package, import_torch, log, reason
 from .pyav import (
     FORMATS,
     demux,
@@ -105,7 +105,8 @@ class LiveVideo:
         self._thread.start()
 
     def next_frame(self, timeout: float | None = None) -> tuple[float, Tensor] | None:
-        """`next_array` with the frame as a tensor."""
+        """`next_array` with the frame as a tensor; BackendError, with no frame lost, where torch is missing."""
+        import_torch()
         following = self.next_array(timeout)
         return following and (following[0], as_tensor(following[1]))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 from fractions import Fraction
+from types import ModuleType
 
 import clips
 import numpy as np
@@ -183,6 +186,24 @@ def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
     with pytest.raises(BlockingIOError):
         list(pyav.demux(gaps, None))
     assert gaps.asked == 21
+
+
+def test_damage_of_a_video_that_vllm_is_sent_is_logged_once(spoilt, monkeypatch, caplog):
+    """With a stand-in for the one class of vLLM's that the loader knows."""
+    pytest.importorskip("torch")
+    stand_in = ModuleType("vllm.multimodal.video")
+    stand_in.VideoLoader = object
+    for name in ("vllm", "vllm.multimodal"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.delitem(sys.modules, "sfllava_fast.serving.vllm_video", raising=False)
+    loader = importlib.import_module("sfllava_fast.serving.vllm_video").SlowFastVideoLoader
+    monkeypatch.delitem(sys.modules, "sfllava_fast.serving.vllm_video")
+    for bad, told in (((12,), "59 of its 60 frames can be decoded"), ((0,), "35 frames can"), ((), None)):
+        caplog.clear()
+        frames, _ = loader.load_bytes(spoilt(*bad).read_bytes(), num_frames=60)
+        assert len(frames) in (35, 60)
+        assert len(caplog.messages) == bool(told) and (not told or told in caplog.text and "vllm-request" in caplog.text)
 
 
 def test_a_read_that_is_stopped_while_it_counts_changes_nothing(spoilt):

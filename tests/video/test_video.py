@@ -15,7 +15,7 @@ import pytest
 
 from sfllava_fast import sample_frames
 from sfllava_fast.errors import BackendError, InputError, RenumberedError, VideoError
-from sfllava_fast.video import base, open_video, pyav
+from sfllava_fast.video import as_frames, base, open_live, open_video, pyav
 
 EVERY_CLIP = [*clips.ENCODED, *clips.COPIED]
 DECORD_CLIPS = ["plain.mp4", "fast_start.mp4", "variable_rate.mp4", "vp9.webm"]
@@ -509,6 +509,22 @@ def test_decoding_needs_no_torch(folder, tmp_path):
     command = [sys.executable, script, path]
     done = subprocess.run(command, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("(60, 96, 128, 3) 3\n", "")
+
+
+def test_tensors_without_torch_are_one_line(folder, monkeypatch):
+    path = clips.make(folder, "plain.mp4")
+    video = open_video(path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(video, "_stream", lambda *_: pytest.fail("something was decoded"))
+    said = "^tensors of frames need the package torch, which cannot be imported .*pip install torch, or take arrays"
+    with open_live(path) as live:
+        for use in (lambda: video.frames([0]), lambda: video.stream([0]), live.next_frame, lambda: next(iter(live))):
+            with pytest.raises(BackendError, match=said) as caught:
+                use()
+            assert "\n" not in str(caught.value)
+        assert len(list(live.arrays())) == 5
+    with pytest.raises(BackendError, match=said):
+        as_frames(np.zeros((1, 2, 2, 3), np.uint8))
 
 
 def test_what_is_no_video():
