@@ -83,7 +83,7 @@ class Video:
     def stream(
         self, indices: Iterable[int], stop: threading.Event | None = None
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """The frames of `stream_arrays` as tensors, which share memory with them; BackendError where torch is missing."""
+        """The frames of `stream_arrays` as tensors of the same memory; BackendError where torch is missing."""
         import_torch()
         return _tensors(self.stream_arrays(indices, stop))
 
@@ -141,8 +141,8 @@ def import_torch() -> Any:
         import torch
     except ImportError as error:
         raise BackendError(
-            f"tensors of frames need the package torch, which cannot be imported ({one_line(error)}): pip install torch, "
-            "or take arrays (`arrays`, `stream_arrays`)"
+            f"tensors of frames need the package torch, which cannot be imported ({one_line(error)}): pip install "
+            "torch, or take arrays (`arrays`, `stream_arrays`)"
         ) from error
     return torch
 

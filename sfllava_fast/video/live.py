@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, VideoError
-from .base import as_tensor, check_file, check_limits, check_pixels, hide_password, import_package, import_torch, log, reason
+from .base import (
+    as_tensor,
+    check_file,
+    check_limits,
+    check_pixels,
+    hide_password,
+    import_package,
+    import_torch,
+    log,
+    reason,
+)
 from .pyav import (
     FORMATS,
     demux,

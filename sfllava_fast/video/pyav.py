@@ -469,8 +469,9 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
 def _lost(packets: Sequence[tuple[int | None, bool]], unit: Fraction) -> float:
     """Seconds that gaps among (dts, corrupt) packets have lost.
 
-    A gap is a step half a frame or more too long, within two of a packet marked as corrupt: so FFmpeg marks a break in a
-    transport stream's continuity. Neither tells alone: files are joined, and rates vary. Beyond `_LONGEST` a clock was set.
+    A gap is a step half a frame or more too long, within two of a packet marked as corrupt: so FFmpeg marks a break in
+    a transport stream's continuity. Neither tells alone: files are joined, and rates vary. Beyond `_LONGEST` a clock
+    was set.
     """
     timed = [(dts, corrupt) for dts, corrupt in packets if dts is not None]
     steps = [b - a for (a, _), (b, _) in pairwise(timed)]
