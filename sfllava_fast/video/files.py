@@ -126,7 +126,7 @@ def _check_whole(path: Path, size: int, declared: int) -> None:
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
         if left >= announced > 0:
             return
-    except (VideoError, BackendError):
+    except VideoError:
         frames = "no frame"
     short = f"{path} is cut short ({size} of {declared} bytes)"
     raise VideoError(f"{short}: {frames} can be decoded; copy or download it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -393,6 +394,10 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
     monkeypatch.setattr(base.importlib, "import_module", absent)
     with pytest.raises(BackendError, match=f"pip install {module}"):
         open_video(path, decoder)
+    if module == "av":
+        path.write_bytes(struct.pack(">I4s", 1000, b"ftyp"))  # cut short, which is looked at with PyAV
+        with pytest.raises(BackendError, match="pip install av"):
+            open_video(path, decoder)
 
 
 @pytest.mark.parametrize("indices", [3, ["a"], [0.5]])
