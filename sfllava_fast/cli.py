@@ -189,9 +189,9 @@ def batch(args: argparse.Namespace) -> int:
     from .offline.questions import by_video, find_video, read_questions
     from .offline.run import run
     from .offline.workers import Worker
-    from .video.base import max_pixels
+    from .video.base import check_limits
 
-    max_pixels()  # a wrong setting is not every video's fault
+    check_limits()  # a wrong setting is not every video's fault
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
     videos = [find_video(args.videos, group.name) for group in groups]

@@ -150,6 +150,8 @@ class SlowFastLlava(Pipeline):
         """
         if layout is None and mode == "append" and isinstance(self.layout, SlowFastConfig) and self.layout.fast_grid:
             layout = self.layout.only("fast")
+        if frames is not None:
+            check_count("frames", frames)
         model = self if layout is None else self.with_layout(layout)
         if model.layout.canvas or mode == "memory" and model.layout.stage == "before":
             raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")

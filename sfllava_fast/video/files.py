@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, hide_password, import_package, max_pixels
+from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -62,9 +62,7 @@ def as_frames(frames: Tensor | np.ndarray) -> Tensor:
     _check_frames(frames)
     if not isinstance(frames, np.ndarray):
         return frames
-    import torch
-
-    return torch.from_numpy(_for_torch(frames))
+    return as_tensor(_for_torch(frames))
 
 
 def _check_frames(frames: object) -> None:
@@ -110,7 +108,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
-    max_pixels()  # a wrong setting is not the file's fault
+    check_limits()
     size = check_file(path)
     declared = declared_bytes(path)
     if declared > size:
@@ -128,7 +126,7 @@ def _check_whole(path: Path, size: int, declared: int) -> None:
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
         if left >= announced > 0:
             return
-    except (VideoError, BackendError):
+    except VideoError:
         frames = "no frame"
     short = f"{path} is cut short ({size} of {declared} bytes)"
     raise VideoError(f"{short}: {frames} can be decoded; copy or download it again")
