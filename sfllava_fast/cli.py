@@ -186,7 +186,7 @@ def _print_answer(answer: Answer, in_json: bool) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     from .embedded import CAVEAT, is_sample
-    from .offline.questions import by_video, find_video, read_questions
+    from .offline.questions import by_video, find_video, note_files, read_questions
     from .offline.run import run
     from .offline.workers import Worker
     from .video.base import max_pixels
@@ -194,7 +194,7 @@ def batch(args: argparse.Namespace) -> int:
     max_pixels()  # a wrong setting is not every video's fault
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
-    videos = [find_video(args.videos, group.name) for group in groups]
+    note_files(groups, args.videos)
     make_folder(args.out)
     limits = {name: getattr(args, name) for name in ("workers", "attempts", "retry_errors", "retry_changed")}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -359,3 +361,43 @@ def test_a_server_cannot_be_resumed_as_a_model(batch, tmp_path, capsys):
         assert batch(server, [("c", "1", None)], "--max-new-tokens", "5")[0] == 2
     assert cli.main(["batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]) == 2
     assert "was begun with" in capsys.readouterr().err and Path(tmp_path / "a.jsonl").read_text().count("\n") == 1
+
+
+def test_the_model_that_a_server_names_decides(batch, capsys):
+    names = ["one", "one", "two"]
+    with serving(lambda body: "yes") as server:
+        server.models = names
+        assert batch(server, [("c", "1", None)])[0] == 0 and server.requests[0]["model"] == "one"
+        assert batch(server, [("c", "1", None)])[0] == 0
+        assert batch(server, [("c", "1", None)], "--model", "one")[0] == 0
+        del names[:2]
+        assert batch(server, [("c", "1", None)])[0] == 2
+    assert "was begun with model one, not two: use the same" in capsys.readouterr().err and len(server.requests) == 1
+
+
+def test_answers_about_another_file_of_the_same_name_are_refused(batch, videos, capsys):
+    rows = [("a b", "1", None), ("c", "2", None)]
+    with serving(lambda body: "yes") as server:
+        assert batch(server, rows)[0] == 0
+        copy = videos.with_name("copy")
+        shutil.copytree(videos, copy)  # with its times
+        assert batch(server, rows, "--videos", copy)[0] == 0 and len(server.requests) == 2
+        (copy / "c.webm").write_bytes(b"another")
+        os.utime(copy / "a b.mp4", ns=(1, 1))
+        assert batch(server, rows, "--videos", copy)[0] == 2
+        err = capsys.readouterr().err
+        assert "under the ids 0 (another video_file), 1 (another video_file): name another file, or" in err
+        assert batch(server, rows)[0] == 0 and len(server.requests) == 2
+        assert batch(server, rows, "--videos", copy, "--retry-changed")[0] == 0
+        assert video_of(server.requests[3]) == (copy / "c.webm").as_uri() and len(server.requests) == 4
+        shutil.rmtree(copy)  # what is answered needs no video
+        assert batch(server, rows, "--videos", copy)[0] == 0 and len(server.requests) == 4
+
+
+def test_an_error_about_a_video_that_was_replaced_is_asked_again(batch, videos):
+    with serving(lambda body: (400, {"error": "no"})) as server:
+        assert batch(server, [("c", "1", None)])[0] == 1 and batch(server, [("c", "1", None)])[0] == 1
+        assert len(server.requests) == 1
+        (videos / "c.webm").write_bytes(b"repaired")
+        server.answer = lambda body: "yes"
+        assert batch(server, [("c", "1", None)])[0] == 0

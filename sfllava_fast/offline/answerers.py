@@ -13,6 +13,7 @@ from ..errors import InputError, SfllavaError, VideoError, first_line
 from ..prompts import check_question, pick_option, user_words
 from .chat import Chat, check_access
 from .questions import Question, find_video
+from .stamps import stamp_checkpoint, stamp_video
 from .workers import MakeAnswerer
 
 if TYPE_CHECKING:
@@ -83,7 +84,17 @@ def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[Mak
     # Workers may be somewhere else: actors of a cluster are.
     model = os.path.abspath(model) if model and os.path.exists(model) else model
     told = {name: options[name] and str(options[name]) for name in _DECIDE}
-    return partial(make_model, model=model, videos=videos.absolute(), **options), {"model": model or "embedded", **told}
+    files = {"model_files": model and stamp_checkpoint(model), "reduction_file": _reduction_file(options["reduction"])}
+    decide = {"model": model or "embedded", **told, **files}
+    return partial(make_model, model=model, videos=videos.absolute(), **options), decide
+
+
+def _reduction_file(reduction: str | None) -> str | None:
+    """The stamp of the file that a reduction is read from, if there is one."""
+    from ..reduction.settings import parse_reduction
+
+    file = getattr(parse_reduction(reduction), "file", None) if isinstance(reduction, str) else None
+    return file and stamp_video(file)
 
 
 def server_answerer(
@@ -95,9 +106,10 @@ def server_answerer(
     upload: bool = False,
     upload_any: bool = False,
 ) -> tuple[MakeAnswerer, dict[str, Any]]:
-    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster."""
+    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster. Its model
+    does: a server that is not told which one is asked for the name of its own."""
     check_access(url)  # rather than in each worker, or not at all where nothing is left to ask
-    decide = {"model": model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
+    decide = {"model": model or Chat(url).model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
     make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, upload_any=upload_any, **decide)
     return make, {"server": True, **decide}
 

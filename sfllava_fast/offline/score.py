@@ -101,6 +101,7 @@ def score(
             raise InputError(f"{out} has the answers: name another --out for the verdicts")
         groups = [_as_question(line) for line in lines if line["ok"] and "choices" not in line and "truth" in line]
         if groups:
+            judge_model = judge_model or Chat(judge, timeout=_TIMEOUT).model
             make = partial(make_judge, url=judge, model=judge_model)
             again = {"retry_errors": retry_errors, "retry_changed": retry_changed}
             run(groups, out, {"judge": judge_model}, make, workers, **again, what="judged")
