@@ -228,7 +228,7 @@ def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]
     from .offline.answerers import model_answerer
     from .video import import_decoder
 
-    if args.upload or args.upload_any:
+    if args.upload or args.upload_any or args.max_upload:
         raise InputError("--upload is for a server: name it with --server")
     import_decoder(args.decoder)  # rather than when every worker has loaded its model
     options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
@@ -246,8 +246,11 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     ]
     if given:
         raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
+    if args.max_upload and not (args.upload or args.upload_any):
+        raise InputError("--max-upload is for --upload: give that, or leave it out")
     names = ("model", "videos", "max_new_tokens", "timeout", "upload", "upload_any")
-    return server_answerer(args.server, **{name: getattr(args, name) for name in names})
+    limit = {"max_upload": args.max_upload} if args.max_upload else {}
+    return server_answerer(args.server, **{name: getattr(args, name) for name in names}, **limit)
 
 
 def score(args: argparse.Namespace) -> int:

@@ -296,6 +296,7 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
     option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
     option("--upload-any", action="store_true", help="the same, also for videos that are not under --videos")
+    option("--max-upload", type=_count, metavar="MIB", help="the largest video that is sent (default: 256)")
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
     option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")

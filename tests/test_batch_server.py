@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import clips
 import pytest
@@ -14,8 +15,10 @@ from openai_server import serving
 
 from sfllava_fast import cli
 from sfllava_fast.errors import BackendError, InputError, ServerError
+from sfllava_fast.offline import answerers
 from sfllava_fast.offline import chat as chat_module
 from sfllava_fast.offline.chat import Chat
+from sfllava_fast.offline.questions import Question
 from sfllava_fast.prompts import build_prompt
 
 
@@ -401,3 +404,54 @@ def test_an_error_about_a_video_that_was_replaced_is_asked_again(batch, videos):
         (videos / "c.webm").write_bytes(b"repaired")
         server.answer = lambda body: "yes"
         assert batch(server, [("c", "1", None)])[0] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--upload",), ("--upload-any",)])
+def test_a_url_as_a_video_is_refused_and_its_secrets_are_not_told(options, batch, capsys):
+    urls = [
+        f"http://me:{KEY}@host/c.mp4?token={KEY}",
+        f"https://me:a/{KEY}@host/c.mp4",
+        f"rtsp://me:a#{KEY}@host/c",
+        f"http://host/c.mp4?token=a@{KEY}",
+    ]
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [(url, "x", None) for url in urls] + [(urls[0], "y", None)], *options)
+    errors = [lines[key]["error"] for key in range(5)]
+    assert code == 1 and server.requests == [] and all(" is a URL: " in error for error in errors)
+    assert errors[0].startswith("http://host/c.mp4 is a URL") and errors[4].startswith("http://host/c.mp4 is quarant")
+    told = capsys.readouterr()
+    assert KEY not in "".join(errors) + told.out + told.err and "quarantined http://host/c.mp4 (2 questions)" in told.err
+
+
+def test_a_video_that_is_too_large_is_not_read(batch, videos, monkeypatch):
+    clip = clips.make(videos, "plain.mp4")
+    with clip.open("ab") as file:
+        file.truncate((1 << 20) + 1)
+    (videos / "real.mp4").write_bytes(clip.read_bytes()[:-1])
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [("plain", "x", None), ("real", "x", None)], "--upload", "--max-upload", 1)
+        assert code == 1 and len(server.requests) == 1 and lines[1]["ok"] and lines[0]["attempts"] == 1
+        assert "has 1.0 MiB, and up to 1 are sent: cut or compress it, or raise --max-upload" in lines[0]["error"]
+        assert batch(server, [("plain", "x", None)], "--max-upload", 1)[0] == 2
+
+
+def test_the_bytes_of_a_video_are_kept_for_its_questions_unless_they_are_many(videos, monkeypatch):
+    for name in ("one", "two"):
+        clips.make(videos, "plain.mp4").rename(videos / f"{name}.mp4")
+    asked = SimpleNamespace(reply=lambda *_: "yes")
+    answerer = answerers.ServerAnswerer(asked, videos, 8, upload=True)
+    read, plain = [], answerer._data_url
+    answerer._data_url = lambda video: read.append(video.stem) or plain(video)
+    for name in ("one", "one", "two", "one"):
+        answerer(Question(1, name, "?"))
+    assert read == ["one", "two", "one"]
+    monkeypatch.setattr(answerers, "_KEPT", 10)
+    answerer(Question(1, "two", "?"))
+    assert answerer._kept == (None, "")
+
+
+def test_a_name_of_several_lines_is_one_line_of_the_summary(batch, capsys):
+    with serving(lambda body: (400, {"error": "no"})) as server:
+        batch(server, [("c\nanswered    9\x1b[2J", "x", None)])
+    err = capsys.readouterr().err
+    assert "error       c answered 9\\x1b[2J: " in err and len(err.splitlines()) == 5

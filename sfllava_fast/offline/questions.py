@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
+from ..video.base import is_url
 from .stamps import stamp_video
 
 Id = str | int
@@ -105,13 +106,14 @@ def note_files(groups: Iterable[Group], folder: Path) -> None:
         group.questions = deque(replace(question, video_file=stamp) for question in group.questions)
 
 
-def find_video(folder: Path, name: str) -> Path:
-    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_"."""
+def find_video(folder: Path, name: str) -> Path | str:
+    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_".
+    A URL is given back as it is: as a path it would be another text."""
     paths = [folder / name]
     if "activitynet" in str(folder.absolute()).lower():
         paths.append(folder / f"v_{name}")
     found = (Path(f"{path}{suffix}") for path in paths for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}"))
-    return next(found, paths[0])
+    return next(found, name if is_url(name) else paths[0])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:

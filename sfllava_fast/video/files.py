@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, hide_password, import_package, max_pixels
+from .base import Numbered, Video, check_file, import_package, max_pixels, refuse_url
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -42,7 +41,6 @@ class MemoryVideo(Video):
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
 _MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
-_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
 
 
@@ -105,8 +103,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     text = os.fsdecode(video)
-    if _URL.match(text) and not os.path.exists(text):
-        raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
+    refuse_url(text)
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
