@@ -1,9 +1,11 @@
 """Batches through an OpenAI-compatible server: what is sent, and what each kind of failure comes to."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -154,6 +156,27 @@ def test_a_reply_that_does_not_come_or_drips_is_cut_off(begin, chat):
         with pytest.raises(ServerError, match="gave no reply within 0.4 seconds"):
             ask(chat(server, timeout=0.4))
         end.set()
+
+
+def test_a_handshake_of_tls_that_drips_is_cut_off():
+    """A record of 16 KiB is announced and comes byte by byte, each within the time-out of a read."""
+    end = threading.Event()
+
+    def drip(door):
+        caller, _ = door.accept()
+        with caller, contextlib.suppress(OSError):
+            caller.sendall(b"\x16\x03\x03\x40\x00")
+            while not end.wait(0.05):
+                caller.sendall(b"\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        thread = threading.Thread(target=drip, args=(door,), daemon=True)
+        thread.start()
+        client = Chat(f"https://127.0.0.1:{door.getsockname()[1]}/v1", "model", timeout=0.4, patience=0)
+        with pytest.raises(ServerError, match="gave no reply within 0.4 seconds"):
+            ask(client)
+        end.set()
+        thread.join()
 
 
 def test_there_is_a_time_limit_by_default(chat):
