@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BackendError, InputError, SfllavaError
 from .options import PROGRAM, build_parser
 from .output_folder import check_folder, make_folder
-from .terminal import as_json, one_line, shown
+from .terminal import as_json, fit, one_line, shown
 
 if TYPE_CHECKING:
     from .engine import Answer, SlowFastLlava
@@ -176,6 +176,8 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_answer(answer: Answer, in_json: bool) -> None:
+    if answer.choices and answer.choice is None:
+        log.warning("the answer is none of the choices")
     if in_json:
         print(as_json(answer.to_json()))
         return
@@ -321,7 +323,7 @@ def info(args: argparse.Namespace) -> None:
     for section, rows in facts.items():
         print(section)
         for name, value in rows.items():
-            print(shown(f"  {name:<{width}}  {value}"))
+            print(fit(shown(f"  {name:<{width}}  {value}"), " " * (width + 4)))
 
 
 def demo(args: argparse.Namespace) -> None:
