@@ -281,7 +281,11 @@ def _add_model_options(
         "times less work and no less accurate; auto: commuted where it can serve (default: exact)",
     )
     parser.add_argument(
-        "--attention", default="auto", choices=ATTENTIONS, metavar="NAME", help=f"{', '.join(ATTENTIONS)} (default: auto)"
+        "--attention",
+        default="auto",
+        choices=ATTENTIONS,
+        metavar="NAME",
+        help=f"{', '.join(ATTENTIONS)} (default: auto)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: what suits the device)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Where an output goes: its folder, made where there is none and refused before anything is computed; the file, which is
+"""Where an output goes: its folder, made where there is none and refused before anything is computed; its file,
 written whole or not at all."""
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def one_line(text: object) -> str:
 
 
 def fit(line: str, indent: str, end: str = "", width: int = 0) -> str:
-    """A line as several that fit the terminal or the width, at blanks outside quotes; all but the last end with `end`."""
+    """A line as several that fit the terminal or the width, at blanks outside quotes; all but the last have `end`."""
     width = (width or shutil.get_terminal_size().columns) - len(end)
     if len(line) <= width + len(end):
         return line

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class OpenAiServer(ThreadingHTTPServer):
-    """requests: the bodies of the chat requests so far, in order. headers: those of the last request. models: its names.
+    """requests: the bodies of the chat requests so far, in order. headers: those of the last request. models: names.
 
     answer: called with a body; gives the text of the reply, (status, body of an error), a function that writes the reply
     to a binary file itself, or None to break off.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, SfllavaError, VideoError, first_line
 from ..prompts import check_question, pick_option, user_words
-from ..video.base import refuse_url
 from .chat import Chat, check_access
 from .questions import Question, find_video
 from .stamps import stamp_checkpoint, stamp_video
@@ -74,7 +73,7 @@ class ServerAnswerer:
         self.chat, self.videos, self.max_new_tokens = chat, videos, max_new_tokens
         self._upload = upload or upload_any
         self._data_url = partial(_data_url, folder=None if upload_any else videos, most=max_upload)
-        self._kept: tuple[Path | str | None, str] = None, ""
+        self._kept: tuple[Path | None, str] = None, ""
 
     def __call__(self, question: Question) -> dict[str, Any]:
         check_question(question.question, question.choices)
@@ -85,7 +84,7 @@ class ServerAnswerer:
         option = None if question.choices is None else pick_option(text, question.choices)
         return _answer(text, question.choices, option)
 
-    def _url(self, video: Path | str) -> str:
+    def _url(self, video: Path) -> str:
         """How the video is sent; of one that is not large, the bytes are kept for the next question about it."""
         if not self._upload:
             return _file_url(video)
@@ -179,21 +178,18 @@ def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[st
     return {"answer": text, "choice": None if option is None else str(choices[option]), "option": option}
 
 
-def _file_url(video: Path | str) -> str:
-    refuse_url(video)
+def _file_url(video: Path) -> str:
     try:
-        return Path(video).absolute().as_uri()
+        return video.absolute().as_uri()
     except UnicodeEncodeError as error:
         raise VideoError(f"{ascii(str(video))} is no name that a file can have") from error
 
 
-def _data_url(video: Path | str, folder: Path | None, most: int) -> str:
+def _data_url(video: Path, folder: Path | None, most: int) -> str:
     """The bytes of a video in the folder, or with None anywhere. A question file names it, so it may be any file:
     nothing is sent that is somewhere else, by whatever name or link, that has more than `most` MiB, or is no video."""
     from ..video import open_video
 
-    refuse_url(video)
-    video = Path(video)
     try:
         file = video.resolve(strict=True)
         inside = folder is None or file.is_relative_to(folder.resolve())

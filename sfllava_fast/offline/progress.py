@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from ..terminal import one_line
-from ..video.base import hide_password
 from .journal import Journal
 from .questions import Question
 
@@ -91,7 +90,7 @@ def _named_errors(errors) -> list[str]:
     order = sorted(found.items(), key=lambda item: not item[0][1])
     lines = []
     for (name, quarantined), said in order[:_NAMED]:
-        video = one_line(hide_password(name))
+        video = one_line(name)
         several = f" ({len(said)} questions)" if len(said) > 1 else ""
         lines.append(f"{'quarantined' if quarantined else 'error':<12}{video}{several}: {one_line(said[0])}")
     return lines + ([f"{'':<12}and {len(order) - _NAMED} more videos"] if len(order) > _NAMED else [])

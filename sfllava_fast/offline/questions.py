@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
-from ..video.base import is_url
+from ..terminal import one_line
+from ..video.base import hide_password, is_url
 from .stamps import stamp_video
 
 Id = str | int
@@ -106,14 +107,13 @@ def note_files(groups: Iterable[Group], folder: Path) -> None:
         group.questions = deque(replace(question, video_file=stamp) for question in group.questions)
 
 
-def find_video(folder: Path, name: str) -> Path | str:
-    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_".
-    A URL is given back as it is: as a path it would be another text."""
+def find_video(folder: Path, name: str) -> Path:
+    """The video of that name in the folder; published files leave the suffix out, and those of ActivityNet the "v_"."""
     paths = [folder / name]
     if "activitynet" in str(folder.absolute()).lower():
         paths.append(folder / f"v_{name}")
     found = (Path(f"{path}{suffix}") for path in paths for suffix in _SUFFIXES if os.path.exists(f"{path}{suffix}"))
-    return next(found, name if is_url(name) else paths[0])
+    return next(found, paths[0])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -205,6 +205,8 @@ def _question(row: Any, repeated: Counter[Id]) -> Question:
     for name, value in (("video", video), ("question", text)):
         if not isinstance(value, str) or not (value or name == "question"):
             raise InputError(f"has no {name}, a text")
+    if is_url(video):  # which may hold a secret that the output would repeat
+        raise InputError(f"has a URL as its video, {one_line(hide_password(video))}: download it, and name the file")
     choices = fields.pop("choices", None)
     if choices is not None and not isinstance(choices, list):
         raise InputError("has choices that are no list")

@@ -14,8 +14,8 @@ _CHECKPOINT = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"
 
 
 def stamp_video(video: str | os.PathLike[str]) -> str | None:
-    """The stamp of a file, or of the files in a folder of frames; None if it is not here. A copy that keeps the times of
-    change has the same."""
+    """The stamp of a file, or of the files in a folder of frames; None if it is not here. A copy that keeps the times
+    of change has the same."""
     with suppress(OSError, ValueError):  # a name that no file can have
         if os.path.isdir(video):
             return _stamp(Path(video).iterdir(), Path(video))

@@ -212,13 +212,6 @@ def hide_password(url: str) -> str:
     return scheme + mark + ("..." if re.search("[?#]", before) else re.split("[?#]", place)[0])
 
 
-def refuse_url(video: str | os.PathLike[str]) -> None:
-    """VideoError for a URL, unless it is the name of a file."""
-    text = os.fsdecode(video)
-    if is_url(text) and not os.path.exists(text):
-        raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
-
-
 def is_url(text: str) -> bool:
     return bool(_URL.match(text))
 

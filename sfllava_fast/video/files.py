@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, import_package, max_pixels, refuse_url
+from .base import Numbered, Video, check_file, hide_password, import_package, is_url, max_pixels
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -103,7 +103,8 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     text = os.fsdecode(video)
-    refuse_url(text)
+    if is_url(text) and not os.path.exists(text):
+        raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
