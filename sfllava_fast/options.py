@@ -318,7 +318,7 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
     option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")
-    option("--retry-changed", action="store_true", help="ask again what was another question, or another file, when answered")
+    option("--retry-changed", action="store_true", help="ask again what was another question or video file then")
     option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
     _add_model_options(parser)
     _add_decoder(parser)
