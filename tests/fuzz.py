@@ -39,7 +39,7 @@ from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, assert_same, norma
 
 from sfllava_fast import SlowFastConfig, slowfast_aggregate
 from sfllava_fast.config import SLOW_POOLS
-from sfllava_fast.errors import InputError, SfllavaError, VideoError
+from sfllava_fast.errors import InputError, ServerError, SfllavaError, VideoError
 from sfllava_fast.layouts import parse_layout
 
 ROOT = Path(__file__).parents[1]
@@ -413,8 +413,10 @@ def session(folder: Path) -> Iterator[Case]:
 
 @contextmanager
 def server(folder: Path) -> Iterator[Case]:
-    """Replies of a server with damage, at every level of HTTP and JSON: a text, or an error of one line, in time."""
+    """Replies of a server with damage, at every level of HTTP and JSON, and long ones of a judge: a text and a verdict,
+    or an error of one line, in time."""
     from sfllava_fast.offline.chat import Chat
+    from sfllava_fast.offline.score import RULES, rate, read_verdict
 
     reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "a red circle"}}]}).encode()
     head = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -431,6 +433,8 @@ def server(folder: Path) -> Iterator[Case]:
     chat = Chat(f"http://127.0.0.1:{door.getsockname()[1]}/v1", "model", timeout=5, patience=0)
 
     def case(random_: random.Random) -> str:
+        if random_.random() < 0.2:
+            return judged(random_)
         body = random_.choice(bodies)
         data = random_.choice([head % (random_.choice(statuses), len(body)) + body, chunked, redirect])
         for _ in range(random_.randrange(3)):
@@ -447,10 +451,38 @@ def server(folder: Path) -> Iterator[Case]:
         assert time.monotonic() - begun < 30, "a reply that did not end"
         return outcome
 
+    def judged(random_: random.Random) -> str:
+        text, verdict = _long_reply(random_)
+        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        now["reply"] = head % (200, len(body)) + body
+        begun = time.monotonic()
+        try:
+            read = read_verdict(chat.reply([{"role": "user", "content": "right?"}], 8))
+            assert verdict in (None, read), f"{read} is not the verdict {verdict}"
+            assert all(len(rate(read, rule)) == 2 for rule in RULES)
+            outcome = "long replies of a judge read"
+        except ServerError as error:
+            _one_line(error)
+            assert verdict is None, "a verdict that was not found"
+            outcome = "long replies of a judge without a verdict, one line"
+        assert time.monotonic() - begun < 30, "a reply that was not read in time"
+        return outcome
+
     try:
         yield case
     finally:
         door.close()
+
+
+def _long_reply(random_: random.Random) -> tuple[str, dict[str, Any] | None]:
+    """A judge's reply, and the verdict that it ends with; None if it may have any or none."""
+    pred, score = random_.choice(["yes", "no", "Yes.", "", "\u00fc"]), random_.choice([0, 5, 4.5, "3", -1])
+    verdict = {"pred": pred, "score": score}
+    written = random_.choice([json.dumps, repr])(verdict)
+    pieces = [*"{}[]:,\n'", '"', "<think>", "</think>", "```json", "pred", "score", "yes ", "x" * 99]
+    pieces += [written, written[:-1], written[1:], "{" * 50, "[" * 50, "1e999", "\u2028", "\0", "\ud83d"]
+    text = "".join(random_.choices(pieces, k=random_.randrange(1, 10 ** random_.randrange(1, 5))))
+    return (f"{text}</think> {written}", verdict) if random_.random() < 0.5 else (text, None)
 
 
 def _serve(door: socket.socket, now: dict[str, bytes]) -> None:

@@ -1,9 +1,11 @@
 """Files that were saved, damaged in every way: a line each, and the model as it was. All damage is drawn from seeds."""
 
 import json
+import os
 import random
 import struct
 
+import numpy as np
 import pytest
 import torch
 from damage import damaged
@@ -15,6 +17,7 @@ from tiny_llava import write_checkpoint
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import CheckpointError, InputError, NumberError, SfllavaError
+from sfllava_fast.inspect import render
 from sfllava_fast.offline.journal import Journal
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.mixture import MixtureOfDepths
@@ -326,3 +329,32 @@ def test_a_checkpoint_whose_weights_are_damaged_is_a_line(tmp_path):
             SlowFastLlava.from_pretrained(path, LAYOUT)
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.html"])
+def test_an_output_follows_links_and_is_a_regular_file(name, tmp_path):
+    def write(out):
+        if name.endswith("html"):
+            return render(np.zeros((4, 48, 64, 3), np.uint8), out, LAYOUT, 4, (4, 4))
+        return save_tensors("it", out, {"x": torch.ones(2)}, {})
+
+    (tmp_path / "there").mkdir()
+    real, link, dangling = tmp_path / "there" / name, tmp_path / name, tmp_path / f"new-{name}"
+    real.write_text("old")
+    link.symlink_to(real)
+    dangling.symlink_to(f"there/made-{name}")
+    for out in (link, dangling):
+        assert write(out) == out and out.is_symlink()
+    assert real.read_bytes() == (tmp_path / "there" / f"made-{name}").read_bytes() != b"old"
+    assert len(list((tmp_path / "there").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 3
+    os.mkfifo(tmp_path / f"pipe-{name}")
+    with pytest.raises(InputError, match="is no regular file: name another"):
+        write(tmp_path / f"pipe-{name}")
+
+
+def test_what_a_link_beside_an_output_leads_to_is_not_written(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".x.{os.getpid()}.part").symlink_to(victim)
+    save_tensors("it", tmp_path / "x", {"x": torch.ones(2)}, {})
+    assert victim.read_text() == "mine" and not (tmp_path / "x").is_symlink()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+
 _MAX_PIXELS = 8192 * 4096
 _MOST_PIXELS = 2**31 - 1  # FFmpeg has no larger limit
 _FRAMES_AT_ONCE = 32  # of the largest size
@@ -227,8 +229,17 @@ def _instead_of(path: Path) -> str:
 
 
 def hide_password(url: str) -> str:
-    """A URL without the user and password that it may hold."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", url)
+    """A URL without what may be secret in it: user, password, query and fragment. Other names stay as they are."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    before, _, place = rest.rpartition("@")
+    # With ? or # before an @, it is not clear whether a password or a query ends there.
+    return scheme + mark + ("..." if re.search("[?#]", before) else re.split("[?#]", place)[0])
+
+
+def is_url(text: str) -> bool:
+    return bool(_URL.match(text))
 
 
 def import_package(module: str, decoder: str) -> Any:

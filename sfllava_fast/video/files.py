@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package
+from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package, is_url
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -42,7 +41,6 @@ class MemoryVideo(Video):
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
 _MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
-_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
 
 
@@ -103,7 +101,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     text = os.fsdecode(video)
-    if _URL.match(text) and not os.path.exists(text):
+    if is_url(text) and not os.path.exists(text):
         raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
     path = Path(text)
     if os.path.isdir(text):
