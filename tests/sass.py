@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_INSTRUCTION = re.compile(r"\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)\s+([^;]*);")
+_INSTRUCTION = re.compile(r"(?:\*/|:\w)\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)\s+([^;]*);")
 
 
 def most_in_flight(sass: str) -> int:
