@@ -129,7 +129,7 @@ def _aggregate(features, layout, height, width, frame_offsets, backend, separato
     plan = _plan(features, layout, height, width, frame_offsets)
     if features.dim() == 3:  # as below, in half a microsecond less
         out = features.new_empty(plan.offsets[-1], features.shape[2])
-        backends.choose(backend, features).run(features, plan, out)
+        backends.choose(backend, features, plan).run(features, plan, out)
         write_separators(out, plan, separators)
         return out
     out = features.new_empty(token_shape(plan, features, features.shape[-1]))
@@ -144,7 +144,7 @@ def _aggregate_out(features, layout, height, width, frame_offsets, backend, out,
 
 
 def _pool(features, plan, layout, backend, out, separators):
-    chosen = backends.choose(backend, features)
+    chosen = backends.choose(backend, features, plan)
     if out.dim() == 2:  # as below
         chosen.run(features, plan, out)
         write_separators(out, plan, separators)
@@ -162,7 +162,7 @@ def _aggregate_tangent(tangent, features, layout, height, width, frame_offsets, 
     else:
         tangent = _with_unit_stride(tangent)
         out = tangent.new_zeros(plan.offsets[-1], tangent.shape[2])
-        backends.choose(backend, tangent).run(tangent, plan, out)
+        backends.choose(backend, tangent, plan).run(tangent, plan, out)
     write_separators(out, plan, separators)
     return out.view(token_shape(plan, features, out.shape[1]))
 
@@ -171,7 +171,7 @@ def _aggregate_backward(grad, features, layout, height, width, frame_offsets, ba
     plan = _plan(features, layout, height, width, frame_offsets)
     grad = _with_unit_stride(grad)
     out = torch.empty_like(features, memory_format=torch.contiguous_format)
-    chosen = backends.choose(backend, features)
+    chosen = backends.choose(backend, features, plan, backward=True)
     for part, plan, rows, into in launches(features, plan, layout, grad, out):
         chosen.run_backward(rows, part, plan, into)
     return out
@@ -415,8 +415,19 @@ def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | Non
         return None
 
 
+def _ends(frame_offsets: Tensor) -> list[int]:
+    """The values, of a tensor on a GPU read once for as long as nothing is written to it: reading waits for the GPU."""
+    if not frame_offsets.is_cuda or frame_offsets.is_inference():
+        return frame_offsets.tolist()
+    known = vars(frame_offsets)
+    version = frame_offsets._version
+    if known.get("sfllava_ends", ())[:1] != (version,):
+        known["sfllava_ends"] = version, frame_offsets.tolist()
+    return known["sfllava_ends"][1]
+
+
 def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
-    ends = frame_offsets.tolist()
+    ends = _ends(frame_offsets)
     lengths = tuple(stop - start for start, stop in zip(ends, ends[1:]))
     if ends[0] != 0 or ends[-1] != frames or min(lengths) < 1:
         raise InputError(f"frame_offsets must rise from 0 to {frames}, a frame or more at a time, not {ends}")
@@ -436,9 +447,7 @@ def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError("out needs videos that lie one after the other and do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
-    first, last = span(out)
-    begin, end = span(features)
-    if first < end and begin < last:
+    if overlap(out, features):
         raise InputError("out overlaps the features in memory: pass a buffer of its own")
 
 
@@ -449,11 +458,20 @@ def _check_same_kind(out: Tensor, features: Tensor, name: str = "out") -> None:
         raise InputError(f"{name} must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
 
 
-def span(tensor: Tensor) -> tuple[int, int]:
-    """First byte, and past the last byte, that the tensor can touch."""
-    begin, last = tensor.data_ptr(), 0
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes between the first and the last element of one hold any of the other's."""
+    first, second = a.data_ptr(), b.data_ptr()
+    if first > second:
+        a, b, first, second = b, a, second, first
+    end = first + _reach(a)
+    return second < end and b.numel() > 0
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element past the last one."""
+    last = 0
     for size, stride in zip(tensor.shape, tensor.stride()):
         if size == 0:
-            return begin, begin
+            return 0
         last += (size - 1) * stride
-    return begin, begin + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

@@ -295,7 +295,7 @@ def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Te
         features = layers.project(kept).to(out.dtype)
         whole = len(maxima.rows) == 1
         tokens = out[slice(*maxima.rows[0])] if whole else out.new_empty(maxima.plan.offsets[-1], out.shape[1])
-        backends.choose(backend, features).run(features, maxima.plan, tokens)
+        backends.choose(backend, features, maxima.plan).run(features, maxima.plan, tokens)
         for rows, part in () if whole else zip(maxima.rows, tokens.split([b - a for a, b in maxima.rows])):
             out[slice(*rows)] = part
 
@@ -340,7 +340,7 @@ class _TorchLayers:
         pooled = activations.new_empty(means.plan.offsets[-1] if means.plan else 0, activations.shape[2])
         if means.plan:
             read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
-            backends.choose(self.backend, read).run(read, means.plan, pooled)
+            backends.choose(self.backend, read, means.plan).run(read, means.plan, pooled)
         return pooled, activations[list(maxima.frames)]
 
     def project(self, kept: Tensor) -> Tensor:

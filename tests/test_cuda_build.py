@@ -235,11 +235,11 @@ for op in ("pool_gpu", "pool_backward_gpu"):
 )
 def test_which_layouts_are_tiled(library, layout, frames, grid, path):
     library = ctypes.CDLL(str(library))
-    library.sfllava_cuda_path.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.sfllava_cuda_path.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
     library.sfllava_cuda_path.restype = ctypes.c_char_p
     table = plan_table(parse_layout(layout).plan(frames, grid))
-    assert library.sfllava_cuda_path(table.data_ptr(), table.numel()) == path
-    assert library.sfllava_cuda_path(table.data_ptr(), table.numel() - 1) is None
+    assert library.sfllava_cuda_path(table.data_ptr(), table.numel(), False) == path
+    assert library.sfllava_cuda_path(table.data_ptr(), table.numel() - 1, False) is None
 
 
 def setup(path: str | None = None, **variables: str) -> subprocess.CompletedProcess:

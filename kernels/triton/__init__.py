@@ -11,6 +11,7 @@ import torch
 from ..plan import kept_with_plan
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
+from .launch import refuse_to_compile_in_a_capture
 from .project_launch import project_pool as project_pool, project_pooled as project_pooled
 from .rows_launch import (
     blend_rows as blend_rows, copy_rows as copy_rows, receive_attention as receive_attention,
@@ -136,6 +137,7 @@ def _tile_arguments(plan, tiling):
 @lru_cache(maxsize=256)
 def _compile(kernel, dtype, constants, device, warps=1):
     """The kernel for tensors of `dtype` and a table, on a device, which must be the current one."""
+    refuse_to_compile_in_a_capture(device)
     tensors = kernel.arg_names[: kernel.arg_names.index("frame_stride")]
     types = [torch.int32 if name == "table" else dtype for name in tensors]
     numbers = len(kernel.arg_names) - len(types) - len(constants)
