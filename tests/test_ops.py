@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
