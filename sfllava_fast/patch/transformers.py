@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint import TOWERS
 from ..config import Layout, SlowFastConfig, sample_frames
 from ..errors import InputError, PatchError
 from ..layouts import parse_patches_only, preset_frames
@@ -33,7 +34,6 @@ from ..video.preprocess import PreprocessSpec, preprocess
 _SUFFIX = "ForConditionalGeneration"
 _IMAGE_MODELS = ("Llava", "LlavaNext")
 _VIDEO_MODELS = ("LlavaNextVideo", "LlavaOnevision")
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _VIDEO_TOKEN = "<video>"
 
 Replacement = tuple[Any, str, Any]
@@ -105,8 +105,8 @@ def _find(target: Any) -> tuple[str, Any]:
         base = getattr(sys.modules[stock.__module__], f"{family}Model")
     else:
         base, tower = target.model, target.config.vision_config.model_type
-        if tower not in _TOWERS:
-            raise PatchError(f"the vision tower {tower} has no fixed grid: supported are {' and '.join(_TOWERS)}")
+        if tower not in TOWERS:
+            raise PatchError(f"the vision tower {tower} has no fixed grid: supported are {' and '.join(TOWERS)}")
     return family, base
 
 
