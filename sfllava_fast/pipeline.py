@@ -373,12 +373,14 @@ class Pipeline:
         return text.strip() if strip else text
 
     def fingerprint(self) -> str:
-        """Tells models apart: their config, dtype, separators, and all of their weights (see `hash_weights`)."""
+        """Tells models apart: their config, dtype, separators, preprocessing and prompts, and all of their weights (see
+        `hash_weights`)."""
         config = _without_path(self.model.config.to_dict())
         told = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         separators = [] if self.separators is None else [("separators", self.separators)]
         hash_weights(told, [*self.model.state_dict().items(), *separators])
-        told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()}".encode())
+        shown = self.preprocess_spec, self.prompt_family, self.checkpoint.chat_template, self.asks_openly
+        told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()} {shown}".encode())
         return told.hexdigest()
 
     def _frames_that_fit(self) -> int:

@@ -18,7 +18,9 @@ from sfllava_fast.errors import CheckpointError, InputError, NumberError, Sfllav
 from sfllava_fast.offline.journal import Journal
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.mixture import MixtureOfDepths
+from sfllava_fast.session import Session
 from sfllava_fast.tensor_file import save_tensors
+from sfllava_fast.video.preprocess import PreprocessSpec
 
 ASK = {"max_new_tokens": 6}
 
@@ -153,10 +155,32 @@ def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, par
     model.load_session(saved)
 
 
-def test_a_session_of_other_separators_is_refused(model, saved):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("separators", torch.ones(1, 32)),
+        ("preprocess_spec", PreprocessSpec(24, (24, 24), mode="crop")),
+        ("prompt_family", "chatml"),
+        ("asks_openly", True),
+    ],
+)
+def test_a_session_of_other_settings_is_refused(model, saved, name, value):
     other = model.with_layout(LAYOUT)
-    other.separators = torch.ones(1, 32)
-    assert other.fingerprint() != model.fingerprint()
+    assert other.fingerprint() == model.fingerprint()
+    setattr(other, name, value)
+    assert "another model" in refused(lambda: Session.load(other, saved), InputError)
+
+
+def test_a_session_of_another_image_processor_or_prompt_is_refused(tmp_path):
+    path, file = write_checkpoint(tmp_path / "model"), tmp_path / "model" / "preprocessor_config.json"
+    session = SlowFastLlava.from_pretrained(path, LAYOUT).open(Clip(), frames=9)
+    session.ask(QUESTION, **ASK)
+    saved = session.save(tmp_path / "clip.session")
+    other = SlowFastLlava.from_pretrained(path, LAYOUT, prompt="chatml")
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    other = SlowFastLlava.from_pretrained(path, LAYOUT)
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
 
 
 # --- what reductions learned

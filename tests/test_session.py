@@ -308,10 +308,10 @@ def test_a_session_belongs_to_its_model(load, tmp_path):
     path = session.save(tmp_path / "clip.session")
     others = [load("mistral"), load(options={"dtype": "bf16"}), load(seed=1), load(options={"projector": "commuted"})]
     for other in others:
-        with pytest.raises(InputError, match="was saved with another model, dtype, layout or reduction"):
+        with pytest.raises(InputError, match="was saved with another model, prompt, dtype, layout or reduction"):
             other.load_session(path)
     model.layout = model.layout.only("fast")
-    with pytest.raises(InputError, match="another model, dtype, layout or reduction"):
+    with pytest.raises(InputError, match="another model, prompt, dtype, layout or reduction"):
         model.load_session(path)
 
 
