@@ -1,6 +1,7 @@
 """Files that were saved, damaged in every way: a line each, and the model as it was. All damage is drawn from seeds."""
 
 import json
+import os
 import random
 import struct
 
@@ -181,6 +182,26 @@ def test_a_session_of_another_image_processor_or_prompt_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     other = SlowFastLlava.from_pretrained(path, LAYOUT)
     assert "another model" in refused(lambda: other.load_session(saved), InputError)
+
+
+def test_a_session_saved_to_a_link_is_written_to_the_file_it_leads_to(model, saved, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "session", tmp_path / "link"
+    link.symlink_to("folder/session")
+    for _ in range(2):  # a link to nothing, and to a file
+        assert model.load_session(saved).save(link) == link
+        assert link.is_symlink() and model.load_session(target).frames
+        target.write_bytes(b"before")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["session"]
+
+
+def test_a_session_replaces_no_pipe_and_no_folder(model, saved, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for name in ("pipe", "folder"):
+        assert "no regular file" in refused(lambda: model.load_session(saved).save(tmp_path / name), InputError)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
 
 
 # --- what reductions learned
