@@ -288,8 +288,8 @@ class PrefilledSession(Conversation):
     def _new_cache(self, capacity: int, skipped: Sequence[int]) -> KvCache:
         """An empty cache of one row, for which other sessions may have to go."""
         sessions, language, room = self.model.sessions, self.model.language, rounded_up(capacity)
-        sessions.touch(self, language.cache_bytes(room, skipped))
         cache = sessions.take_spare(room, skipped)
+        sessions.touch(self, language.cache_bytes(room, skipped) if cache is None else cache.nbytes)
         return language.new_cache(1, room, skipped) if cache is None else cache
 
     @property
@@ -299,9 +299,10 @@ class PrefilledSession(Conversation):
 
     def _retire_cache(self) -> None:
         """Leave the cache's memory, with what was captured to decode in it, to whoever is next: itself, it may be."""
-        if self._cache is not None:
-            self.model.sessions.spare = self._cache
+        cache = self._cache
         self.release()
+        if cache is not None:
+            self.model.sessions.keep_spare(cache)
 
 
 def rounded_up(tokens: int) -> int:

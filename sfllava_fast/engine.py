@@ -90,7 +90,8 @@ class SlowFastLlava(Pipeline):
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
         aggregator, by name or "auto". attention: one of `attention.CHOICES`. prompt:
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
-        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
+        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back;
+            the bytes include the cache that `answer` keeps for the next call.
         separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
         embedding of a text (see `separator_vectors.find_separators`). reduction: fewer of the video's tokens in the
         language model, as `reduction.settings.FORMS` writes it or as its settings; the transformers model is changed
