@@ -21,7 +21,7 @@ from .layouts import parse_layout
 from .live import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
 from .memory import MemoryStream
 from .pipeline import Pipeline
-from .projector import MODES, Mode, why_layout_not_commuted
+from .projector import Mode, check_mode, why_layout_not_commuted
 from .prompts import check_family
 from .residents import DEFAULT_SESSIONS
 from .session import Session
@@ -46,8 +46,7 @@ def check_settings(
     """Raise what `from_pretrained` would of these arguments, as far as it takes no checkpoint to know."""
     from .reduction.settings import parse_reduction
 
-    if projector not in MODES:
-        raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+    check_mode(projector)
     if prompt != "auto":
         check_family(prompt)
     if layout is not None:

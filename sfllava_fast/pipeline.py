@@ -26,7 +26,7 @@ from .exclusive import Exclusive
 from .layouts import parse_layout, preset_frames
 from .ops import slowfast_aggregate
 from .plan import Plan
-from .projector import MODES, Mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
+from .projector import Mode, check_mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
 from .prompts import (
     TEMPLATES,
     Prompt,
@@ -92,8 +92,7 @@ class Pipeline:
         self.language = LanguageModel(self.model, checkpoint.attention)
         self.sessions, self.exclusive = Residents(max_sessions, max_session_bytes), Exclusive()
         self.frames_per_pass = self._frames_that_fit()
-        if projector not in MODES:
-            raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+        check_mode(projector)
         self.projector: Mode = projector
         self.frames = options.get("frames", DEFAULT_FRAMES)
         self._take_layout(layout or options.get("layout") or SlowFastConfig(), separators)

@@ -25,7 +25,7 @@ from ..errors import InputError, PatchError
 from ..layouts import parse_patches_only, preset_frames
 from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
-from ..projector import MODES, Mode, project_and_aggregate
+from ..projector import Mode, check_mode, project_and_aggregate
 from ..replacement import Patch, undo, warn_once
 from ..transformers_release import release
 from ..video import open_video
@@ -65,8 +65,7 @@ def patch_transformers(
 
     Raises PatchError for anything else, and then nothing is changed.
     """
-    if projector not in MODES:
-        raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+    check_mode(projector)
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
     if frames is None:
