@@ -10,7 +10,7 @@ import torch
 
 from . import checkpoint_files, original_llava
 from .attention import Attention, resolve_attention
-from .checkpoint_files import check_sizes, locate, one_line, read_json, refuse_part
+from .checkpoint_files import check_sizes, locate, one_line, read_json, refuse_outer, refuse_part
 from .errors import BackendError, CheckpointError, InputError
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
@@ -123,6 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = checkpoint_files.read_config(path)
     if config is None:
         refuse_part(path)
+        refuse_outer(path)
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
     with one_line(f"{path}: config.json is not usable"):
         _check_config(path, config)

@@ -64,6 +64,16 @@ def refuse_part(path: Path) -> None:
             )
 
 
+def refuse_outer(path: Path) -> None:
+    """CheckpointError for a directory in whose folders, such as checkpoint-500, a checkpoint or a part of one is."""
+    with one_line(f"{path} cannot be listed"):
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    for folder in folders:
+        refuse_part(folder)
+        if (folder / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json, and its folder {folder.name} has one: give that folder")
+
+
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     if not file.is_file():

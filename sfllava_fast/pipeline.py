@@ -145,7 +145,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""
-        with self.exclusive:
+        with self.exclusive.taken():
             for session in self.sessions:
                 session.release()
             self.sessions.spare = None

@@ -222,6 +222,19 @@ def test_a_part_of_a_checkpoint_is_named(copy, name, what, config):
         load_checkpoint(copy)
 
 
+def test_what_is_in_the_folders_of_a_folder_is_named(copy, tmp_path):
+    (tmp_path / "run" / "runs").mkdir(parents=True)
+    with one_line(CheckpointError, r"run has no config.json: give the directory"):
+        load_checkpoint(tmp_path / "run")
+    shutil.copytree(copy, tmp_path / "run" / "checkpoint-20")
+    with one_line(CheckpointError, r"run has no config.json, and its folder checkpoint-20 has one: give that folder"):
+        load_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-10").mkdir()
+    (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
+    with one_line(CheckpointError, r"run/checkpoint-10 holds an adapter .adapter_model.safetensors. and no whole model"):
+        load_checkpoint(tmp_path / "run")
+
+
 def test_a_whole_checkpoint_may_keep_the_adapter_that_was_merged(copy):
     (copy / "adapter_config.json").write_text("{}")
     load_checkpoint(copy)
