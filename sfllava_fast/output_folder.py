@@ -1,5 +1,5 @@
-"""Where an output goes: its folder, made where there is none and refused before anything is computed; the file, whole
-or not at all."""
+"""Where an output goes: its folder, made where there is none and refused before anything is computed; its file,
+written whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def make_folder(out: Path) -> None:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A path to write to beside the file that `out` names, links followed; it takes that file's place in the end.
+    """A new file to write to, which is moved to `out` at the end: links are followed to the file that it replaces.
 
-    Raises InputError where `out` is there and no regular file.
+    Raises InputError for what is there and no regular file, such as a device.
     """
-    target = Path(os.path.realpath(out))
-    if target.exists() and not target.is_file():  # a device or a pipe would be replaced
-        raise InputError(f"cannot write {out}: it is no regular file")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    place = Path(os.path.realpath(out))
+    if place.exists() and not place.is_file():
+        raise InputError(f"{out} is no regular file: name another")
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # never what a link of that name leads to
     try:
         yield part
-        part.replace(target)
+        os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)

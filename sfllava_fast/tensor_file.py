@@ -23,9 +23,9 @@ def save_tensors(what: str, path: str | Path, tensors: Mapping[str, Tensor], met
 
     path = Path(path)
     try:
-        # Copies: tensors that share memory, as tied weights do, are not taken.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         with written_whole(path) as part:
+            # Copies: tensors that share memory, as tied weights do, are not taken.
+            copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
             save_file(copies, part, metadata | {CHECKSUM: _checksum(copies, metadata)})
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {what} to {path}: {first_line(error)}") from error
