@@ -282,19 +282,24 @@ BACKENDS = {
 NAMES = ("auto", *BACKENDS)
 
 
+def check_name(name: object) -> None:
+    """BackendError for what is no backend's name, available or not."""
+    if not isinstance(name, str):
+        raise BackendError(f"backend must be a name, one of {', '.join(NAMES)}, not {type(name).__name__}")
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+
+
 def choose(name: str, features: Tensor, plan: Plan | None = None, backward: bool = False) -> Backend:
     """The backend that serves these features; BackendError where the one asked for cannot.
 
     plan, backward: of the call, by which `auto` takes the fastest; None: of the default layout.
     """
-    if not isinstance(name, str):
-        raise BackendError(f"backend must be a name, one of {', '.join(NAMES)}, not {type(name).__name__}")
+    check_name(name)
     if name == "auto":
         for backend in _by_preference(features, plan, backward):
             if not _why_not(backend, features, say=True):
                 return backend  # the last one, the reference, serves everything
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if reason := _why_not(BACKENDS[name], features):
         raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
     return BACKENDS[name]

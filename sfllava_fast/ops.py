@@ -81,8 +81,7 @@ def slowfast_aggregate(
     height, width = check_grid(grid, features.shape[-2] - _class_tokens(layout))
     offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     check_separators(separators, layout, features)
-    if not isinstance(backend, str):
-        raise BackendError(f"backend must be a name, one of {', '.join(backends.NAMES)}, not {type(backend).__name__}")
+    backends.check_name(backend)
     call = (layout, height, width, offsets, backend)
     of_separators = separators is not None and separators.requires_grad
     needs_grad = torch.is_grad_enabled() and (features.requires_grad or of_separators)
@@ -385,12 +384,17 @@ def _check_features(features: Tensor) -> None:
 def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     if grid is None:
         return square_grid(int(patches))
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
-        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
-    height, width = grid
+    height, width = check_sides(grid)
     if height * width != patches or height < 1:
         raise InputError(f"grid {height}x{width} does not fit {patches} patches")
     return height, width
+
+
+def check_sides(grid: object) -> tuple[int, int]:
+    """(rows, columns); InputError for anything else."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
+        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
+    return grid[0], grid[1]
 
 
 _INTEGERS = (int, np.integer, torch.SymInt)
@@ -407,7 +411,7 @@ def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tenso
 
 def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
     """None for what torch cannot make a tensor of, and for complex numbers."""
-    if isinstance(numbers, Tensor) and numbers.is_complex():
+    if _is_complex(numbers):
         return None
     try:
         return torch.as_tensor(numbers, dtype=dtype)
@@ -424,6 +428,15 @@ def _ends(frame_offsets: Tensor) -> list[int]:
     if known.get("sfllava_ends", ())[:1] != (version,):
         known["sfllava_ends"] = version, frame_offsets.tolist()
     return known["sfllava_ends"][1]
+
+
+def _is_complex(numbers: object) -> bool:
+    """Whether torch would drop imaginary parts; of a list of Python's own complex numbers it drops none."""
+    if isinstance(numbers, Tensor):
+        return numbers.is_complex()
+    if isinstance(numbers, (list, tuple)):
+        return any(isinstance(number, np.complexfloating) for number in numbers)
+    return isinstance(numbers, np.ndarray) and np.iscomplexobj(numbers)
 
 
 def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:

@@ -77,8 +77,7 @@ def project_and_aggregate(
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
     """
-    if not isinstance(mode, str) or mode not in MODES:
-        raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+    check_mode(mode)
     if not callable(projector):
         raise InputError(f"the projector must be a module or a function, not {type(projector).__name__}")
     if not isinstance(hidden, Tensor):
@@ -109,6 +108,11 @@ def project_and_aggregate(
 
 
 @torch.compiler.assume_constant_result
+def check_mode(mode: object) -> None:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+
+
 def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 

@@ -21,7 +21,9 @@ from sfllava_fast.inspect import render
 from sfllava_fast.offline.journal import Journal
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.mixture import MixtureOfDepths
+from sfllava_fast.session import Session
 from sfllava_fast.tensor_file import save_tensors
+from sfllava_fast.video.preprocess import PreprocessSpec
 
 ASK = {"max_new_tokens": 6}
 
@@ -156,10 +158,52 @@ def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, par
     model.load_session(saved)
 
 
-def test_a_session_of_other_separators_is_refused(model, saved):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("separators", torch.ones(1, 32)),
+        ("preprocess_spec", PreprocessSpec(24, (24, 24), mode="crop")),
+        ("prompt_family", "chatml"),
+        ("asks_openly", True),
+    ],
+)
+def test_a_session_of_other_settings_is_refused(model, saved, name, value):
     other = model.with_layout(LAYOUT)
-    other.separators = torch.ones(1, 32)
-    assert other.fingerprint() != model.fingerprint()
+    assert other.fingerprint() == model.fingerprint()
+    setattr(other, name, value)
+    assert "another model" in refused(lambda: Session.load(other, saved), InputError)
+
+
+def test_a_session_of_another_image_processor_or_prompt_is_refused(tmp_path):
+    path, file = write_checkpoint(tmp_path / "model"), tmp_path / "model" / "preprocessor_config.json"
+    session = SlowFastLlava.from_pretrained(path, LAYOUT).open(Clip(), frames=9)
+    session.ask(QUESTION, **ASK)
+    saved = session.save(tmp_path / "clip.session")
+    other = SlowFastLlava.from_pretrained(path, LAYOUT, prompt="chatml")
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    other = SlowFastLlava.from_pretrained(path, LAYOUT)
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
+
+
+def test_a_session_saved_to_a_link_is_written_to_the_file_it_leads_to(model, saved, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "session", tmp_path / "link"
+    link.symlink_to("folder/session")
+    for _ in range(2):  # a link to nothing, and to a file
+        assert model.load_session(saved).save(link) == link
+        assert link.is_symlink() and model.load_session(target).frames
+        target.write_bytes(b"before")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["session"]
+
+
+def test_a_session_replaces_no_pipe_and_no_folder(model, saved, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for name in ("pipe", "folder"):
+        assert "no regular file" in refused(lambda: model.load_session(saved).save(tmp_path / name), InputError)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
 
 
 # --- what reductions learned
