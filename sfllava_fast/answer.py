@@ -50,6 +50,6 @@ class Answer:
         return self.choices[self.option] if self.choices and self.option is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as an object for json.dumps; the text is under "answer"."""
+        """The answer as an object for json.dumps; the text is under "answer", what it chose under "choice"."""
         fields = asdict(self)
-        return {"answer": fields.pop("text"), **fields}
+        return {"answer": fields.pop("text"), "choice": self.choice, **fields}

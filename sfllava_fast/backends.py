@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from . import reference
 from .config import SlowFastConfig
 from .errors import BackendError, first_line
 from .parts import import_part
-from .plan import Plan
+from .plan import Plan, kept_with_plan
 from .table import device_table, plan_table
 
 log = logging.getLogger("sfllava_fast")
@@ -32,6 +32,10 @@ LIBRARY = Path(__file__).parent / "_C.so"
 CUDA_LIBRARY = Path(__file__).parent / "_C_cuda.so"
 _OLDEST_TORCH = (2, 10)  # the first whose stable ABI has everything csrc/torch calls
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ON_GPU = ("cuda", "triton")
+# Layouts that both GPU backends serve by tiles, that Triton alone does, and that neither does: its bins overlap.
+_TILED, _TILED_BY_TRITON, _UNTILED = (SlowFastConfig(fast_grid=(n, n)) for n in (4, 3, 5))
+_GRID = (24, 24)
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,15 @@ def _unfit_dtype(features: Tensor) -> str | None:
 
 
 def _run_cpu(features: Tensor, plan: Plan, out: Tensor) -> None:
-    torch.ops.sfllava_fast.pool(features, plan_table(plan), out)
+    torch.ops.sfllava_fast.pool.default(features, plan_table(plan), out)
 
 
 def _run_cuda(features: Tensor, plan: Plan, out: Tensor) -> None:
-    torch.ops.sfllava_fast.pool_gpu(features, *_gpu_tables(features, plan), out)
+    torch.ops.sfllava_fast.pool_gpu.default(features, *_gpu_tables(features, plan), out)
 
 
 def _run_cuda_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
-    torch.ops.sfllava_fast.pool_backward_gpu(grad, features, *_gpu_tables(features, plan), out)
+    torch.ops.sfllava_fast.pool_backward_gpu.default(grad, features, *_gpu_tables(features, plan), out)
 
 
 def _run_triton(features: Tensor, plan: Plan, out: Tensor) -> None:
@@ -168,50 +172,88 @@ def _why_no_gpu(name: str, not_loaded: str | None, device: torch.device | None) 
 def _try_on(name: str, device: torch.device) -> str | None:
     """Why a backend fails on a GPU, from its first, small call there: a compiler that is missing, no code for it."""
     refuse_to_be_captured(name, device)
-    plan = SlowFastConfig(1, fast_grid=(2, 2)).plan(1, (4, 4))
-    features = torch.arange(16 * 40, dtype=torch.float32, device=device).view(1, 16, 40)
-    tokens, gradient = features.new_empty(plan.offsets[-1], 40), torch.empty_like(features)
     try:
-        BACKENDS[name].run(features, plan, tokens)
-        BACKENDS[name].run_backward(tokens, features, plan, gradient)
-        if not torch.equal(tokens, reference.aggregate(features, plan)):
-            return f"its tokens are wrong on {device}"
-        if not torch.equal(gradient, reference.aggregate_backward(tokens, features, plan)):
-            return f"its gradients are wrong on {device}"
+        return next(filter(None, (_compare(BACKENDS[name], like, device) for like in (_TILED, _UNTILED))), None)
     except Exception as error:  # compilers, drivers and loaders fail in many ways, and auto has to live with all
         return f"it failed on {device}: {first_line(error)}"
+
+
+def _compare(backend: Backend, layout: SlowFastConfig, device: torch.device) -> str | None:
+    plan = replace(layout, slow_frames=1).plan(2, _GRID)
+    features = torch.arange(2 * 576 * 40, dtype=torch.float32, device=device).sin().view(2, 576, 40)
+    tokens, gradient = features.new_empty(plan.offsets[-1], 40), torch.empty_like(features)
+    backend.run(features, plan, tokens)
+    backend.run_backward(tokens, features, plan, gradient)
+    if not torch.equal(tokens, reference.aggregate(features, plan)):
+        return f"its tokens are wrong on {device}"
+    if not torch.equal(gradient, reference.aggregate_backward(tokens, features, plan)):
+        return f"its gradients are wrong on {device}"
     return None
 
 
 def refuse_to_be_captured(name: str, device: torch.device) -> None:
     if torch.cuda.is_current_stream_capturing():
-        raise BackendError(f"backend {name} has not run on {device} yet: make a call before you capture a CUDA graph")
+        what = f"backend {name} has not served such a call on {device} yet"
+        raise BackendError(f"{what}: make it once before you capture a CUDA graph")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What decides which backend is the fastest on a GPU."""
+
+    device: torch.device
+    dtype: torch.dtype
+    like: SlowFastConfig = _TILED  # which of the above the layout resembles
+    backward: bool = False
+
+
+def _by_preference(features: Tensor, plan: Plan | None, backward: bool) -> Iterable[Backend]:
+    """All backends; where several work on a GPU, the one first that serves such calls in the least time."""
+    if not features.is_cuda or any(BACKENDS[name].why_unavailable(features.device) for name in _ON_GPU):
+        return BACKENDS.values()
+    like = _layout_like(plan, backward) if plan else _TILED
+    return _fastest_first(_Call(features.device, features.dtype, like, backward))
+
+
+@kept_with_plan
+def _layout_like(plan: Plan, backward: bool) -> SlowFastConfig:
+    table, path = plan_table(plan), _cuda_library().sfllava_cuda_path
+    if path(table.data_ptr(), table.numel(), backward) == b"tile":
+        return _TILED
+    tiling = triton_kernels().find_tiling(plan)
+    return _TILED_BY_TRITON if tiling and (tiling.whole or not backward) else _UNTILED
 
 
 @cache
-def _by_preference(device: torch.device) -> tuple[Backend, ...]:
-    """All backends; where several work on a GPU, the one first that served the default layout in the least time."""
-    gpu_backends = ("cuda", "triton") if device.type == "cuda" else ()
-    ready = [name for name in gpu_backends if not BACKENDS[name].why_unavailable(device)]
-    if len(ready) < 2:
-        return tuple(BACKENDS.values())
-    refuse_to_be_captured("auto", device)
-    fastest = min(ready, key=lambda name: _time_on(name, device))
-    return tuple(sorted(BACKENDS.values(), key=lambda backend: backend.name != fastest))
+def _cuda_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    library.sfllava_cuda_path.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
+    library.sfllava_cuda_path.restype = ctypes.c_char_p
+    return library
 
 
-def _time_on(name: str, device: torch.device) -> float:
-    """Milliseconds of 20 calls at the encoder's usual shape, which keep the device busier than the host."""
-    plan = SlowFastConfig().plan(50, (24, 24))
+@cache
+def _fastest_first(call: _Call) -> tuple[Backend, ...]:
+    refuse_to_be_captured("auto", call.device)
+    times = {name: _time(BACKENDS[name], call) for name in _ON_GPU}
+    return tuple(sorted(BACKENDS.values(), key=lambda backend: times.get(backend.name, math.inf)))
+
+
+def _time(backend: Backend, call: _Call) -> float:
+    """Milliseconds of 20 calls at an encoder's usual shape, which keep the device busier than the host."""
+    plan = call.like.plan(50, _GRID)
     try:
-        features = torch.zeros(50, 576, 2048, dtype=torch.bfloat16, device=device)
-        out = features.new_empty(plan.offsets[-1], 2048)
-        with torch.cuda.device(device):
+        features = torch.randn(50, 576, 2048, dtype=call.dtype, device=call.device)
+        tokens = torch.randn(plan.offsets[-1], 2048, dtype=call.dtype, device=call.device)
+        run = partial(backend.run, features, plan, tokens)
+        if call.backward:
+            run = partial(backend.run_backward, tokens, features, plan, torch.empty_like(features))
+        with torch.cuda.device(call.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for call in range(25):
-                if call == 5:
+            for number in range(25):
+                if number == 5:
                     start.record()
-                BACKENDS[name].run(features, plan, out)
+                run()
             end.record()
             end.synchronize()
         return start.elapsed_time(end)
@@ -240,16 +282,24 @@ BACKENDS = {
 NAMES = ("auto", *BACKENDS)
 
 
-def choose(name: str, features: Tensor) -> Backend:
-    """The backend that serves these features; BackendError where the one asked for cannot."""
+def check_name(name: object) -> None:
+    """BackendError for what is no backend's name, available or not."""
     if not isinstance(name, str):
         raise BackendError(f"backend must be a name, one of {', '.join(NAMES)}, not {type(name).__name__}")
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+
+
+def choose(name: str, features: Tensor, plan: Plan | None = None, backward: bool = False) -> Backend:
+    """The backend that serves these features; BackendError where the one asked for cannot.
+
+    plan, backward: of the call, by which `auto` takes the fastest; None: of the default layout.
+    """
+    check_name(name)
     if name == "auto":
-        for backend in _by_preference(features.device):
+        for backend in _by_preference(features, plan, backward):
             if not _why_not(backend, features, say=True):
                 return backend  # the last one, the reference, serves everything
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if reason := _why_not(BACKENDS[name], features):
         raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
     return BACKENDS[name]

@@ -10,7 +10,7 @@ import torch
 
 from . import checkpoint_files, original_llava
 from .attention import Attention, resolve_attention
-from .checkpoint_files import locate, one_line, read_json, refuse_part
+from .checkpoint_files import check_sizes, locate, one_line, read_json, refuse_outer, refuse_part
 from .errors import BackendError, CheckpointError, InputError
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
@@ -26,6 +26,9 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+# Which every config has, some under other names too.
+_SIZES = ("num_hidden_layers", "num_attention_heads")
 # Files that any Hugging Face tokenizer needs one of.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -120,6 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = checkpoint_files.read_config(path)
     if config is None:
         refuse_part(path)
+        refuse_outer(path)
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
     with one_line(f"{path}: config.json is not usable"):
         _check_config(path, config)
@@ -144,13 +148,28 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """What config.json says, as the config of the stock model."""
+    """What config.json says, as the config of the stock model. CheckpointError for a tower or a language model of a kind
+    that is not served, or of more layers than any has, whatever it calls them."""
     if original_llava.is_original(raw):
         return original_llava.stock_config(path, raw)
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     with one_line(f"{path}: config.json is not usable"):
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        tower, text = config.vision_config, config.text_config
+        if tower.model_type not in TOWERS:
+            raise CheckpointError(
+                f"{path} has the vision tower {tower.model_type}, and {' or '.join(TOWERS)} are read: use a CLIP LLaVA"
+            )
+        if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text.get_text_config() is not text:
+            raise CheckpointError(
+                f"{path} has the language model {text.model_type}, which is no decoder alone: use vicuna, mistral, Yi or "
+                "Qwen2"
+            )
+        for part in (tower, text):
+            check_sizes(path / "config.json", {name: getattr(part, name) for name in _SIZES})
+    return config
 
 
 def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:

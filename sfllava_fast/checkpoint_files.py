@@ -46,7 +46,9 @@ _PARTS = {
     "a projector alone": ("mm_projector.bin", "non_lora_trainables.bin"),
 }
 _WHOLE = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
-_MOST_LAYERS = 1000
+_MOST = 1000
+_COUNTED = re.compile(r"layers?$|^num_attention_heads$")
+_LEAST = {"num_hidden_layers": 0, "num_attention_heads": 1}
 
 
 def refuse_part(path: Path) -> None:
@@ -62,6 +64,16 @@ def refuse_part(path: Path) -> None:
             )
 
 
+def refuse_outer(path: Path) -> None:
+    """CheckpointError for a directory in whose folders, such as checkpoint-500, a checkpoint or a part of one is."""
+    with one_line(f"{path} cannot be listed"):
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    for folder in folders:
+        refuse_part(folder)
+        if (folder / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json, and its folder {folder.name} has one: give that folder")
+
+
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     if not file.is_file():
@@ -74,20 +86,33 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a checkpoint; None if it has none.
-
-    Raises CheckpointError for more layers than any model has, each of which takes memory before a weight is read, and
-    for a number of heads that no model has.
-    """
+    """config.json of a checkpoint, of sizes that `check_sizes` lets pass; None if it has none."""
     file = folder / "config.json"
     config = read_json(file)
-    parts = [config, config.get("text_config"), config.get("vision_config")] if config else []
-    for part in (part for part in parts if isinstance(part, dict)):
-        for name, least in (("num_hidden_layers", 0), ("num_attention_heads", 1)):
-            count = part.get(name, least)
-            if isinstance(count, (int, float)) and not least <= count <= _MOST_LAYERS:
-                raise CheckpointError(f"{file} has {name} {count}, and {least} to {_MOST_LAYERS} are read: correct it")
+    with one_line(f"{file} is not usable"):
+        check_sizes(file, config)
     return config
+
+
+def check_sizes(file: Path, value: Any, name: str = "") -> None:
+    """CheckpointError for a number in a config that no model has: each layer, and each entry of a list, takes memory
+    before a weight is read.
+
+    value: of `name`, or all of the file. At most `_MOST` are layers, under any name that ends in "layer" or "layers",
+    attention heads, and entries of a list, however deep in the file.
+    """
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            check_sizes(file, part, inner)
+    elif isinstance(value, list):
+        if len(value) > _MOST:
+            raise CheckpointError(f"{file} has {name} of {len(value)} entries, and {_MOST} are read: correct it")
+        for part in value:
+            check_sizes(file, part, name)
+    elif isinstance(value, (int, float)) and _COUNTED.search(name):
+        least = _LEAST.get(name, -_MOST)
+        if not least <= value <= _MOST:
+            raise CheckpointError(f"{file} has {name} {value}, and {least} to {_MOST} are read: correct it")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BackendError, InputError, SfllavaError
 from .options import PROGRAM, build_parser
 from .output_folder import check_folder, make_folder
-from .terminal import as_json, one_line, shown
+from .terminal import as_json, fit, one_line, shown
 
 if TYPE_CHECKING:
     from .engine import Answer, SlowFastLlava
@@ -176,6 +176,8 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_answer(answer: Answer, in_json: bool) -> None:
+    if answer.choices and answer.choice is None:
+        log.warning("the answer is none of the choices")
     if in_json:
         print(as_json(answer.to_json()))
         return
@@ -186,15 +188,15 @@ def _print_answer(answer: Answer, in_json: bool) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     from .embedded import CAVEAT, is_sample
-    from .offline.questions import by_video, find_video, read_questions
+    from .offline.questions import by_video, find_video, note_files, read_questions
     from .offline.run import run
     from .offline.workers import Worker
-    from .video.base import max_pixels
+    from .video.base import check_limits
 
-    max_pixels()  # a wrong setting is not every video's fault
+    check_limits()  # a wrong setting is not every video's fault
     groups = by_video(read_questions(args.questions, args.truths))
     make, settings = _server_answerer(args) if args.server else _model_answerer(args)
-    videos = [find_video(args.videos, group.name) for group in groups]
+    note_files(groups, args.videos)
     make_folder(args.out)
     limits = {name: getattr(args, name) for name in ("workers", "attempts", "retry_errors", "retry_changed")}
     if not args.server:  # a client keeps the time itself: waiting for a server is not the question's fault
@@ -228,7 +230,7 @@ def _model_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]]
     from .offline.answerers import model_answerer
     from .video import import_decoder
 
-    if args.upload or args.upload_any:
+    if args.upload or args.upload_any or args.max_upload:
         raise InputError("--upload is for a server: name it with --server")
     import_decoder(args.decoder)  # rather than when every worker has loaded its model
     options = {name: getattr(args, name) for name in ("frames", "decoder", "max_new_tokens")}
@@ -246,8 +248,11 @@ def _server_answerer(args: argparse.Namespace) -> tuple[Callable, dict[str, Any]
     ]
     if given:
         raise InputError(f"{', '.join(given)}: the server decides that; leave it out")
+    if args.max_upload and not (args.upload or args.upload_any):
+        raise InputError("--max-upload is for --upload: give that, or leave it out")
     names = ("model", "videos", "max_new_tokens", "timeout", "upload", "upload_any")
-    return server_answerer(args.server, **{name: getattr(args, name) for name in names})
+    limit = {"max_upload": args.max_upload} if args.max_upload else {}
+    return server_answerer(args.server, **{name: getattr(args, name) for name in names}, **limit)
 
 
 def score(args: argparse.Namespace) -> int:
@@ -318,7 +323,7 @@ def info(args: argparse.Namespace) -> None:
     for section, rows in facts.items():
         print(section)
         for name, value in rows.items():
-            print(shown(f"  {name:<{width}}  {value}"))
+            print(fit(shown(f"  {name:<{width}}  {value}"), " " * (width + 4)))
 
 
 def demo(args: argparse.Namespace) -> None:

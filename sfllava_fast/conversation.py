@@ -61,7 +61,7 @@ class Conversation:
 
         choices: makes it multiple choice. max_new_tokens: None takes the checkpoint's, else 128. follow_up: the model
         sees the earlier turns of the conversation; without it a new one begins. on_token: called with each piece of
-        text as it is generated; it may not ask this model. clock: has been running since before the question.
+        text as it is generated; it may not ask this model, nor one that waits for it. clock: has been running since before the question.
 
         Raises InputError, ContextError, OutOfMemoryError or NumberError, and on the first question VideoError.
         """
@@ -228,14 +228,14 @@ class PrefilledSession(Conversation):
 
     def release(self) -> None:
         """Give the keys and values back; the next question prefills the video's tokens again."""
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             self._cache = None
             self.model.sessions.forget(self)
 
     def close(self, spare: bool = False) -> None:
         """Give everything back, or with `spare` leave the cache's memory to the next session. A closed session can be
         asked nothing."""
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             if spare:
                 self._retire_cache()
             self.release()
@@ -288,8 +288,8 @@ class PrefilledSession(Conversation):
     def _new_cache(self, capacity: int, skipped: Sequence[int]) -> KvCache:
         """An empty cache of one row, for which other sessions may have to go."""
         sessions, language, room = self.model.sessions, self.model.language, rounded_up(capacity)
-        sessions.touch(self, language.cache_bytes(room, skipped))
         cache = sessions.take_spare(room, skipped)
+        sessions.touch(self, language.cache_bytes(room, skipped) if cache is None else cache.nbytes)
         return language.new_cache(1, room, skipped) if cache is None else cache
 
     @property
@@ -299,9 +299,10 @@ class PrefilledSession(Conversation):
 
     def _retire_cache(self) -> None:
         """Leave the cache's memory, with what was captured to decode in it, to whoever is next: itself, it may be."""
-        if self._cache is not None:
-            self.model.sessions.spare = self._cache
+        cache = self._cache
         self.release()
+        if cache is not None:
+            self.model.sessions.keep_spare(cache)
 
 
 def rounded_up(tokens: int) -> int:

@@ -21,7 +21,7 @@ from .layouts import parse_layout
 from .live import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
 from .memory import MemoryStream
 from .pipeline import Pipeline
-from .projector import MODES, Mode, why_layout_not_commuted
+from .projector import Mode, check_mode, why_layout_not_commuted
 from .prompts import check_family
 from .residents import DEFAULT_SESSIONS
 from .session import Session
@@ -46,8 +46,7 @@ def check_settings(
     """Raise what `from_pretrained` would of these arguments, as far as it takes no checkpoint to know."""
     from .reduction.settings import parse_reduction
 
-    if projector not in MODES:
-        raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+    check_mode(projector)
     if prompt != "auto":
         check_family(prompt)
     if layout is not None:
@@ -90,7 +89,8 @@ class SlowFastLlava(Pipeline):
         a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
         aggregator, by name or "auto". attention: one of `attention.CHOICES`. prompt:
         "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
-        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back.
+        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back;
+            the bytes include the cache that `answer` keeps for the next call.
         separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
         embedding of a text (see `separator_vectors.find_separators`). reduction: fewer of the video's tokens in the
         language model, as `reduction.settings.FORMS` writes it or as its settings; the transformers model is changed
@@ -150,6 +150,8 @@ class SlowFastLlava(Pipeline):
         """
         if layout is None and mode == "append" and isinstance(self.layout, SlowFastConfig) and self.layout.fast_grid:
             layout = self.layout.only("fast")
+        if frames is not None:
+            check_count("frames", frames)
         model = self if layout is None else self.with_layout(layout)
         if model.layout.canvas or mode == "memory" and model.layout.stage == "before":
             raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from .errors import InputError
 
+_waiting: dict[int, Exclusive] = {}  # by thread, what it waits for
+_watching = threading.Lock()
+
 
 class Exclusive:
     """A lock that the thread which has it may take again, but for a second answer within an answer.
@@ -18,18 +21,30 @@ class Exclusive:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._owner: int | None = None
         self._answering = False
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Other threads wait until it is left. InputError where the wait would never end: the thread that has it waits
+        for one that this thread has, as where `on_token` of either of two models asks the other."""
+        me = threading.get_ident()
+        self._announce(me)
+        try:
+            with self._lock:
+                _waiting.pop(me, None)
+                before, self._owner = self._owner, me
+                try:
+                    yield
+                finally:
+                    self._owner = before
+        finally:
+            _waiting.pop(me, None)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Other threads wait until it is left. InputError within itself, as where `on_token` asks."""
-        with self._lock:
+        """Like `taken`, and an InputError within itself, as where `on_token` asks."""
+        with self.taken():
             if self._answering:
                 raise InputError("the model is in the middle of an answer: ask or push when that has returned")
             self._answering = True
@@ -37,3 +52,17 @@ class Exclusive:
                 yield
             finally:
                 self._answering = False
+
+    def _announce(self, me: int) -> None:
+        if self._owner == me:  # never waits
+            return
+        with _watching:
+            wanted = self
+            while wanted is not None and wanted._owner not in (None, me):
+                wanted = _waiting.get(wanted._owner)
+            if wanted is not None and wanted._owner == me:
+                raise InputError(
+                    "two threads, each in the middle of an answer, wait for each other's model: ask when the answer has "
+                    "returned, not in on_token"
+                )
+            _waiting[me] = self

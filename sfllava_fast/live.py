@@ -94,7 +94,7 @@ class StreamSession(PrefilledSession):
         return embeds
 
     def close(self, spare: bool = False) -> None:
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             super().close(spare)
             self.stream = None
 
@@ -246,7 +246,7 @@ class AppendSession(Conversation):
         return cache + sum(tokens.nbytes for tokens in self._held.tokens)
 
     def close(self) -> None:
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             super().close()
             self._cache, self._held = None, _Held(self.seen, [])
 

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .backends import check_name
 from .config import Layout, SlowFastConfig
 from .errors import InputError
 from .layouts import parse_layout
-from .ops import slowfast_aggregate
-from .projector import Mode, project_and_aggregate, why_not_commuted
+from .ops import check_sides, slowfast_aggregate
+from .projector import Mode, check_mode, project_and_aggregate, why_not_commuted
 
 
 class SlowFastAggregator(nn.Module):
     """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
 
-    Has no parameters and no buffers. Errors are those of `slowfast_aggregate`.
+    Has no parameters and no buffers. Errors are those of `slowfast_aggregate`, of a wrong
+    setting at once.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class SlowFastAggregator(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(backend, grid)
         self.config, self.backend, self.grid = parse_layout(config), backend, grid
 
     def forward(
@@ -55,7 +58,8 @@ class FusedProjectorAggregator(nn.Module):
 
     projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
         LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
-    The module itself may be wrapped as any other. Errors are those of `project_and_aggregate`.
+    The module itself may be wrapped as any other. Errors are those of `project_and_aggregate`, of a
+    wrong setting at once.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class FusedProjectorAggregator(nn.Module):
     ) -> None:
         super().__init__()
         _check_modules(projector)
+        _check_settings(backend, grid)
+        check_mode(mode)
         self.projector = projector
         self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
 
@@ -111,7 +117,10 @@ class PathwayProjectors(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(backend, grid)
         self.config, self.backend, self.grid = parse_layout(config), backend, grid
+        if self.config.interleaved or self.config.separators:
+            raise InputError(f"{self.config} has no pathways one after the other with no separators: take another layout")
         names = [path.name for path in self.config.pathways]
         if not isinstance(projectors, (Mapping, nn.ModuleDict)) or set(projectors) != set(names):
             raise InputError(f"{self.config} needs a projector for each of {', '.join(names)}, and no other")
@@ -124,6 +133,13 @@ class PathwayProjectors(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend}"
+
+
+def _check_settings(backend: object, grid: object) -> None:
+    """Raise what a call would of the settings alone."""
+    check_name(backend)
+    if grid is not None:
+        check_sides(grid)
 
 
 def _check_modules(*projectors: object) -> None:

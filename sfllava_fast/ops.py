@@ -81,8 +81,7 @@ def slowfast_aggregate(
     height, width = check_grid(grid, features.shape[-2] - _class_tokens(layout))
     offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     check_separators(separators, layout, features)
-    if not isinstance(backend, str):
-        raise BackendError(f"backend must be a name, one of {', '.join(backends.NAMES)}, not {type(backend).__name__}")
+    backends.check_name(backend)
     call = (layout, height, width, offsets, backend)
     of_separators = separators is not None and separators.requires_grad
     needs_grad = torch.is_grad_enabled() and (features.requires_grad or of_separators)
@@ -129,7 +128,7 @@ def _aggregate(features, layout, height, width, frame_offsets, backend, separato
     plan = _plan(features, layout, height, width, frame_offsets)
     if features.dim() == 3:  # as below, in half a microsecond less
         out = features.new_empty(plan.offsets[-1], features.shape[2])
-        backends.choose(backend, features).run(features, plan, out)
+        backends.choose(backend, features, plan).run(features, plan, out)
         write_separators(out, plan, separators)
         return out
     out = features.new_empty(token_shape(plan, features, features.shape[-1]))
@@ -144,7 +143,7 @@ def _aggregate_out(features, layout, height, width, frame_offsets, backend, out,
 
 
 def _pool(features, plan, layout, backend, out, separators):
-    chosen = backends.choose(backend, features)
+    chosen = backends.choose(backend, features, plan)
     if out.dim() == 2:  # as below
         chosen.run(features, plan, out)
         write_separators(out, plan, separators)
@@ -162,7 +161,7 @@ def _aggregate_tangent(tangent, features, layout, height, width, frame_offsets, 
     else:
         tangent = _with_unit_stride(tangent)
         out = tangent.new_zeros(plan.offsets[-1], tangent.shape[2])
-        backends.choose(backend, tangent).run(tangent, plan, out)
+        backends.choose(backend, tangent, plan).run(tangent, plan, out)
     write_separators(out, plan, separators)
     return out.view(token_shape(plan, features, out.shape[1]))
 
@@ -171,7 +170,7 @@ def _aggregate_backward(grad, features, layout, height, width, frame_offsets, ba
     plan = _plan(features, layout, height, width, frame_offsets)
     grad = _with_unit_stride(grad)
     out = torch.empty_like(features, memory_format=torch.contiguous_format)
-    chosen = backends.choose(backend, features)
+    chosen = backends.choose(backend, features, plan, backward=True)
     for part, plan, rows, into in launches(features, plan, layout, grad, out):
         chosen.run_backward(rows, part, plan, into)
     return out
@@ -385,12 +384,17 @@ def _check_features(features: Tensor) -> None:
 def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
     if grid is None:
         return square_grid(int(patches))
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
-        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
-    height, width = grid
+    height, width = check_sides(grid)
     if height * width != patches or height < 1:
         raise InputError(f"grid {height}x{width} does not fit {patches} patches")
     return height, width
+
+
+def check_sides(grid: object) -> tuple[int, int]:
+    """(rows, columns); InputError for anything else."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
+        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
+    return grid[0], grid[1]
 
 
 _INTEGERS = (int, np.integer, torch.SymInt)
@@ -407,7 +411,7 @@ def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tenso
 
 def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
     """None for what torch cannot make a tensor of, and for complex numbers."""
-    if isinstance(numbers, Tensor) and numbers.is_complex():
+    if _is_complex(numbers):
         return None
     try:
         return torch.as_tensor(numbers, dtype=dtype)
@@ -415,8 +419,28 @@ def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | Non
         return None
 
 
+def _ends(frame_offsets: Tensor) -> list[int]:
+    """The values, of a tensor on a GPU read once for as long as nothing is written to it: reading waits for the GPU."""
+    if not frame_offsets.is_cuda or frame_offsets.is_inference():
+        return frame_offsets.tolist()
+    known = vars(frame_offsets)
+    version = frame_offsets._version
+    if known.get("sfllava_ends", ())[:1] != (version,):
+        known["sfllava_ends"] = version, frame_offsets.tolist()
+    return known["sfllava_ends"][1]
+
+
+def _is_complex(numbers: object) -> bool:
+    """Whether torch would drop imaginary parts; of a list of Python's own complex numbers it drops none."""
+    if isinstance(numbers, Tensor):
+        return numbers.is_complex()
+    if isinstance(numbers, (list, tuple)):
+        return any(isinstance(number, np.complexfloating) for number in numbers)
+    return isinstance(numbers, np.ndarray) and np.iscomplexobj(numbers)
+
+
 def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
-    ends = frame_offsets.tolist()
+    ends = _ends(frame_offsets)
     lengths = tuple(stop - start for start, stop in zip(ends, ends[1:]))
     if ends[0] != 0 or ends[-1] != frames or min(lengths) < 1:
         raise InputError(f"frame_offsets must rise from 0 to {frames}, a frame or more at a time, not {ends}")
@@ -436,9 +460,7 @@ def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError("out needs videos that lie one after the other and do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
-    first, last = span(out)
-    begin, end = span(features)
-    if first < end and begin < last:
+    if overlap(out, features):
         raise InputError("out overlaps the features in memory: pass a buffer of its own")
 
 
@@ -449,11 +471,20 @@ def _check_same_kind(out: Tensor, features: Tensor, name: str = "out") -> None:
         raise InputError(f"{name} must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
 
 
-def span(tensor: Tensor) -> tuple[int, int]:
-    """First byte, and past the last byte, that the tensor can touch."""
-    begin, last = tensor.data_ptr(), 0
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes between the first and the last element of one hold any of the other's."""
+    first, second = a.data_ptr(), b.data_ptr()
+    if first > second:
+        a, b, first, second = b, a, second, first
+    end = first + _reach(a)
+    return second < end and b.numel() > 0
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element past the last one."""
+    last = 0
     for size, stride in zip(tensor.shape, tensor.stride()):
         if size == 0:
-            return begin, begin
+            return 0
         last += (size - 1) * stride
-    return begin, begin + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

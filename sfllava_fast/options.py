@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .terminal import one_line
+from .terminal import fit, one_line
 
 PROGRAM = "sfllava-fast"
 
@@ -23,14 +23,14 @@ SHAPES = ("tiny", "small", "7b", "34b")
 
 _TOP_EXAMPLES = """
 examples:
-  sfllava-fast demo                              the small model that ships answers about its sample video
-  sfllava-fast ask clip.mp4 "What happens?"      ask about your own video, file or folder of frames
-  sfllava-fast watch - "What happens?"           answer again and again, as a stream goes on
-  sfllava-fast batch FILE --out answers.jsonl    answer a file of questions, and go on after any kill
-  sfllava-fast score answers.jsonl               see how many answers are right
-  sfllava-fast inspect clip.mp4 --out clip.png   see which frames and patches the layout keeps
-  sfllava-fast layouts                           see which layouts there are
-  sfllava-fast info                              see what is built and used on this machine, and why
+  sfllava-fast demo                             the model that ships, at work
+  sfllava-fast ask clip.mp4 "What happens?"     ask about your own video
+  sfllava-fast watch - "What happens?"          answer as a stream goes on
+  sfllava-fast batch FILE --out answers.jsonl   answer a file of questions
+  sfllava-fast score answers.jsonl              see how many are right
+  sfllava-fast inspect clip.mp4 --out clip.png  see what the layout keeps
+  sfllava-fast layouts                          see which layouts there are
+  sfllava-fast info                             see what runs here, and why
 
 `sfllava-fast COMMAND --help` shows the options of a command, with examples.
 """
@@ -71,8 +71,8 @@ exit code: 0 the stream has ended, 2 it could not go on, 130 interrupted; what w
 """
 _BATCH_EXAMPLES = """
 questions.jsonl has a line for each question, and videos lie in one folder:
-  {"id": 1, "video": "clip.mp4", "question": "What happens?"}
-  {"id": 2, "video": "clip.mp4", "question": "What is in the box?", "choices": ["a cat", "a dog"], "answer": "a dog"}
+  {"id": 1, "video": "clip.mp4", "question": "Who sings?", "answer": "a bird"}
+  {"id": 2, "video": "clip.mp4", "question": "Who?", "choices": ["Ada", "Bo"]}
 
 examples:
   on every GPU of this machine; the same command again goes on where a kill left it:
@@ -149,6 +149,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROGRAM}: error: {one_line(message)} (`{self.prog} --help` shows how)\n")
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Lines stay as they are written, but for those that are too long; commands can still be pasted."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(self._fit(line, width) for line in text.strip("\n").splitlines())
+
+    def _fit(self, line: str, width: int) -> str:
+        indent = line[: len(line) - len(line.lstrip())]
+        is_command = line.lstrip().startswith((f"{PROGRAM} ", "ffmpeg "))
+        return fit(line, indent + 2 * " " * is_command, is_command * " \\", width)
+
+
 class _Choices(argparse.Action):
     """Texts up to the next option: a question behind them would be one of them."""
 
@@ -171,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error, for a report"
     )
-    style = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    style = {"parents": [common], "formatter_class": _Formatter}
     parser = _Parser(
         PROGRAM,
         description="Ask questions of videos with SlowFast-LLaVA, fast.",
@@ -268,7 +280,13 @@ def _add_model_options(
         help="exact: the published order, bit for bit; commuted: its second layer runs on pooled tokens, several "
         "times less work and no less accurate; auto: commuted where it can serve (default: exact)",
     )
-    parser.add_argument("--attention", default="auto", choices=ATTENTIONS, help="(default: auto)")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=ATTENTIONS,
+        metavar="NAME",
+        help=f"{', '.join(ATTENTIONS)} (default: auto)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: what suits the device)")
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
@@ -296,10 +314,11 @@ def _add_batch(commands: Any, style: dict[str, Any]) -> None:
     option("--server", metavar="URL", help="ask a vLLM server, such as http://host:8000/v1, instead of a model here")
     option("--upload", action="store_true", help="send videos to the server, for one that does not see the files")
     option("--upload-any", action="store_true", help="the same, also for videos that are not under --videos")
+    option("--max-upload", type=_count, metavar="MIB", help="the largest video that is sent (default: 256)")
     option("--attempts", type=_count, default=3, metavar="N", help="before a question is an error (default: 3)")
     option("--timeout", type=_seconds, metavar="SECONDS", help="for one answer (default: none; of a server: 600)")
     option("--retry-errors", action="store_true", help="ask again what ended as an error")
-    option("--retry-changed", action="store_true", help="ask again what was another question when it was answered")
+    option("--retry-changed", action="store_true", help="ask again what was another question or video file then")
     option("--ray", action="store_true", help="workers are actors of a Ray cluster; needs the extra [ray]")
     _add_model_options(parser)
     _add_decoder(parser)
@@ -419,7 +438,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     option("--rounds", type=_count, metavar="N", help="paired rounds (default: 9)")
     option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     option("--dtype", choices=DTYPES, help="(default: what suits the device)")
-    option("--attention", choices=ATTENTIONS, help="of both pipelines (default: auto)")
+    option(
+        "--attention",
+        choices=ATTENTIONS,
+        metavar="NAME",
+        help=f"of both pipelines: {', '.join(ATTENTIONS)} (default: auto)",
+    )
     option("--backend", choices=BACKENDS, help="of our aggregator (default: auto)")
     option("--json", type=Path, metavar="FILE", help="write the figures here")
     option("--plot", type=Path, metavar="FILE.png", help="draw the stages of both as bars")

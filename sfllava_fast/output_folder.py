@@ -1,8 +1,11 @@
-"""The folder that an output goes into: made where there is none, and refused before anything is computed."""
+"""Where an output goes: its folder, made where there is none and refused before anything is computed; its file,
+written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
@@ -24,3 +27,21 @@ def make_folder(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from error
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A new file to write to, which is moved to `out` at the end: links are followed to the file that it replaces.
+
+    Raises InputError for what is there and no regular file, such as a device.
+    """
+    place = Path(os.path.realpath(out))
+    if place.exists() and not place.is_file():
+        raise InputError(f"{out} is no regular file: name another")
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # never what a link of that name leads to
+    try:
+        yield part
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)

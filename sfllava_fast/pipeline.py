@@ -26,7 +26,7 @@ from .exclusive import Exclusive
 from .layouts import parse_layout, preset_frames
 from .ops import slowfast_aggregate
 from .plan import Plan
-from .projector import MODES, Mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
+from .projector import Mode, check_mode, project_and_aggregate, why_layout_not_commuted, why_not_commuted
 from .prompts import (
     TEMPLATES,
     Prompt,
@@ -92,8 +92,7 @@ class Pipeline:
         self.language = LanguageModel(self.model, checkpoint.attention)
         self.sessions, self.exclusive = Residents(max_sessions, max_session_bytes), Exclusive()
         self.frames_per_pass = self._frames_that_fit()
-        if projector not in MODES:
-            raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+        check_mode(projector)
         self.projector: Mode = projector
         self.frames = options.get("frames", DEFAULT_FRAMES)
         self._take_layout(layout or options.get("layout") or SlowFastConfig(), separators)
@@ -146,7 +145,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""
-        with self.exclusive:
+        with self.exclusive.taken():
             for session in self.sessions:
                 session.release()
             self.sessions.spare = None
@@ -373,12 +372,14 @@ class Pipeline:
         return text.strip() if strip else text
 
     def fingerprint(self) -> str:
-        """Tells models apart: their config, dtype, separators, and all of their weights (see `hash_weights`)."""
+        """Tells models apart: their config, dtype, separators, preprocessing and prompts, and all of their weights (see
+        `hash_weights`)."""
         config = _without_path(self.model.config.to_dict())
         told = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         separators = [] if self.separators is None else [("separators", self.separators)]
         hash_weights(told, [*self.model.state_dict().items(), *separators])
-        told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()}".encode())
+        shown = self.preprocess_spec, self.prompt_family, self.checkpoint.chat_template, self.asks_openly
+        told.update(f"{self.dtype} {self.projector} {self.prefilling.fingerprint()} {shown}".encode())
         return told.hexdigest()
 
     def _frames_that_fit(self) -> int:

@@ -77,8 +77,7 @@ def project_and_aggregate(
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
     """
-    if not isinstance(mode, str) or mode not in MODES:
-        raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+    check_mode(mode)
     if not callable(projector):
         raise InputError(f"the projector must be a module or a function, not {type(projector).__name__}")
     if not isinstance(hidden, Tensor):
@@ -109,6 +108,11 @@ def project_and_aggregate(
 
 
 @torch.compiler.assume_constant_result
+def check_mode(mode: object) -> None:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise InputError(f"unknown projector mode {mode!r}: choose one of {', '.join(MODES)}")
+
+
 def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 
@@ -295,7 +299,7 @@ def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Te
         features = layers.project(kept).to(out.dtype)
         whole = len(maxima.rows) == 1
         tokens = out[slice(*maxima.rows[0])] if whole else out.new_empty(maxima.plan.offsets[-1], out.shape[1])
-        backends.choose(backend, features).run(features, maxima.plan, tokens)
+        backends.choose(backend, features, maxima.plan).run(features, maxima.plan, tokens)
         for rows, part in () if whole else zip(maxima.rows, tokens.split([b - a for a, b in maxima.rows])):
             out[slice(*rows)] = part
 
@@ -340,7 +344,7 @@ class _TorchLayers:
         pooled = activations.new_empty(means.plan.offsets[-1] if means.plan else 0, activations.shape[2])
         if means.plan:
             read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
-            backends.choose(self.backend, read).run(read, means.plan, pooled)
+            backends.choose(self.backend, read, means.plan).run(read, means.plan, pooled)
         return pooled, activations[list(maxima.frames)]
 
     def project(self, kept: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Residents:
     """The sessions whose keys and values are in memory, the least recently used first.
 
     Beyond `most` of them, or `most_bytes` together, the first are released; they can still be asked. The one in use
-    stays whatever it takes.
+    stays whatever it takes. The spare cache counts among the bytes, and is the first to go.
     """
 
     def __init__(self, most: int, most_bytes: int | None) -> None:
@@ -39,9 +39,15 @@ class Residents:
         """This session is in use, and about to take so many bytes more."""
         self.forget(session)
         self._sessions.append(weakref.ref(session))
+        self._bound_spare(coming)
         held = list(self)
         while len(held) > 1 and self._is_too_much(held, coming):
             held.pop(0).release()
+
+    def keep_spare(self, cache: KvCache) -> None:
+        """Keep a cache for the next session, if the bytes allow it beside those that are held."""
+        self.spare = cache
+        self._bound_spare(0)
 
     def take_spare(self, room: int, skipped: Sequence[int]) -> KvCache | None:
         """The spare cache, if it has room for so many tokens and skips these; else it is dropped."""
@@ -54,6 +60,12 @@ class Residents:
     def forget(self, session: Resident) -> None:
         self._sessions = [ref for ref in self._sessions if ref() not in (None, session)]
 
+    def _bound_spare(self, coming: int) -> None:
+        if self.spare is not None and self._is_too_many_bytes([*self, self.spare], coming):
+            self.spare = None
+
     def _is_too_much(self, held: list[Resident], coming: int) -> bool:
-        total = coming + sum(session.nbytes for session in held)
-        return len(held) > self.most or self.most_bytes is not None and total > self.most_bytes
+        return len(held) > self.most or self._is_too_many_bytes(held, coming)
+
+    def _is_too_many_bytes(self, held: Sequence[Resident | KvCache], coming: int) -> bool:
+        return self.most_bytes is not None and coming + sum(each.nbytes for each in held) > self.most_bytes

@@ -44,7 +44,7 @@ class Session(PrefilledSession):
         return embeds
 
     def close(self, spare: bool = False) -> None:
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             super().close(spare)
             self._clip = None
 
@@ -56,7 +56,7 @@ class Session(PrefilledSession):
 
         Raises InputError where nothing has been asked yet, or the file cannot be written.
         """
-        with self.model.exclusive:
+        with self.model.exclusive.taken():
             return self._save(path)
 
     def _save(self, path: str | Path) -> Path:
@@ -86,12 +86,12 @@ class Session(PrefilledSession):
         is not as it was written."""
         tensors, facts = _read(Path(path))
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
-            raise InputError(f"{path} was saved with another model, dtype, layout or reduction: open the video again")
+            raise InputError(f"{path} was saved with another model, prompt, dtype, layout or reduction: open the video again")
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
         session.damage = facts["damage"] or None
         session.turns = [Turn(asked, said, choices and tuple(choices)) for asked, said, choices in facts["turns"]]
-        with model.exclusive, torch.inference_mode(), Stopwatch(model.device)("prefill"):
+        with model.exclusive.taken(), torch.inference_mode(), Stopwatch(model.device)("prefill"):
             if not session._fits(tensors, before, facts["skipped"]):
                 raise InputError(f"{path} holds other tensors than this model's sessions do: open the video again")
             embeds, rows = model.allocate(len(before), session.plan.tokens["total"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, chain
 
@@ -74,8 +75,10 @@ def _upload(host_table: Tensor, device: torch.device) -> tuple[Tensor, set[int]]
     """The table, and the streams that have read it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("a CUDA graph cannot capture the first call of its kind: make it once before the capture")
-    with _for_every_call():
-        return host_table.to(device), set()
+    # In a thread of its own: where torch.compile is about to record a CUDA graph, what this thread allocates comes from
+    # the graph's pool, which hands the memory out again.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(host_table.to, device).result(), set()
 
 
 @contextmanager

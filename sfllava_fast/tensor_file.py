@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, first_line
+from .output_folder import written_whole
 
 CHECKSUM = "checksum"
 
@@ -21,16 +22,13 @@ def save_tensors(what: str, path: str | Path, tensors: Mapping[str, Tensor], met
     from safetensors.torch import save_file
 
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        # Copies: tensors that share memory, as tied weights do, are not taken.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, part, metadata | {CHECKSUM: _checksum(copies, metadata)})
-        part.replace(path)
+        with written_whole(path) as part:
+            # Copies: tensors that share memory, as tied weights do, are not taken.
+            copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+            save_file(copies, part, metadata | {CHECKSUM: _checksum(copies, metadata)})
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {what} to {path}: {first_line(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

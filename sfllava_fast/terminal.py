@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from typing import Any
 
 # C0 and C1 controls but tab and newline, marks that turn the direction of text, and halves of surrogate pairs: bytes of
@@ -20,6 +22,18 @@ def shown(text: object) -> str:
 def one_line(text: object) -> str:
     """The same in one line."""
     return " ".join(shown(text).split())
+
+
+def fit(line: str, indent: str, end: str = "", width: int = 0) -> str:
+    """A line as several that fit the terminal or the width, at blanks outside quotes; all but the last have `end`."""
+    width = (width or shutil.get_terminal_size().columns) - len(end)
+    if len(line) <= width + len(end):
+        return line
+    held = re.sub("\"[^\"]*\"|'[^']*'", lambda found: found[0].replace(" ", "\0"), line.strip())
+    first = line[: len(line) - len(line.lstrip())]
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(held, width, initial_indent=first, subsequent_indent=indent, **options)
+    return f"{end}\n".join(lines).replace("\0", " ")
 
 
 def as_json(value: Any) -> str:

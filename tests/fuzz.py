@@ -1,6 +1,6 @@
 """What `make fuzz` runs: random calls, files, kills and replies, until the time is up. Not part of `make test`.
 
-    python tests/fuzz.py [op] [video] [plan] [batch] [session] [server]
+    python tests/fuzz.py [op] [video] [decord] [images] [plan] [batch] [session] [server]
 
 Environment: SECONDS for each (60), SEED (0). Case n of a target is drawn from "SEED+n" alone, and the first finding
 ends the run with the seed that makes it again: SEED=that SECONDS=0 runs one case.
@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, assert_same, norma
 
 from sfllava_fast import SlowFastConfig, slowfast_aggregate
 from sfllava_fast.config import SLOW_POOLS
-from sfllava_fast.errors import InputError, SfllavaError, VideoError
+from sfllava_fast.errors import InputError, ServerError, SfllavaError, VideoError
 from sfllava_fast.layouts import parse_layout
 
 ROOT = Path(__file__).parents[1]
@@ -143,18 +144,65 @@ def video(folder: Path) -> Iterator[Case]:
     """Damaged clips, each opened and read in a process of its own: read, or a VideoError of one line. What FFmpeg ends
     or hangs on is counted, and no finding of ours."""
     clips = [path.read_bytes() for path in _write_clips(folder)]
-    path, reader = folder / "damaged", _Reader()
+    with _reading("pyav") as read:
+        yield lambda random_: read(_write_damaged(folder / "damaged", clips, random_), random_.randrange(1, 20))
+
+
+@contextmanager
+def decord(folder: Path) -> Iterator[Case | None]:
+    """The same clips with decord."""
+    if not find_spec("decord"):
+        yield None
+        return
+    clips = [path.read_bytes() for path in _write_clips(folder)]
+    with _reading("decord") as read:
+        yield lambda random_: read(_write_damaged(folder / "damaged", clips, random_), random_.randrange(1, 20))
+
+
+@contextmanager
+def images(folder: Path) -> Iterator[Case]:
+    """Folders of three images, one or more of them damaged, or of another kind or size than its name or the others."""
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    made = []
+    for suffix in ("jpg", "png", "webp", "bmp", "tif", "gif"):
+        for mode in ("RGB", "P", "L"):
+            if (suffix, mode) != ("jpg", "P"):
+                Image.fromarray(picture).convert(mode).save(folder / f"whole.{suffix}")
+                made.append((folder / f"whole.{suffix}").read_bytes())
+    frames = folder / "frames"
+
+    def draw(random_: random.Random) -> Path:
+        shutil.rmtree(frames, ignore_errors=True)
+        frames.mkdir()
+        whole = random_.choice(made)
+        for name in "012":
+            path = frames / f"{name}.{random_.choice(['jpg', 'png', 'tiff'])}"
+            if random_.random() < 0.5:
+                _write_damaged(path, [whole], random_)
+            else:
+                path.write_bytes(random_.choice([whole, whole, whole, random_.choice(made)]))
+        return frames
+
+    with _reading("pyav") as read:
+        yield lambda random_: read(draw(random_), 3)
+
+
+def _write_damaged(path: Path, whole: list[bytes], random_: random.Random) -> Path:
+    data = random_.choice(whole)
+    for _ in range(random_.randrange(1, 4)):
+        data = damaged(data, random_) or b"\0"
+    path.write_bytes(data)
+    return path
+
+
+@contextmanager
+def _reading(decoder: str) -> Iterator[Callable[[Path, int], str]]:
+    reader = _Reader(decoder)
     try:
         reader.begin()
-
-        def case(random_: random.Random) -> str:
-            data = random_.choice(clips)
-            for _ in range(random_.randrange(1, 4)):
-                data = damaged(data, random_) or b"\0"
-            path.write_bytes(data)
-            return reader.read(path, random_.randrange(1, 20))
-
-        yield case
+        yield reader.read
     finally:
         reader.end()
 
@@ -188,7 +236,8 @@ class _Reader:
 
     patience = 20.0
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: str) -> None:
+        self.decoder = decoder
         self.context, self.process = multiprocessing.get_context("spawn"), None
 
     def begin(self) -> None:
@@ -201,7 +250,7 @@ class _Reader:
 
     def read(self, path: Path, frames: int) -> str:
         self.begin()
-        self.connection.send((str(path), frames))
+        self.connection.send((str(path), frames, self.decoder))
         try:
             if not self.connection.poll(self.patience):
                 self.end()
@@ -235,9 +284,9 @@ def _read_videos(connection: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_READER_BYTES, _READER_BYTES))
     connection.send("ready")
     while True:
-        path, frames = connection.recv()
+        path, frames, decoder = connection.recv()
         try:
-            clip = open_video(path)
+            clip = open_video(path, decoder)
             clip.frames(sample_frames(clip.total, frames))
             connection.send(("damaged videos read", None))
         except VideoError as error:
@@ -364,8 +413,10 @@ def session(folder: Path) -> Iterator[Case]:
 
 @contextmanager
 def server(folder: Path) -> Iterator[Case]:
-    """Replies of a server with damage, at every level of HTTP and JSON: a text, or an error of one line, in time."""
+    """Replies of a server with damage, at every level of HTTP and JSON, and long ones of a judge: a text and a verdict,
+    or an error of one line, in time."""
     from sfllava_fast.offline.chat import Chat
+    from sfllava_fast.offline.score import RULES, rate, read_verdict
 
     reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "a red circle"}}]}).encode()
     head = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -382,6 +433,8 @@ def server(folder: Path) -> Iterator[Case]:
     chat = Chat(f"http://127.0.0.1:{door.getsockname()[1]}/v1", "model", timeout=5, patience=0)
 
     def case(random_: random.Random) -> str:
+        if random_.random() < 0.2:
+            return judged(random_)
         body = random_.choice(bodies)
         data = random_.choice([head % (random_.choice(statuses), len(body)) + body, chunked, redirect])
         for _ in range(random_.randrange(3)):
@@ -398,10 +451,38 @@ def server(folder: Path) -> Iterator[Case]:
         assert time.monotonic() - begun < 30, "a reply that did not end"
         return outcome
 
+    def judged(random_: random.Random) -> str:
+        text, verdict = _long_reply(random_)
+        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        now["reply"] = head % (200, len(body)) + body
+        begun = time.monotonic()
+        try:
+            read = read_verdict(chat.reply([{"role": "user", "content": "right?"}], 8))
+            assert verdict in (None, read), f"{read} is not the verdict {verdict}"
+            assert all(len(rate(read, rule)) == 2 for rule in RULES)
+            outcome = "long replies of a judge read"
+        except ServerError as error:
+            _one_line(error)
+            assert verdict is None, "a verdict that was not found"
+            outcome = "long replies of a judge without a verdict, one line"
+        assert time.monotonic() - begun < 30, "a reply that was not read in time"
+        return outcome
+
     try:
         yield case
     finally:
         door.close()
+
+
+def _long_reply(random_: random.Random) -> tuple[str, dict[str, Any] | None]:
+    """A judge's reply, and the verdict that it ends with; None if it may have any or none."""
+    pred, score = random_.choice(["yes", "no", "Yes.", "", "\u00fc"]), random_.choice([0, 5, 4.5, "3", -1])
+    verdict = {"pred": pred, "score": score}
+    written = random_.choice([json.dumps, repr])(verdict)
+    pieces = [*"{}[]:,\n'", '"', "<think>", "</think>", "```json", "pred", "score", "yes ", "x" * 99]
+    pieces += [written, written[:-1], written[1:], "{" * 50, "[" * 50, "1e999", "\u2028", "\0", "\ud83d"]
+    text = "".join(random_.choices(pieces, k=random_.randrange(1, 10 ** random_.randrange(1, 5))))
+    return (f"{text}</think> {written}", verdict) if random_.random() < 0.5 else (text, None)
 
 
 def _serve(door: socket.socket, now: dict[str, bytes]) -> None:
@@ -437,7 +518,17 @@ def _refused(use: Callable[[], Any], kind: type[Exception] = SfllavaError) -> No
     raise AssertionError("taken without a word")
 
 
-TARGETS = {"op": op, "video": video, "plan": plan, "batch": batch, "session": session, "server": server}
+TARGETS = {
+    "op": op,
+    "video": video,
+    "decord": decord,
+    "images": images,
+    "plan": plan,
+    "batch": batch,
+    "session": session,
+    "server": server,
+}
+NEEDS = {"decord": "decord", "plan": "CMake or a C++ compiler"}
 
 
 def fuzz(name: str, seed: int, seconds: float) -> bool:
@@ -445,7 +536,7 @@ def fuzz(name: str, seed: int, seconds: float) -> bool:
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, TARGETS[name](Path(folder)) as case:
         if case is None:
-            print(f"{name}: skipped, no CMake or C++ compiler", flush=True)
+            print(f"{name}: skipped, {NEEDS[name]} is not installed", flush=True)
             return True
         end = time.monotonic() + seconds
         while True:

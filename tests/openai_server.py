@@ -11,7 +11,7 @@ from typing import Any
 
 
 class OpenAiServer(ThreadingHTTPServer):
-    """requests: the bodies of the chat requests so far, in order. headers: those of the last request.
+    """requests: the bodies of the chat requests so far, in order. headers: those of the last request. models: names.
 
     answer: called with a body; gives the text of the reply, (status, body of an error), a function that writes the reply
     to a binary file itself, or None to break off.
@@ -22,6 +22,7 @@ class OpenAiServer(ThreadingHTTPServer):
     def __init__(self, answer: Callable[[dict[str, Any]], Any], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.requests = answer, []
+        self.models = ["first", "second"]
         self.headers: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -32,7 +33,7 @@ class OpenAiServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.headers = dict(self.headers)
-        self._send(200, {"data": [{"id": "first"}, {"id": "second"}]} if self.path == "/v1/models" else {})
+        self._send(200, {"data": [{"id": name} for name in self.server.models]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfllava_fast import backends, slowfast_aggregate, table
 from sfllava_fast.config import SlowFastConfig
@@ -24,7 +27,7 @@ ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda",
 def fresh():
     """Reasons are found out once a process: forget them before the test and after it."""
     caches = (
-        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._by_preference, backends.say_once,
+        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._fastest_first, backends.say_once,
     )
     for cache in caches:
         cache.cache_clear()
@@ -48,7 +51,7 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
     monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
     monkeypatch.setattr(backends, "load_triton", lambda: None)
     monkeypatch.setattr(backends, "_try_on", lambda name, device: f"it failed on {device}" if name in failing else None)
-    monkeypatch.setattr(backends, "_time_on", lambda name, device: {"cuda": 1.0, "triton": 2.0}[name])
+    monkeypatch.setattr(backends, "_time", lambda backend, call: {"cuda": 1.0, "triton": 2.0}[backend.name])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
         assert [backends.choose("auto", ON_GPU).name for _ in range(3)] == [serves] * 3
@@ -60,33 +63,73 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
             backends.choose(name, ON_GPU)
 
 
-def test_auto_takes_the_backend_that_was_faster_on_the_device(fresh, monkeypatch):
-    times = {("cuda", 0): 1.0, ("triton", 0): 2.0, ("cuda", 1): 3.0, ("triton", 1): 2.0}
-    measured = []
+PAPER, THREE, FIVE = (SlowFastConfig(fast_grid=(n, n)).plan(50, (24, 24)) for n in (4, 3, 5))
 
-    def time_on(name, device):
-        measured.append((name, device.index))
-        return times.get((name, device.index), math.inf)
+
+@pytest.fixture
+def timed(fresh, monkeypatch):
+    """Two GPU backends and the calls that were timed; times by (name, field of the call): a field's value."""
+    times, calls = {}, []
+
+    def time(backend, call):
+        calls.append((backend.name, call))
+        found = [t for (name, what), t in times.items() if name == backend.name and what in vars(call).values()]
+        return found[0] if found else math.inf
 
     for load in ("load_cuda_library", "load_triton"):
         monkeypatch.setattr(backends, load, lambda: None)
     monkeypatch.setattr(backends, "_try_on", lambda name, device: None)
-    monkeypatch.setattr(backends, "_time_on", time_on)
+    monkeypatch.setattr(backends, "_time", time)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return times, calls
+
+
+def test_auto_takes_the_backend_that_was_faster_on_the_device(timed):
+    times, calls = timed
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    times |= {("cuda", first): 1.0, ("triton", first): 2.0, ("cuda", second): 3.0, ("triton", second): 2.0}
     for index, name in enumerate(("cuda", "triton", "cuda")):
         features = SimpleNamespace(**vars(ON_GPU) | {"device": torch.device("cuda", index)})
         assert [backends.choose("auto", features).name for _ in range(3)] == [name] * 3
-    assert measured == [*times, ("cuda", 2), ("triton", 2)]  # once
+    assert len(calls) == 6  # once
     on_cpu = SimpleNamespace(is_cpu=True, is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
     assert backends.choose("auto", on_cpu).name == ("torch" if backends.load_library() else "cpu")
+
+
+@pytest.mark.skipif(not backends.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_auto_measures_each_kind_of_layout_dtype_and_direction(timed):
+    times, calls = timed
+    times |= {("cuda", backends._TILED): 1.0, ("triton", backends._TILED): 2.0, ("triton", backends._TILED_BY_TRITON): 1.0}
+    times |= {("triton", backends._UNTILED): 2.0, ("cuda", backends._UNTILED): 1.0}
+    assert backends.choose("auto", ON_GPU, PAPER).name == "cuda"
+    assert backends.choose("auto", ON_GPU, THREE).name == "triton"
+    assert backends.choose("auto", ON_GPU, FIVE).name == "cuda"
+    assert len(calls) == 6
+    others = [SlowFastConfig(fast_grid=(n, n)).plan(9, (24, 24)) for n in (2, 12)]  # tiles 12 and 2 patches wide
+    assert [backends.choose("auto", ON_GPU, plan).name for plan in others] == ["triton"] * 2
+    assert len(calls) == 6  # they are like the 3x3 one
+    half = SimpleNamespace(**vars(ON_GPU) | {"dtype": torch.float16})
+    backends.choose("auto", half, PAPER), backends.choose("auto", half, PAPER, backward=True)
+    assert [(call.dtype, call.backward) for _, call in calls[6:]] == [(torch.float16, False)] * 2 + [(torch.float16, True)] * 2
+
+
+@pytest.mark.skipif(not backends.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
+@pytest.mark.parametrize("backward", [False, True])
+def test_layouts_that_are_measured_are_what_they_stand_for(backward):
+    for plan, like in ((PAPER, backends._TILED), (THREE, backends._TILED_BY_TRITON), (FIVE, backends._UNTILED)):
+        assert backends._layout_like(plan, backward) is like
+    # The self-check's frames: one with fine tokens and one without.
+    small = dataclasses.replace(backends._TILED, slow_frames=1).plan(2, (24, 24))
+    assert backends._layout_like(small, backward) is backends._TILED
 
 
 def test_what_cannot_be_timed_comes_last(monkeypatch):
     def fail(features, plan, out):
         raise RuntimeError("it does not compile")
 
-    monkeypatch.setitem(backends.BACKENDS, "x", backends.Backend("x", None, None, fail, fail))
-    assert backends._time_on("x", torch.device("cpu")) == math.inf
+    backend = backends.Backend("x", None, None, fail, fail)
+    assert backends._time(backend, backends._Call(torch.device("cpu"), torch.float32)) == math.inf
 
 
 def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkeypatch):
@@ -115,10 +158,10 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkey
 
 def test_what_a_capture_cannot_do_is_an_error_and_not_a_reason(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(BackendError, match="make a call before you capture a CUDA graph"):
+    with pytest.raises(BackendError, match="make it once before you capture a CUDA graph"):
         backends._try_on("triton", torch.device("cuda", 0))
     monkeypatch.setattr(backends, "_why_no_gpu", lambda *_: None)
-    with pytest.raises(BackendError, match="backend auto has not run on cuda:0 yet"):
+    with pytest.raises(BackendError, match="backend auto has not served such a call on cuda:0 yet"):
         backends.choose("auto", ON_GPU)
     with pytest.raises(BackendError, match="make it once before the capture"):
         table._upload(CONFIG.plan(4, (4, 4)), torch.device("cuda", 0))
@@ -165,6 +208,21 @@ def test_the_gpu_kernels_ops_trace():
     tables = plan_table(plan), plan_table(plan).to("meta")
     assert torch.ops.sfllava_fast.pool_gpu(x, *tables, out) is None
     assert torch.ops.sfllava_fast.pool_backward_gpu(out, x, *tables, torch.empty_like(x)) is None
+
+
+def test_a_table_is_uploaded_outside_of_what_the_callers_thread_records():
+    class Seen(TorchDispatchMode):
+        ops = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.ops.append(op)
+            return op(*args, **kwargs or {})
+
+    plan = SlowFastConfig(3).plan(7, (4, 4))
+    plan_table(plan)
+    with Seen(), torch.inference_mode():
+        uploaded = device_table(plan, torch.device("meta"))
+    assert uploaded.device.type == "meta" and not uploaded.is_inference() and not Seen.ops
 
 
 def test_device_tables_are_cached():

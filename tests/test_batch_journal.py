@@ -151,6 +151,8 @@ def test_other_settings_are_refused_once_there_are_answers(out):
     assert read(out.parent / "answers.jsonl.state")[0] == {"settings": SETTINGS}
     with pytest.raises(InputError, match="was begun with frames 8, not 4: use the same"):
         Journal(out, SETTINGS | {"frames": 4})
+    with pytest.raises(InputError, match="was begun with frames 8, not None: use the same"):
+        Journal(out, {"model": "m"})
     write(out)
 
 

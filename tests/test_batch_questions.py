@@ -1,11 +1,14 @@
 """Question files: our own lines and the published forms, and one line for each wrong one."""
 
 import json
+import os
 
 import pytest
 
 from sfllava_fast.errors import InputError
+from sfllava_fast.offline.answerers import model_answerer
 from sfllava_fast.offline.questions import Question, by_video, find_video, read_questions
+from sfllava_fast.offline.stamps import stamp_video
 
 OPEN_ENDED_CSV = """,video_id,answer,question,video_name,question_id,question_type
 1,1201,someone,"who pours, slowly?",clip_162_169,1201_30933,0
@@ -203,3 +206,48 @@ def test_a_folder_whose_names_have_a_beginning_that_questions_leave_out(folder, 
     assert find_video(folder, "b") == folder / "b.mp4", "a name that is there as it is, is meant"
     assert find_video(folder, "c") == folder / "c"
     assert find_video(other, "a") == other / "a", "elsewhere it would be another video"
+
+
+OPTIONS = dict.fromkeys(("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model", "reduction/a.safetensors"])
+def test_a_file_of_a_checkpoint_that_is_replaced_is_another_model(name, tmp_path):
+    folder = tmp_path / "model"
+    (folder / "reduction").mkdir(parents=True)
+    for file in ("config.json", name):
+        (folder / file).write_bytes(b"1234")
+    os.utime(folder / name, ns=(5, 5))
+
+    def settings():
+        return model_answerer(str(folder), tmp_path, **OPTIONS)[1]
+
+    before = settings()
+    (folder / "README.md").write_text("a note")
+    assert settings() == before and before["model_files"]
+    for size, time in ((5, 5), (4, 6)):
+        (folder / name).write_bytes(b"x" * size)
+        os.utime(folder / name, ns=(time, time))
+        assert settings()["model_files"] != before["model_files"]
+    (folder / name).unlink()
+    assert settings()["model_files"] != before["model_files"]
+
+
+def test_a_file_of_a_reduction_that_is_replaced_is_another_one(tmp_path):
+    file = tmp_path / "learned.safetensors"
+    file.write_bytes(b"1")
+    for reduction in (f"mixture:0.2:{file}", f"compress:{file}"):
+        options = OPTIONS | {"reduction": reduction}
+        before = model_answerer("owner/name", tmp_path, **options)[1]
+        file.write_bytes(file.read_bytes() + b"1")
+        assert before["reduction_file"] != model_answerer("owner/name", tmp_path, **options)[1]["reduction_file"]
+
+
+def test_frames_of_a_folder_that_are_replaced_are_another_video(tmp_path):
+    frames = tmp_path / "v"
+    frames.mkdir()
+    (frames / "1.png").write_bytes(b"1")
+    before = stamp_video(frames)
+    assert before == stamp_video(frames)
+    (frames / "1.png").rename(frames / "2.png")
+    assert before != stamp_video(frames)

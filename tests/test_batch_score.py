@@ -346,3 +346,11 @@ def test_verdicts_do_not_go_where_the_answers_are(tmp_path):
     with serving(graded) as server, pytest.raises(InputError, match="has the answers: name another --out"):
         score(path, server.url, out=path, retry_changed=True)
     assert path.read_bytes() == before
+
+
+def test_a_value_of_several_lines_is_one_line_of_the_table(tmp_path, capsys):
+    odd = "a\nall: 100 %\x1b[2J"
+    path = write(tmp_path, line(1, "A", choices=["x", "y"], truth="x", kind=odd))
+    assert cli.main(["score", str(path), "--by", "kind"]) == 0
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) == 2 and told.splitlines()[1].startswith("kind a all: 100 %\\x1b[2J: multiple")

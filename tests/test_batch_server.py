@@ -1,10 +1,15 @@
 """Batches through an OpenAI-compatible server: what is sent, and what each kind of failure comes to."""
 
 import base64
+import contextlib
 import json
+import os
+import shutil
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import clips
 import pytest
@@ -12,8 +17,10 @@ from openai_server import serving
 
 from sfllava_fast import cli
 from sfllava_fast.errors import BackendError, InputError, ServerError
+from sfllava_fast.offline import answerers
 from sfllava_fast.offline import chat as chat_module
 from sfllava_fast.offline.chat import Chat
+from sfllava_fast.offline.questions import Question
 from sfllava_fast.prompts import build_prompt
 
 
@@ -149,6 +156,27 @@ def test_a_reply_that_does_not_come_or_drips_is_cut_off(begin, chat):
         with pytest.raises(ServerError, match="gave no reply within 0.4 seconds"):
             ask(chat(server, timeout=0.4))
         end.set()
+
+
+def test_a_handshake_of_tls_that_drips_is_cut_off():
+    """A record of 16 KiB is announced and comes byte by byte, each within the time-out of a read."""
+    end = threading.Event()
+
+    def drip(door):
+        caller, _ = door.accept()
+        with caller, contextlib.suppress(OSError):
+            caller.sendall(b"\x16\x03\x03\x40\x00")
+            while not end.wait(0.05):
+                caller.sendall(b"\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        thread = threading.Thread(target=drip, args=(door,), daemon=True)
+        thread.start()
+        client = Chat(f"https://127.0.0.1:{door.getsockname()[1]}/v1", "model", timeout=0.4, patience=0)
+        with pytest.raises(ServerError, match="gave no reply within 0.4 seconds"):
+            ask(client)
+        end.set()
+        thread.join()
 
 
 def test_there_is_a_time_limit_by_default(chat):
@@ -359,3 +387,97 @@ def test_a_server_cannot_be_resumed_as_a_model(batch, tmp_path, capsys):
         assert batch(server, [("c", "1", None)], "--max-new-tokens", "5")[0] == 2
     assert cli.main(["batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]) == 2
     assert "was begun with" in capsys.readouterr().err and Path(tmp_path / "a.jsonl").read_text().count("\n") == 1
+
+
+def test_the_model_that_a_server_names_decides(batch, capsys):
+    names = ["one", "one", "two"]
+    with serving(lambda body: "yes") as server:
+        server.models = names
+        assert batch(server, [("c", "1", None)])[0] == 0 and server.requests[0]["model"] == "one"
+        assert batch(server, [("c", "1", None)])[0] == 0
+        assert batch(server, [("c", "1", None)], "--model", "one")[0] == 0
+        del names[:2]
+        assert batch(server, [("c", "1", None)])[0] == 2
+    assert "was begun with model one, not two: use the same" in capsys.readouterr().err and len(server.requests) == 1
+
+
+def test_answers_about_another_file_of_the_same_name_are_refused(batch, videos, capsys):
+    rows = [("a b", "1", None), ("c", "2", None)]
+    with serving(lambda body: "yes") as server:
+        assert batch(server, rows)[0] == 0
+        copy = videos.with_name("copy")
+        shutil.copytree(videos, copy)  # with its times
+        assert batch(server, rows, "--videos", copy)[0] == 0 and len(server.requests) == 2
+        (copy / "c.webm").write_bytes(b"another")
+        os.utime(copy / "a b.mp4", ns=(1, 1))
+        assert batch(server, rows, "--videos", copy)[0] == 2
+        err = capsys.readouterr().err
+        assert "under the ids 0 (another video_file), 1 (another video_file): name another file, or" in err
+        assert batch(server, rows)[0] == 0 and len(server.requests) == 2
+        assert batch(server, rows, "--videos", copy, "--retry-changed")[0] == 0
+        assert video_of(server.requests[3]) == (copy / "c.webm").as_uri() and len(server.requests) == 4
+        shutil.rmtree(copy)  # what is answered needs no video
+        assert batch(server, rows, "--videos", copy)[0] == 0 and len(server.requests) == 4
+
+
+def test_an_error_about_a_video_that_was_replaced_is_asked_again(batch, videos):
+    with serving(lambda body: (400, {"error": "no"})) as server:
+        assert batch(server, [("c", "1", None)])[0] == 1 and batch(server, [("c", "1", None)])[0] == 1
+        assert len(server.requests) == 1
+        (videos / "c.webm").write_bytes(b"repaired")
+        server.answer = lambda body: "yes"
+        assert batch(server, [("c", "1", None)])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (f"http://me:{KEY}@host/c.mp4?token={KEY}", "http://host/c.mp4"),
+        (f"http://me:{KEY}@host/c.mp4#{KEY}", "http://host/c.mp4"),
+        (f"https://me:a/{KEY}@host/c.mp4", "https://host/c.mp4"),
+        (f"rtsp://me:a#{KEY}@host/c", "rtsp://..."),
+        (f"http://host/c.mp4?token=a@{KEY}", "http://..."),
+        (f"http://host/c.mp4?token={KEY}\n", "http://host/c.mp4"),
+    ],
+)
+def test_a_url_as_a_video_is_refused_and_its_secrets_are_not_told(url, told, batch, capsys):
+    with serving(lambda body: "yes") as server:
+        assert batch(server, [("c", "x", None), (url, "x", None)], "--upload-any") == (2, {})
+        assert server.requests == []
+    out, err = capsys.readouterr()
+    assert f"line 2 has a URL as its video, {told}: download it, and name the file\n" in err
+    assert out == "" and KEY not in err and err.count("\n") == 1
+
+
+def test_a_video_that_is_too_large_is_not_read(batch, videos, monkeypatch):
+    clip = clips.make(videos, "plain.mp4")
+    with clip.open("ab") as file:
+        file.truncate((1 << 20) + 1)
+    (videos / "real.mp4").write_bytes(clip.read_bytes()[:-1])
+    with serving(lambda body: "yes") as server:
+        code, lines = batch(server, [("plain", "x", None), ("real", "x", None)], "--upload", "--max-upload", 1)
+        assert code == 1 and len(server.requests) == 1 and lines[1]["ok"] and lines[0]["attempts"] == 1
+        assert "has 1.0 MiB, and up to 1 are sent: cut or compress it, or raise --max-upload" in lines[0]["error"]
+        assert batch(server, [("plain", "x", None)], "--max-upload", 1)[0] == 2
+
+
+def test_the_bytes_of_a_video_are_kept_for_its_questions_unless_they_are_many(videos, monkeypatch):
+    for name in ("one", "two"):
+        clips.make(videos, "plain.mp4").rename(videos / f"{name}.mp4")
+    asked = SimpleNamespace(reply=lambda *_: "yes")
+    answerer = answerers.ServerAnswerer(asked, videos, 8, upload=True)
+    read, plain = [], answerer._data_url
+    answerer._data_url = lambda video: read.append(video.stem) or plain(video)
+    for name in ("one", "one", "two", "one"):
+        answerer(Question(1, name, "?"))
+    assert read == ["one", "two", "one"]
+    monkeypatch.setattr(answerers, "_KEPT", 10)
+    answerer(Question(1, "two", "?"))
+    assert answerer._kept == (None, "")
+
+
+def test_a_name_of_several_lines_is_one_line_of_the_summary(batch, capsys):
+    with serving(lambda body: (400, {"error": "no"})) as server:
+        batch(server, [("c\nanswered    9\x1b[2J", "x", None)])
+    err = capsys.readouterr().err
+    assert "error       c answered 9\\x1b[2J: " in err and len(err.splitlines()) == 5

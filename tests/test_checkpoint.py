@@ -20,6 +20,7 @@ from tiny_llava import (
 
 from sfllava_fast import SlowFastLlava
 from sfllava_fast import checkpoint as loading
+from sfllava_fast import checkpoint_files
 from sfllava_fast.checkpoint import (
     choose_device,
     choose_dtype,
@@ -221,6 +222,19 @@ def test_a_part_of_a_checkpoint_is_named(copy, name, what, config):
         load_checkpoint(copy)
 
 
+def test_what_is_in_the_folders_of_a_folder_is_named(copy, tmp_path):
+    (tmp_path / "run" / "runs").mkdir(parents=True)
+    with one_line(CheckpointError, r"run has no config.json: give the directory"):
+        load_checkpoint(tmp_path / "run")
+    shutil.copytree(copy, tmp_path / "run" / "checkpoint-20")
+    with one_line(CheckpointError, r"run has no config.json, and its folder checkpoint-20 has one: give that folder"):
+        load_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-10").mkdir()
+    (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
+    with one_line(CheckpointError, r"run/checkpoint-10 holds an adapter .adapter_model.safetensors. and no whole model"):
+        load_checkpoint(tmp_path / "run")
+
+
 def test_a_whole_checkpoint_may_keep_the_adapter_that_was_merged(copy):
     (copy / "adapter_config.json").write_text("{}")
     load_checkpoint(copy)
@@ -235,6 +249,57 @@ def test_a_config_of_shapes_that_no_model_has(copy, part, name, count, monkeypat
     config = json.loads((copy / "config.json").read_text())
     edit_config(copy, **{part: config[part] | {name: count}})
     with one_line(CheckpointError, f"{name} {count}, and"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"text_config": {"model_type": "gpt2", "n_layer": 10**6}}, "n_layer 1000000, and"),
+        ({"text_config": {"model_type": "bart", "decoder_layers": 10**6}}, "decoder_layers 1000000, and"),
+        ({"text_config": {"parts": [[{"layers": 1e9}]]}}, "layers 1000000000.0, and"),
+        ({"vision_feature_layer": [-2] * 10**6}, "vision_feature_layer of 1000000 entries, and 1000 are read"),
+        ({"vision_feature_layer": [10**6]}, "vision_feature_layer 1000000, and"),
+        ({"image_grid_pinpoints": [[0] * 1001]}, "image_grid_pinpoints of 1001 entries"),
+    ],
+)
+def test_layers_by_any_name_and_lists_are_bounded(copy, changes, match, monkeypatch):
+    monkeypatch.setattr(loading, "stock_config", lambda *_: pytest.fail("it was made a config"))
+    edit_config(copy, **changes)
+    with one_line(CheckpointError, match):
+        load_checkpoint(copy)
+
+
+def test_as_many_layers_and_entries_as_any_model_has_are_let_through(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 1000, "vision_feature_layer": [-2] * 1000}))
+    checkpoint_files.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part, model_type, match",
+    [
+        ("vision_config", "swin", "the vision tower swin, and clip_vision_model or siglip_vision_model are read"),
+        ("vision_config", "pixtral", "the vision tower pixtral, and"),
+        ("text_config", "swin", "the language model swin, which is no decoder alone"),
+        ("text_config", "resnet", "the language model resnet, which is no decoder alone"),
+        ("text_config", "llava", "the language model llava, which is no decoder alone"),
+    ],
+)
+def test_towers_and_language_models_that_are_not_served_are_not_built(copy, part, model_type, match, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("it was built"))
+    edit_config(copy, **{part: {"model_type": model_type, "depths": [10**6], "tie_word_embeddings": False}})
+    with one_line(CheckpointError, match):
+        load_checkpoint(copy)
+
+
+def test_layers_are_bounded_by_what_transformers_calls_them(copy, monkeypatch):
+    """Under a name that nothing in config.json shows: a default, or an attribute_map's."""
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(LlamaConfig, "attribute_map", {"num_hidden_layers": "height"})
+    edit_config(copy, text_config={"model_type": "llama", "height": 10**6})
+    with one_line(CheckpointError, "num_hidden_layers 1000000, and 0 to 1000 are read"):
         load_checkpoint(copy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ class StandIn:
         fields = dict(
             video=str(video.path),
             question=question,
+            choices=choices,
             model="stand-in",
             layout=str(self.layout),
             frames=indices,
@@ -97,7 +99,7 @@ class StandIn:
         )
         return SimpleNamespace(
             text="a red circle",
-            choice=choices and choices[0],
+            choice=None if choices == ["neither", "nor"] else choices and choices[0],
             **fields,
             to_json=lambda: {"answer": "a red circle", **fields},
         )
@@ -419,7 +421,8 @@ def test_what_needs_no_torch(argv):
     done = without("torch transformers av PIL rich numpy matplotlib", *argv)
     assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
     if argv == ["info"]:
-        assert "torch cannot be imported" in done.stdout and "pip install torch" in done.stdout
+        told = " ".join(done.stdout.split())  # of several lines
+        assert "torch cannot be imported" in told and "pip install torch" in told
 
 
 @pytest.mark.parametrize(
@@ -528,7 +531,7 @@ def test_info_as_a_table_and_as_json(capsys):
     for section, rows in facts.items():
         assert f"{section}\n" in table
         for name, value in rows.items():
-            assert name in table and str(value) in table
+            assert name in table and " ".join(str(value).split()) in " ".join(table.split())
 
 
 def shell(*argv, **options):
@@ -547,6 +550,38 @@ def test_the_embedded_model_answers_from_the_shell(tmp_path):
     assert answer["video"] == str(video) and len(answer["frames"]) == 8
     assert answer["tokens"]["total"] == answer["tokens"]["slow"] + answer["tokens"]["fast"]
     assert set(answer["seconds"]) == set(SECONDS)
+
+
+def test_an_answer_that_is_none_of_the_choices_is_said_to_be(folder, engine, capsys):
+    assert run("ask", folder, "what?", "--choices", "neither", "nor") == 0
+    out, err = capsys.readouterr()
+    assert out == "a red circle\n" and err.splitlines()[0] == "sfllava-fast: warning: the answer is none of the choices"
+    assert run("ask", folder, "what?", "--choices", "a", "b") == 0
+    assert "none of the choices" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *cli._COMMANDS])
+def test_help_fits_80_columns_and_its_commands_can_be_pasted(command, monkeypatch, capsys):
+    told = {}
+    for columns in (80, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run(*filter(None, [command]), "--help") == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns
+        pasted = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("    sfllava-fast ")]
+        told[columns] = list(map(shlex.split, pasted))
+    assert told[80] == told[300]
+
+
+def test_info_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    reason = "sdpa (cpu): " + "a reason that goes on and on, " * 5
+    monkeypatch.setattr("sfllava_fast.info.report", lambda: {"attention": {"auto takes": reason}})
+    assert run("info") == 0
+    section, *rows = capsys.readouterr().out.splitlines()
+    assert section == "attention" and rows[0].startswith("  auto takes  sdpa") and max(map(len, rows)) <= 80
+    assert all(row.startswith(" " * 14) for row in rows[1:]) and len(rows) > 2
+    assert " ".join("".join(rows).split()) == f"auto takes {reason.strip()}"
 
 
 def test_demo(tmp_path, capsys, monkeypatch):

@@ -233,7 +233,7 @@ def test_multiple_choice(load, monkeypatch):
     assert answer.choices == choices and answer.option == pick_option(answer.text, choices)
     monkeypatch.setattr(model, "decode_text", lambda ids, strip=True: "B) right")
     answer = model.answer(Clip(), QUESTION, frames=4, max_new_tokens=2, choices=choices)
-    assert (answer.option, answer.choice) == (1, "right")
+    assert (answer.option, answer.choice) == (1, "right") and answer.to_json()["choice"] == "right"
 
 
 def test_streamed_pieces_make_up_the_text(load):

@@ -197,7 +197,7 @@ def test_a_session_belongs_to_its_reduction(reduced, plain, files, tmp_path):
     session.ask(QUESTION, **ASK)
     path = session.save(tmp_path / "clip.session")
     for other in (plain, reduced("mixture:0.4"), reduced("prune:30"), reduced("mixture:0.3:LEARNED")):
-        with pytest.raises(InputError, match="another model, dtype, layout or reduction"):
+        with pytest.raises(InputError, match="another model, prompt, dtype, layout or reduction"):
             other.load_session(path)
     torch.manual_seed(4)
     compression = Compression(torch.randn(K, WIDTH))

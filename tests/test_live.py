@@ -171,6 +171,13 @@ def test_clips_are_shown_by_scores_or_by_the_question(load, monkeypatch):
     assert torch.equal(ask_stream(session)[1], merged)
 
 
+@pytest.mark.parametrize("mode", ["slowfast", "memory", "append"])
+@pytest.mark.parametrize("frames", ["a", 0, 2.0, True])
+def test_frames_of_a_stream_are_named_as_they_were_given(mode, frames, load):
+    with pytest.raises(InputError, match=f"^frames must be an integer of at least 1, not {frames!r}"):
+        load().open_stream(mode, frames=frames)
+
+
 def test_a_memory_that_will_not_fit_the_context_is_refused_at_once(load):
     model = load(text={"max_position_embeddings": 512})
     memory(model)

@@ -298,6 +298,9 @@ def test_frames_of_another_kind_are_told(frames, says):
     [
         (dict(scores=[1, 2]), "scores must be 6 numbers"),
         (dict(scores=torch.zeros(6, 1)), "scores must be 6 numbers"),
+        (dict(scores=np.zeros(6) + 1j), "scores must be 6 numbers"),
+        (dict(scores=[*np.zeros(6, np.complex64)]), "scores must be 6 numbers"),
+        (dict(scores=torch.zeros(6) + 1j), "scores must be 6 numbers"),
         (dict(scores=[0, 0, 0, 0, 0, torch.nan]), "none of them NaN"),
         (dict(question=torch.ones(5)), r"must be \[6\], not \[5\]"),
         (dict(question=torch.ones(1, 6)), r"must be \[6\], not \[1, 6\]"),

@@ -9,8 +9,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from wrapped_modules import LAYOUT, SIDE, C, make_hidden, make_net, make_projector, work
 
-from sfllava_fast import FusedProjectorAggregator, PathwayProjectors, project_and_aggregate, slowfast_aggregate
-from sfllava_fast.errors import InputError
+from sfllava_fast import (
+    FusedProjectorAggregator,
+    PathwayProjectors,
+    SlowFastAggregator,
+    project_and_aggregate,
+    slowfast_aggregate,
+)
+from sfllava_fast.errors import BackendError, InputError
 from sfllava_fast.projector import _commuted
 
 
@@ -218,7 +224,34 @@ def test_projectors_of_other_pathways_are_refused(names):
         PathwayProjectors({name: nn.Identity() for name in names})
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **settings: SlowFastAggregator(LAYOUT, **settings),
+        lambda **settings: FusedProjectorAggregator(make_projector(), LAYOUT, **settings),
+        lambda **settings: PathwayProjectors(two_projectors(), **settings),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"backend": "x"}, BackendError, "unknown backend 'x'"),
+        ({"backend": None}, BackendError, "backend must be a name, .* not NoneType"),
+        ({"grid": 24}, InputError, "grid must be two integers"),
+        ({"grid": (6, "6")}, InputError, "grid must be two integers"),
+    ],
+)
+def test_settings_are_checked_where_they_are_given(make, settings, error, message):
+    with pytest.raises(error, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize("mode", ["q", None, ["exact"]])
+def test_modes_are_checked_where_they_are_given(mode):
+    with pytest.raises(InputError, match="unknown projector mode .* choose one of"):
+        FusedProjectorAggregator(make_projector(), LAYOUT, mode)
+
+
 def test_interleaved_pathways_have_no_parts():
-    module = PathwayProjectors({name: nn.Identity() for name in ("class", "pool")}, "videollm_online")
-    with pytest.raises(InputError, match="apart"):
-        module(torch.randn(2, 17, C))
+    with pytest.raises(InputError, match="no pathways one after the other"):
+        PathwayProjectors({name: nn.Identity() for name in ("class", "pool")}, "videollm_online")

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -514,3 +515,27 @@ def test_an_out_of_another_device_is_refused():
     features = torch.randn(4, 16, 8)
     with pytest.raises(InputError, match="out must be torch.float32 on cpu, not torch.float32 on meta"):
         slowfast_aggregate(features, CONFIG, out=torch.empty(1, 8, device="meta"))
+
+
+def test_offsets_on_a_gpu_are_read_once():
+    reads = []
+    offsets = SimpleNamespace(is_cuda=True, is_inference=lambda: False, _version=0, tolist=lambda: reads.append(1) or [0, 4])
+    assert ops._ends(offsets) == ops._ends(offsets) == [0, 4] and len(reads) == 1
+    offsets._version += 1  # something was written to them
+    assert ops._ends(offsets) == [0, 4] and len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    "first, second, shared",
+    [
+        (slice(0, 4), slice(4, 8), False),
+        (slice(0, 5), slice(4, 8), True),
+        (slice(0, 8, 2), slice(7, 8), False),
+        (slice(0, 8, 2), slice(5, 6), True),  # between two elements: what they reach, not what they touch
+        (slice(3, 3), slice(0, 8), False),
+        (slice(0, 8), slice(0, 8), True),
+    ],
+)
+def test_what_overlaps(first, second, shared):
+    memory = torch.zeros(8, 3)
+    assert ops.overlap(memory[first], memory[second]) is ops.overlap(memory[second], memory[first]) is shared

@@ -274,6 +274,11 @@ def test_a_chat_template_has_an_end(monkeypatch):
     assert QUESTION in prompt.text
 
 
+def test_a_named_family_renders_no_chat_template(monkeypatch):
+    monkeypatch.setattr("sfllava_fast.prompts._render", lambda *_: pytest.fail("it was rendered"))
+    assert QUESTION in build_prompt(QUESTION, byte_tokenizer(), "vicuna", None, "{{ 1 / 0 }}").text
+
+
 def test_unknown_words():
     tokenizer = word_tokenizer(["what", "is", "?", "red"])
     assert unknown_words("what is red ?", tokenizer) == []

@@ -1,9 +1,11 @@
 """Files that were saved, damaged in every way: a line each, and the model as it was. All damage is drawn from seeds."""
 
 import json
+import os
 import random
 import struct
 
+import numpy as np
 import pytest
 import torch
 from damage import damaged
@@ -15,10 +17,13 @@ from tiny_llava import write_checkpoint
 from sfllava_fast.embedded import model_dir
 from sfllava_fast.engine import SlowFastLlava
 from sfllava_fast.errors import CheckpointError, InputError, NumberError, SfllavaError
+from sfllava_fast.inspect import render
 from sfllava_fast.offline.journal import Journal
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.mixture import MixtureOfDepths
+from sfllava_fast.session import Session
 from sfllava_fast.tensor_file import save_tensors
+from sfllava_fast.video.preprocess import PreprocessSpec
 
 ASK = {"max_new_tokens": 6}
 
@@ -153,10 +158,52 @@ def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, par
     model.load_session(saved)
 
 
-def test_a_session_of_other_separators_is_refused(model, saved):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("separators", torch.ones(1, 32)),
+        ("preprocess_spec", PreprocessSpec(24, (24, 24), mode="crop")),
+        ("prompt_family", "chatml"),
+        ("asks_openly", True),
+    ],
+)
+def test_a_session_of_other_settings_is_refused(model, saved, name, value):
     other = model.with_layout(LAYOUT)
-    other.separators = torch.ones(1, 32)
-    assert other.fingerprint() != model.fingerprint()
+    assert other.fingerprint() == model.fingerprint()
+    setattr(other, name, value)
+    assert "another model" in refused(lambda: Session.load(other, saved), InputError)
+
+
+def test_a_session_of_another_image_processor_or_prompt_is_refused(tmp_path):
+    path, file = write_checkpoint(tmp_path / "model"), tmp_path / "model" / "preprocessor_config.json"
+    session = SlowFastLlava.from_pretrained(path, LAYOUT).open(Clip(), frames=9)
+    session.ask(QUESTION, **ASK)
+    saved = session.save(tmp_path / "clip.session")
+    other = SlowFastLlava.from_pretrained(path, LAYOUT, prompt="chatml")
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    other = SlowFastLlava.from_pretrained(path, LAYOUT)
+    assert "another model" in refused(lambda: other.load_session(saved), InputError)
+
+
+def test_a_session_saved_to_a_link_is_written_to_the_file_it_leads_to(model, saved, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "session", tmp_path / "link"
+    link.symlink_to("folder/session")
+    for _ in range(2):  # a link to nothing, and to a file
+        assert model.load_session(saved).save(link) == link
+        assert link.is_symlink() and model.load_session(target).frames
+        target.write_bytes(b"before")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["session"]
+
+
+def test_a_session_replaces_no_pipe_and_no_folder(model, saved, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for name in ("pipe", "folder"):
+        assert "no regular file" in refused(lambda: model.load_session(saved).save(tmp_path / name), InputError)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
 
 
 # --- what reductions learned
@@ -326,3 +373,32 @@ def test_a_checkpoint_whose_weights_are_damaged_is_a_line(tmp_path):
             SlowFastLlava.from_pretrained(path, LAYOUT)
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.html"])
+def test_an_output_follows_links_and_is_a_regular_file(name, tmp_path):
+    def write(out):
+        if name.endswith("html"):
+            return render(np.zeros((4, 48, 64, 3), np.uint8), out, LAYOUT, 4, (4, 4))
+        return save_tensors("it", out, {"x": torch.ones(2)}, {})
+
+    (tmp_path / "there").mkdir()
+    real, link, dangling = tmp_path / "there" / name, tmp_path / name, tmp_path / f"new-{name}"
+    real.write_text("old")
+    link.symlink_to(real)
+    dangling.symlink_to(f"there/made-{name}")
+    for out in (link, dangling):
+        assert write(out) == out and out.is_symlink()
+    assert real.read_bytes() == (tmp_path / "there" / f"made-{name}").read_bytes() != b"old"
+    assert len(list((tmp_path / "there").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 3
+    os.mkfifo(tmp_path / f"pipe-{name}")
+    with pytest.raises(InputError, match="is no regular file: name another"):
+        write(tmp_path / f"pipe-{name}")
+
+
+def test_what_a_link_beside_an_output_leads_to_is_not_written(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".x.{os.getpid()}.part").symlink_to(victim)
+    save_tensors("it", tmp_path / "x", {"x": torch.ones(2)}, {})
+    assert victim.read_text() == "mine" and not (tmp_path / "x").is_symlink()

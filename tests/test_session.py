@@ -139,6 +139,46 @@ def test_sessions_are_bounded_in_bytes(load):
     assert tight.open(Clip(10), frames=9).ask(QUESTION, **ASK).text is not None
 
 
+def test_the_spare_cache_counts_among_the_bytes(load):
+    one = load().open(Clip(10), frames=9)
+    expected = one.ask(QUESTION, **ASK).token_ids
+    model = load(options={"max_session_bytes": int(1.5 * one.nbytes)})
+
+    def held():
+        return [model.sessions.spare is not None, *(session._cache is not None for session in sessions)]
+
+    sessions = []
+    model.answer(Clip(10), QUESTION, frames=9, **ASK)
+    assert held() == [True]
+    spare = model.sessions.spare
+    sessions.append(model.open(Clip(10), frames=9))
+    assert sessions[0].ask(QUESTION, **ASK).token_ids == expected and sessions[0]._cache is spare
+    sessions.append(model.open(Clip(15), frames=9))  # which leaves its cache, beside the first one's, to nobody
+    sessions[1].ask(QUESTION, **ASK)
+    assert held() == [False, False, True]
+    sessions[1].close(spare=True)
+    assert held() == [True, False, False]
+    sessions[0].ask(QUESTION, max_new_tokens=model.sessions.spare.capacity)  # for which the spare one is too small
+    assert held() == [False, True, False]
+    # One that the bound has no room for is not kept.
+    tight = load(options={"max_session_bytes": 1})
+    tight.answer(Clip(10), QUESTION, frames=9, **ASK)
+    assert tight.sessions.spare is None
+
+
+def test_a_spare_cache_goes_before_a_session(load, tmp_path):
+    one = load().open(Clip(10), frames=9)
+    one.ask(QUESTION, **ASK)
+    model = load(options={"max_session_bytes": int(2.1 * one.nbytes)})
+    session = model.open(Clip(10), frames=9)
+    session.ask(QUESTION, **ASK)
+    saved = session.save(tmp_path / "clip.session")
+    model.answer(Clip(15), QUESTION, frames=9, **ASK)
+    assert session._cache is not None and model.sessions.spare is not None
+    loaded = model.load_session(saved)
+    assert session._cache is not None and loaded._cache is not None and model.sessions.spare is None
+
+
 def test_a_session_nobody_holds_is_gone(load):
     model = load()
     session = model.open(Clip(), frames=9)
@@ -308,10 +348,10 @@ def test_a_session_belongs_to_its_model(load, tmp_path):
     path = session.save(tmp_path / "clip.session")
     others = [load("mistral"), load(options={"dtype": "bf16"}), load(seed=1), load(options={"projector": "commuted"})]
     for other in others:
-        with pytest.raises(InputError, match="was saved with another model, dtype, layout or reduction"):
+        with pytest.raises(InputError, match="was saved with another model, prompt, dtype, layout or reduction"):
             other.load_session(path)
     model.layout = model.layout.only("fast")
-    with pytest.raises(InputError, match="another model, dtype, layout or reduction"):
+    with pytest.raises(InputError, match="another model, prompt, dtype, layout or reduction"):
         model.load_session(path)
 
 

@@ -5,7 +5,9 @@ import threading
 import pytest
 from tiny_engine import QUESTION, Clip
 
+from sfllava_fast import exclusive
 from sfllava_fast.errors import InputError
+from sfllava_fast.exclusive import Exclusive
 
 ASK = {"max_new_tokens": 6}
 OTHER = "Where does it go, and why so slowly?"
@@ -106,3 +108,56 @@ def test_an_interrupt_leaves_the_model_to_others(load):
     thread.start()
     thread.join(60)
     assert not thread.is_alive() and session.ask(OTHER, **ASK).text is not None
+
+
+def test_models_that_wait_for_each_other_are_an_error(load, deadline):
+    """Of two threads, each in an answer of one model, in which it asks the other model: one is refused, all end."""
+    models = [load(), load(seed=1)]
+    expected = [model.answer(Clip(), QUESTION, frames=9, **ASK).token_ids for model in models]
+    both, answers, errors = threading.Barrier(2, timeout=60), [None, None], []
+
+    def ask(number):
+        session, other, asked = models[number].open(Clip(), frames=9), models[1 - number], []
+
+        def on_token(_):
+            if asked:
+                return
+            asked.append(both.wait())  # now each thread has its model
+            try:
+                other.answer(Clip(), OTHER, frames=9, **ASK)
+            except InputError as error:
+                errors.append(str(error))
+
+        answers[number] = session.ask(QUESTION, on_token=on_token, **ASK).token_ids
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert answers == expected and len(errors) == 1
+    assert "wait for each other's model" in errors[0] and "\n" not in errors[0]
+
+
+def test_three_models_in_a_circle_are_an_error_and_a_chain_is_none(deadline):
+    """Locks alone: each thread has one and takes the next thread's; without the last one nothing is refused."""
+    for last in (True, False):
+        locks, ready, errors = [Exclusive() for _ in range(4)], threading.Barrier(3, timeout=60), []
+
+        def take(number):
+            with locks[number].taken():
+                ready.wait()
+                try:
+                    with locks[(number + 1) % 3 if last else number + 1].taken(), locks[number].taken():
+                        pass
+                except InputError as error:
+                    errors.append(str(error))
+
+        threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads) and len(errors) == last
+        assert not any(lock._owner for lock in locks) and not exclusive._waiting

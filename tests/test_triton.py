@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from sass import most_in_flight
 from triton_process import HERE, LEAST_OCCUPANCY, in_registers, interpret, run
 
 from sfllava_fast import backends
@@ -61,14 +62,16 @@ def test_every_patch_of_a_tile_is_loaded_once_and_a_strip_at_a_time(compiled):
         assert order[: width * fine_rows] == ["LDG.E.128"] * (width * fine_rows), "arithmetic waits for single loads"
 
 
-def test_every_gradient_row_is_read_once_and_every_patchs_written_once(compiled):
+def test_a_strip_of_a_backward_is_in_flight_at_once_and_every_patch_is_written_once(compiled):
     tiles = [kernel for kernel in compiled if kernel["kernel"] == "spread_tiles" and kernel["vector"] > 1]
     assert len(tiles) == 4
     for kernel in tiles:
-        width, fine_rows, fine_cols, mean, *_ = kernel["constants"]
-        patches = width * fine_rows
+        width, fine_rows, fine_cols, mean, repeats, *_ = kernel["constants"]
+        patches, boxes = width * fine_rows, width // fine_cols
         read = 0 if mean or fine_rows * fine_cols == 1 else patches  # features, where a box has a maximum to find
-        assert len(accesses(kernel["ptx"], "ld")) == 1 + width // fine_cols + read  # coarse, fine
+        # The coarse gradient; a strip before the loop and one in it; what repeats.
+        assert len(accesses(kernel["ptx"], "ld")) == 1 + 2 * (boxes + read) + boxes * repeats
+        assert most_in_flight(kernel["sass"]) >= boxes + read, kernel["name"]
         assert len(accesses(kernel["ptx"], "st")) == 2 * patches  # with a fine pathway on the frame and without
 
 

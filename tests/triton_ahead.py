@@ -36,11 +36,11 @@ class Target:
 
 def cases(kernels):
     """Each kernel with the constants between the plan's numbers and (block, vector)."""
-    layouts = {  # tile width, rows and columns of a fine box, whether it is a mean, whether frames repeat
-        "the default layout": (6, 1, 2, False, False),
-        "repeated frames": (6, 1, 2, False, True),
-        "2x2 means": (6, 2, 2, True, False),
-        "every patch": (4, 1, 1, False, False),
+    layouts = {  # tile width, rows and columns of a fine box, whether it is a mean, frames repeat, every frame has tiles
+        "the default layout": (6, 1, 2, False, False, True),
+        "repeated frames": (6, 1, 2, False, True, True),
+        "2x2 means": (6, 2, 2, True, False, True),
+        "every patch": (4, 1, 1, False, False, False),
     }
     default = layouts["the default layout"]
     for kernel in (kernels.pool_boxes, kernels.spread_boxes):

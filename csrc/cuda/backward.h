@@ -80,93 +80,101 @@ SFLLAVA_HOST_DEVICE Sums<kMean, Column::N> share(const Column& column, int64_t t
   return sums;
 }
 
-// One fine box of a tile: its elements' gradients from those of its tokens, one per fine item, and of the tile's.
+// A row of fine boxes across a tile: their elements' gradients from those of their tokens and of the tile's. All that it
+// reads is on its way before the first number is used.
 template <class Shape, class Column>
-class SpreadBox {
+class SpreadStrip {
   using T = typename Column::T;
   static constexpr int N = Column::N;
   static constexpr int kElements = Shape::kBoxHeight * Shape::kBoxWidth;
   static constexpr bool kChooses = Shape::kReduce == kMax && kElements > 1;
+  using Gradients = Gradient<N>[kElements];
 
  public:
-  // `from`: the box's first patch among the features; `to`: among the gradients.
-  SFLLAVA_HOST_DEVICE SpreadBox(const Column& column, const Nest& nest, const T* from, int64_t to)
-      : column_(column), grid_width_(nest.grid_width), from_(from), to_(to) {}
+  static constexpr int kBoxes = Shape::kWidth / Shape::kBoxWidth;
 
-  SFLLAVA_HOST_DEVICE void run(const Plan& plan, const FrameItems& items, int64_t box,
-                               const Sums<kMean, N>& coarse, bool coarse_first) const {
-    Gradient<N> gradient[kElements];
-    if (coarse_first) add_to_all(gradient, coarse);
-    if constexpr (kChooses) {
-      if (items.fine_begin < items.fine_end) add_to_winners(gradient, plan, items, box, find_winner());
-    } else {
-      SFLLAVA_KEEP_LOOP
-      for (int32_t i = items.fine_begin; i < items.fine_end; ++i) {
-        add_to_all(gradient, share(column_, plan.first_token(i) + box, 1, Shape::kBoxHeight, Shape::kBoxWidth));
+  // `from`: the strip's first patch; `token`: its first box's, in the first of the frame's fine items.
+  SFLLAVA_HOST_DEVICE SpreadStrip(const Column& column, int32_t grid_width, const T* from, bool has_fine, int64_t token)
+      : grid_width_(grid_width) {
+    if (!has_fine) return;
+    SFLLAVA_UNROLL
+    for (int b = 0; b < kBoxes; ++b) {
+      SFLLAVA_UNROLL
+      for (int e = 0; kChooses && e < kElements; ++e) {
+        patch_[b][e] = column.read(from + place(b, e) * column.patch_stride());
       }
     }
-    if (!coarse_first) add_to_all(gradient, coarse);
     SFLLAVA_UNROLL
-    for (int e = 0; e < kElements; ++e) column_.spread(to_ + step(e), gradient[e].template rounded<T>());
+    for (int b = 0; b < kBoxes; ++b) grad_[b] = column.grad(token + b);
+  }
+
+  // `box`: the strip's first in an item; `to`: its first patch, counted through all frames.
+  SFLLAVA_HOST_DEVICE void write(const Column& column, const Plan& plan, const FrameItems& items, int64_t box,
+                                 const Sums<kMean, N>& coarse, bool coarse_first, int64_t to) const {
+    SFLLAVA_UNROLL
+    for (int b = 0; b < kBoxes; ++b) {
+      Gradients gradient;
+      if (coarse_first) add_to_all(gradient, coarse);
+      if (items.fine_begin < items.fine_end) add_fine(gradient, b, grad_[b]);
+      SFLLAVA_KEEP_LOOP
+      for (int32_t i = items.fine_begin + 1; i < items.fine_end; ++i) {  // of a frame that is taken several times
+        add_fine(gradient, b, column.grad(plan.first_token(i) + box + b));
+      }
+      if (!coarse_first) add_to_all(gradient, coarse);
+      SFLLAVA_UNROLL
+      for (int e = 0; e < kElements; ++e) column.spread(to + place(b, e), gradient[e].template rounded<T>());
+    }
   }
 
  private:
-  SFLLAVA_HOST_DEVICE int64_t step(int e) const {
-    return int64_t{e / Shape::kBoxWidth} * grid_width_ + e % Shape::kBoxWidth;
+  // An element of a box, counted from the strip's first patch.
+  SFLLAVA_HOST_DEVICE int64_t place(int b, int e) const {
+    return int64_t{e / Shape::kBoxWidth} * grid_width_ + b * Shape::kBoxWidth + e % Shape::kBoxWidth;
   }
 
-  SFLLAVA_HOST_DEVICE static void add_to_all(Gradient<N> (&gradient)[kElements], const Sums<kMean, N>& mean) {
+  SFLLAVA_HOST_DEVICE static void add_to_all(Gradients& gradient, const Sums<kMean, N>& mean) {
     SFLLAVA_UNROLL
     for (int e = 0; e < kElements; ++e) gradient[e].add(mean);
   }
 
-  SFLLAVA_HOST_DEVICE Winner<N> find_winner() const {
-    Pack<T, N> patch[kElements];
-    SFLLAVA_UNROLL
-    for (int e = 0; e < kElements; ++e) patch[e] = load<N>(from_ + step(e) * column_.patch_stride());
-    Winner<N> winner(patch[0]);
-    SFLLAVA_UNROLL
-    for (int e = 1; e < kElements; ++e) winner.take(patch[e], e);
-    return winner;
-  }
-
-  SFLLAVA_HOST_DEVICE void add_to_winners(Gradient<N> (&gradient)[kElements], const Plan& plan,
-                                          const FrameItems& items, int64_t box, const Winner<N>& winner) const {
-    SFLLAVA_KEEP_LOOP
-    for (int32_t i = items.fine_begin; i < items.fine_end; ++i) {
-      const Pack<T, N> grad = column_.grad(plan.first_token(i) + box);
+  SFLLAVA_HOST_DEVICE void add_fine(Gradients& gradient, int b, const Pack<T, N>& grad) const {
+    if constexpr (kChooses) {
+      Winner<N> winner(patch_[b][0]);
+      SFLLAVA_UNROLL
+      for (int e = 1; e < kElements; ++e) winner.take(patch_[b][e], e);
       SFLLAVA_UNROLL
       for (int e = 0; e < kElements; ++e) gradient[e].add_where(winner, e, grad);
+    } else {
+      Sums<kMean, N> mean(grad);
+      mean.template finish<Shape::kBoxHeight, Shape::kBoxWidth>();
+      add_to_all(gradient, mean);
     }
   }
 
-  const Column& column_;
   int32_t grid_width_;
-  const T* from_;
-  int64_t to_;
+  Pack<T, N> patch_[kBoxes][kElements], grad_[kBoxes];
 };
 
-// A tile of one frame, for both pathways.
+// Strips [row, end) of a tile of one frame, for both pathways.
 template <class Shape, class Column>
-SFLLAVA_HOST_DEVICE void spread_tile(const Launch& launch, const Tile& tile, const Column& column) {
+SFLLAVA_HOST_DEVICE void spread_strips(const Launch& launch, const Tile& tile, const Column& column, int32_t row,
+                                       int32_t end) {
+  using Strip = SpreadStrip<Shape, Column>;
   const Nest& nest = launch.nest;
-  constexpr int kBoxes = Shape::kWidth / Shape::kBoxWidth;
-  const FrameItems items = find_items(launch.plan, nest, tile.frame);
-  const int64_t coarse_box = launch.plan.first_token(items.coarse) + coarse_token(nest, tile);
-  const Sums<kMean, Column::N> coarse = share(column, coarse_box, 1, nest.height, nest.width);
-  const int64_t patch = first_patch(nest, tile), step = int64_t{nest.grid_width} * Shape::kBoxHeight;
+  const Plan& plan = launch.plan;
+  const FrameItems items = find_items(plan, nest, tile.frame);
+  const int64_t coarse_box = plan.first_token(items.coarse) + coarse_token(nest, tile);
+  const bool has_fine = items.fine_begin < items.fine_end;
+  const int64_t fine = has_fine ? plan.first_token(items.fine_begin) : 0;
+  const int64_t step = int64_t{nest.grid_width} * Shape::kBoxHeight, patch = first_patch(nest, tile) + row * step;
   const auto* from = column.patch(tile.frame, patch);
-  int64_t to = int64_t{tile.frame} * launch.plan.patches() + patch;
-  const int32_t strips = nest.height / Shape::kBoxHeight;
+  int64_t to = int64_t{tile.frame} * plan.patches() + patch;
+  const Sums<kMean, Column::N> coarse = share(column, coarse_box, 1, nest.height, nest.width);
   SFLLAVA_KEEP_LOOP
-  for (int32_t row = 0; row < strips; ++row, from += step * column.patch_stride(), to += step) {
-    const int64_t first_box = fine_token(nest, tile, strips, kBoxes, row);
-    SFLLAVA_UNROLL
-    for (int b = 0; b < kBoxes; ++b) {
-      const int col = b * Shape::kBoxWidth;
-      const SpreadBox<Shape, Column> box(column, nest, from + col * column.patch_stride(), to + col);
-      box.run(launch.plan, items, first_box + b, coarse, nest.coarse < nest.fine);
-    }
+  for (; row < end; ++row, from += step * column.patch_stride(), to += step) {
+    const int64_t box = fine_token(nest, tile, nest.height / Shape::kBoxHeight, Strip::kBoxes, row);
+    const Strip strip(column, nest.grid_width, from, has_fine, fine + box);
+    strip.write(column, plan, items, box, coarse, nest.coarse < nest.fine, to);
   }
 }
 

@@ -30,7 +30,9 @@ bool shapes_nest(const Plan& plan, int32_t coarse, int32_t fine, Nest* nest) {
            equal_size(c.row, c.rows),
            equal_size(c.col, c.cols),
            equal_size(f.row, f.rows),
-           equal_size(f.col, f.cols)};
+           equal_size(f.col, f.cols),
+           0,
+           0};
   if (c.reduce != kMean || f.reduce == kLinear || !on_one_grid(c, f)) return false;
   if (!nest->height || !nest->width || !nest->box_height || !nest->box_width) return false;
   if (nest->height % nest->box_height || nest->width % nest->box_width) return false;
@@ -68,6 +70,23 @@ bool is_packed(const Pooling& p, int64_t pack) {
          steps_by_packs(p.plan.tokens(), t.token_stride, pack);
 }
 
+// Frames with fine tokens come first where the layout spreads them evenly, as SlowFast-LLaVA does: their tiles take
+// longest, and a launch ends with its last tile.
+void put_fine_first(const Plan& plan, Nest* nest) {
+  const auto has_fine = [&](uint32_t frame) {
+    const FrameItems items = find_items(plan, *nest, static_cast<int32_t>(frame));
+    return items.fine_begin < items.fine_end;
+  };
+  const uint32_t frames = static_cast<uint32_t>(plan.frames());
+  if (frames > UINT16_MAX) return;  // products of two have 32 bits
+  uint32_t count = 0;
+  for (uint32_t frame = 0; frame < frames; ++frame) count += has_fine(frame);
+  for (uint32_t i = 0; i < count; ++i) {
+    if (!has_fine(i * frames / count)) return;
+  }
+  if (count < frames) nest->first_frames = count, nest->frames = frames;
+}
+
 bool find_tiles(const Plan& plan, Direction direction, Nest* nest) {
   if (!find_nest(plan, nest) || !has_shape(*nest)) return false;
   return direction == Direction::kForward || nest->covers(plan.patches());
@@ -90,14 +109,18 @@ Choice choose(const Pooling& p) {
   const int64_t pack = kPackBytes / (p.dtype == Dtype::kFloat32 ? 4 : 2);
   const bool packed = is_packed(p, pack);
   const int64_t vectors = p.tensors.channels / (packed ? pack : 1);
+  const Tuning tuned = p.direction == Direction::kForward ? kForwardTuning : kBackwardTuning;
   Launch launch{p.plan.in(p.table), p.tensors, {}, 0, vectors, 0, {}};
   const bool tiled = packed && find_tiles(p.plan, p.direction, &launch.nest);
   int64_t units = int64_t{p.plan.frames()} * (tiled ? launch.nest.tiles() : p.plan.patches());
-  if (!tiled && p.direction == Direction::kForward) {
+  if (tiled) {
+    if (tuned.slow_first) put_fine_first(p.plan, &launch.nest);
+    if (tuned.by_strip && p.direction == Direction::kBackward) units *= launch.nest.height / launch.nest.box_height;
+  } else if (p.direction == Direction::kForward) {
     launch.shares = count_shares(p.plan, vectors);
     units = int64_t{p.plan.groups()} * launch.shares;
   }
-  launch.grid = make_grid(units, vectors);
+  launch.grid = make_grid(units, vectors, tiled ? tuned.warps : kBlockWarps);
   launch.units = static_cast<int32_t>(units);
   return {p.direction, tiled ? Path::kTile : Path::kBox, packed, launch};
 }

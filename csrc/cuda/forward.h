@@ -22,7 +22,7 @@ class Strip {
     for (int r = 0; r < Shape::kBoxHeight; ++r) {
       const T* row = from + int64_t{r} * grid_width * column.patch_stride();
       SFLLAVA_UNROLL
-      for (int c = 0; c < Shape::kWidth; ++c) patch_[r][c] = load<N>(row + c * column.patch_stride());
+      for (int c = 0; c < Shape::kWidth; ++c) patch_[r][c] = column.read(row + c * column.patch_stride());
     }
   }
 
@@ -57,7 +57,7 @@ class Strip {
       SFLLAVA_UNROLL
       for (int c = r == 0; c < Shape::kBoxWidth; ++c) sums.take(patch_[r][first + c]);
     }
-    sums.finish(1, Shape::kBoxHeight, Shape::kBoxWidth);
+    sums.template finish<Shape::kBoxHeight, Shape::kBoxWidth>();
     return sums.template rounded<T>();
   }
 
@@ -72,20 +72,18 @@ SFLLAVA_HOST_DEVICE void pool_tile(const Launch& launch, const Tile& tile, const
   const int64_t step = int64_t{nest.grid_width} * Shape::kBoxHeight * column.patch_stride();
   const auto* from = column.patch(tile.frame, first_patch(nest, tile));
   const int32_t strips = nest.height / Shape::kBoxHeight;
+  const FrameItems items = find_items(launch.plan, nest, tile.frame);
   Sums<kMean, Column::N> coarse;
   SFLLAVA_KEEP_LOOP
   for (int32_t row = 0; row < strips; ++row, from += step) {
     const Strip strip(column, from, nest.grid_width);
     strip.add_to(coarse);
-    // Read in the loop, so that the first patches are on their way before anything waits for the table.
-    const FrameItems items = find_items(launch.plan, nest, tile.frame);
     if (items.fine_begin < items.fine_end) {
       strip.write_boxes(column, launch.plan, items, fine_token(nest, tile, strips, Strip::kBoxes, row));
     }
   }
   coarse.finish(1, nest.height, nest.width);
-  const int32_t item = find_items(launch.plan, nest, tile.frame).coarse;
-  const int64_t token = launch.plan.first_token(item) + coarse_token(nest, tile);
+  const int64_t token = launch.plan.first_token(items.coarse) + coarse_token(nest, tile);
   column.write(token, coarse.template rounded<typename Column::T>());
 }
 
@@ -95,7 +93,7 @@ SFLLAVA_HOST_DEVICE void take_patches(const Column& column, BoxWalk& walk, Sums<
   Pack<typename Column::T, Column::N> patch[kCount];
   SFLLAVA_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    patch[i] = load<Column::N>(column.patch(walk.frame, walk.patch));
+    patch[i] = column.read(column.patch(walk.frame, walk.patch));
     walk.next();
   }
   SFLLAVA_UNROLL
@@ -131,7 +129,7 @@ SFLLAVA_HOST_DEVICE void interpolate_box(const Column& column, const Item& item,
     const auto* from = column.patch(frame, path.patch(rows.start, cols.start));
     Pack<typename Column::T, Column::N> patch[4];
     SFLLAVA_UNROLL
-    for (int i = 0; i < 4; ++i) patch[i] = load<Column::N>(from + i / 2 * down + i % 2 * right);
+    for (int i = 0; i < 4; ++i) patch[i] = column.read(from + i / 2 * down + i % 2 * right);
     SFLLAVA_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (i / 2 < rows.size() && i % 2 < cols.size()) sums.take(patch[i], box.weight(i / 2, i % 2));

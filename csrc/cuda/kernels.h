@@ -5,19 +5,20 @@
 
 namespace sfllava::gpu {
 
-constexpr int kBlockLanes = kWarp * kBlockWarps;
-
-// Blocks that a multiprocessor has registers for; 0 leaves it to ptxas, which takes too few for some and spills.
-constexpr int tile_blocks(Direction direction) { return direction == Direction::kForward ? 0 : 4; }
+// Blocks that a multiprocessor must have registers for: ptxas takes too few for some and spills. A strip of boxes of two
+// rows holds twice as much.
+template <Direction kDirection, class Shape>
+constexpr int kTileBlocks = Shape::kBoxHeight == 1 ? kTuning<kDirection>.blocks : kTuning<kDirection>.blocks * 3 / 5;
 constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }
 
 template <Direction kDirection, class T, class Shape>
-__global__ __launch_bounds__(kBlockLanes, tile_blocks(kDirection)) void tile_kernel(const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kWarp * kTuning<kDirection>.warps, kTileBlocks<kDirection, Shape>)
+void tile_kernel(const __grid_constant__ Launch launch) {
   run_tile_lane<kDirection, T, Shape>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
 
 template <Direction kDirection, class T, int N>
-__global__ __launch_bounds__(kBlockLanes, box_blocks(kDirection)) void box_kernel(const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kWarp * kBlockWarps, box_blocks(kDirection)) void box_kernel(const __grid_constant__ Launch launch) {
   run_box_lane<kDirection, T, N>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
 

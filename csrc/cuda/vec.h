@@ -6,6 +6,7 @@
 
 #include "sfllava/convert.h"
 #include "sfllava/linear.h"
+#include "tuning.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -59,22 +60,36 @@ __device__ inline void round_to(float x, Float16& to) { to.bits = __half_as_usho
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline float reciprocal(float a) { return __frcp_rn(a); }
+__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Patches are never written while a kernel runs: they go through the read-only path.
-template <int N, class T>
+template <int N, Load kHint = kLoad, class T>
 __device__ Pack<T, N> load(const T* from) {
   if constexpr (N == 1) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
   } else {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    // Volatile: the compiler would move a plain load to its first use, where the next one waits for it.
+    uint4 bits;
+    const auto at = __cvta_generic_to_global(from);
+#define SFLLAVA_LOAD(kind)                                                   \
+  asm volatile("ld.global" kind ".v4.b32 {%0, %1, %2, %3}, [%4];"            \
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)      \
+               : "l"(at))
+    if constexpr (kHint == kLoad) SFLLAVA_LOAD(".nc");
+    if constexpr (kHint == kLoadNoAllocate) SFLLAVA_LOAD(".nc.L1::no_allocate");
+    if constexpr (kHint == kLoadStreaming) SFLLAVA_LOAD(".cs");
+#undef SFLLAVA_LOAD
     return {bits.x, bits.y, bits.z, bits.w};
   }
 }
 
-template <class T, int N>
+template <Store kHint = kStore, class T, int N>
 __device__ void store(T* to, const Pack<T, N>& pack) {
   if constexpr (N == 1) {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  } else if constexpr (kHint == kStoreStreaming) {
+    __stcs(reinterpret_cast<uint4*>(to), make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]));
   } else {
     // The compiler splits a plain store into words.
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(pack.words[0]),
@@ -96,15 +111,17 @@ void round_to(float x, T& to) {
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
+inline float reciprocal(float a) { return 1.0f / a; }
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // The sanitizer checks that what is said to be aligned is.
-template <int N, class T>
+template <int N, Load = kLoad, class T>
 Pack<T, N> load(const T* from) {
   Pack<T, N> pack;
   std::memcpy(&pack, __builtin_assume_aligned(from, alignof(Pack<T, N>)), sizeof pack);
   return pack;
 }
-template <class T, int N>
+template <Store = kStore, class T, int N>
 void store(T* to, const Pack<T, N>& pack) {
   std::memcpy(__builtin_assume_aligned(to, alignof(Pack<T, N>)), &pack, sizeof pack);
 }
@@ -122,6 +139,8 @@ SFLLAVA_HOST_DEVICE Pack<T, N> round_pack(const float (&x)[N]) {
   }
   return pack;
 }
+
+constexpr float kMostDivided = 64;  // by a reciprocal
 
 // A reduction R in progress.
 template <Reduce R, int N>
@@ -166,6 +185,17 @@ class Sums {
     }
   }
 
+  // The same for boxes of one or two rows and columns.
+  template <int kRows, int kCols>
+  SFLLAVA_HOST_DEVICE void finish() {
+    static_assert(kRows <= 2 && kCols <= 2);
+    SFLLAVA_UNROLL
+    for (int i = 0; R == kMean && i < N; ++i) {
+      if (kRows == 2) x_[i] = multiply(x_[i], 0.5f);
+      if (kCols == 2) x_[i] = multiply(x_[i], 0.5f);
+    }
+  }
+
   SFLLAVA_HOST_DEVICE float get(int i) const { return x_[i]; }
 
   template <class T>
@@ -174,9 +204,23 @@ class Sums {
   }
 
  private:
+  // An IEEE division has a branch, which would put N of them one after the other. A quotient by way of the reciprocal,
+  // corrected by its own remainder, is rounded as they are where nothing leaves the normal range and the size is small
+  // (tests/cpp/division_test.cpp tries all); 0 stays 0, and a sum is never -0.
   SFLLAVA_HOST_DEVICE void divide_by(float size) {
+    const float share = reciprocal(size);
+    float quotient[N];
+    bool exact = size <= kMostDivided;
     SFLLAVA_UNROLL
-    for (int i = 0; i < N; ++i) x_[i] = divide(x_[i], size);
+    for (int i = 0; i < N; ++i) {
+      const float rough = multiply(x_[i], share), most = __builtin_fabsf(x_[i]);
+      quotient[i] = multiply_add(multiply_add(-rough, size, x_[i]), share, rough);
+      exact &= most == 0.0f || (most > 1e-30f && most < 1e30f);
+    }
+    SFLLAVA_UNROLL
+    for (int i = 0; exact && i < N; ++i) x_[i] = quotient[i];
+    SFLLAVA_UNROLL
+    for (int i = 0; !exact && i < N; ++i) x_[i] = divide(x_[i], size);
   }
 
   float x_[N];

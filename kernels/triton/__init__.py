@@ -11,15 +11,17 @@ import torch
 from ..plan import kept_with_plan
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
+from .launch import refuse_to_compile_in_a_capture
 from .project_launch import project_pool as project_pool, project_pooled as project_pooled
 from .rows_launch import (
     blend_rows as blend_rows, copy_rows as copy_rows, receive_attention as receive_attention,
     replace_rows as replace_rows, select_rows as select_rows,
 )  # fmt: skip
 from .tiling import find_tiling
+from .tuning import TUNING, Tuning
 
-_WARPS = 1
-_LANES = 32
+_BOXES = Tuning(warps=1, vectors=1)
+_LANES = 32  # of a warp
 _LEAST_A_LANE = 4  # elements where addresses forbid 16 bytes: few registers, yet loads of whole sectors
 _MOST_SPLITS = 64
 _MOST_PROGRAMS = 2**31 - 1
@@ -34,7 +36,7 @@ def pool(features, plan, host_table, table, out):
     plan: sfllava_fast.plan.Plan. host_table, table: its int32 table on the host and on the features' device.
     out: [S, D] of the features' dtype and device, unit stride over D.
     """
-    _call(_work, features, out, (features, table, out), plan, host_table)
+    _call(_work, "forward", features, out, (features, table, out), plan, host_table)
 
 
 def pool_backward(grad, features, plan, host_table, table, out):
@@ -42,16 +44,16 @@ def pool_backward(grad, features, plan, host_table, table, out):
 
     grad: [S, D] of the features' dtype and device, unit stride over D. out: [T, N, D], contiguous.
     """
-    _call(_backward_work, features, grad, (grad, features, table, out), plan, host_table)
+    _call(_backward_work, "backward", features, grad, (grad, features, table, out), plan, host_table)
 
 
-def _call(find_work, features, tokens, tensors, plan, host_table):
+def _call(find_work, direction, features, tokens, tensors, plan, host_table):
     """Launches a kernel on `tensors`; `tokens` are the tokens or their gradient."""
     device = features.device.index
     # Not torch.cuda.current_device(), which would see to it that CUDA is up.
     if device is not None and torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            return _call(find_work, features, tokens, tensors, plan, host_table)
+            return _call(find_work, direction, features, tokens, tensors, plan, host_table)
     channels = tokens.shape[1]
     if channels == 0:
         return
@@ -60,7 +62,7 @@ def _call(find_work, features, tokens, tensors, plan, host_table):
     for address in addresses:
         low_bits |= address
     launch, numbers = _prepare(
-        plan, find_work, host_table, features.dtype, device,
+        plan, find_work, TUNING[direction], host_table, features.dtype, device,
         low_bits % 16 == 0, channels, features.stride(), tokens.stride(),
     )  # fmt: skip
     if device is None:  # the interpreter
@@ -70,18 +72,19 @@ def _call(find_work, features, tokens, tensors, plan, host_table):
 
 
 @kept_with_plan
-def _prepare(plan, find_work, host_table, dtype, device, aligned, channels, features_stride, tokens_stride):
-    """What to call with the tensors and these numbers; `device` must be the current one."""
+def _prepare(plan, find_work, tuning, host_table, dtype, device, aligned, channels, features_stride, tokens_stride):
+    """What to call with the tensors and these numbers; `device` must be the current one. tuning: of tiles."""
     steps = (*features_stride[:2], tokens_stride[0], channels)
     vector = _vector(aligned, steps, dtype.itemsize)
-    block = _LANES * max(vector, _LEAST_A_LANE)
+    tuning = tuning if find_tiling(plan) else _BOXES
+    block = _LANES * tuning.warps * tuning.vectors * max(vector, _LEAST_A_LANE)
     kernel, programs, numbers, constants = find_work(plan, host_table, -(-channels // block))
     constants = (*constants, block, vector)
     numbers = (*[step // vector for step in steps], *numbers, *constants)
     if device is None:
         return kernel[(programs,)], numbers
     # Not kernel[...], which would examine every argument of every call again.
-    return _compile(kernel, dtype, constants, device)[(programs, 1, 1)], numbers
+    return _compile(kernel, dtype, constants, device, tuning.warps)[(programs, 1, 1)], numbers
 
 
 def _vector(aligned, steps, item_size):
@@ -127,14 +130,16 @@ def _sections(host_table):
 def _tile_arguments(plan, tiling):
     tiles = tiling.tile_rows * tiling.tile_cols
     numbers = (plan.grid[1], tiles, tiling.tile_cols, tiling.strips, len(plan.pathways[0].cols))
-    return tiles, numbers, (tiling.width, tiling.fine_rows, tiling.fine_cols, tiling.fine_mean, tiling.repeats)
+    kind = tiling.width, tiling.fine_rows, tiling.fine_cols, tiling.fine_mean, tiling.repeats, tiling.every_frame
+    return tiles, numbers, kind
 
 
 @lru_cache(maxsize=256)
-def _compile(kernel, dtype, constants, device):
+def _compile(kernel, dtype, constants, device, warps=1):
     """The kernel for tensors of `dtype` and a table, on a device, which must be the current one."""
+    refuse_to_compile_in_a_capture(device)
     tensors = kernel.arg_names[: kernel.arg_names.index("frame_stride")]
     types = [torch.int32 if name == "table" else dtype for name in tensors]
     numbers = len(kernel.arg_names) - len(types) - len(constants)
-    options = {"num_warps": _WARPS, "enable_fp_fusion": False}  # a fused half + sum would not round a denormal half
+    options = {"num_warps": warps, "enable_fp_fusion": False}  # a fused half + sum would not round a denormal half
     return kernel.warmup(*types, *[0] * numbers, *constants, grid=(1,), **options)

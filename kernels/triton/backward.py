@@ -121,11 +121,18 @@ def _winner(strip, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
-def _add_shares(
-    sums, at, present, token_stride, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
+def _load_boxes(
+    at, grad_at, present, line_stride, patch_stride, token_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """`sums`, box by box, and what the item whose gradients begin at `at` hands each box's elements."""
-    grads = _load_strip(at, present, 0, token_stride, 1, len(sums))
+    """A strip's patches, where a maximum is to be found, and the gradients of its boxes' tokens in one item."""
+    patches = () if MEAN else _load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
+    return patches, _load_strip(grad_at, present, 0, token_stride, 1, WIDTH // COLS)
+
+
+@triton.jit
+def _add_shares(sums, grads, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr):
+    """`sums`, box by box, and what an item's `grads` hand each box's elements."""
     added = ()
     for box in tl.static_range(len(sums)):
         grad = grads[box].to(tl.float32)
@@ -136,16 +143,14 @@ def _add_shares(
 
 
 @triton.jit
-def _spread_strip(
-    at, sums, to, coarse, present, line_stride, patch_stride, line_step, patch_step,
+def _store_strip(
+    patches, sums, to, coarse, present, line_step, patch_step,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a strip of fine boxes: of the features at `at`, from the boxes' own `sums` and `coarse`."""
-    if not MEAN:
-        strip = _load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
+    """Gradients of a strip of fine boxes: of its `patches`, from the boxes' own `sums` and `coarse`."""
     for box in tl.static_range(WIDTH // COLS):
         if not MEAN:
-            winner = _winner(strip, box * COLS, WIDTH, ROWS, COLS)
+            winner = _winner(patches, box * COLS, WIDTH, ROWS, COLS)
         for i in tl.static_range(ROWS * COLS):
             mine = (sums[box] if MEAN else tl.where(winner == i, sums[box], 0.0)) + coarse
             step = i // COLS * line_step + (box * COLS + i % COLS) * patch_step
@@ -164,9 +169,13 @@ def spread_tiles(
     groups_at: tl.int32, items_at: tl.int32, patches: tl.int32,
     width: tl.int32, tiles: tl.int32, tile_cols: tl.int32, strips: tl.int32, fine_cols: tl.int32,
     TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
-    REPEATS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    REPEATS: tl.constexpr, EVERY_FRAME: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, tile, chunk) as in pool_tiles; each gradient row is read once. `out` [T, N, D] is contiguous."""
+    """Program (group, tile, chunk) as in pool_tiles; each gradient row is read once. `out` [T, N, D] is contiguous.
+
+    The loads of the next strip are issued before this one's numbers are used: ptxas moves loads to where they are used,
+    one wait after the other, but not across a turn of the loop.
+    """
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
     tile, group = program // chunks % tiles, program // chunks // tiles
@@ -174,29 +183,44 @@ def spread_tiles(
     token_stride, patch_step = _elements(token_stride, VECTOR), _elements(channels, VECTOR)
     first, last = tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1) - 1
     last_at = table + items_at + last * _ITEM
-    frame, token = tl.load(last_at + 1), tl.load(last_at + 3) + tile
+    frame, token = group if EVERY_FRAME else tl.load(last_at + 1), tl.load(last_at + 3) + tile
     fine_row, col = tile // tile_cols * strips, tile % tile_cols * TILE_WIDTH
     line_stride, line_step = patch_stride * width, patch_step * width
-    at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel
     to = out + frame * (patch_step * patches) + fine_row * (line_step * FINE_ROWS) + col * patch_step + channel
     coarse = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
     coarse = _divide(_divide(coarse, strips * FINE_ROWS), TILE_WIDTH)
-    box = fine_row * fine_cols + col // FINE_COLS
-    for _ in range(strips):
-        if first < last:
-            # From 0.0 on, as the reference adds: it has no negative zeros.
-            sums = (_neutral(channel, True),) * (TILE_WIDTH // FINE_COLS)
-            for item in range(first, last if REPEATS else first + 1):
-                fine_at = grad + (tl.load(table + items_at + item * _ITEM + 3) + box) * token_stride + channel
-                sums = _add_shares(sums, fine_at, present, token_stride, FINE_ROWS, FINE_COLS, FINE_MEAN)
-            _spread_strip(
-                at, sums, to, coarse, present, line_stride, patch_stride, line_step, patch_step,
+    if first < last:
+        at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel
+        box = fine_row * fine_cols + col // FINE_COLS
+        grad_at = grad + (tl.load(table + items_at + first * _ITEM + 3) + box) * token_stride + channel
+        strip, grads = _load_boxes(
+            at, grad_at, present, line_stride, patch_stride, token_stride, TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN
+        )
+        for row in range(strips):
+            at += line_stride * FINE_ROWS
+            grad_at += token_stride * fine_cols
+            next_strip, next_grads = _load_boxes(
+                at, grad_at, present & (row + 1 < strips), line_stride, patch_stride, token_stride,
                 TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
             )  # fmt: skip
-        else:
+            # From 0.0 on, as the reference adds: it has no negative zeros.
+            sums = _add_shares((_neutral(channel, True),) * len(grads), grads, FINE_ROWS, FINE_COLS, FINE_MEAN)
+            if REPEATS:
+                for item in range(first + 1, last):
+                    token = tl.load(table + items_at + item * _ITEM + 3) + box
+                    more = _load_strip(
+                        grad + token * token_stride + channel, present, 0, token_stride, 1, TILE_WIDTH // FINE_COLS
+                    )
+                    sums = _add_shares(sums, more, FINE_ROWS, FINE_COLS, FINE_MEAN)
+            _store_strip(
+                strip, sums, to, coarse, present, line_step, patch_step, TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN
+            )
+            strip, grads = next_strip, next_grads
+            to += line_step * FINE_ROWS
+            box += fine_cols
+    else:
+        for _ in range(strips):
             for i in tl.static_range(FINE_ROWS * TILE_WIDTH):
                 step = i // TILE_WIDTH * line_step + i % TILE_WIDTH * patch_step
                 tl.store(to + step, (0.0 + coarse).to(out.dtype.element_ty), mask=present)
-        at += line_stride * FINE_ROWS
-        to += line_step * FINE_ROWS
-        box += fine_cols
+            to += line_step * FINE_ROWS

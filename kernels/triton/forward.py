@@ -203,12 +203,13 @@ def pool_tiles(
     groups_at: tl.int32, items_at: tl.int32,
     width: tl.int32, tiles: tl.int32, tile_cols: tl.int32, strips: tl.int32, fine_cols: tl.int32,
     TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
-    REPEATS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    REPEATS: tl.constexpr, EVERY_FRAME: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Both pathways from one read where the fine one's boxes nest in the coarse one's (tiling.py).
 
     Program (group, tile, chunk) reads one box of the coarse mean from one frame, strip by strip: a strip is one row of
-    fine boxes, stored to each of the group's fine items: none on most frames, several only with REPEATS.
+    fine boxes, stored to each of the group's fine items: none on most frames, several only with REPEATS. With
+    EVERY_FRAME a group's number is its frame's, so that no patch waits for the table.
     """
     program = tl.program_id(0)
     channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
@@ -217,7 +218,7 @@ def pool_tiles(
     token_stride = _elements(token_stride, VECTOR)
     first, coarse = tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1) - 1
     coarse_at = table + items_at + coarse * _ITEM
-    frame, coarse_token = tl.load(coarse_at + 1), tl.load(coarse_at + 3) + tile
+    frame, coarse_token = group if EVERY_FRAME else tl.load(coarse_at + 1), tl.load(coarse_at + 3) + tile
     fine_row, col = tile // tile_cols * strips, tile % tile_cols * TILE_WIDTH
     line_stride = patch_stride * width
     at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel

@@ -4,6 +4,14 @@ from functools import lru_cache
 
 import torch
 
+from ..backends import refuse_to_be_captured
+
+
+def refuse_to_compile_in_a_capture(device):
+    """BackendError there: loading a kernel is nothing that a CUDA graph can hold."""
+    if torch.cuda.is_available():
+        refuse_to_be_captured("triton", f"cuda:{device}")
+
 
 def device_of(tensor):
     """Makes the tensor's device the current one."""
@@ -37,6 +45,7 @@ def launch(kernel, programs, tensors, numbers, constants, **options):
 @lru_cache(maxsize=256)
 def compile_kernel(kernel, dtypes, constants, device, **options):
     """The kernel for tensors of these dtypes, on a device, which must be the current one."""
+    refuse_to_compile_in_a_capture(device)
     numbers = len(kernel.arg_names) - len(dtypes) - len(constants)
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns where it is not said, and will turn it off
     return kernel.warmup(*dtypes, *[0] * numbers, *constants, grid=(1,), **options)

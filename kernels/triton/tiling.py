@@ -19,6 +19,7 @@ class Tiling:
     fine_cols: int
     fine_mean: bool
     repeats: bool  # some frame is in several fine items
+    every_frame: bool  # every frame is in a tile, so that a frame's number is its group's
     whole: bool  # every patch of every frame is in a tile
 
 
@@ -51,10 +52,11 @@ def find_tiling(plan):
         return None
     if fine.rows[-1][1] != coarse.rows[-1][1] or fine.cols[-1][1] != coarse.cols[-1][1]:
         return None
+    every_frame = len(covered) == sum(plan.lengths)
     return Tiling(
         width, height // fine_rows, len(coarse.rows), len(coarse.cols), fine_rows, fine_cols,
-        fine.reduce == "mean", len(set(refined)) < len(refined),
-        (len(covered), coarse.rows[-1][1], coarse.cols[-1][1]) == (sum(plan.lengths), *plan.grid),
+        fine.reduce == "mean", len(set(refined)) < len(refined), every_frame,
+        every_frame and (coarse.rows[-1][1], coarse.cols[-1][1]) == plan.grid,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import Layout, SlowFastConfig
 from ..errors import InputError
-from ..output_folder import check_folder, make_folder
+from ..output_folder import check_folder, make_folder, written_whole
 from ..reduction.pruning import Pruning
 from ..video import open_video
 from . import html, png
@@ -42,13 +42,10 @@ def render(
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Write beside `out`, whose folder is made, and move it there, so that nobody ever sees half a file."""
+    """Write to `out`, whose folder is made, so that nobody ever sees half a file."""
     make_folder(out)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        write(part)
-        os.replace(part, out)
+        with written_whole(out) as part:
+            write(part)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import mimetypes
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,15 @@ from ..errors import InputError, SfllavaError, VideoError, first_line
 from ..prompts import check_question, pick_option, user_words
 from .chat import Chat, check_access
 from .questions import Question, find_video
+from .stamps import stamp_checkpoint, stamp_video
 from .workers import MakeAnswerer
 
 if TYPE_CHECKING:
     from ..engine import SlowFastLlava
     from ..session import Session
 
+MAX_UPLOAD = 256  # MiB of a video that is sent
+_KEPT = 32 << 20  # characters of a video that are kept for the next question
 _NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
 _DECIDE = ("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens")
 
@@ -56,23 +59,42 @@ class ModelAnswerer:
 
 class ServerAnswerer:
     """A vLLM server. upload: send the video's bytes, for a server that does not see the same files; only videos under
-    `videos` are sent, with `upload_any` others as well."""
+    `videos` are sent, with `upload_any` others as well, and none of more than `max_upload` MiB."""
 
     def __init__(
-        self, chat: Chat, videos: Path, max_new_tokens: int, upload: bool = False, upload_any: bool = False
+        self,
+        chat: Chat,
+        videos: Path,
+        max_new_tokens: int,
+        upload: bool = False,
+        upload_any: bool = False,
+        max_upload: int = MAX_UPLOAD,
     ) -> None:
         self.chat, self.videos, self.max_new_tokens = chat, videos, max_new_tokens
-        send = partial(_data_url, folder=None if upload_any else videos)
-        self.url = lru_cache(maxsize=1)(send) if upload or upload_any else _file_url
+        self._upload = upload or upload_any
+        self._data_url = partial(_data_url, folder=None if upload_any else videos, most=max_upload)
+        self._kept: tuple[Path | None, str] = None, ""
 
     def __call__(self, question: Question) -> dict[str, Any]:
         check_question(question.question, question.choices)
         words = user_words(question.question, question.choices)
-        video = {"type": "video_url", "video_url": {"url": self.url(find_video(self.videos, question.video))}}
+        video = {"type": "video_url", "video_url": {"url": self._url(find_video(self.videos, question.video))}}
         content = [video, {"type": "text", "text": words}]
         text = self.chat.reply([{"role": "user", "content": content}], self.max_new_tokens)
         option = None if question.choices is None else pick_option(text, question.choices)
         return _answer(text, question.choices, option)
+
+    def _url(self, video: Path) -> str:
+        """How the video is sent; of one that is not large, the bytes are kept for the next question about it."""
+        if not self._upload:
+            return _file_url(video)
+        if self._kept[0] == video:
+            return self._kept[1]
+        self._kept = None, ""  # before the next one takes memory
+        url = self._data_url(video)
+        if len(url) <= _KEPT:
+            self._kept = video, url
+        return url
 
 
 def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[MakeAnswerer, dict[str, Any]]:
@@ -83,7 +105,17 @@ def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[Mak
     # Workers may be somewhere else: actors of a cluster are.
     model = os.path.abspath(model) if model and os.path.exists(model) else model
     told = {name: options[name] and str(options[name]) for name in _DECIDE}
-    return partial(make_model, model=model, videos=videos.absolute(), **options), {"model": model or "embedded", **told}
+    files = {"model_files": model and stamp_checkpoint(model), "reduction_file": _reduction_file(options["reduction"])}
+    decide = {"model": model or "embedded", **told, **files}
+    return partial(make_model, model=model, videos=videos.absolute(), **options), decide
+
+
+def _reduction_file(reduction: str | None) -> str | None:
+    """The stamp of the file that a reduction is read from, if there is one."""
+    from ..reduction.settings import parse_reduction
+
+    file = getattr(parse_reduction(reduction), "file", None) if isinstance(reduction, str) else None
+    return file and stamp_video(file)
 
 
 def server_answerer(
@@ -94,12 +126,14 @@ def server_answerer(
     timeout: float | None = None,
     upload: bool = False,
     upload_any: bool = False,
+    max_upload: int = MAX_UPLOAD,
 ) -> tuple[MakeAnswerer, dict[str, Any]]:
-    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster."""
+    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster. Its model
+    does: a server that is not told which one is asked for the name of its own."""
     check_access(url)  # rather than in each worker, or not at all where nothing is left to ask
-    decide = {"model": model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
-    make = partial(make_client, url=url, timeout=timeout, videos=videos, upload=upload, upload_any=upload_any, **decide)
-    return make, {"server": True, **decide}
+    decide = {"model": model or Chat(url).model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
+    send = {"upload": upload, "upload_any": upload_any, "max_upload": max_upload}
+    return partial(make_client, url=url, timeout=timeout, videos=videos, **send, **decide), {"server": True, **decide}
 
 
 def make_model(
@@ -133,10 +167,9 @@ def make_client(
     timeout: float | None,
     videos: Path,
     max_new_tokens: int,
-    upload: bool,
-    upload_any: bool,
+    **send: Any,
 ) -> ServerAnswerer:
-    return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, upload, upload_any)
+    return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, **send)
 
 
 def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[str, Any]:
@@ -152,9 +185,9 @@ def _file_url(video: Path) -> str:
         raise VideoError(f"{ascii(str(video))} is no name that a file can have") from error
 
 
-def _data_url(video: Path, folder: Path | None) -> str:
+def _data_url(video: Path, folder: Path | None, most: int) -> str:
     """The bytes of a video in the folder, or with None anywhere. A question file names it, so it may be any file:
-    nothing is sent that is somewhere else, by whatever name or link, or that is no video."""
+    nothing is sent that is somewhere else, by whatever name or link, that has more than `most` MiB, or is no video."""
     from ..video import open_video
 
     try:
@@ -167,9 +200,14 @@ def _data_url(video: Path, folder: Path | None) -> str:
         raise InputError(f"{video} is not under {folder}, so it is not sent: move it there, or give --upload-any")
     if file.is_dir():
         raise InputError(f"{video} is a folder of frames: a server takes video files")
-    open_video(file)
     try:
-        data = file.read_bytes()
+        size = file.stat().st_size
+        if size > most << 20:
+            told = f"{video} has {size / 2**20:.1f} MiB, and up to {most} are sent"
+            raise InputError(f"{told}: cut or compress it, or raise --max-upload")
+        open_video(file)
+        with file.open("rb") as opened:
+            data = opened.read(size)
     except OSError as error:
         raise VideoError(f"{video} cannot be read: {error.strerror}") from error
     kind = mimetypes.guess_type(video.name)[0] or "video/mp4"

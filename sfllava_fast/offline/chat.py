@@ -143,35 +143,39 @@ class _Watch:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.over = seconds, False
         self._timer: Timer | None = None
+        self._connected: socket.socket | None = None
 
     def start(self, connected: socket.socket) -> None:
-        self._timer = Timer(self.seconds, self._cut, (connected,))
+        self._connected = connected.dup()  # TLS takes the other one over
+        self._timer = Timer(self.seconds, self._cut)
         self._timer.daemon = True
         self._timer.start()
 
     def cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._connected.close()
 
-    def _cut(self, connected: socket.socket) -> None:
+    def _cut(self) -> None:
         self.over = True
         with contextlib.suppress(OSError):
-            connected.shutdown(socket.SHUT_RDWR)
+            self._connected.shutdown(socket.SHUT_RDWR)
 
 
 class _Watched:
-    """Has the watch of a request begin when it is connected."""
+    """Has the watch of a request begin when it is connected, before the handshake of TLS."""
 
     def do_open(self, http_class: Any, request: Request, **options: Any) -> Any:
         def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
             connection = http_class(*args, **kwargs)
-            connect = connection.connect
+            connect = connection._create_connection
 
-            def connect_watched() -> None:
-                connect()
-                request.watch.start(connection.sock)
+            def connect_watched(*args: Any, **kwargs: Any) -> socket.socket:
+                connected = connect(*args, **kwargs)
+                request.watch.start(connected)
+                return connected
 
-            connection.connect = connect_watched
+            connection._create_connection = connect_watched
             return connection
 
         return super().do_open(make, request, **options)

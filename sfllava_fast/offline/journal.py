@@ -127,7 +127,9 @@ class Journal:
         self.attempts.update({line["id"]: line["attempts"] for line in lines if "attempts" in line})
 
     def _check_settings(self, begun: dict[str, Any]) -> None:
-        was = [f"{name} {begun.get(name)}, not {now}" for name, now in self.settings.items() if begun.get(name) != now]
+        names = dict.fromkeys([*self.settings, *begun])
+        pairs = {name: (begun.get(name), self.settings.get(name)) for name in names}
+        was = [f"{name} {then}, not {now}" for name, (then, now) in pairs.items() if then != now]
         if was:
             raise InputError(f"{self.path} was begun with {', '.join(was)}: use the same, or name another file")
 

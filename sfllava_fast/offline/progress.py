@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from ..terminal import one_line
 from .journal import Journal
 from .questions import Question
 
@@ -88,9 +89,10 @@ def _named_errors(errors) -> list[str]:
     # Quarantined ones first: they are what a next run would leave out.
     order = sorted(found.items(), key=lambda item: not item[0][1])
     lines = []
-    for (video, quarantined), said in order[:_NAMED]:
+    for (name, quarantined), said in order[:_NAMED]:
+        video = one_line(name)
         several = f" ({len(said)} questions)" if len(said) > 1 else ""
-        lines.append(f"{'quarantined' if quarantined else 'error':<12}{video}{several}: {said[0]}")
+        lines.append(f"{'quarantined' if quarantined else 'error':<12}{video}{several}: {one_line(said[0])}")
     return lines + ([f"{'':<12}and {len(order) - _NAMED} more videos"] if len(order) > _NAMED else [])
 
 

@@ -14,17 +14,21 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
+from ..terminal import one_line
+from ..video.base import hide_password, is_url
+from .stamps import stamp_video
 
 Id = str | int
 Row = dict[str, Any]
 
 # What batch itself writes about a question.
 RESERVED = ("ok", "choice", "option", "openly", "caveat", "damage", "error", "quarantined", "attempts", "seconds")
+RESERVED += ("video_file",)
 _NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _TOLD = 3
@@ -33,18 +37,21 @@ _DEEPEST = 64  # lists and objects in one another; deeper ones could be read her
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a video; extra: every other field of its line, such as the truth."""
+    """A question about a video; extra: every other field of its line, such as the truth. video_file: the stamp of the
+    video's file, None if it is not here."""
 
     id: Id
     video: str
     question: str
     choices: list[Any] | None = None
     extra: Row = field(default_factory=dict)
+    video_file: str | None = None
 
     def to_json(self) -> Row:
         """What an output line repeats of it, so that scoring needs no other file."""
         choices = {} if self.choices is None else {"choices": self.choices}
-        return {"id": self.id, "video": self.video, "question": self.question, **choices, **self.extra}
+        file = {} if self.video_file is None else {"video_file": self.video_file}
+        return {"id": self.id, "video": self.video, "question": self.question, **choices, **self.extra, **file}
 
 
 @dataclass
@@ -91,6 +98,13 @@ def by_video(questions: Iterable[Question]) -> list[Group]:
     for question in questions:
         groups.setdefault(question.video, Group(question.video, deque())).questions.append(question)
     return list(groups.values())
+
+
+def note_files(groups: Iterable[Group], folder: Path) -> None:
+    """Stamp the questions with the files that their videos are now."""
+    for group in groups:
+        stamp = stamp_video(find_video(folder, group.name))
+        group.questions = deque(replace(question, video_file=stamp) for question in group.questions)
 
 
 def find_video(folder: Path, name: str) -> Path:
@@ -191,6 +205,8 @@ def _question(row: Any, repeated: Counter[Id]) -> Question:
     for name, value in (("video", video), ("question", text)):
         if not isinstance(value, str) or not (value or name == "question"):
             raise InputError(f"has no {name}, a text")
+    if is_url(video):  # which may hold a secret that the output would repeat
+        raise InputError(f"has a URL as its video, {one_line(hide_password(video))}: download it, and name the file")
     choices = fields.pop("choices", None)
     if choices is not None and not isinstance(choices, list):
         raise InputError("has choices that are no list")

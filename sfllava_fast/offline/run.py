@@ -66,8 +66,8 @@ def _check_unchanged(out: Path, changed: dict[Id, list[str]]) -> None:
         told = [f"{key!r} (another {', '.join(fields)})" for key, fields in list(changed.items())[:_TOLD]]
         more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
         raise InputError(
-            f"{out} has answers to other questions under the ids {', '.join(told)}{more}: name another file, or "
-            "replace them with --retry-changed"
+            f"{out} has answers to other questions, or about other videos, under the ids {', '.join(told)}{more}: name "
+            "another file, or replace them with --retry-changed"
         )
 
 

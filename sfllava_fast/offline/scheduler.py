@@ -10,6 +10,7 @@ from multiprocessing import connection as connections
 from typing import Any
 
 from ..errors import BackendError, InputError
+from ..terminal import one_line
 from .journal import Journal
 from .questions import Group, Id, Question
 from .workers import Reply, Worker
@@ -135,7 +136,7 @@ class Scheduler:
         question = group.questions.popleft()
         self._finish(question, {"ok": False, "error": error, "quarantined": True}, seconds)
         if question.video not in self.journal.answered_videos:
-            error = f"{question.video} is quarantined: {error}"
+            error = f"{one_line(question.video)} is quarantined: {error}"
             while group.questions:
                 self._finish(group.questions.popleft(), {"ok": False, "error": error, "quarantined": True}, 0.0)
 

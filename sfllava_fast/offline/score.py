@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import InputError, ServerError
 from ..prompts import pick_option
+from ..terminal import one_line
 from .chat import Chat, check_access
 from .questions import Group, Id, Question
 from .run import run
@@ -101,6 +102,7 @@ def score(
             raise InputError(f"{out} has the answers: name another --out for the verdicts")
         groups = [_as_question(line) for line in lines if line["ok"] and "choices" not in line and "truth" in line]
         if groups:
+            judge_model = judge_model or Chat(judge, timeout=_TIMEOUT).model
             make = partial(make_judge, url=judge, model=judge_model)
             again = {"retry_errors": retry_errors, "retry_changed": retry_changed}
             run(groups, out, {"judge": judge_model}, make, workers, **again, what="judged")
@@ -209,13 +211,13 @@ def table(figures: dict[str, Figures]) -> str:
         left_out = {"unanswered": of.unanswered, "without truth": of.without_truth, "not judged": of.not_judged}
         left_out["verdicts neither yes nor no"] = of.unclear
         parts += [f"{count} {why}" for why, count in left_out.items() if count]
-        lines.append(f"{name}: {'; '.join(parts)}")
+        lines.append(f"{one_line(name)}: {'; '.join(parts)}")
     return "\n".join(lines)
 
 
 def reasons(figures: Figures) -> str:
     """Why answers were not judged, a line each, the most frequent first."""
-    told = ((why, f" ({count} answers)" if count > 1 else "") for why, count in figures.why.most_common())
+    told = ((one_line(why), f" ({count} answers)" if count > 1 else "") for why, count in figures.why.most_common())
     lines = [f"not judged{often}: {why}" for why, often in told]
     return "\n".join(lines[:_TOLD] + [f"and {len(lines) - _TOLD} other reasons"] * (len(lines) > _TOLD))
 

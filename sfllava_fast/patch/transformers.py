@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint import TOWERS
 from ..config import Layout, SlowFastConfig, sample_frames
 from ..errors import InputError, PatchError
 from ..layouts import parse_patches_only, preset_frames
 from ..ops import slowfast_aggregate
 from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
-from ..projector import MODES, Mode, project_and_aggregate
+from ..projector import Mode, check_mode, project_and_aggregate
 from ..replacement import Patch, undo, warn_once
 from ..transformers_release import release
 from ..video import open_video
@@ -33,7 +34,6 @@ from ..video.preprocess import PreprocessSpec, preprocess
 _SUFFIX = "ForConditionalGeneration"
 _IMAGE_MODELS = ("Llava", "LlavaNext")
 _VIDEO_MODELS = ("LlavaNextVideo", "LlavaOnevision")
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _VIDEO_TOKEN = "<video>"
 
 Replacement = tuple[Any, str, Any]
@@ -65,8 +65,7 @@ def patch_transformers(
 
     Raises PatchError for anything else, and then nothing is changed.
     """
-    if projector not in MODES:
-        raise InputError(f"unknown projector mode {projector!r}: choose one of {', '.join(MODES)}")
+    check_mode(projector)
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
     if frames is None:
@@ -105,8 +104,8 @@ def _find(target: Any) -> tuple[str, Any]:
         base = getattr(sys.modules[stock.__module__], f"{family}Model")
     else:
         base, tower = target.model, target.config.vision_config.model_type
-        if tower not in _TOWERS:
-            raise PatchError(f"the vision tower {tower} has no fixed grid: supported are {' and '.join(_TOWERS)}")
+        if tower not in TOWERS:
+            raise PatchError(f"the vision tower {tower} has no fixed grid: supported are {' and '.join(TOWERS)}")
     return family, base
 
 

@@ -188,7 +188,10 @@ def top(scores: Tensor, keep: int) -> Tensor:
 
 
 def check_scores(scores: Tensor, tokens: Tensor) -> Tensor:
-    """The scores; InputError unless they are one a token, and numbers."""
+    """The scores; InputError unless they are one a token, and real numbers."""
+    if not isinstance(scores, Tensor) or scores.is_complex():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"scores must be a torch.Tensor of real numbers, not {found}")
     if scores.shape != tokens.shape[:-1]:
         raise InputError(f"scores must be {list(tokens.shape[:-1])}, one a token, not {list(scores.shape)}")
     if scores.isnan().any():

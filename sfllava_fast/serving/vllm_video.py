@@ -29,12 +29,14 @@ class SlowFastVideoLoader(VideoLoader):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The sampled frames of a video file, uint8 RGB [n, H, W, 3], and what vLLM wants to know about them.
 
+        Damage is logged, as a warning, once: the dict may hold no word that models' processors do not know.
+
         Raises VideoError or InputError, which vLLM answers with status 400, and BackendError for an unusable decoder.
         """
         if unknown:
             raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
         check_count("num_frames", num_frames)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="vllm-request-") as folder:
             file = Path(folder, "video")
             file.write_bytes(data)
             try:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+
 _MAX_PIXELS = 8192 * 4096
 _MOST_PIXELS = 2**31 - 1  # FFmpeg has no larger limit
 _FRAMES_AT_ONCE = 32  # of the largest size
@@ -58,7 +60,8 @@ class Video:
         self.path = path
 
     def frames(self, indices: Iterable[int]) -> Tensor:
-        """The tensor of `arrays(indices)`, which it shares memory with."""
+        """The tensor of `arrays(indices)`, which it shares memory with. Raises BackendError where torch is missing."""
+        import_torch()
         return as_tensor(self.arrays(indices))
 
     def arrays(self, indices: Iterable[int]) -> np.ndarray:
@@ -82,7 +85,8 @@ class Video:
     def stream(
         self, indices: Iterable[int], stop: threading.Event | None = None
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """The frames of `stream_arrays` as tensors, which share memory with them."""
+        """The frames of `stream_arrays` as tensors of the same memory; BackendError where torch is missing."""
+        import_torch()
         return _tensors(self.stream_arrays(indices, stop))
 
     def stream_arrays(self, indices: Iterable[int], stop: threading.Event | None = None) -> Numbered:
@@ -131,9 +135,18 @@ def _each(indices: Iterable[int]) -> Iterable[int]:
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """The tensor that shares an array's memory."""
-    import torch
+    return import_torch().from_numpy(array)
 
-    return torch.from_numpy(array)
+
+def import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError(
+            f"tensors of frames need the package torch, which cannot be imported ({one_line(error)}): pip install "
+            "torch, or take arrays (`arrays`, `stream_arrays`)"
+        ) from error
+    return torch
 
 
 def _tensors(arrays: Numbered) -> Generator[tuple[int, Tensor], None, None]:
@@ -144,25 +157,40 @@ def _tensors(arrays: Numbered) -> Generator[tuple[int, Tensor], None, None]:
 
 def max_pixels() -> int:
     """Pixels that a frame may have: SFLLAVA_FAST_MAX_PIXELS. Raises InputError where that is no number."""
-    text = os.environ.get("SFLLAVA_FAST_MAX_PIXELS", "")
+    return min(_pixels("SFLLAVA_FAST_MAX_PIXELS", _MAX_PIXELS), _MOST_PIXELS)
+
+
+def max_total_pixels() -> int:
+    """Pixels that all frames of one call may have: SFLLAVA_FAST_MAX_TOTAL_PIXELS, else 32 times `max_pixels`."""
+    return _pixels("SFLLAVA_FAST_MAX_TOTAL_PIXELS", _FRAMES_AT_ONCE * max_pixels())
+
+
+def _pixels(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
     if not text:
-        return _MAX_PIXELS
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise InputError(f"SFLLAVA_FAST_MAX_PIXELS must be a number of pixels of at least 1, not {text!r}")
-    return min(int(text), _MOST_PIXELS)
+        return default
+    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
+        raise InputError(f"{name} must be a number of pixels of at least 1, not {text!r}")
+    return int(text)
+
+
+def check_limits() -> None:
+    """InputError for a setting of pixels that is no number: the fault of no video."""
+    max_pixels()
+    max_total_pixels()
 
 
 def check_pixels(name: object, size: Sequence[int], frames: int = 1) -> None:
-    """VideoError for a frame (height, width) of more than `max_pixels`, or for more than 32 times as many in all."""
+    """VideoError for a frame (height, width) of more than `max_pixels`, or for more than `max_total_pixels` in all."""
     limit = max_pixels()
     if size[0] * size[1] > limit:
         raise VideoError(
             f"{name} has frames of {wide(size)}, more than {limit} pixels: reduce them, or set SFLLAVA_FAST_MAX_PIXELS"
         )
-    if frames * size[0] * size[1] > _FRAMES_AT_ONCE * limit:
+    if frames * size[0] * size[1] > (total := max_total_pixels()):
         raise VideoError(
-            f"{frames} frames of {wide(size)} are asked of {name}, more than {_FRAMES_AT_ONCE * limit} pixels at once: "
-            "ask for fewer, or set SFLLAVA_FAST_MAX_PIXELS"
+            f"{frames} frames of {wide(size)} are asked of {name}, more than {total} pixels at once: "
+            "ask for fewer, or set SFLLAVA_FAST_MAX_TOTAL_PIXELS"
         )
 
 
@@ -201,8 +229,17 @@ def _instead_of(path: Path) -> str:
 
 
 def hide_password(url: str) -> str:
-    """A URL without the user and password that it may hold."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", url)
+    """A URL without what may be secret in it: user, password, query and fragment. Other names stay as they are."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    before, _, place = rest.rpartition("@")
+    # With ? or # before an @, it is not clear whether a password or a query ends there.
+    return scheme + mark + ("..." if re.search("[?#]", before) else re.split("[?#]", place)[0])
+
+
+def is_url(text: str) -> bool:
+    return bool(_URL.match(text))
 
 
 def import_package(module: str, decoder: str) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, VideoError
-from .base import Numbered, Video, import_package, reason
+from ..errors import VideoError
+from .base import Numbered, Video, check_file, check_pixels, import_package, reason
 from .headers import check_container
 from .pyav import open_stream, orientation
 
@@ -27,15 +26,7 @@ class DecordVideo(Video):
         super().__init__(path)
         decord = import_package("decord", "decord")
         decord.logging.set_level(decord.logging.QUIET)
-        # PyAV says in one line what is wrong with a file; decord prints several, on stderr, at any level.
-        with contextlib.suppress(BackendError):
-            av = import_package("av", "decord")
-            with open_stream(av, path) as (container, stream):
-                try:
-                    first = next(container.decode(stream), None)
-                except av.FFmpegError as error:
-                    raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
-                _check_upright(av, path, first)
+        _check_first(import_package("av", "decord"), path)
         check_container(path)
         try:
             self._reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
@@ -44,17 +35,16 @@ class DecordVideo(Video):
             height, width, _ = self._reader[0].shape
         except UnicodeEncodeError as error:
             raise VideoError(f"decord cannot read {path}, a name that is not UTF-8; try --decoder pyav") from error
-        except (decord.DECORDError, RuntimeError, IndexError) as error:
+        except Exception as error:  # its C++ fails in many ways, ctypes in others
             raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
         self.size = (height, width)
-        self._error = decord.DECORDError
 
     def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
         for start in range(0, len(unique), _BATCH):
             numbers = unique[start : start + _BATCH]
             try:
                 frames = self._reader.get_batch(numbers).asnumpy()
-            except (self._error, RuntimeError) as error:
+            except Exception as error:
                 raise VideoError(
                     f"decord cannot decode {self.path}: {reason(error)}; try --decoder pyav"
                 ) from error
@@ -63,9 +53,24 @@ class DecordVideo(Video):
             yield from zip(numbers, frames)
 
 
-def _check_upright(av: Any, path: Path, frame: Any) -> None:
-    """VideoError for a video that is to be mirrored, which decord does not do."""
-    if frame is not None:
-        mirrored = sum(orientation(av, frame)) % 2
-        if mirrored:
+def _check_first(av: Any, path: Path) -> None:
+    """VideoError for what decord cannot read, of which PyAV says in one line what is wrong: decord prints several on
+    stderr, at any level, or ends the process."""
+    size = check_file(path)
+    with open_stream(av, path) as (container, stream):
+        # decord allocates for as many frames as the header says, of whichever stream it takes.
+        for count in (s.frames for s in container.streams.video):
+            if not 0 <= count <= size:
+                raise VideoError(
+                    f"decord cannot read {path}: its header says {count} frames, its {size} bytes hold fewer; "
+                    "try --decoder pyav"
+                )
+        try:
+            frame = next(container.decode(stream), None)
+        except av.FFmpegError as error:
+            raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
+        if frame is None:
+            raise VideoError(f"decord cannot read {path}: it has no frame; try --decoder pyav")
+        check_pixels(path, (frame.height, frame.width))
+        if sum(orientation(av, frame)) % 2:
             raise VideoError(f"decord does not mirror frames, as {path} asks for; use --decoder pyav")

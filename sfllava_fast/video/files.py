@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError
-from .base import Numbered, Video, check_file, hide_password, import_package, max_pixels
+from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package, is_url
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
@@ -42,7 +41,6 @@ class MemoryVideo(Video):
 
 DECODERS: dict[str, Callable[[Path], Video]] = {"pyav": PyavVideo, "decord": DecordVideo}
 _MODULES = {"pyav": ("av",), "decord": ("decord", "av")}
-_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
 
 
@@ -62,9 +60,7 @@ def as_frames(frames: Tensor | np.ndarray) -> Tensor:
     _check_frames(frames)
     if not isinstance(frames, np.ndarray):
         return frames
-    import torch
-
-    return torch.from_numpy(_for_torch(frames))
+    return as_tensor(_for_torch(frames))
 
 
 def _check_frames(frames: object) -> None:
@@ -105,12 +101,12 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     text = os.fsdecode(video)
-    if _URL.match(text) and not os.path.exists(text):
+    if is_url(text) and not os.path.exists(text):
         raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
-    max_pixels()  # a wrong setting is not the file's fault
+    check_limits()
     size = check_file(path)
     declared = declared_bytes(path)
     if declared > size:
@@ -128,7 +124,7 @@ def _check_whole(path: Path, size: int, declared: int) -> None:
         frames = f"{left} of {announced} frames" if announced else f"{left} frames"
         if left >= announced > 0:
             return
-    except (VideoError, BackendError):
+    except VideoError:
         frames = "no frame"
     short = f"{path} is cut short ({size} of {declared} bytes)"
     raise VideoError(f"{short}: {frames} can be decoded; copy or download it again")

@@ -49,11 +49,13 @@ class FolderVideo(Video):
         file = self._files[index]
         check_file(file)
         try:
-            with Image.open(file, formats=_FORMATS) as image:
+            with file.open("rb") as stream, _open_image(stream) as image:
                 check_pixels(file, image.size[::-1])
                 return _rgb(ImageOps.exif_transpose(image))
         except VideoError:
             raise
+        except Image.DecompressionBombError as error:
+            raise VideoError(f"{file} has more pixels than Pillow's own limit, {Image.MAX_IMAGE_PIXELS * 2}") from error
         except Exception as error:  # each of Pillow's readers fails in ways of its own
             raise VideoError(f"cannot read the frame {file}: {one_line(error)}") from error
 
@@ -78,6 +80,22 @@ class FolderVideo(Video):
                 yield index, ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _open_image(stream: Any) -> Any:
+    """Image.open of `_FORMATS`, without Pillow's own limit of pixels, which warns or raises whatever ours is.
+
+    Its readers of WebP and TIFF still have it.
+    """
+    from PIL import Image
+
+    Image.init()
+    head = stream.read(16)
+    for make, accepts in (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN):
+        if accepts(head) is True:
+            stream.seek(0)
+            return make(stream, None)
+    raise ValueError(f"it is none of {', '.join(_FORMATS)}")
 
 
 def _rgb(image: Any) -> np.ndarray:

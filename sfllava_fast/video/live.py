@@ -25,11 +25,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, VideoError
-from .base import as_tensor, check_file, check_pixels, hide_password, import_package, log, max_pixels, reason
+from .base import (
+    as_tensor,
+    check_file,
+    check_limits,
+    check_pixels,
+    hide_password,
+    import_package,
+    import_torch,
+    log,
+    reason,
+)
 from .pyav import (
     FORMATS,
     demux,
     frame_rate,
+    instead_of_none,
     open_container,
     orientation,
     picture_stream,
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RATE = 2.0  # frames a second, as VideoLLM-online (arXiv 2406.11816) takes them
 _AHEAD = 8  # sampled frames that wait to be taken, at most
+_AHEAD_BYTES = 256 << 20  # that these may have, beyond one of any size
 _STALL = 10.0  # seconds without a frame after which the log says so
 _BACK, _GAP = 1, 300  # seconds by which a time stamp may go back or ahead and be believed
 _SLACK = 1  # seconds that the pictures may end before the end that the container announces
@@ -66,7 +78,7 @@ def open_live(source: str | os.PathLike[str], rate: float = DEFAULT_RATE) -> Liv
     """
     if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
         raise InputError(f"the rate is a number of frames a second above 0, not {rate!r}")
-    max_pixels()  # a wrong setting is not the source's fault
+    check_limits()
     av = import_package("av", "pyav")
     live = LiveVideo(av, _Source(os.fspath(source)), Fraction(str(float(rate))))
     try:
@@ -81,7 +93,8 @@ class LiveVideo:
     """The sampled frames of a source, decoded in a thread as they come; made by `open_live`.
 
     Iterate it for (seconds, frame): seconds from the first frame; frame uint8 RGB [H, W, 3], upright, of the size that
-    the source has at that moment: a tensor, or an array from `arrays()`. At most eight frames wait to be taken. A file
+    the source has at that moment: a tensor, or an array from `arrays()`. At most eight frames wait to be taken, fewer
+    where they are of more than 256 MiB. A file
     or a pipe then waits itself; of a device or a live URL the oldest that nobody took are dropped.
 
     name: of the source, for messages. live: whether frames may be dropped, dropped: how many were. damaged: packets
@@ -102,7 +115,8 @@ class LiveVideo:
         self._thread.start()
 
     def next_frame(self, timeout: float | None = None) -> tuple[float, Tensor] | None:
-        """`next_array` with the frame as a tensor."""
+        """`next_array` with the frame as a tensor; BackendError, with no frame lost, where torch is missing."""
+        import_torch()
         following = self.next_array(timeout)
         return following and (following[0], as_tensor(following[1]))
 
@@ -187,7 +201,7 @@ class LiveVideo:
             self.live = self._source.is_live and container.duration is None
             self._opened = True
             self._changed.notify_all()
-        clock = _Clock(stream, self.name)
+        clock, sized = _Clock(stream, self.name), bool(stream.width)
         to_rgb, taken = rgb_converter(self._av), -1
         for frame in self._decode(container, stream):
             turn = math.floor(clock.tick(frame.pts) * self._rate)
@@ -197,7 +211,8 @@ class LiveVideo:
                 check_pixels(self.name, size)
                 self._deliver(float(clock.now), orientation(self._av, frame).upright(to_rgb(frame, size)))
         if not self._stopped:
-            self._tell_end(clock, stream.duration and stream.duration * stream.time_base, container.duration)
+            length = stream.duration and stream.duration * stream.time_base
+            self._tell_end(clock, sized, length, container.duration)
 
     def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
         """Whole frames in the order shown, until stopped, stepping over what is damaged."""
@@ -226,17 +241,21 @@ class LiveVideo:
 
     def _deliver(self, seconds: float, frame: np.ndarray) -> None:
         with self._changed:
-            if self.live and len(self._ready) == _AHEAD:
+            while self.live and not self._has_room(frame):
                 self._ready.popleft()
                 self.dropped += 1
-            self._changed.wait_for(lambda: self._stopped or len(self._ready) < _AHEAD)
+            self._changed.wait_for(lambda: self._stopped or self._has_room(frame))
             self._ready.append((seconds, frame))
             self._changed.notify_all()
 
-    def _tell_end(self, clock: _Clock, length: Fraction | None, microseconds: int | None) -> None:
+    def _has_room(self, frame: np.ndarray) -> bool:
+        waiting = sum(one.nbytes for _, one in self._ready)
+        return not waiting or (len(self._ready) < _AHEAD and waiting + frame.nbytes <= _AHEAD_BYTES)
+
+    def _tell_end(self, clock: _Clock, sized: bool, length: Fraction | None, microseconds: int | None) -> None:
         """Say what the whole stream lacked, with the length that the stream or else the container announced."""
         if clock.now is None:
-            why = self._broke or "re-encode it"
+            why = self._broke or instead_of_none(sized)
             raise VideoError(
                 f"{self.name} has a video stream but none of its frames can be decoded: {why}{self._source.hint}"
             )

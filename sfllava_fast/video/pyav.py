@@ -67,10 +67,10 @@ class PyavVideo(Video):
             rate = frame_rate(stream)
             self.fps = float(rate) if rate else None
             sized = bool(stream.width)
-            first, self._index = self._scan_packets(container, stream)
+            first, self._index, lost = self._scan_packets(container, stream)
         if self._index is None:
             first, self._pts, bad = self._scan_frames(threading.Event())
-            self._tell_bad(bad)
+            self._tell_bad(bad, lost)
         else:
             self._pts = self._index.pts
         if first is None:
@@ -87,19 +87,21 @@ class PyavVideo(Video):
     def total(self) -> int:
         return len(self._pts)
 
-    def _scan_packets(self, container: Any, stream: Any) -> tuple[Any, _Index | None]:
-        """The first frame shown, and the index (None where packets cannot tell which frames there are)."""
-        first, packets = None, []
+    def _scan_packets(self, container: Any, stream: Any) -> tuple[Any, _Index | None, float]:
+        """The first frame shown, the index (None where packets cannot tell which frames there are), seconds lost."""
+        first, packets, decoded = None, [], []
         try:
             for packet in demux(container, stream):
                 if first is None:
                     first = next(iter(packet.decode()), None)
                 if packet.size:
                     packets.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+                    decoded.append((packet.dts, packet.is_corrupt))
         except self._av.FFmpegError:
-            return None, None
+            return None, None, _lost(decoded, self._time_base)
         index = _index_frames(packets, bool(stream.codec_context.has_b_frames)) if first else None
-        return first, index if index and first.pts == index.pts[0] else None
+        index = index if index and first.pts == index.pts[0] else None
+        return first, index, _lost(decoded, self._time_base)
 
     def _scan_frames(self, stop: threading.Event) -> tuple[Any, list[int | None], int]:
         """By decoding, unless stopped: the first frame or None, all time stamps, how many packets are bad.
@@ -251,9 +253,11 @@ class PyavVideo(Video):
     def _time(self, index: int) -> float:
         return float((self._pts[index] - self._pts[0]) * self._time_base) if self._timed else index / self.fps
 
-    def _tell_bad(self, packets: int) -> None:
-        if packets and self._pts:
-            self._tell_damage(f"{packets} of its packets cannot be decoded, {len(self._pts)} frames can")
+    def _tell_bad(self, packets: int, lost: float = 0.0) -> None:
+        gap = f"about {lost:.2f} s of it are missing" if lost else ""
+        bad = f"{packets} of its packets cannot be decoded, {len(self._pts)} frames can" if packets else ""
+        if (gap or bad) and self._pts:
+            self._tell_damage("; ".join(filter(None, (gap, bad))))
 
     def _tell_damage(self, what: str) -> None:
         if self.damage is None:
@@ -426,9 +430,14 @@ def _why_none(path: Path, sized: bool) -> str:
     head = path.read_bytes()[:64] if path.is_file() else b""
     if head[8:12] == b"WEBP" and b"ANIM" in head:
         return "this FFmpeg cannot read animated WebP; convert it to GIF or MP4, or install PyAV 19"
-    if not sized:
-        return f"re-encode it; or set SFLLAVA_FAST_MAX_PIXELS, if it has frames of more than {max_pixels()} pixels"
-    return "re-encode it"
+    return instead_of_none(sized)
+
+
+def instead_of_none(sized: bool) -> str:
+    """What to do about a video without a frame that can be decoded, which says the size of its pictures or does not."""
+    if sized:
+        return "re-encode it"
+    return f"re-encode it; or set SFLLAVA_FAST_MAX_PIXELS, if it has frames of more than {max_pixels()} pixels"
 
 
 def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorders: bool) -> _Index | None:
@@ -455,6 +464,24 @@ def _index_frames(packets: Sequence[tuple[int | None, bool, bool, bool]], reorde
     if not shown:
         return None
     return _Index(*(list(column) for column in zip(*sorted(shown))))
+
+
+def _lost(packets: Sequence[tuple[int | None, bool]], unit: Fraction) -> float:
+    """Seconds that gaps among (dts, corrupt) packets have lost.
+
+    A gap is a step half a frame or more too long, within two of a packet marked as corrupt: so FFmpeg marks a break in
+    a transport stream's continuity. Neither tells alone: files are joined, and rates vary. Beyond `_LONGEST` a clock
+    was set.
+    """
+    timed = [(dts, corrupt) for dts, corrupt in packets if dts is not None]
+    steps = [b - a for (a, _), (b, _) in pairwise(timed)]
+    onward = sorted(step for step in steps if step > 0)
+    if not onward:
+        return 0.0
+    usual = onward[len(onward) // 2]
+    near = {at for i, (_, corrupt) in enumerate(timed) if corrupt for at in range(i - 1, i + 2)}
+    long = (steps[at] for at in near if 0 <= at < len(steps) and 1.5 * usual <= steps[at] <= _LONGEST / unit)
+    return float(sum(step - usual for step in long) * unit)
 
 
 def _are_times(stamps: Sequence[int | None], unit: Fraction) -> bool:

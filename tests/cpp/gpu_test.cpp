@@ -298,6 +298,7 @@ struct Counts {
 
   const T* patch(int64_t frame, int64_t patch) const { return features.data() + (frame * patches + patch) * N; }
   int64_t patch_stride() const { return N; }
+  gpu::Pack<T, N> read(const T* patch) const { return gpu::load<N>(patch); }
   gpu::Pack<T, N> grad(int64_t) const { return {}; }
   void write(int64_t token, const gpu::Pack<T, N>&) const { ++writes.at(token); }
   void spread(int64_t patch, const gpu::Pack<T, N>&) const { ++writes.at(patch); }
@@ -307,10 +308,10 @@ void run_unit(const gpu::Choice& choice, int32_t unit, const Counts& counts) {
   const gpu::Launch& launch = choice.launch;
   const bool forward = choice.direction == gpu::Direction::kForward;
   if (choice.path == gpu::Path::kTile) {
-    const gpu::Tile tile = gpu::find_tile(launch.nest, unit);
     gpu::with_shape(launch.nest, [&](auto shape) {
       using Shape = decltype(shape);
-      forward ? gpu::pool_tile<Shape>(launch, tile, counts) : gpu::spread_tile<Shape>(launch, tile, counts);
+      forward ? gpu::run_tile_unit<gpu::Direction::kForward, Shape>(launch, unit, counts)
+              : gpu::run_tile_unit<gpu::Direction::kBackward, Shape>(launch, unit, counts);
     });
   } else {
     forward ? gpu::pool_share(launch, unit, counts) : gpu::spread_patch(launch, unit, counts);
@@ -347,8 +348,9 @@ void test_grids() {
   Random random(3);
   for (int i = 0; i < 300; ++i) {
     const int64_t units = random.in(1, 40), vectors = random.in(1, 600);
-    const gpu::Grid grid = gpu::make_grid(units, vectors);
-    CHECK(grid.across % gpu::kWarp == 0 && grid.across * grid.down <= gpu::kWarp * gpu::kBlockWarps);
+    const int32_t warps = 1 << random.in(0, 3);
+    const gpu::Grid grid = gpu::make_grid(units, vectors, warps);
+    CHECK(grid.across % gpu::kWarp == 0 && grid.across * grid.down <= gpu::kWarp * warps);
     std::vector<int> visits(units * vectors);
     for_lanes(grid, [&](uint32_t block, int32_t x, int32_t y) {
       const gpu::Lane lane = gpu::find_lane(grid, block, x, y);

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
+from fractions import Fraction
+from types import ModuleType
 
 import clips
 import numpy as np
@@ -111,6 +115,61 @@ def test_a_transport_stream_goes_on_behind_a_gap(size, folder, tmp_path, caplog)
     assert caplog.text == ""
 
 
+def lose(data, first, count):
+    """Without these packets of a transport stream."""
+    return data[: first * 188] + data[(first + count) * 188 :]
+
+
+@pytest.mark.parametrize("name", ["open_gop.ts", "hevc.ts", "mpeg2.ts", "intra_refresh.ts"])
+def test_what_a_gap_lost_is_told_once(name, folder, tmp_path, caplog):
+    data, path = clips.make(folder, name).read_bytes(), tmp_path / "lost.ts"
+    path.write_bytes(lose(data, 100, 100))
+    left = sum(packet.size > 0 for packet in av.open(str(path)).demux(video=0))
+    video = open_video(path)
+    frames = video.arrays(range(video.total))
+    assert near(frames[:4], clips.truth(path)[:4])  # of those behind a gap, each FFmpeg gives others
+    assert video.damage == f"about {(clips.FRAMES - left) / 25:.2f} s of it are missing"
+    assert caplog.messages == [f"{path} is damaged: {video.damage}"]
+
+
+@pytest.mark.parametrize("offset", [None, 0, 2.4, 1000])
+@pytest.mark.parametrize("name", ["open_gop.ts", "hevc.ts", "mpeg2.ts", "variable_rate.mp4"])
+def test_joined_files_and_rates_that_vary_have_no_gap(name, offset, folder, tmp_path, caplog):
+    """The second file's clock: there is no second, as the first, where the first ends, far ahead."""
+    plain, path = tmp_path / "plain.ts", tmp_path / "joined.ts"
+    clips.ffmpeg("-i", clips.make(folder, name), "-c", "copy", plain)
+    data = plain.read_bytes()
+    if offset is not None:
+        clips.ffmpeg("-i", plain, "-c", "copy", "-output_ts_offset", offset, path)
+        data += path.read_bytes()
+    path.write_bytes(data)
+    assert open_video(path).damage is None and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("steps", "corrupt", "seconds"),
+    [
+        ([1, 1, 1, 9, 1, 1], {3}, 8),
+        ([1, 1, 1, 9, 1, 1], {2}, 8),
+        ([1, 1, 1, 9, 1, 1], {0, 6}, 0),
+        ([1, 1, 1, 9, 1, 1], set(), 0),
+        ([1, 1, 1, 301, 1, 1], {3}, 0),
+        ([1, 1, 1, -9, 1, 1], {3}, 0),
+        ([2, 2, 2, 2, 4, 2, 6], {4, 6}, 6),
+        ([1, 1, 1], {0, 1, 2, 3}, 0),
+        ([], {0}, 0),
+    ],
+)
+def test_seconds_that_gaps_lost(steps, corrupt, seconds):
+    from sfllava_fast.video.pyav import _lost
+
+    stamps = np.cumsum([5, *steps]).tolist()
+    packets = [(stamp * 30, number in corrupt) for number, stamp in enumerate(stamps)]
+    assert _lost(packets, Fraction(1, 30)) == seconds
+    assert _lost([(None, True), *packets, (None, True)], Fraction(1, 30)) == seconds
+    assert _lost([(None, True)], Fraction(1, 30)) == 0
+
+
 def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
     from sfllava_fast.video import pyav
 
@@ -127,6 +186,25 @@ def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
     with pytest.raises(BlockingIOError):
         list(pyav.demux(gaps, None))
     assert gaps.asked == 21
+
+
+def test_damage_of_a_video_that_vllm_is_sent_is_logged_once(spoilt, monkeypatch, caplog):
+    """With a stand-in for the one class of vLLM's that the loader knows."""
+    pytest.importorskip("torch")
+    stand_in = ModuleType("vllm.multimodal.video")
+    stand_in.VideoLoader = object
+    for name in ("vllm", "vllm.multimodal"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.delitem(sys.modules, "sfllava_fast.serving.vllm_video", raising=False)
+    loader = importlib.import_module("sfllava_fast.serving.vllm_video").SlowFastVideoLoader
+    monkeypatch.delitem(sys.modules, "sfllava_fast.serving.vllm_video")
+    for bad, told in (((12,), "59 of its 60 frames can be decoded"), ((0,), "35 frames can"), ((), None)):
+        caplog.clear()
+        frames, _ = loader.load_bytes(spoilt(*bad).read_bytes(), num_frames=60)
+        assert len(frames) in (35, 60)
+        assert len(caplog.messages) == bool(told)
+        assert all(told in message and "vllm-request" in message for message in caplog.messages)
 
 
 def test_a_read_that_is_stopped_while_it_counts_changes_nothing(spoilt):

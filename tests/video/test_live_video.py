@@ -334,6 +334,29 @@ def test_a_file_waits_for_the_consumer(folder):
     assert live.dropped == 0
 
 
+@pytest.mark.parametrize(("room", "waiting"), [(1, 1), (3, 3), (3.9, 3), (8, 8), (100, 8)])
+def test_frames_that_wait_are_bounded_in_bytes(room, waiting, folder, camera, monkeypatch):
+    """Of a file, which waits then, and of a device, which drops the oldest."""
+    frame = clips.HEIGHT * clips.WIDTH * 3
+    monkeypatch.setattr(live_video, "_AHEAD_BYTES", int(room * frame))
+    with open_live(camera.path, 25) as live:
+        live._thread.join(20)
+        assert len(live._ready) == waiting and live.dropped == clips.FRAMES - waiting
+    monkeypatch.undo()
+    monkeypatch.setattr(live_video, "_AHEAD_BYTES", int(room * frame))
+    with open_live(clips.make(folder, "plain.mp4"), 25) as live:
+        until(lambda: len(live._ready) == waiting)
+        time.sleep(0.1)
+        assert len(live._ready) == waiting
+        assert len(list(live.arrays())) == clips.FRAMES and live.dropped == 0
+
+
+def test_a_frame_larger_than_what_may_wait_is_taken(folder, monkeypatch):
+    monkeypatch.setattr(live_video, "_AHEAD_BYTES", 1)
+    with open_live(clips.make(folder, "plain.mp4"), 25) as live:
+        assert len(list(live.arrays())) == clips.FRAMES
+
+
 def until(condition):
     end = time.monotonic() + 20
     while not condition():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import struct
 import zlib
@@ -83,6 +84,43 @@ def test_decord_refuses_a_name_that_is_not_utf8(folder, tmp_path):
     with open(name, "wb") as file:
         file.write(clips.make(folder, "plain.mp4").read_bytes())
     one_line("decord cannot read .*, a name that is not UTF-8; try --decoder pyav", name, decoder="decord")
+
+
+@pytest.mark.parametrize(("beyond", "reads"), [(0, True), (1, False), (2**20, False)])
+def test_decord_is_given_no_header_of_more_frames_than_the_file_has_bytes(
+    beyond, reads, folder, tmp_path, monkeypatch
+):
+    """It takes memory for as many: the counts here are harmless, and decord is kept from those refused."""
+    decord = pytest.importorskip("decord")
+    path = tmp_path / "many.avi"
+    data = bytearray(clips.make(folder, "mpeg4.avi").read_bytes())
+    at = data.index(b"strh") + 40  # the stream's length in frames
+    data[at : at + 4] = struct.pack("<I", len(data) + beyond)
+    path.write_bytes(data)
+    assert open_video(path).total == clips.FRAMES
+    if reads:
+        assert open_video(path, "decord").total == clips.FRAMES
+        return
+    monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord was given the file"))
+    one_line(
+        f"decord cannot read {path}: its header says {len(data) + beyond} frames, .* try --decoder pyav",
+        path,
+        decoder="decord",
+    )
+
+
+def test_whatever_decord_raises_is_one_line(folder, monkeypatch):
+    decord = pytest.importorskip("decord")
+    path = clips.make(folder, "plain.mp4")
+    video = open_video(path, "decord")
+
+    def fail(*_, **__):
+        raise ctypes.ArgumentError("argument 1:\nwrong type")
+
+    monkeypatch.setattr(video._reader, "get_batch", fail)
+    one_line("decord cannot decode .*wrong type; try --decoder pyav", [0], video.arrays)
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    one_line("decord cannot read .*wrong type; try --decoder pyav", path, decoder="decord")
 
 
 def test_the_default_stream_is_the_video_not_a_larger_thumbnail(folder, tmp_path):
@@ -255,7 +293,8 @@ def test_frames_of_too_many_pixels_are_not_decoded(make, tmp_path, monkeypatch):
     monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "59999")
     decoded = []
     monkeypatch.setattr("sfllava_fast.video.pyav.rgb_converter", lambda av: decoded.append)
-    one_line("SFLLAVA_FAST_MAX_PIXELS", path)
+    one_line("none of its frames can be decoded.*SFLLAVA_FAST_MAX_PIXELS.*than 59999 pixels", path)
+    one_line("SFLLAVA_FAST_MAX_PIXELS.*than 59999 pixels", path, lambda source: list(open_live(source).arrays()))
     if make is png:
         one_line("frames of 300x200, more than 59999 pixels: .*SFLLAVA_FAST_MAX_PIXELS", tmp_path)
     assert not decoded
@@ -273,7 +312,46 @@ def test_videos_of_too_many_pixels_are_not_decoded(folder, monkeypatch):
     one_line("33 frames of 128x96 are asked of .*, more than 393216 pixels at once", [0] * 33, video.arrays)
 
 
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", str(3 * clips.HEIGHT * clips.WIDTH))
+    one_line("4 frames .* more than 36864 pixels at once: .* SFLLAVA_FAST_MAX_TOTAL_PIXELS", [0] * 4, video.arrays)
+    monkeypatch.undo()
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", str(3 * clips.HEIGHT * clips.WIDTH))
+    assert len(video.arrays([0] * 3)) == 3
+
+
+@pytest.mark.parametrize("limit", [1500, 100], ids=["beyond which Pillow warns", "twice of which it raises at"])
+def test_pillow_has_no_limit_of_its_own(limit, tmp_path, monkeypatch, recwarn):
+    Image = pytest.importorskip("PIL.Image")
+    for suffix in ("png", "jpg", "bmp"):
+        (tmp_path / suffix).mkdir()
+        Image.new("RGB", (64, 32), "white").save(tmp_path / suffix / f"0.{suffix}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for suffix in ("png", "jpg", "bmp"):
+        assert (open_video(tmp_path / suffix).arrays([0]) == 255).all()
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "2047")
+    for suffix in ("png", "jpg", "bmp"):
+        one_line("frames of 64x32, more than 2047 pixels: .*SFLLAVA_FAST_MAX_PIXELS", tmp_path / suffix)
+    assert [str(one.message) for one in recwarn] == []
+
+
+@pytest.mark.parametrize("name", ["WebP", "Tiff"])
+def test_a_limit_that_pillow_has_for_some_formats_is_one_line(name, tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    plugin = pytest.importorskip(f"PIL.{name}ImagePlugin")
+    Image.new("RGB", (64, 32)).save(tmp_path / f"0.{name.lower()}")
+
+    def refuse(*_):
+        raise Image.DecompressionBombError("DOS attack")
+
+    monkeypatch.setattr(getattr(plugin, f"{name}ImageFile"), "_open", refuse)
+    one_line(f"0.{name.lower()} has more pixels than Pillow's own limit, [0-9]+$", tmp_path)
+
+
 def test_a_limit_that_is_no_number(folder, monkeypatch):
+    monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", "-1")
+    for opening in (open_video, open_live):
+        with pytest.raises(InputError, match="^SFLLAVA_FAST_MAX_TOTAL_PIXELS must be a number .*, not '-1'"):
+            opening(clips.make(folder, "plain.mp4"))
     monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "8k")
     with pytest.raises(InputError, match="SFLLAVA_FAST_MAX_PIXELS must be a number of pixels of at least 1, not '8k'"):
         MemoryVideo(np.zeros((1, 2, 2, 3), np.uint8)).arrays([0])

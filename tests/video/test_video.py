@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from sfllava_fast import sample_frames
 from sfllava_fast.errors import BackendError, InputError, RenumberedError, VideoError
-from sfllava_fast.video import base, open_video, pyav
+from sfllava_fast.video import as_frames, base, open_live, open_video, pyav
 
 EVERY_CLIP = [*clips.ENCODED, *clips.COPIED]
 DECORD_CLIPS = ["plain.mp4", "fast_start.mp4", "variable_rate.mp4", "vp9.webm"]
@@ -379,7 +380,7 @@ def test_unknown_decoder(tmp_path):
         open_video(tmp_path, decoder="vlc")
 
 
-@pytest.mark.parametrize(("decoder", "module"), [("pyav", "av"), ("decord", "decord")])
+@pytest.mark.parametrize(("decoder", "module"), [("pyav", "av"), ("decord", "decord"), ("decord", "av")])
 def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"anything")
@@ -393,6 +394,10 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
     monkeypatch.setattr(base.importlib, "import_module", absent)
     with pytest.raises(BackendError, match=f"pip install {module}"):
         open_video(path, decoder)
+    if module == "av":
+        path.write_bytes(struct.pack(">I4s", 1000, b"ftyp"))  # cut short, which is looked at with PyAV
+        with pytest.raises(BackendError, match="pip install av"):
+            open_video(path, decoder)
 
 
 @pytest.mark.parametrize("indices", [3, ["a"], [0.5]])
@@ -509,6 +514,22 @@ def test_decoding_needs_no_torch(folder, tmp_path):
     command = [sys.executable, script, path]
     done = subprocess.run(command, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("(60, 96, 128, 3) 3\n", "")
+
+
+def test_tensors_without_torch_are_one_line(folder, monkeypatch):
+    path = clips.make(folder, "plain.mp4")
+    video = open_video(path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(video, "_stream", lambda *_: pytest.fail("something was decoded"))
+    said = "^tensors of frames need the package torch, which cannot be imported .*pip install torch, or take arrays"
+    with open_live(path) as live:
+        for use in (lambda: video.frames([0]), lambda: video.stream([0]), live.next_frame, lambda: next(iter(live))):
+            with pytest.raises(BackendError, match=said) as caught:
+                use()
+            assert "\n" not in str(caught.value)
+        assert len(list(live.arrays())) == 5
+    with pytest.raises(BackendError, match=said):
+        as_frames(np.zeros((1, 2, 2, 3), np.uint8))
 
 
 def test_what_is_no_video():

@@ -10,7 +10,7 @@
 namespace sfllava::gpu {
 
 constexpr int32_t kWarp = 32;
-constexpr int32_t kBlockWarps = 4;
+constexpr int32_t kBlockWarps = 4;  // where nothing else is tuned
 constexpr int32_t kPackBytes = 16;  // the widest load
 
 // Blocks of `across` lanes (along the channels) x `down` units.
@@ -27,9 +27,9 @@ struct Lane {
   int64_t vector;  // along the channels
 };
 
-inline Grid make_grid(int64_t units, int64_t vectors) {
-  const int64_t warps = (vectors + kWarp - 1) / kWarp, chunks = (warps + kBlockWarps - 1) / kBlockWarps;
-  const int32_t wide = static_cast<int32_t>((warps + chunks - 1) / chunks), down = kBlockWarps / wide;
+inline Grid make_grid(int64_t units, int64_t vectors, int32_t block_warps = kBlockWarps) {
+  const int64_t warps = (vectors + kWarp - 1) / kWarp, chunks = (warps + block_warps - 1) / block_warps;
+  const int32_t wide = static_cast<int32_t>((warps + chunks - 1) / chunks), down = block_warps / wide;
   return {(units + down - 1) / down * chunks, wide * kWarp, down, static_cast<int32_t>(chunks)};
 }
 
@@ -51,6 +51,7 @@ struct Nest {
   int32_t rows, cols;                // tiles of a frame
   int32_t height, width;             // patches of a tile
   int32_t box_height, box_width;     // patches of a fine box
+  uint32_t first_frames, frames;     // those that come first are i * frames / first_frames; 0: none does
 
   SFLLAVA_HOST_DEVICE int32_t tiles() const { return rows * cols; }
   // Whether the tiles leave no patch of a frame out.
@@ -62,6 +63,14 @@ struct Nest {
 struct Tile {
   int32_t frame, row, col;
 };
+
+// The frame that is the n-th to be served: after the first frames come those between them, whose numbers are a sequence
+// of the same kind (Beatty's, and its complement).
+SFLLAVA_HOST_DEVICE inline int32_t nth_frame(const Nest& nest, int32_t n) {
+  const uint32_t first = nest.first_frames, frames = nest.frames, others = frames - first, i = static_cast<uint32_t>(n);
+  if (first == 0) return n;
+  return static_cast<int32_t>(i < first ? i * frames / first : ((i - first + 1) * frames + others - 1) / others - 1);
+}
 
 SFLLAVA_HOST_DEVICE inline Tile find_tile(const Nest& nest, int32_t unit) {
   const uint32_t cols = static_cast<uint32_t>(nest.cols), row = static_cast<uint32_t>(unit) / cols;

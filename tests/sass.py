@@ -1,0 +1,23 @@
+"""What SASS, the GPU's own instructions, says about the order of loads."""
+
+from __future__ import annotations
+
+import re
+
+_INSTRUCTION = re.compile(r"(?:\*/|:\w)\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)\s+([^;]*);")
+
+
+def most_in_flight(sass: str) -> int:
+    """The most 16-byte loads of a kernel that are issued before the first number of any of them is used."""
+    most, pending, loads = 0, set(), 0
+    for name, operands in _INSTRUCTION.findall(sass):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        is_load = name.startswith("LDG.E.128")
+        used = registers if name.startswith("ST") else registers[1:]
+        if pending & set(used) or (not is_load and pending & set(registers[:1])):
+            pending, loads = set(), 0
+        if is_load:
+            pending |= set(range(registers[0], registers[0] + 4))
+            loads += 1
+            most = max(most, loads)
+    return most
