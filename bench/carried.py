@@ -34,9 +34,11 @@ def build(arch: str) -> None:
     build_bench([nvcc, *NVCC, f"-gencode=arch=compute_{arch},code=sm_{arch}"])
     for library in BUILT.rglob("*.so"):
         if (glibc := newest_glibc(library)) > _NEWEST_GLIBC:
-            raise ResultError(f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}: build on an older system")
-    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1], "status": _said("git", "status", "--short")}
-    write_json(BUILT / "build.json", told | {"sources": sources_digest()})
+            needs = f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}"
+            raise ResultError(f"{needs}: build on an older system")
+    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1]}
+    told |= {"status": _said("git", "status", "--short"), "sources": sources_digest()}
+    write_json(BUILT / "build.json", told)
 
 
 def build_bench(nvcc: list[str]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from sfllava_fast import SlowFastConfig, reference
 from sfllava_fast.config import PathwayTables, Plan, Range
 
+from .record import ResultError
+
 PAPER = SlowFastConfig()
 GRID = (24, 24)
 PATCHES = GRID[0] * GRID[1]
@@ -168,7 +170,11 @@ def capped(work: Work, most: str) -> Work:
 
 
 def chosen(works: Iterable[Any], only: Sequence[str]) -> list[Any]:
-    """The works of these names; without such, those whose names contain one of them; without `only`, all."""
+    """The works of these names; without such, those whose names contain one of them; without `only`, all. ResultError
+    where that is none."""
     works = list(works)
     exact = [work for work in works if str(work) in only]
-    return exact or [work for work in works if not only or any(text in str(work) for text in only)]
+    found = exact or [work for work in works if not only or any(text in str(work) for text in only)]
+    if not found:
+        raise ResultError(f"no work has {' or '.join(map(repr, only))} in its name: there are {', '.join(map(str, works))}")
+    return found

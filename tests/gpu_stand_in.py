@@ -81,11 +81,9 @@ Set = Callable[[Any, str, Any], None]  # setattr, or pytest's monkeypatch.setatt
 
 
 def rehearse(set_: Set, set_item: Set) -> None:
-    """Makes the commands that `bench gpu` starts run on the CPU with few channels. Kernels, variants and the copy kernel
+    """Makes the commands that `bench gpu` starts run on the CPU, in few channels: kernels, variants and the copy kernel
     are stood in for by the CPU's."""
-    for name in _NAMES:
-        found = getattr(works, name)
-        set_(works, name, _small(found) if isinstance(found, works.Work) else tuple(map(_small, found)))
+    _make_works_small(set_)
     set_(timers.CudaTimer, "_WARM_UP", 0)
     set_(timers, "gc", SimpleNamespace(collect=int))  # no memory is short
     set_(copies, "_LARGE", 1 << 20)
@@ -107,6 +105,13 @@ def pretend_a_device(set_: Set) -> None:
     set_(torch.cuda, "get_device_capability", lambda: (9, 0))
     set_(carried, "why_not", lambda arch: None)
     set_(carried, "install", list)
+    _make_works_small(set_)  # steps name some
+
+
+def _make_works_small(set_: Set) -> None:
+    for name in _NAMES:
+        found = getattr(works, name)
+        set_(works, name, _small(found) if isinstance(found, works.Work) else tuple(map(_small, found)))
 
 
 def _small(work: works.Work) -> works.Work:

@@ -50,7 +50,10 @@ BFLOAT16 = torch.bfloat16
         (Work(BFLOAT16, 1024, layout=SlowFastConfig.parse("slowfast-slow_10frms_concat")), 2 * 5760 * 2048),
         # neither a mean nor a single patch has to be seen again for its gradient
         (Work(BFLOAT16, 1, layout=SlowFastConfig(10, "concat"), peers="none", backward=True), (5760 + 800 + 28800) * 2),
-        (Work(BFLOAT16, 1, layout=SlowFastConfig(10, "spatial_2d_avg_pool"), peers="none", backward=True), (1440 + 800 + 28800) * 2),
+        (
+            Work(BFLOAT16, 1, layout=SlowFastConfig(10, "spatial_2d_avg_pool"), peers="none", backward=True),
+            (1440 + 800 + 28800) * 2,
+        ),
     ],
     ids=str,
 )
@@ -81,6 +84,8 @@ def test_works_are_chosen_by_their_names_or_a_part_of_them():
     assert works.chosen(names, ()) == names
     assert works.chosen(names, ["a"]) == ["a"] and works.chosen(names, ["a", "b"]) == ["a", "b"]
     assert works.chosen(["ab", "cd", "ef"], ["a", "f"]) == ["ab", "ef"]
+    with pytest.raises(ResultError, match="no work has 'c' in its name: there are a, ab, b"):
+        works.chosen(names, ["c"])
 
 
 def test_fewer_peers_have_no_best_one():
@@ -205,7 +210,7 @@ def test_the_whole_way_of_a_gpu(monkeypatch):
     saved = []
     result = measure(lab, lambda result: saved.append(list(result["works"])))
     assert not result["errors"] and not result["skipped"]
-    assert len(saved) == len(lab.works) + 2 and saved[0] == [] and "host" in result  # what no limit may cost comes first
+    assert len(saved) == len(lab.works) + 2 and saved[0] == [] and "host" in result  # which comes first
     tiny = result["works"][str(TINY)]
     assert set(tiny["providers"]) == {"plain eager", "best eager", "cpu", "torch", "copy_", "copy kernel"}
     assert {name for name, row in tiny["providers"].items() if not row["graph"]} == {"torch"}
@@ -572,7 +577,8 @@ def test_a_sweep_ends_in_the_best_of_each_direction(rehearsed, tmp_path, monkeyp
         figures, base = result["works"][str(work)], tune.defaults()[tune.direction_of(work)]
         wrong = f"cuda {tune._changed(base, spoiled)}"
         assert set(figures["wrong"]) == {wrong} and wrong not in figures["providers"]
-        assert {f"cuda {base}", f"cuda {tune._changed(base, slow)}", "copy_", "copy kernel"} <= figures["providers"].keys()
+        timed = {f"cuda {base}", f"cuda {tune._changed(base, slow)}", "copy_", "copy kernel"}
+        assert timed <= figures["providers"].keys()
         assert figures["best"]["cuda"] in figures["providers"]
     assert all(found["cuda"].startswith("cuda {") for found in result["best"].values())
     out = capsys.readouterr().out
