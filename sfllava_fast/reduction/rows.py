@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..gradients import OneLevel, apply, below_autograd, is_differentiated, is_transformed
-from ..ops import is_unwatched, span
+from ..ops import is_unwatched, overlap
 from . import rows_reference as reference
 from .frames import check_frames, check_ratio, kept_of
 from .rows_backends import check_backend, find_kernels, frame_table
@@ -376,10 +376,8 @@ def _check_device(tensor: Tensor, index: Tensor) -> None:
 def _check_memory(out: Tensor, hidden: Tensor, rows: Tensor) -> None:
     """InputError where out overlaps what is read, unless it is hidden itself."""
     itself = out.data_ptr() == hidden.data_ptr() and out.stride() == hidden.stride()
-    first, last = span(out)
     for name, tensor in (("rows", rows), *(() if itself else (("hidden", hidden),))):
-        begin, end = span(tensor)
-        if first < end and begin < last:
+        if overlap(out, tensor):
             raise InputError(f"out overlaps {name} in memory: pass hidden itself, or a buffer of its own")
 
 
