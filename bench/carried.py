@@ -24,6 +24,7 @@ def build(arch: str) -> None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     if not nvcc:
         raise ResultError("no nvcc was found: install the CUDA toolkit, 13.0 or newer")
+    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1]}  # without .git an older build's
     shutil.rmtree(BUILT, ignore_errors=True)
     settings = {"SFLLAVA_FAST_CPU": "1", "SFLLAVA_FAST_CUDA": "1", "CUDACXX": nvcc, "CUDAARCHS": f"{arch}-real"}
     extensions = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILT / "lib")]
@@ -36,7 +37,6 @@ def build(arch: str) -> None:
         if (glibc := newest_glibc(library)) > _NEWEST_GLIBC:
             needs = f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}"
             raise ResultError(f"{needs}: build on an older system")
-    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1]}
     told |= {"status": _said("git", "status", "--short"), "sources": sources_digest()}
     write_json(BUILT / "build.json", told)
 

@@ -176,5 +176,6 @@ def chosen(works: Iterable[Any], only: Sequence[str]) -> list[Any]:
     exact = [work for work in works if str(work) in only]
     found = exact or [work for work in works if not only or any(text in str(work) for text in only)]
     if not found:
-        raise ResultError(f"no work has {' or '.join(map(repr, only))} in its name: there are {', '.join(map(str, works))}")
+        asked, there = " or ".join(map(repr, only)), ", ".join(map(str, works))
+        raise ResultError(f"no work has {asked} in its name: there are {there}")
     return found
