@@ -68,7 +68,7 @@ LABS = {"cpu": cpu_lab, "cuda": cuda_lab}
 def run(lab: Lab, rounds: int, slow_peers: bool, only: Sequence[str], save: Callable[[dict], None]) -> dict:
     """Times every provider on the works chosen by `only` (works.chosen), host overhead first; `save` gets what there
     is after each."""
-    result = {"machine": machine(lab.device)}
+    chosen, result = works.chosen(lab.works, only), {"machine": machine(lab.device)}
     if lab.device == "cpu":
         result["isa"] = backends.cpu_library().sfllava_isa().decode()
     result |= {"unavailable": lab.unavailable, "works": {}, "skipped": {}, "errors": {}}
@@ -77,7 +77,7 @@ def run(lab: Lab, rounds: int, slow_peers: bool, only: Sequence[str], save: Call
     if isinstance(lab.timer, CudaTimer):
         guarded("a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(lab.timer, lab.device)))
     save(result)
-    for work in works.chosen(lab.works, only):
+    for work in chosen:
         guarded(str(work), errors, partial(_measure, work, lab, rounds, slow_peers, result))
         save(result)
     guarded("works compared", errors, lambda: _compare_works(result))
@@ -191,7 +191,7 @@ def _row(sample: Sample, times: list[float], ours: list[float]) -> dict:
 def _bars(
     work: Work, lab: Lab, ours: tuple[str, ...], times: dict[str, list[float]], best: str | None, fairest: str | None
 ) -> dict[str, dict]:
-    copy = {COPY: COPY} if lab.copies.keys() == {COPY} else {FAIREST: fairest}
+    copy = {FAIREST: fairest} if isinstance(lab.timer, CudaTimer) else {COPY: COPY}
     against = copy | {BEST_PEER: best, PLAIN: PLAIN}
     return {
         _bar_name(backend, what): _bar(median_ratio(times[name], times[backend]), *work.bars.get(what, ()))

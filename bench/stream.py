@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -48,7 +48,7 @@ def write_stream(path: Path, seconds: int) -> None:
 
 
 def run(minutes: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Every mode chosen by `only`; `save` gets the result as it grows."""
+    """Every mode whose name contains `only`; `save` gets the result as it grows."""
     result = {"kind": "stream", "minutes": minutes, "machine": machine("cpu"), "works": {}, "errors": {}}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "stream.mp4"
