@@ -6,6 +6,7 @@ Schemas are defined here, once; compiled libraries only register implementations
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -76,8 +77,13 @@ def slowfast_aggregate(
     the batch is folded into the channels, which copies the features: [B, T, N, D] does not.
     Raises InputError, LayoutError or BackendError in one line that says what to change.
     """
-    _check_features(features)
     layout = str(config)  # the op parses it: a trace holds nothing but the string
+    kind = None
+    if frame_offsets is None and separators is None and not apart and _is_plain(features, out):
+        kind = _kind(features, layout, out, backend, grid)
+        if plan := _find_checked(kind):
+            return _run_checked(features, plan, backend, out)
+    _check_features(features)
     height, width = check_grid(grid, features.shape[-2] - _class_tokens(layout))
     offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     check_separators(separators, layout, features)
@@ -101,6 +107,8 @@ def slowfast_aggregate(
         tokens = aggregate(features, *call, separators)
     if apart:
         return _split(tokens, config, features.shape[-3], (height, width), offsets)
+    if kind:
+        _remember_checked(kind, _plan(features, layout, height, width, None))
     if offsets is None:
         return tokens
     return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
@@ -122,6 +130,50 @@ def is_unwatched(features: Tensor) -> bool:
 
 _PLAIN = Tensor, torch.nn.Parameter
 _count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+# What a plain call, of one video with no gradient, is checked for is checked once for each kind of call: the checks take
+# as long as the rest of the host's work. Plans are held weakly: config.PLANS bounds them.
+_checked: dict[tuple, weakref.ref[Plan]] = {}
+_MOST_CHECKED = 256
+
+
+def _is_plain(features: Tensor, out: Tensor | None) -> bool:
+    if not is_unwatched(features) or features.layout is not torch.strided or features.dim() != 3:
+        return False
+    if out is not None and (type(out) not in _PLAIN or out.layout is not torch.strided):
+        return False
+    return not torch.is_grad_enabled() or not (features.requires_grad or (out is not None and out.requires_grad))
+
+
+def _kind(features: Tensor, layout: str, out: Tensor | None, backend: str, grid: object) -> tuple:
+    """All that the checks look at, but for where the tensors lie."""
+    into = None if out is None else (out.shape, out.stride(), out.dtype, out.device)
+    grid = tuple(grid) if type(grid) is list else grid
+    return layout, backend, grid, features.shape, features.stride(), features.dtype, features.device, into
+
+
+def _find_checked(kind: tuple) -> Plan | None:
+    try:
+        return _checked[kind]()
+    except (KeyError, TypeError):  # never seen; a wrong argument that cannot be looked up
+        return None
+
+
+def _remember_checked(kind: tuple, plan: Plan) -> None:
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked[kind] = weakref.ref(plan)
+
+
+def _run_checked(features: Tensor, plan: Plan, backend: str, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = features.new_empty(plan.offsets[-1], features.shape[2])
+    else:
+        _check_overlap(out, features)
+    backends.choose(backend, features, plan).run(features, plan, out)
+    write_separators(out, plan, None)  # rows of zeros
+    return out
 
 
 def _aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
@@ -460,6 +512,10 @@ def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError("out needs videos that lie one after the other and do not overlap")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
+    _check_overlap(out, features)
+
+
+def _check_overlap(out: Tensor, features: Tensor) -> None:
     if overlap(out, features):
         raise InputError("out overlaps the features in memory: pass a buffer of its own")
 

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,7 @@ def test_only_a_call_that_nothing_watches_is_not_dispatched(monkeypatch, out):
     x = torch.randn(4, 16, 3)
     expected = plain(x)
     call = {"out": torch.empty_like(expected)} if out else {}
+    monkeypatch.setattr(ops, "_checked", {})
     monkeypatch.setattr(ops, name, fail)  # what the op runs was registered before
     with pytest.raises(AssertionError, match="called at once"):
         slowfast_aggregate(x, LAYOUT, **call)
@@ -539,3 +541,42 @@ def test_offsets_on_a_gpu_are_read_once():
 def test_what_overlaps(first, second, shared):
     memory = torch.zeros(8, 3)
     assert ops.overlap(memory[first], memory[second]) is ops.overlap(memory[second], memory[first]) is shared
+
+
+ZEROS = "a:every2,each,stride2,mean,pad9+b:each,adaptive4,adaptive4,mean"
+
+
+def test_a_call_that_is_known_is_still_checked_for_where_the_tensors_lie():
+    memory = torch.zeros(400, 8)
+    features, config = memory[:64].view(4, 16, 8), SlowFastConfig(2)
+    tokens = slowfast_aggregate(features, config)
+    count = len(tokens)
+    for _ in range(2):
+        assert torch.equal(slowfast_aggregate(features, config, out=memory[64 : 64 + count]), tokens)
+        with pytest.raises(InputError, match="out overlaps the features"):
+            slowfast_aggregate(features, config, out=memory[63 : 63 + count])
+        with pytest.raises(InputError, match="out= requires grad"):
+            slowfast_aggregate(features, config, out=torch.zeros(count, 8, requires_grad=True))
+        with pytest.raises(InputError, match="grid 2x4 does not fit"):
+            slowfast_aggregate(features, config, grid=[2, 4])
+    assert slowfast_aggregate(features.clone().requires_grad_(), config).requires_grad
+    with torch.no_grad():
+        assert torch.equal(slowfast_aggregate(features.clone().requires_grad_(), config), tokens)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_call_that_is_known_gives_the_same_tokens(given):
+    features = torch.randn(9, 64, 8)
+    plan = ops.resolve_plan(features, ZEROS)
+    for _ in range(3):
+        out = torch.full((plan.offsets[-1], 8), 7.0) if given else None
+        assert torch.equal(slowfast_aggregate(features, ZEROS, out=out), slowfast_aggregate(features[None], ZEROS)[0])
+    assert ops._checked
+
+
+def test_known_calls_are_bounded_and_hold_no_plan(monkeypatch):
+    monkeypatch.setattr(ops, "_MOST_CHECKED", 4)
+    for frames in range(1, 12):
+        slowfast_aggregate(torch.zeros(frames, 16, 8), SlowFastConfig(2))
+        assert len(ops._checked) <= 4
+    assert all(isinstance(plan, weakref.ref) for plan in ops._checked.values())

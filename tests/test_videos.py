@@ -68,9 +68,7 @@ def counted(monkeypatch):
     run = lambda features, plan, out: launches.append(plan) or backend.run(features, plan, out)  # noqa: E731
     counting = type(backend)(backend.name, backend.why_unavailable, backend.why_unfit, run, backend.run_backward)
     monkeypatch.setitem(backends.BACKENDS, backend.name, counting)
-    backends._by_preference.cache_clear()
-    yield launches
-    backends._by_preference.cache_clear()
+    return launches
 
 
 def test_videos_that_adjoin_are_one_launch_and_no_copy(counted):
