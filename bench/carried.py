@@ -82,8 +82,13 @@ def why_not(arch: str) -> str | None:
 
 
 def install() -> list[str]:
-    """Copies the carried libraries into the package where it has none; their names."""
-    missing = [library for library in BUILT.glob("*.so") if not (_PACKAGE / library.name).exists()]
-    for library in missing:
+    """Copies the carried libraries into the package where it has none or others; their names."""
+    others = [library for library in BUILT.glob("*.so") if not _is_copy(_PACKAGE / library.name, library)]
+    for library in others:
+        (_PACKAGE / library.name).unlink(missing_ok=True)  # a process that has it loaded keeps it
         shutil.copyfile(library, _PACKAGE / library.name)
-    return sorted(library.name for library in missing)
+    return sorted(library.name for library in others)
+
+
+def _is_copy(path: Path, library: Path) -> bool:
+    return path.exists() and path.read_bytes() == library.read_bytes()

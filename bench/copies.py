@@ -52,7 +52,8 @@ def large_copy(timer: CudaTimer, device: str) -> float:
 
 def _pairs(size: int, sets: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """From, to."""
-    return [tuple(torch.randn(size // 8, device=device) for _ in range(2)) for _ in range(sets)]
+    generator = torch.Generator(device).manual_seed(0)  # its own: a failed capture breaks the default one
+    return [tuple(torch.randn(size // 8, device=device, generator=generator) for _ in range(2)) for _ in range(sets)]
 
 
 def _copy_on_gpu(source: Tensor, target: Tensor) -> None:

@@ -25,6 +25,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import carried, works
 from .record import ROOT, ResultError, folder_name, machine, write_json
@@ -71,7 +72,7 @@ def run(results: Path, part: str, seconds: float) -> int:
     began = time.monotonic()
     if not torch.cuda.is_available():
         raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
-    folder = results / folder_name(torch.cuda.get_device_name())
+    folder = results.resolve() / folder_name(torch.cuda.get_device_name())
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
     steps = PARTS[part](folder, arch, min(8, max(1, workers)))
@@ -98,7 +99,7 @@ def op_steps(folder: Path, arch: str, workers: int) -> list[Step]:
     tests = [*_pytest(workers), "tests/test_gpu.py", f"--junitxml={report}"]
     compiled = [str(work) for work in works.MAIN if work.peers == "all"]
     return [
-        Step("small calls", [*BENCH, "small-calls"], 15, 60),
+        Step("small calls", [*BENCH, "small-calls"], 35, 90),
         Step("op", [*op, "--peers", "eager", *_json(folder, "op")], 70, 110),
         Step("tune", [*BENCH, "tune", *_json(folder, "tune")], 45, 90),
         _counters(folder),
@@ -170,7 +171,7 @@ def _table(outcomes: list[dict], folder: Path) -> Table:
     table.title_justify = "left"
     for outcome in outcomes:
         numbers = (f"{outcome[name]:.0f}" for name in ("seconds", "expected", "limit"))
-        table.add_row(outcome["step"], outcome["status"], *numbers, outcome["reason"])
+        table.add_row(outcome["step"], outcome["status"], *numbers, Text(outcome["reason"]))
     seconds, expected = (sum(outcome[name] for outcome in outcomes) for name in ("seconds", "expected"))
     table.add_section()
     table.add_row("all", "", f"{seconds:.0f}", f"{expected:.0f}", "", "")
@@ -178,11 +179,12 @@ def _table(outcomes: list[dict], folder: Path) -> Table:
 
 
 def _run(step: Step, deadline: float, log: Path) -> tuple[str, str]:
-    if reason := step.why_not():
-        return _SKIPPED if step.optional else _FAILED, reason
     left = deadline - time.monotonic()
     if left < step.expected:
         return _DROPPED, f"{max(left, 0):.0f} s were left"
+    if reason := step.why_not():  # asking may take a while, too
+        return _SKIPPED if step.optional else _FAILED, reason
+    left = deadline - time.monotonic()
     limit = min(step.limit, left)
     with log.open("a+", errors="replace") as file:
         print(f"\n--- {step.name}", file=file, flush=True)

@@ -142,7 +142,11 @@ def _samples(work: Work, lab: Lab, sets: _Sets, errors: dict[str, str]) -> dict[
         # The reference copies from the host, which no graph captures.
         samples[name] = lab.timer.prepare(run, len(sets), capture=name != _REFERENCE)
 
-    runs |= {name: copy(work.bytes_moved(), len(sets), lab.device) for name, copy in lab.copies.items()}
+    def prepare_copy(name: str, copy: Copy) -> None:
+        prepare(name, copy(work.bytes_moved(), len(sets), lab.device))
+
+    for name, copy in lab.copies.items():
+        guarded(f"{work}: {name}", errors, partial(prepare_copy, name, copy))
     for name, run in runs.items():
         guarded(f"{work}: {name}", errors, partial(prepare, name, run))
     return samples

@@ -26,7 +26,7 @@ from . import works
 from .copies import c_function, large_copy, raise_reason
 from .op import Lab, check, guarded, run_backward, run_forward
 from .record import BUILT, ROOT, ResultError, device_name, machine
-from .timers import Run, median_ratio, summary
+from .timers import Run, Sample, median_ratio, summary
 from .works import Work
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -170,10 +170,13 @@ def _measure(work: Work, lab: Lab, rounds: int) -> dict:
         contenders |= triton_runs(work, sets)
     for name, contender in contenders.items():
         guarded(name, wrong, partial(prepare, name, contender))
-    copies = {name: lab.timer.prepare(copy(size, count, lab.device), count) for name, copy in lab.copies.items()}
+    copies: dict[str, Sample] = {}
+    for name, copy in lab.copies.items():
+        ready = partial(lab.timer.prepare, sets=count)
+        guarded(name, wrong, lambda: copies.update({name: ready(copy(size, count, lab.device))}))
     samples |= copies
     times = lab.timer.times(samples, rounds)
-    rows = {name: _row(name, times, size, lab.copies) | {"graph": sample.graph} for name, sample in samples.items()}
+    rows = {name: _row(name, times, size, copies) | {"graph": sample.graph} for name, sample in samples.items()}
     best = {kind: _fastest(rows, kind) for kind in ("cuda", "triton")}
     return {"bytes": size, "providers": rows, "wrong": wrong, "best": best, "best_peer": None, "bars": {}}
 
@@ -282,16 +285,19 @@ def pick(result: Path, cuda: Path = CUDA_FILE, triton: Path = TRITON_FILE) -> li
         raise ResultError(f"{result} is not a result of python -m bench tune") from error
     if not chosen:
         raise ResultError(f"{result} names no best tuning: the sweep did not come to its end")
+    texts = {path: path.read_text() for path in (cuda, triton)}
     for direction, kind, tuning in chosen:
         if kind == "cuda":
-            _replace(cuda, rf"(constexpr Tuning k{direction.capitalize()}Tuning)\{{.*?\}}", tuning)
+            texts[cuda] = _replaced(cuda, texts, rf"(constexpr Tuning k{direction.capitalize()}Tuning)\{{.*?\}}", tuning)
         else:
-            _replace(triton, rf'("{direction}": )Tuning\(.*?\)', tuning)
+            texts[triton] = _replaced(triton, texts, rf'("{direction}": )Tuning\(.*?\)', tuning)
+    for path, text in texts.items():
+        path.write_text(text)
     return [f"{direction}, {kind}: {tuning}" for direction, kind, tuning in chosen]
 
 
-def _replace(path: Path, pattern: str, tuning: str) -> None:
-    text, count = re.subn(pattern, lambda match: match[1] + tuning, path.read_text())
+def _replaced(path: Path, texts: dict[Path, str], pattern: str, tuning: str) -> str:
+    text, count = re.subn(pattern, lambda match: match[1] + tuning, texts[path])
     if count != 1:
         raise ResultError(f"{path} has {count} lines for this tuning, not one")
-    path.write_text(text)
+    return text

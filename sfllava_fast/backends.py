@@ -209,7 +209,9 @@ class _Call:
 
 def _by_preference(features: Tensor, plan: Plan | None, backward: bool) -> Iterable[Backend]:
     """All backends; where several work on a GPU, the one first that serves such calls in the least time."""
-    if not features.is_cuda or any(BACKENDS[name].why_unavailable(features.device) for name in _ON_GPU):
+    if not features.is_cuda or features.dtype not in _KERNEL_DTYPES:
+        return BACKENDS.values()
+    if any(BACKENDS[name].why_unavailable(features.device) for name in _ON_GPU):
         return BACKENDS.values()
     like = _layout_like(plan, backward) if plan else _TILED
     return _fastest_first(_Call(features.device, features.dtype, like, backward))

@@ -18,8 +18,7 @@ from .projector import Mode, check_mode, project_and_aggregate, why_not_commuted
 class SlowFastAggregator(nn.Module):
     """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
 
-    Has no parameters and no buffers. Errors are those of `slowfast_aggregate`, of a wrong
-    setting at once.
+    Has no parameters and no buffers. Raises the errors of `slowfast_aggregate`; for a wrong setting when it is made.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class FusedProjectorAggregator(nn.Module):
 
     projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
         LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
-    The module itself may be wrapped as any other. Errors are those of `project_and_aggregate`, of a
-    wrong setting at once.
+    The module itself may be wrapped as any other. Raises the errors of `project_and_aggregate`; for a wrong setting when
+    it is made.
     """
 
     def __init__(

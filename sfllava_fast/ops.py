@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from . import backends, gradients, reference
@@ -66,7 +67,8 @@ def slowfast_aggregate(
         returned; for example the rows of a language model's `inputs_embeds`. Not differentiable.
     backend: "auto", or one of `sfllava_fast.backends.BACKENDS` by name.
     grid: (rows, columns); square by default.
-    frame_offsets: [V + 1] integers for V videos packed along T of [T, N, D]: 0, ..., T, as cumulative sequence lengths.
+    frame_offsets: [V + 1] integers for V videos packed along T of [T, N, D]: 0, ..., T, as cumulative sequence lengths;
+        a list or on the CPU: values on a GPU are waited for.
     separators: [K, D] of the features' dtype and device, one for each of the layout's `separators`, such as a learned
         newline; differentiable.
     apart: return the pathways' tokens by name, as views of one buffer, for layouts that have them one after the other.
@@ -79,7 +81,7 @@ def slowfast_aggregate(
     """
     layout = str(config)  # the op parses it: a trace holds nothing but the string
     kind = None
-    if frame_offsets is None and separators is None and not apart and _is_plain(features, out):
+    if frame_offsets is None and separators is None and not apart and _is_plain(features, out) and _is_known_grid(grid):
         kind = _kind(features, layout, out, backend, grid)
         if plan := _find_checked(kind):
             return _run_checked(features, plan, backend, out)
@@ -146,6 +148,11 @@ def _is_plain(features: Tensor, out: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not (features.requires_grad or (out is not None and out.requires_grad))
 
 
+def _is_known_grid(grid: object) -> bool:
+    """Not one that merely equals a right one, as (4.0, 4.0) does."""
+    return grid is None or (type(grid) in (tuple, list) and all(type(side) is int for side in grid))
+
+
 def _kind(features: Tensor, layout: str, out: Tensor | None, backend: str, grid: object) -> tuple:
     """All that the checks look at, but for where the tensors lie."""
     into = None if out is None else (out.shape, out.stride(), out.dtype, out.device)
@@ -171,9 +178,16 @@ def _run_checked(features: Tensor, plan: Plan, backend: str, out: Tensor | None)
         out = features.new_empty(plan.offsets[-1], features.shape[2])
     else:
         _check_overlap(out, features)
+        _mark_written(out)
     backends.choose(backend, features, plan).run(features, plan, out)
     write_separators(out, plan, None)  # rows of zeros
     return out
+
+
+def _mark_written(out: Tensor) -> None:
+    """So that a backward that has saved it says so, instead of reading the new values."""
+    if not out.is_inference():
+        increment_version(out)
 
 
 def _aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
@@ -191,6 +205,7 @@ def _aggregate(features, layout, height, width, frame_offsets, backend, separato
 def _aggregate_out(features, layout, height, width, frame_offsets, backend, out, separators=None):
     plan = _plan(features, layout, height, width, frame_offsets)
     check_out(out, features, token_shape(plan, features, features.shape[-1]))
+    _mark_written(out)
     _pool(features, plan, layout, backend, out, separators)
 
 
@@ -472,14 +487,11 @@ def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | Non
 
 
 def _ends(frame_offsets: Tensor) -> list[int]:
-    """The values, of a tensor on a GPU read once for as long as nothing is written to it: reading waits for the GPU."""
-    if not frame_offsets.is_cuda or frame_offsets.is_inference():
-        return frame_offsets.tolist()
-    known = vars(frame_offsets)
-    version = frame_offsets._version
-    if known.get("sfllava_ends", ())[:1] != (version,):
-        known["sfllava_ends"] = version, frame_offsets.tolist()
-    return known["sfllava_ends"][1]
+    """The values. Those of a tensor on a GPU are waited for at each call: what writes to it, a graph's replay among others,
+    leaves no mark by which they could be kept."""
+    if frame_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError("a CUDA graph cannot capture frame_offsets on the GPU: pass a list, or a tensor on the CPU")
+    return frame_offsets.tolist()
 
 
 def _is_complex(numbers: object) -> bool:

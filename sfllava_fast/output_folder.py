@@ -4,6 +4,7 @@ written whole or not at all."""
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,8 @@ def written_whole(out: Path) -> Iterator[Path]:
     place = Path(os.path.realpath(out))
     if place.exists() and not place.is_file():
         raise InputError(f"{out} is no regular file: name another")
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)  # never what a link of that name leads to
+    # A name of its own, whoever else writes to this place: two threads, or a link that lies there.
+    part = place.with_name(f".sfllava-{os.getpid()}-{secrets.token_hex(8)}.part")
     try:
         yield part
         os.replace(part, place)

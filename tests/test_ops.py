@@ -519,12 +519,34 @@ def test_an_out_of_another_device_is_refused():
         slowfast_aggregate(features, CONFIG, out=torch.empty(1, 8, device="meta"))
 
 
-def test_offsets_on_a_gpu_are_read_once():
-    reads = []
-    offsets = SimpleNamespace(is_cuda=True, is_inference=lambda: False, _version=0, tolist=lambda: reads.append(1) or [0, 4])
-    assert ops._ends(offsets) == ops._ends(offsets) == [0, 4] and len(reads) == 1
-    offsets._version += 1  # something was written to them
-    assert ops._ends(offsets) == [0, 4] and len(reads) == 2
+def test_offsets_on_a_gpu_in_a_capture_are_one_line(monkeypatch):
+    offsets = SimpleNamespace(is_cuda=True, tolist=lambda: [0, 4])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert ops._ends(offsets) == [0, 4]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match="pass a list, or a tensor on the CPU"):
+        ops._ends(offsets)
+
+
+def test_a_backward_notices_that_out_was_written():
+    features, config = torch.randn(4, 16, 8), SlowFastConfig(2)
+    out = slowfast_aggregate(features, config)
+    for _ in range(2):  # the second call is a known one
+        leaf = torch.ones_like(out, requires_grad=True)
+        product = leaf * out
+        slowfast_aggregate(features, config, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+    with torch.inference_mode():
+        slowfast_aggregate(features, config, out=torch.empty_like(out))
+
+
+def test_a_grid_that_equals_a_known_one_is_refused():
+    features = torch.randn(4, 16, 8)
+    for _ in range(2):
+        slowfast_aggregate(features, SlowFastConfig(2), grid=(4, 4))
+    with pytest.raises(InputError, match="grid must be two integers"):
+        slowfast_aggregate(features, SlowFastConfig(2), grid=(4.0, 4.0))
 
 
 @pytest.mark.parametrize(

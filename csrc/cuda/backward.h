@@ -1,5 +1,5 @@
-// The backward kernels' bodies: every patch's gradient is written once. A patch adds what its tokens hand it in the order
-// of the tokens, in float32 from zero, and rounds once: equal to the reference bit for bit.
+// The backward kernels' bodies: every patch's gradient is written once. A patch adds what its tokens hand it in the
+// order of the tokens, in float32 from zero, and rounds once: equal to the reference bit for bit.
 #pragma once
 
 #include "column.h"
@@ -80,8 +80,8 @@ SFLLAVA_HOST_DEVICE Sums<kMean, Column::N> share(const Column& column, int64_t t
   return sums;
 }
 
-// A row of fine boxes across a tile: their elements' gradients from those of their tokens and of the tile's. All that it
-// reads is on its way before the first number is used.
+// A row of fine boxes across a tile: their elements' gradients from those of their tokens and of the tile's. All that
+// it reads is on its way before the first number is used.
 template <class Shape, class Column>
 class SpreadStrip {
   using T = typename Column::T;

@@ -5,8 +5,8 @@
 
 namespace sfllava::gpu {
 
-// Blocks that a multiprocessor must have registers for: ptxas takes too few for some and spills. A strip of boxes of two
-// rows holds twice as much.
+// Blocks that a multiprocessor must have registers for: ptxas takes too few for some and spills. A strip of boxes of
+// two rows holds twice as much.
 template <Direction kDirection, class Shape>
 constexpr int kTileBlocks = Shape::kBoxHeight == 1 ? kTuning<kDirection>.blocks : kTuning<kDirection>.blocks * 3 / 5;
 constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }

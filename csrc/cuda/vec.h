@@ -206,7 +206,7 @@ class Sums {
  private:
   // An IEEE division has a branch, which would put N of them one after the other. A quotient by way of the reciprocal,
   // corrected by its own remainder, is rounded as they are where nothing leaves the normal range and the size is small
-  // (tests/cpp/division_test.cpp tries all); 0 stays 0, and a sum is never -0.
+  // (tests/cpp/division_test.cpp tries all); 0 and -0 stay what they are.
   SFLLAVA_HOST_DEVICE void divide_by(float size) {
     const float share = reciprocal(size);
     float quotient[N];
@@ -214,7 +214,7 @@ class Sums {
     SFLLAVA_UNROLL
     for (int i = 0; i < N; ++i) {
       const float rough = multiply(x_[i], share), most = __builtin_fabsf(x_[i]);
-      quotient[i] = multiply_add(multiply_add(-rough, size, x_[i]), share, rough);
+      quotient[i] = most == 0.0f ? x_[i] : multiply_add(multiply_add(-rough, size, x_[i]), share, rough);
       exact &= most == 0.0f || (most > 1e-30f && most < 1e30f);
     }
     SFLLAVA_UNROLL

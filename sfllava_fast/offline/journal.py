@@ -129,7 +129,11 @@ class Journal:
     def _check_settings(self, begun: dict[str, Any]) -> None:
         names = dict.fromkeys([*self.settings, *begun])
         pairs = {name: (begun.get(name), self.settings.get(name)) for name in names}
-        was = [f"{name} {then}, not {now}" for name, (then, now) in pairs.items() if then != now]
+        was = [
+            f"another {name.replace('_', ' ')}" if name.endswith(("_file", "_files")) else f"{name} {then}, not {now}"
+            for name, (then, now) in pairs.items()
+            if then != now
+        ]  # a stamp of files says nothing to a reader
         if was:
             raise InputError(f"{self.path} was begun with {', '.join(was)}: use the same, or name another file")
 

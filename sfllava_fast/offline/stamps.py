@@ -32,7 +32,14 @@ def stamp_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:  # a link that leads nowhere, or a file that is gone
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
 def _stamp(files: Iterable[Path], folder: Path) -> str:
-    found = sorted((str(file.relative_to(folder)), file.stat()) for file in files)
-    told = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    told = sorted([str(file.relative_to(folder)), *_size_and_time(file)] for file in files)
     return f"{zlib.crc32(json.dumps(told).encode()):08x}"
