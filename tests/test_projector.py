@@ -242,6 +242,27 @@ def test_auto_commutes_where_that_saves_rows():
     assert sorted(rows.of_second) == [800, 10 * 576]
 
 
+@pytest.mark.parametrize(
+    "dtype, native, grid, mode",
+    [
+        (torch.bfloat16, True, 15, "commuted"),  # 225 of 576 rows, each twice: 78 %
+        (torch.bfloat16, True, 16, "exact"),  # 256: 89 %
+        (torch.bfloat16, False, 16, "commuted"),
+        (torch.bfloat16, False, 22, "exact"),  # 84 %
+        (torch.float32, True, 15, "commuted"),
+        (torch.float32, False, 16, "exact"),
+    ],
+)
+def test_auto_counts_the_work_of_means(monkeypatch, dtype, native, grid, mode):
+    monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: native)
+    hidden, projector, config = make_hidden(4, 24, dtype), make_projector(dtype), SlowFastConfig(0, fast_grid=(grid,) * 2)
+    got, expected, other = (
+        project_and_aggregate(hidden, projector, config, mode=m)
+        for m in ("auto", mode, "exact" if mode == "commuted" else "commuted")
+    )
+    assert torch.equal(got, expected) and not torch.equal(got, other)
+
+
 def test_transformers_projector_is_taken():
     transformers = pytest.importorskip("transformers")
     from tiny_llava import tiny_config
