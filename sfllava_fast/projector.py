@@ -43,9 +43,9 @@ log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
 MODES = get_args(Mode)
-# auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 50 frames in
-# bfloat16 and float32 on AMD Zen 5 (native bfloat16) and with emulated bfloat16. Each layout within it was 1.08x or more
-# of exact; beyond it, some took up to 1.3 times exact's time.
+# auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 8 frames in
+# bfloat16 and float32 on AMD Zen 4, which has bfloat16 products, and with emulated ones. Within it exact took 1.08
+# times commuted's time or more; beyond it commuted took up to 1.3 times exact's.
 _WORTHWHILE = 0.8
 # On a CPU, about how many patches are activated at once, and how many of Linear2's channels are multiplied at once.
 _ROWS_AT_ONCE, _CHANNELS_AT_ONCE = 3072, 1024

@@ -8,6 +8,7 @@ import inspect
 import dataclasses
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ pytest.importorskip("rich")
 from bench import __main__ as cli  # noqa: E402
 from bench import dropins, gpu, layouts, op, peers, plot, projector, sanitize, stream, timers, works  # noqa: E402
 from bench.compare import compare  # noqa: E402
-from bench.record import ROOT, ResultError, folder_name, read_result  # noqa: E402
+from bench.record import ROOT, ResultError, folder_name, processor, read_result  # noqa: E402
 from bench.works import Work  # noqa: E402
 
 COMMITTED = ROOT / "bench/results/cpu-amd-epyc-milan/op.json"
@@ -366,6 +367,36 @@ def bench(*arguments, **environment):
 def main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
     return cli.main()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"processor": "AuthenticAMD family 26 model 17 avx2 avx512f", "isa": "avx512"},
+        {"processor": "AuthenticAMD family 25 model 17 avx2 avx512f", "isa": "avx2"},
+        {},
+    ],
+)
+def test_compare_refuses_another_processor_or_instruction_set(facts):
+    old, new = result_of(), result_of()
+    noted = {"processor": "AuthenticAMD family 25 model 17 avx2 avx512f", "isa": "avx512"}
+    old["machine"], new["machine"] = {"cpu": "AMD EPYC"} | noted, {"cpu": "AMD EPYC"} | facts
+    compare(old, old, 0.1)
+    compare(new, new, 0.1)
+    refused = r"different devices: AMD EPYC \(.*family 25.*, avx512\) and AMD EPYC \("
+    with pytest.raises(ResultError, match=refused) as error:
+        compare(old, new, 0.1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_processor_is_named_by_family_model_and_flags(tmp_path):
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+        "flags\t\t: fpu avx avx2 avx512f avx512_bf16 avx512dq\n\nprocessor\t: 1\nmodel\t: 99\n"
+    )
+    assert processor(str(tmp_path / "cpuinfo")) == "AuthenticAMD family 26 model 17 avx2 avx512f avx512_bf16"
+    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert processor(str(tmp_path / "arm")) == platform.machine() == processor(str(tmp_path / "none"))
 
 
 def test_compare_by_its_exit_status(monkeypatch, tmp_path, capsys):

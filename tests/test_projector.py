@@ -255,7 +255,8 @@ def test_auto_commutes_where_that_saves_rows():
 )
 def test_auto_counts_the_work_of_means(monkeypatch, dtype, native, grid, mode):
     monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: native)
-    hidden, projector, config = make_hidden(4, 24, dtype), make_projector(dtype), SlowFastConfig(0, fast_grid=(grid,) * 2)
+    hidden, projector = make_hidden(4, 24, dtype), make_projector(dtype)
+    config = SlowFastConfig(0, fast_grid=(grid, grid))
     got, expected, other = (
         project_and_aggregate(hidden, projector, config, mode=m)
         for m in ("auto", mode, "exact" if mode == "commuted" else "commuted")
