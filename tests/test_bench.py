@@ -569,7 +569,7 @@ def test_the_projector_is_measured_after_its_errors(small_projector, tmp_path, m
         assert set(figures["providers"]) == {"exact", "commuted"}
         assert 0 < max(figures["error_over_exact"].values()) <= 1.01
     bars = [figures["bars"]["commuted: exact"]["bar"] for figures in result["works"].values()]
-    assert bars == [2.3, 2.9, None, None]
+    assert bars == [1.95, 2.0, None, None]
     assert "error / exact's" in capsys.readouterr().out
 
 
