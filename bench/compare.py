@@ -23,8 +23,8 @@ class Change:
 
 def compare(old: dict, new: dict, margin: float) -> list[Change]:
     """Every figure of the old result; ResultError where the two cannot be compared."""
-    if device_name(old) != device_name(new):
-        raise ResultError(f"results of different devices: {device_name(old)} and {device_name(new)}")
+    if _device(old) != _device(new):
+        raise ResultError(f"results of different devices: {_device(old)} and {_device(new)}")
     before, after = _figures(old), _figures(new)
     if not before.keys() & after.keys():
         raise ResultError("the two results have no figure in common")
@@ -32,6 +32,15 @@ def compare(old: dict, new: dict, margin: float) -> list[Change]:
         Change(name, ratio, *(after[name][0], max(margin, noise, after[name][1])) if name in after else (None, margin))
         for name, (ratio, noise) in before.items()
     ]
+
+
+def _device(result: dict) -> str:
+    """The device; of a CPU also the processor and the instruction set of the kernels, since names of CPUs repeat."""
+    facts = result["machine"]
+    if "gpu" in facts:
+        return device_name(result)
+    processor, isa = facts.get("processor", "processor not noted"), facts.get("isa", "kernels not noted")
+    return f"{device_name(result)} ({processor}, {isa})"
 
 
 def _figures(result: dict) -> dict[str, tuple[float, float]]:

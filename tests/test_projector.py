@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfllava_fast.projector as projector_module
 from sfllava_fast import SlowFastConfig, slowfast_aggregate
@@ -64,10 +65,12 @@ def rms(error):
     return error.double().pow(2).mean().sqrt().item()
 
 
-@pytest.fixture(params=[False, True], ids=["wide", "split"])
+@pytest.fixture(params=["wide", "split", "split without oneDNN"])
 def products(request, monkeypatch):
     """With and without the processor's own 16-bit products."""
-    monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: request.param)
+    monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: request.param != "wide")
+    if request.param == "split without oneDNN":
+        monkeypatch.setattr(projector_module, "_has_onednn", lambda dtype: False)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -106,7 +109,7 @@ def test_rounding_what_is_pooled_to_16_bits_would_be_seen(monkeypatch):
     """The accuracy test has teeth: one rounding between pooling and Linear2 is more error than the exact order's."""
     monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: True)
     config, dtype = SlowFastConfig(0, fast_grid=(4, 4)), torch.bfloat16
-    hidden, projector = make_hidden(24, 24, dtype), make_projector(dtype)
+    hidden, projector = 3 * make_hidden(24, 24, dtype), make_projector(dtype)
     wide = wide_tokens(hidden, projector, config)
     exact = project_and_aggregate(hidden, projector, config)
     plain = projector_module._TorchLayers.project_pooled
@@ -117,6 +120,24 @@ def test_rounding_what_is_pooled_to_16_bits_would_be_seen(monkeypatch):
     )
     rounded = project_and_aggregate(hidden, projector, config, mode="commuted")
     assert rms(rounded - wide) > 1.05 * rms(exact - wide)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, SlowFastConfig(3, "spatial_1d_avg_pool", None)], ids=str)
+@pytest.mark.parametrize("offsets", [None, [0, 4, 5, 12]], ids=["one video", "three videos"])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_blocks_of_frames_and_channels_change_nothing(monkeypatch, products, config, offsets, frames):
+    hidden, projector = make_hidden(12, dtype=torch.bfloat16), make_projector(torch.bfloat16)
+
+    def tokens():
+        got = project_and_aggregate(hidden, projector, config, mode="commuted", frame_offsets=offsets)
+        return got[0] if offsets else got
+
+    expected = tokens()
+    monkeypatch.setattr(projector_module, "_ROWS_AT_ONCE", frames * 36)
+    monkeypatch.setattr(projector_module, "_CHANNELS_AT_ONCE", 16)  # of 40: 16, 16 and 8
+    # The order of a product's sum may differ with its number of rows.
+    torch.testing.assert_close(tokens(), expected, rtol=2**-7, atol=2**-7)
+    assert rms(tokens() - expected) < 2**-10 * rms(expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -195,21 +216,52 @@ def test_auto_takes_exact_then(name):
     assert torch.equal(project_and_aggregate(hidden, projector, CONFIGS[1], mode="auto"), expected)
 
 
+class Rows(TorchDispatchMode):
+    """Notes how many rows Linear2 runs on, product by product."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_second = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            *_, rows, weight = args
+            if weight.shape == (INNER, D):
+                self.of_second.append(len(rows))
+        return func(*args, **(kwargs or {}))
+
+
 def test_auto_commutes_where_that_saves_rows():
     hidden, projector = make_hidden(50, 24), make_projector()
     paper, every_patch = SlowFastConfig(), SlowFastConfig(50, "concat", (4, 4))
     for config, mode in ((paper, "commuted"), (every_patch, "exact")):
         expected = project_and_aggregate(hidden, projector, config, mode=mode)
         assert torch.equal(project_and_aggregate(hidden, projector, config, mode="auto"), expected)
-    # Linear2 runs on another number of rows in the two orders.
-    seen = []
-    linear = F.linear
-    projector_module.F.linear, saved = lambda x, *a: seen.append(x.shape[:-1].numel()) or linear(x, *a), F.linear
-    try:
+    with Rows() as rows:
         project_and_aggregate(hidden, projector, paper, mode="auto")
-    finally:
-        projector_module.F.linear = saved
-    assert sorted(seen) == [800, 10 * 576, 50 * 576]
+    assert sorted(rows.of_second) == [800, 10 * 576]
+
+
+@pytest.mark.parametrize(
+    "dtype, native, grid, mode",
+    [
+        (torch.bfloat16, True, 15, "commuted"),  # 225 of 576 rows, each twice: 78 %
+        (torch.bfloat16, True, 16, "exact"),  # 256: 89 %
+        (torch.bfloat16, False, 16, "commuted"),
+        (torch.bfloat16, False, 22, "exact"),  # 84 %
+        (torch.float32, True, 15, "commuted"),
+        (torch.float32, False, 16, "exact"),
+    ],
+)
+def test_auto_counts_the_work_of_means(monkeypatch, dtype, native, grid, mode):
+    monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: native)
+    hidden, projector = make_hidden(4, 24, dtype), make_projector(dtype)
+    config = SlowFastConfig(0, fast_grid=(grid, grid))
+    got, expected, other = (
+        project_and_aggregate(hidden, projector, config, mode=m)
+        for m in ("auto", mode, "exact" if mode == "commuted" else "commuted")
+    )
+    assert torch.equal(got, expected) and not torch.equal(got, other)
 
 
 def test_transformers_projector_is_taken():

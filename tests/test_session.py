@@ -287,6 +287,20 @@ def test_the_tower_goes_on_with_fewer_frames_a_pass(load, monkeypatch, caplog):
     assert "going on with 2 frames a pass" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "most, passes",
+    [(1 << 30, [40]), (30 * 37 * 192 * 4, [28, 12]), (1, [14, 14, 12])],  # 37 * 192 values a frame
+)
+def test_on_a_cpu_small_towers_take_more_frames_a_pass(load, monkeypatch, most, passes):
+    expected = load().answer(Clip(40), QUESTION, frames=40, **ASK).token_ids
+    monkeypatch.setattr(pipeline, "_PASS_BYTES", most)
+    model, seen = load(), []
+    plain = model._run_tower
+    monkeypatch.setattr(model, "_run_tower", lambda pixels: seen.append(len(pixels)) or plain(pixels))
+    assert model.answer(Clip(40), QUESTION, frames=40, **ASK).token_ids == expected
+    assert seen == passes
+
+
 @pytest.mark.parametrize("free, frames", [(1 << 40, 16), (3 * 4 * 37 * 192 * 4, 3), (100, 1)])
 def test_passes_of_the_tower_fit_a_gpus_free_memory(load, monkeypatch, free, frames):
     model = load()
