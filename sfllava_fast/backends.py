@@ -104,13 +104,14 @@ def triton_kernels() -> ModuleType:
 
 
 def cpu_library() -> ctypes.CDLL:
-    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_force_isa`."""
+    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_tuning`, `sfllava_tuned_for`, and those that force one."""
     if reason := load_library():
         raise BackendError(f"backend cpu: {reason}")
     library = ctypes.CDLL(str(LIBRARY))
-    library.sfllava_isa.restype = ctypes.c_char_p
-    library.sfllava_force_isa.argtypes = [ctypes.c_char_p]
-    library.sfllava_force_isa.restype = ctypes.c_bool
+    for name in ("isa", "tuning", "tuned_for"):
+        getattr(library, f"sfllava_{name}").restype = ctypes.c_char_p
+    for force in (library.sfllava_force_isa, library.sfllava_force_tuning):
+        force.argtypes, force.restype = [ctypes.c_char_p], ctypes.c_bool
     return library
 
 

