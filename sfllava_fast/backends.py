@@ -131,6 +131,10 @@ def _run_cpu(features: Tensor, plan: Plan, out: Tensor) -> None:
     torch.ops.sfllava_fast.pool.default(features, plan_table(plan), out)
 
 
+def _run_cpu_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
+    torch.ops.sfllava_fast.pool_backward.default(grad, features, plan_table(plan), out)
+
+
 def _run_cuda(features: Tensor, plan: Plan, out: Tensor) -> None:
     torch.ops.sfllava_fast.pool_gpu.default(features, *_gpu_tables(features, plan), out)
 
@@ -273,8 +277,7 @@ def _why_no_triton(device: torch.device | None) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # There is no CPU kernel of the backward: the reference's serves.
-        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu, _run_reference_backward),
+        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu, _run_cpu_backward),
         Backend("cuda", _why_no_cuda, _unfit_for_gpu, _run_cuda, _run_cuda_backward),
         Backend("triton", _why_no_triton, _unfit_for_gpu, _run_triton, _run_triton_backward),
         Backend("torch", lambda device: None, lambda features: None, _run_reference, _run_reference_backward),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import shutil
@@ -12,7 +13,19 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SOURCES, GuardedRows, any_calls, assert_same, bits, features, normal, slowfast_calls
+from kernel_cases import (
+    DTYPES,
+    SOURCES,
+    GuardedRows,
+    any_calls,
+    assert_same,
+    bits,
+    features,
+    few_values,
+    normal,
+    rows_without_patches,
+    slowfast_calls,
+)
 
 from sfllava_fast import backends, reference, slowfast_aggregate
 from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
@@ -54,9 +67,21 @@ def isa(request):
 def check_plan(x: torch.Tensor, plan: Plan) -> None:
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype)
     torch.ops.sfllava_fast.pool(x, plan_table(plan), out.rows)
-    room = [*plan.zeros, *(row for row, _ in plan.separator_rows)]  # the op's to fill
+    room = rows_without_patches(plan)  # the op's to fill
     assert (out.rows[room].view(out.buffer.dtype) == out.poison).all()
     assert_same(out.rows.index_fill(0, torch.tensor(room, dtype=torch.long), 0), reference.aggregate(x, plan))
+    out.check()
+    check_backward(x, plan)
+
+
+def check_backward(x: torch.Tensor, plan: Plan) -> None:
+    frames, patches, channels = x.shape
+    shape = plan.offsets[-1], channels + 3
+    grad = torch.where(torch.rand(shape) < 0.9, normal(shape, x.dtype), few_values(shape, x.dtype))[:, 1:-2]
+    grad[rows_without_patches(plan)] = math.nan
+    out = GuardedRows(frames * patches, channels, x.dtype, left=0, right=0)
+    torch.ops.sfllava_fast.pool_backward(grad, x, plan_table(plan), out.rows.view(x.shape))
+    assert_same(out.rows.view(x.shape), reference.aggregate_backward(grad, x, plan))
     out.check()
 
 
