@@ -16,7 +16,7 @@
 namespace sfllava::cpu {
 
 constexpr int32_t kBands = 4;             // of a frame
-constexpr int64_t kKeptFloats = 1 << 16;  // of all boxes in use: 256 KB, half of a second-level cache
+constexpr int64_t kKeptFloats = 1 << 18;  // of all boxes; in use at a time are about half of these 1 MB
 
 template <class Line>
 class Spread {
@@ -72,7 +72,8 @@ class Spread {
   }
 
  private:
-  static constexpr int kMost = 4;  // shares added in one pass
+  static constexpr int kMost = 4;         // shares added in one pass
+  static constexpr int kMostPatches = 8;  // written in one pass
 
   // What a token hands a patch: the share, times its weight, or where the winner is this element.
   struct Gift {
@@ -80,6 +81,21 @@ class Spread {
     const float *share, *winner;
     float weight;
     int32_t element;
+  };
+  struct Gifts {
+    Gift gift[kMost];
+    int count = 0;
+    bool first = true;  // nothing is in the sums yet
+    T* to = nullptr;
+    int patches = 0;  // one after the other, that are handed this
+
+    bool operator==(const Gifts& other) const {
+      bool same = first && other.first && count == other.count;
+      for (int i = 0; same && i < count; ++i) {
+        same = gift[i].kind == Gift::kWhole && other.gift[i].kind == Gift::kWhole && gift[i].share == other.gift[i].share;
+      }
+      return same;
+    }
   };
 
   static int64_t count_lines(int64_t channels) { return (channels + Line::kSize - 1) / Line::kSize; }
@@ -100,15 +116,27 @@ class Spread {
     }
   }
 
+  // Patches that are handed the same, such as those of a row of a mean's box, are written together.
   void spread_band(int32_t frame, int32_t band) {
-    for (int32_t patch = first_of_band(band); patch < first_of_band(band + 1); ++patch) spread_patch(frame, patch);
+    Gifts waiting;
+    for (int32_t patch = first_of_band(band); patch < first_of_band(band + 1); ++patch) {
+      const Gifts gifts = collect(frame, patch, waiting);
+      if (waiting.patches > 0 && waiting.patches < kMostPatches && gifts == waiting) {
+        ++waiting.patches;
+        continue;
+      }
+      write(waiting);
+      waiting = gifts;
+      waiting.to = out_ + (int64_t{frame} * plan_.patches() + patch) * b_.channels;
+      waiting.patches = 1;
+    }
+    write(waiting);
   }
 
-  void spread_patch(int32_t frame, int32_t patch) {
-    T* to = out_ + (int64_t{frame} * plan_.patches() + patch) * b_.channels;
-    Gift gifts[kMost];
-    int count = 0;
-    bool first = true;
+  // What a patch is handed; what is not the last of it is in the sums. Writes those that wait before it changes
+  // anything that they need.
+  Gifts collect(int32_t frame, int32_t patch, Gifts& waiting) {
+    Gifts gifts;
     const int32_t readers = plan_.reader_begin(frame);
     for (int32_t reader = readers; reader < plan_.reader_begin(frame + 1); ++reader) {
       const int32_t index = plan_.reader(reader);
@@ -120,22 +148,29 @@ class Spread {
       const Bin rows = path.row_cover[row], cols = path.col_cover[col];
       for (int32_t r = rows.start; r < rows.stop; ++r) {
         for (int32_t c = cols.start; c < cols.stop; ++c) {
-          if (count == kMost) {
-            add(gifts, count, first, nullptr);
-            count = 0;
-            first = false;
+          if (gifts.count == kMost) {
+            write(waiting);
+            add(gifts, false);
+            gifts.count = 0;
+            gifts.first = false;
           }
           const int64_t box = (int64_t{reader - readers} * rows_ + r % rows_) * cols_ + c;
           if (keys_[2 * box] != index || keys_[2 * box + 1] != r) {
+            write(waiting);
             prepare(item, path, r, c, box);
             keys_[2 * box] = index;
             keys_[2 * box + 1] = r;
           }
-          gifts[count++] = gift(item, path, r, c, box, frame, row, col);
+          gifts.gift[gifts.count++] = gift(item, path, r, c, box, frame, row, col);
         }
       }
     }
-    add(gifts, count, first, to);
+    return gifts;
+  }
+
+  void write(Gifts& gifts) const {
+    if (gifts.patches > 0) add(gifts, true);
+    gifts.patches = 0;
   }
 
   static int64_t count_elements(const Item& item, const Pathway& path, int32_t r, int32_t c) {
@@ -207,21 +242,15 @@ class Spread {
     take();
   }
 
-  // Adds to the sums, which are zero at first; with `to` they become a patch.
-  void add(const Gift* gifts, int count, bool first, T* to) const {
-    if (first && to && count == 1 && gifts[0].kind == Gift::kWhole) return add<1, true>(gifts, 1, true, to);
-    add<kMost, false>(gifts, count, first, to);
-  }
-
-  template <int kCount, bool kWhole>
-  void add(const Gift* gifts, int count, bool first, T* to) const {
+  // Adds to the sums, which are zero at first; the last time they become patches.
+  void add(const Gifts& gifts, bool last) const {
     float* sums = sums_ - begin_;
     for_lines([&](int64_t d, auto width) {
-      Line acc = first ? Line::template start<kMean>() : Line::load_sums(sums + d);
-      for (int i = 0; i < (kWhole ? kCount : count); ++i) {
-        const Gift& gift = gifts[i];
+      Line acc = gifts.first ? Line::template start<kMean>() : Line::load_sums(sums + d);
+      for (int i = 0; i < gifts.count; ++i) {
+        const Gift& gift = gifts.gift[i];
         const Line share = Line::load_sums(gift.share + (d - begin_));
-        if (kWhole || gift.kind == Gift::kWhole) {
+        if (gift.kind == Gift::kWhole) {
           acc.template take<kMean>(share);
         } else if (gift.kind == Gift::kWeighted) {
           acc.take_weighted(share, gift.weight);
@@ -229,8 +258,8 @@ class Spread {
           acc.take_where(share, Line::load_sums(gift.winner + (d - begin_)), Line::number(gift.element));
         }
       }
-      if (to) {
-        acc.template store<kMean>(to + d, width, b_.stream);
+      if (last) {
+        acc.template store_all<kMean>(gifts.to + d, b_.channels, gifts.patches, width, b_.stream);
       } else {
         acc.store_sums(sums + d);
       }
