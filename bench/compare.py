@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .record import ResultError, device_name
 
+# What a ratio depends on besides the device's name; older results do not have all of it.
+_KIND = ("isa", "cpu_family", "cpu_model")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -25,6 +28,10 @@ def compare(old: dict, new: dict, margin: float) -> list[Change]:
     """Every figure of the old result; ResultError where the two cannot be compared."""
     if device_name(old) != device_name(new):
         raise ResultError(f"results of different devices: {device_name(old)} and {device_name(new)}")
+    for name in _KIND:
+        kinds = [result["machine"].get(name, result.get(name)) for result in (old, new)]
+        if None not in kinds and kinds[0] != kinds[1]:
+            raise ResultError(f"results of different processors: {name} {kinds[0]} and {kinds[1]}")
     before, after = _figures(old), _figures(new)
     if not before.keys() & after.keys():
         raise ResultError("the two results have no figure in common")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from sfllava_fast import backends
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,6 +30,8 @@ def machine(device: str, outputs: str = "allocated and touched before timing") -
         "commit": _commit(),
     }
     if device == "cpu":
+        compiled = backends.load_library() is None
+        facts |= _cpu_kind() | {"isa": backends.cpu_library().sfllava_isa().decode() if compiled else "none"}
         return facts | {"allocator": f"glibc malloc; outputs are {outputs}"}
     return facts | {
         "gpu": torch.cuda.get_device_name(),
@@ -89,6 +93,17 @@ def _cpu_name() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _cpu_kind() -> dict[str, str]:
+    """The processor's family, model and flags: one name serves several."""
+    wanted = {"cpu family": "cpu_family", "model": "cpu_model", "flags": "cpu_flags"}
+    try:
+        with open("/proc/cpuinfo") as lines:
+            pairs = (map(str.strip, line.split(":", 1)) for line in lines.read().split("\n\n")[0].splitlines() if ":" in line)
+            return {wanted[name]: value for name, value in pairs if name in wanted}
+    except OSError:
+        return {}
 
 
 def _output(*command: str) -> str:

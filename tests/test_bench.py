@@ -358,6 +358,16 @@ def test_compare_misses_what_was_not_measured_again():
         compare(old, result_of("NVIDIA A100"), 0.1)
 
 
+@pytest.mark.parametrize("fact", ["isa", "cpu_family", "cpu_model"])
+def test_compare_refuses_another_kind_of_the_same_processor(fact):
+    old, new = result_of(), result_of()
+    old["machine"][fact], new["machine"][fact] = "25", "26"
+    with pytest.raises(ResultError, match=f"different processors: {fact} 25 and 26"):
+        compare(old, new, 0.1)
+    del new["machine"][fact]  # written before it was recorded
+    assert compare(old, new, 0.1)
+
+
 def bench(*arguments, **environment):
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
