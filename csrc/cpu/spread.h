@@ -222,6 +222,8 @@ class Spread {
         const int begin = first == 0 ? 1 : 0;
         Line most = first == 0 ? Line::load(from[0] + d, width) : Line::load_sums(best + d);
         Line won = first == 0 ? Line::number(0) : Line::load_sums(winner + d);
+        // As in the forward: the patches after these, which are the next box's or its rest, into the second-level cache.
+        for (int i = 0; i < count; ++i) __builtin_prefetch(from[i] + count * b_.patch_stride + d, 0, 2);
         for (int i = begin; i < count; ++i) {
           most.keep_larger(Line::load(from[i] + d, width), Line::number(first + i), won);
         }
