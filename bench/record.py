@@ -100,7 +100,8 @@ def _cpu_kind() -> dict[str, str]:
     wanted = {"cpu family": "cpu_family", "model": "cpu_model", "flags": "cpu_flags"}
     try:
         with open("/proc/cpuinfo") as lines:
-            pairs = (map(str.strip, line.split(":", 1)) for line in lines.read().split("\n\n")[0].splitlines() if ":" in line)
+            first = lines.read().split("\n\n")[0].splitlines()
+            pairs = (map(str.strip, line.split(":", 1)) for line in first if ":" in line)
             return {wanted[name]: value for name, value in pairs if name in wanted}
     except OSError:
         return {}

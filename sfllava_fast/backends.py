@@ -104,7 +104,7 @@ def triton_kernels() -> ModuleType:
 
 
 def cpu_library() -> ctypes.CDLL:
-    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_tuning`, `sfllava_tuned_for`, and those that force one."""
+    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_tuning`, `sfllava_tuned_for`, those that force one."""
     if reason := load_library():
         raise BackendError(f"backend cpu: {reason}")
     library = ctypes.CDLL(str(LIBRARY))

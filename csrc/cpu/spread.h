@@ -38,7 +38,8 @@ class Spread {
     }
     for (int32_t i = 0; i < plan_.pathways(); ++i) measure(plan_.pathway(i));
     boxes_ = int64_t{readers_} * rows_ * cols_;
-    const int64_t fit = std::max<int64_t>(1, kKeptFloats / (2 * boxes_ + 2) / Line::kSize), lines = count_lines(b.channels);
+    const int64_t fit = std::max<int64_t>(1, kKeptFloats / (2 * boxes_ + 2) / Line::kSize);
+    const int64_t lines = count_lines(b.channels);
     blocks_ = (lines + fit - 1) / fit;
     block_ = (lines + blocks_ - 1) / blocks_ * Line::kSize;
     pitch_ = block_ + 32;  // or powers of two of channels would all meet in one set of the cache
@@ -92,7 +93,8 @@ class Spread {
     bool operator==(const Gifts& other) const {
       bool same = first && other.first && count == other.count;
       for (int i = 0; same && i < count; ++i) {
-        same = gift[i].kind == Gift::kWhole && other.gift[i].kind == Gift::kWhole && gift[i].share == other.gift[i].share;
+        const Gift &a = gift[i], &b = other.gift[i];
+        same = a.kind == Gift::kWhole && b.kind == Gift::kWhole && a.share == b.share;
       }
       return same;
     }
@@ -222,7 +224,7 @@ class Spread {
         const int begin = first == 0 ? 1 : 0;
         Line most = first == 0 ? Line::load(from[0] + d, width) : Line::load_sums(best + d);
         Line won = first == 0 ? Line::number(0) : Line::load_sums(winner + d);
-        // As in the forward: the patches after these, which are the next box's or its rest, into the second-level cache.
+        // The patches after these, of the next box or the rest of this one, into the second-level cache.
         for (int i = 0; i < count; ++i) __builtin_prefetch(from[i] + count * b_.patch_stride + d, 0, 2);
         for (int i = begin; i < count; ++i) {
           most.keep_larger(Line::load(from[i] + d, width), Line::number(first + i), won);
