@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from .record import ResultError, device_name
 
-
 @dataclass(frozen=True)
 class Change:
     """A figure in the old and the new result; a ratio, so higher is better. None: not measured."""

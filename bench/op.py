@@ -69,8 +69,6 @@ def run(lab: Lab, rounds: int, slow_peers: bool, only: Sequence[str], save: Call
     """Times every provider on the works chosen by `only` (works.chosen), host overhead first; `save` gets what there
     is after each."""
     chosen, result = works.chosen(lab.works, only), {"machine": machine(lab.device)}
-    if lab.device == "cpu":
-        result["isa"] = backends.cpu_library().sfllava_isa().decode()
     result |= {"unavailable": lab.unavailable, "works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
     guarded("host overhead", errors, lambda: result.update(host=host_overhead(lab)))
@@ -107,7 +105,9 @@ def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) 
     slow = {name: samples.pop(name) for name in lab.slow if name in samples}
     times = lab.timer.times(samples, rounds)
     rows = {name: _row(samples[name], t, times[ours[0]]) for name, t in times.items()}
-    for name, sample in slow.items() if slow_peers else ():
+    for name, sample in slow.items():
+        if not slow_peers and name not in work.bars:
+            continue
         pair = lab.timer.times({name: sample, ours[0]: samples[ours[0]]}, _SLOW_ROUNDS)
         rows[name] = _row(sample, pair[name], pair[ours[0]])
     contested = [name for name in _CONTESTED if name in times]
@@ -121,6 +121,8 @@ def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) 
         "fairest_copy": fairest,
         "bars": (bars := _bars(work, lab, ours, times, best, fairest)),
     }
+    if _REFERENCE in rows and _REFERENCE in work.bars:
+        bars[_REFERENCE] = _bar(rows[_REFERENCE]["ratio"], *work.bars[_REFERENCE])
     for backend in ours if not work.backward else ():
         measure_memory = partial(_measure_memory, work, lab, backend, sets[0][0], bars)
         guarded(f"{work}: memory of {backend}", result["errors"], measure_memory)
@@ -129,9 +131,8 @@ def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) 
 def _samples(work: Work, lab: Lab, sets: _Sets, errors: dict[str, str]) -> dict[str, Sample]:
     """Every provider that computes the right tokens, ready to be timed."""
     runs = {name: partial(_fill, fill, sets) for name, fill in peers(work, lab.device, lab.compile_mode).items()}
-    if _REFERENCE in lab.slow and work.peers == "all":
-        runs[_REFERENCE] = partial(run_forward, work, sets, _REFERENCE)
-    for name in lab.ours:
+    reference = (_REFERENCE,) if _REFERENCE in lab.slow and (work.peers == "all" or _REFERENCE in work.bars) else ()
+    for name in (*reference, *lab.ours):
         runs[name] = run_backward(work, sets, name) if work.backward else partial(run_forward, work, sets, name)
     samples: dict[str, Sample] = {}
     expected = work.expected(*sets[0])

@@ -288,7 +288,8 @@ def pick(result: Path, cuda: Path = CUDA_FILE, triton: Path = TRITON_FILE) -> li
     texts = {path: path.read_text() for path in (cuda, triton)}
     for direction, kind, tuning in chosen:
         if kind == "cuda":
-            texts[cuda] = _replaced(cuda, texts, rf"(constexpr Tuning k{direction.capitalize()}Tuning)\{{.*?\}}", tuning)
+            line = rf"(constexpr Tuning k{direction.capitalize()}Tuning)\{{.*?\}}"
+            texts[cuda] = _replaced(cuda, texts, line, tuning)
         else:
             texts[triton] = _replaced(triton, texts, rf'("{direction}": )Tuning\(.*?\)', tuning)
     for path, text in texts.items():

@@ -112,6 +112,11 @@ CPU_WORKS = (
     Work(torch.float16, 4096, False, {"best peer": (1.8,), "copy_": (0.82,)}),
     Work(torch.bfloat16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
     Work(torch.float16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
+    *(
+        Work(dtype, channels, cls, {"torch": (3.0,), "copy_": (0.60,)}, peers="none", backward=True)
+        for dtype, channels, cls in ((torch.float32, 4096, False), (torch.bfloat16, 4096, False),
+                                     (torch.float16, 4096, False), (torch.bfloat16, 1024, True))
+    ),
 )
 
 # Of an H200. The copy is the fairest one: the faster of the captured copy_ and our own copy kernel.

@@ -104,13 +104,14 @@ def triton_kernels() -> ModuleType:
 
 
 def cpu_library() -> ctypes.CDLL:
-    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_force_isa`."""
+    """The loaded kernels' C functions: `sfllava_isa`, `sfllava_tuning`, `sfllava_tuned_for`, those that force one."""
     if reason := load_library():
         raise BackendError(f"backend cpu: {reason}")
     library = ctypes.CDLL(str(LIBRARY))
-    library.sfllava_isa.restype = ctypes.c_char_p
-    library.sfllava_force_isa.argtypes = [ctypes.c_char_p]
-    library.sfllava_force_isa.restype = ctypes.c_bool
+    for name in ("isa", "tuning", "tuned_for"):
+        getattr(library, f"sfllava_{name}").restype = ctypes.c_char_p
+    for force in (library.sfllava_force_isa, library.sfllava_force_tuning):
+        force.argtypes, force.restype = [ctypes.c_char_p], ctypes.c_bool
     return library
 
 
@@ -128,6 +129,10 @@ def _unfit_dtype(features: Tensor) -> str | None:
 
 def _run_cpu(features: Tensor, plan: Plan, out: Tensor) -> None:
     torch.ops.sfllava_fast.pool.default(features, plan_table(plan), out)
+
+
+def _run_cpu_backward(grad: Tensor, features: Tensor, plan: Plan, out: Tensor) -> None:
+    torch.ops.sfllava_fast.pool_backward.default(grad, features, plan_table(plan), out)
 
 
 def _run_cuda(features: Tensor, plan: Plan, out: Tensor) -> None:
@@ -274,8 +279,7 @@ def _why_no_triton(device: torch.device | None) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # There is no CPU kernel of the backward: the reference's serves.
-        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu, _run_reference_backward),
+        Backend("cpu", lambda device: load_library(), _unfit_for_cpu, _run_cpu, _run_cpu_backward),
         Backend("cuda", _why_no_cuda, _unfit_for_gpu, _run_cuda, _run_cuda_backward),
         Backend("triton", _why_no_triton, _unfit_for_gpu, _run_triton, _run_triton_backward),
         Backend("torch", lambda device: None, lambda features: None, _run_reference, _run_reference_backward),

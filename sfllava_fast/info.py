@@ -50,8 +50,11 @@ def _backends() -> dict[str, str]:
         reason = backend.why_unavailable(None)
         facts[backend.name] = f"not available: {reason}" if reason else "ready"
     try:
-        isa = backends.cpu_library().sfllava_isa().decode()
-        facts["cpu"] += f" ({isa} kernels, {backends.LIBRARY.name})"
+        library = backends.cpu_library()
+        isa, tuning, processor = (
+            name().decode() for name in (library.sfllava_isa, library.sfllava_tuning, library.sfllava_tuned_for)
+        )
+        facts["cpu"] += f" ({isa} kernels, prefetch: {tuning}, as for {processor}; {backends.LIBRARY.name})"
     except BackendError:
         pass
     facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"

@@ -1,7 +1,7 @@
 """The aggregator as a PyTorch op.
 
-Schemas are defined here, once; compiled libraries only register implementations of `pool`, `pool_gpu` and
-`pool_backward_gpu`, so the op exists, traces and exports with no binary at all.
+Schemas are defined here, once; compiled libraries only register implementations of `pool`, `pool_backward`,
+`pool_gpu` and `pool_backward_gpu`, so the op exists, traces and exports with no binary at all.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _library.define("token_offsets(Tensor frame_offsets, str layout, int height, int
 # What compiled kernels implement: out[:] = the plan table's pooling of features, or the features' gradient of it;
 # `table` is the plan on the GPU.
 _library.define("pool(Tensor features, Tensor plan, Tensor(a!) out) -> ()")
+_library.define("pool_backward(Tensor grad, Tensor features, Tensor plan, Tensor(a!) out) -> ()")
 _library.define("pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
 _library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
 
@@ -356,6 +357,7 @@ torch.library.register_fake("sfllava_fast::aggregate_tangent", _fake_aggregate_t
 torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::separators_backward", _fake_separators_backward, lib=_library)
 torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_backward", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::pool_gpu", lambda *_: None, lib=_library)
 torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, lib=_library)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import shutil
@@ -12,7 +13,19 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SOURCES, GuardedRows, any_calls, assert_same, bits, features, normal, slowfast_calls
+from kernel_cases import (
+    DTYPES,
+    SOURCES,
+    GuardedRows,
+    any_calls,
+    assert_same,
+    bits,
+    features,
+    few_values,
+    normal,
+    rows_without_patches,
+    slowfast_calls,
+)
 
 from sfllava_fast import backends, reference, slowfast_aggregate
 from sfllava_fast.config import SLOW_POOLS, Pathways, SlowFastConfig
@@ -36,23 +49,40 @@ def available(name: bytes) -> bool:
 
 
 ISAS = [name for name in (b"avx512", b"avx2", b"generic") if available(name)]
-pytestmark = pytest.mark.parametrize("isa", ISAS, indirect=True, ids=[name.decode() for name in ISAS])
+# With the prefetching of this processor, and of the others.
+TUNED = [(isa, tuning) for isa in ISAS for tuning in (b"next step", b"streams")]
+TUNED.remove((b"generic", b"streams"))  # which has one way alone
+pytestmark = pytest.mark.parametrize("isa", TUNED, indirect=True, ids=[b"-".join(name).decode() for name in TUNED])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture
 def isa(request):
-    assert LIBRARY.sfllava_force_isa(request.param)
-    yield request.param
+    isa, tuning = request.param
+    assert LIBRARY.sfllava_force_isa(isa) and LIBRARY.sfllava_force_tuning(tuning)
+    yield isa
     LIBRARY.sfllava_force_isa(None)
+    LIBRARY.sfllava_force_tuning(None)
 
 
 def check_plan(x: torch.Tensor, plan: Plan) -> None:
     out = GuardedRows(plan.offsets[-1], x.shape[2], x.dtype)
     torch.ops.sfllava_fast.pool(x, plan_table(plan), out.rows)
-    room = [*plan.zeros, *(row for row, _ in plan.separator_rows)]  # the op's to fill
+    room = rows_without_patches(plan)  # the op's to fill
     assert (out.rows[room].view(out.buffer.dtype) == out.poison).all()
     assert_same(out.rows.index_fill(0, torch.tensor(room, dtype=torch.long), 0), reference.aggregate(x, plan))
+    out.check()
+    check_backward(x, plan)
+
+
+def check_backward(x: torch.Tensor, plan: Plan) -> None:
+    frames, patches, channels = x.shape
+    shape = plan.offsets[-1], channels + 3
+    grad = torch.where(torch.rand(shape) < 0.9, normal(shape, x.dtype), few_values(shape, x.dtype))[:, 1:-2]
+    grad[rows_without_patches(plan)] = math.nan
+    out = GuardedRows(frames * patches, channels, x.dtype, left=0, right=0)
+    torch.ops.sfllava_fast.pool_backward(grad, x, plan_table(plan), out.rows.view(x.shape))
+    assert_same(out.rows.view(x.shape), reference.aggregate_backward(grad, x, plan))
     out.check()
 
 
@@ -222,6 +252,12 @@ def test_the_instruction_set_is_chosen_by_name(isa):
     assert not LIBRARY.sfllava_force_isa(b"mmx") and LIBRARY.sfllava_isa() == isa
     LIBRARY.sfllava_force_isa(None)
     assert LIBRARY.sfllava_isa() == ISAS[0]
+
+
+def test_the_tuning_is_chosen_by_name(isa):
+    for name in (b"streams", b"next step"):
+        assert LIBRARY.sfllava_force_tuning(name) and LIBRARY.sfllava_tuning() == name
+    assert not LIBRARY.sfllava_force_tuning(b"none") and LIBRARY.sfllava_tuning() == b"next step"
 
 
 def without_memory(tensor):

@@ -60,6 +60,8 @@ def test_opcheck_of_the_kernels_own_op():
     plan = CONFIG.plan(4, (4, 4))
     args = (torch.randn(4, 16, 6), plan_table(plan), torch.empty(plan.tokens["total"], 6))
     opcheck(torch.ops.sfllava_fast.pool.default, args)
+    x, table, tokens = args
+    opcheck(torch.ops.sfllava_fast.pool_backward.default, (tokens.normal_(), x, table, torch.empty_like(x)))
 
 
 # --- gradients

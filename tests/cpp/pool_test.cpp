@@ -1,5 +1,6 @@
 // Pooling of random layouts, strides and sizes against a plain loop in double.
 #include "support.h"
+#include "tuning.h"
 
 using namespace sfllava;
 using namespace sfllava::test;
@@ -119,9 +120,12 @@ void test_call(Random& random, Dtype dtype) {
 
 int main() {
   for_isas([](const char*) {
-    Random random(3);
-    for (int i = 0; i < 100; ++i) {
-      for (const Dtype dtype : kDtypes) test_call(random, dtype);
+    for (const char* tuning : {"streams", "next step"}) {
+      CHECK(cpu::force_tuning(tuning));
+      Random random(3);
+      for (int i = 0; i < 100; ++i) {
+        for (const Dtype dtype : kDtypes) test_call(random, dtype);
+      }
     }
   });
 }
