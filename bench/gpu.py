@@ -80,7 +80,7 @@ def run(results: Path, part: str, seconds: float) -> int:
         print(f"not carried: {missing}")
         steps = [_carried_build(arch), *steps]
     else:
-        print(f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
+        print(f"installed: {', '.join(carried.install()) or 'nothing, what is there is the same'}")
     told = {"facts": facts(), "not_carried": missing}
     return run_steps(steps, folder / f"{part}-steps.json", seconds - (time.monotonic() - began), told)
 

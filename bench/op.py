@@ -146,10 +146,10 @@ def _samples(work: Work, lab: Lab, sets: _Sets, errors: dict[str, str]) -> dict[
     def prepare_copy(name: str, copy: Copy) -> None:
         prepare(name, copy(work.bytes_moved(), len(sets), lab.device))
 
-    for name, copy in lab.copies.items():
-        guarded(f"{work}: {name}", errors, partial(prepare_copy, name, copy))
     for name, run in runs.items():
         guarded(f"{work}: {name}", errors, partial(prepare, name, run))
+    for name, copy in lab.copies.items():
+        guarded(f"{work}: {name}", errors, partial(prepare_copy, name, copy))
     return samples
 
 

@@ -711,12 +711,12 @@ def test_what_is_carried_serves_its_architecture_and_sources(tree):
     assert "make gpu-build" in carried.why_not("90")
 
 
-def test_libraries_go_where_there_are_none(tree):
+def test_the_carried_libraries_are_the_ones_that_are_used(tree):
     for name in ("_C.so", "_C_cuda.so"):
         (tree / "build/gpu" / name).write_text("carried")
-    (tree / "sfllava_fast/_C.so").write_text("there")
-    assert carried.install() == ["_C_cuda.so"] and carried.install() == []
-    assert [(tree / "sfllava_fast" / name).read_text() for name in ("_C.so", "_C_cuda.so")] == ["there", "carried"]
+    (tree / "sfllava_fast/_C.so").write_text("an older one")
+    assert carried.install() == ["_C.so", "_C_cuda.so"] and carried.install() == []
+    assert [(tree / "sfllava_fast" / name).read_text() for name in ("_C.so", "_C_cuda.so")] == ["carried"] * 2
 
 
 def test_the_newest_glibc_that_a_library_needs(tmp_path):
