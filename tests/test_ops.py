@@ -604,3 +604,17 @@ def test_known_calls_are_bounded_and_hold_no_plan(monkeypatch):
         slowfast_aggregate(torch.zeros(frames, 16, 8), SlowFastConfig(2))
         assert len(ops._checked) <= 4
     assert all(isinstance(plan, weakref.ref) for plan in ops._checked.values())
+
+
+@pytest.mark.skipif(bool(backends.load_library()), reason="installed without compiled kernels")
+def test_a_table_that_is_changed_where_it_lies_is_checked_again():
+    x, plan = torch.randn(3, 16, 8), SlowFastConfig(2).plan(3, (4, 4))
+    table, out = backends.plan_table(plan).clone(), torch.zeros(plan.offsets[-1], 8)
+    for _ in range(2):
+        torch.ops.sfllava_fast.pool(x, table, out)
+    assert torch.equal(out, reference.aggregate(x, plan))
+    table[-1] += 1000
+    with pytest.raises(RuntimeError, match="sfllava_fast: "):
+        torch.ops.sfllava_fast.pool(x, table, out)
+    with pytest.raises(RuntimeError, match="sfllava_fast: "):
+        torch.ops.sfllava_fast.pool(x[:2], backends.plan_table(plan), out)
