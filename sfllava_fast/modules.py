@@ -57,8 +57,8 @@ class FusedProjectorAggregator(nn.Module):
 
     projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
         LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
-    The module itself may be wrapped as any other. Raises the errors of `project_and_aggregate`; for a wrong setting when
-    it is made.
+    The module itself may be wrapped as any other. Raises the errors of `project_and_aggregate`; for a wrong setting
+    when it is made.
     """
 
     def __init__(

@@ -135,8 +135,8 @@ _PLAIN = Tensor, torch.nn.Parameter
 _count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
-# What a plain call, of one video with no gradient, is checked for is checked once for each kind of call: the checks take
-# as long as the rest of the host's work. Plans are held weakly: config.PLANS bounds them.
+# A plain call is of one video, with no gradient. Its arguments are checked once for each kind of call, since the checks
+# take as long as the rest of the host's work. Plans are held weakly: config.PLANS bounds them.
 _checked: dict[tuple, weakref.ref[Plan]] = {}
 _MOST_CHECKED = 256
 
@@ -489,8 +489,8 @@ def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | Non
 
 
 def _ends(frame_offsets: Tensor) -> list[int]:
-    """The values. Those of a tensor on a GPU are waited for at each call: what writes to it, a graph's replay among others,
-    leaves no mark by which they could be kept."""
+    """The values. Those of a tensor on a GPU are read, and waited for, at each call: a write to it, such as a graph's
+    replay, cannot be noticed, so they are not kept."""
     if frame_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InputError("a CUDA graph cannot capture frame_offsets on the GPU: pass a list, or a tensor on the CPU")
     return frame_offsets.tolist()

@@ -76,25 +76,25 @@ class Spread {
   static constexpr int kMost = 4;         // shares added in one pass
   static constexpr int kMostPatches = 8;  // written in one pass
 
-  // What a token hands a patch: the share, times its weight, or where the winner is this element.
-  struct Gift {
+  // A term of a patch's sum: the share of a box, times its weight, or where the winner is this element.
+  struct Term {
     enum Kind { kWhole, kWeighted, kWon } kind;
     const float *share, *winner;
     float weight;
     int32_t element;
   };
-  struct Gifts {
-    Gift gift[kMost];
+  struct Terms {
+    Term term[kMost];
     int count = 0;
     bool first = true;  // nothing is in the sums yet
     T* to = nullptr;
     int patches = 0;  // one after the other, that are handed this
 
-    bool operator==(const Gifts& other) const {
+    bool operator==(const Terms& other) const {
       bool same = first && other.first && count == other.count;
       for (int i = 0; same && i < count; ++i) {
-        const Gift &a = gift[i], &b = other.gift[i];
-        same = a.kind == Gift::kWhole && b.kind == Gift::kWhole && a.share == b.share;
+        const Term &a = term[i], &b = other.term[i];
+        same = a.kind == Term::kWhole && b.kind == Term::kWhole && a.share == b.share;
       }
       return same;
     }
@@ -120,15 +120,15 @@ class Spread {
 
   // Patches that are handed the same, such as those of a row of a mean's box, are written together.
   void spread_band(int32_t frame, int32_t band) {
-    Gifts waiting;
+    Terms waiting;
     for (int32_t patch = first_of_band(band); patch < first_of_band(band + 1); ++patch) {
-      const Gifts gifts = collect(frame, patch, waiting);
-      if (waiting.patches > 0 && waiting.patches < kMostPatches && gifts == waiting) {
+      const Terms terms = collect(frame, patch, waiting);
+      if (waiting.patches > 0 && waiting.patches < kMostPatches && terms == waiting) {
         ++waiting.patches;
         continue;
       }
       write(waiting);
-      waiting = gifts;
+      waiting = terms;
       waiting.to = out_ + (int64_t{frame} * plan_.patches() + patch) * b_.channels;
       waiting.patches = 1;
     }
@@ -137,8 +137,8 @@ class Spread {
 
   // What a patch is handed; what is not the last of it is in the sums. Writes those that wait before it changes
   // anything that they need.
-  Gifts collect(int32_t frame, int32_t patch, Gifts& waiting) {
-    Gifts gifts;
+  Terms collect(int32_t frame, int32_t patch, Terms& waiting) {
+    Terms terms;
     const int32_t readers = plan_.reader_begin(frame);
     for (int32_t reader = readers; reader < plan_.reader_begin(frame + 1); ++reader) {
       const int32_t index = plan_.reader(reader);
@@ -150,11 +150,11 @@ class Spread {
       const Bin rows = path.row_cover[row], cols = path.col_cover[col];
       for (int32_t r = rows.start; r < rows.stop; ++r) {
         for (int32_t c = cols.start; c < cols.stop; ++c) {
-          if (gifts.count == kMost) {
+          if (terms.count == kMost) {
             write(waiting);
-            add(gifts, false);
-            gifts.count = 0;
-            gifts.first = false;
+            add(terms, false);
+            terms.count = 0;
+            terms.first = false;
           }
           const int64_t box = (int64_t{reader - readers} * rows_ + r % rows_) * cols_ + c;
           if (keys_[2 * box] != index || keys_[2 * box + 1] != r) {
@@ -163,36 +163,36 @@ class Spread {
             keys_[2 * box] = index;
             keys_[2 * box + 1] = r;
           }
-          gifts.gift[gifts.count++] = gift(item, path, r, c, box, frame, row, col);
+          terms.term[terms.count++] = term(item, path, r, c, box, frame, row, col);
         }
       }
     }
-    return gifts;
+    return terms;
   }
 
-  void write(Gifts& gifts) const {
-    if (gifts.patches > 0) add(gifts, true);
-    gifts.patches = 0;
+  void write(Terms& terms) const {
+    if (terms.patches > 0) add(terms, true);
+    terms.patches = 0;
   }
 
   static int64_t count_elements(const Item& item, const Pathway& path, int32_t r, int32_t c) {
     return int64_t{item.frame_end - item.frame_begin} * path.row[r].size() * path.col[c].size();
   }
 
-  Gift gift(const Item& item, const Pathway& path, int32_t r, int32_t c, int64_t box, int32_t frame, int32_t row,
+  Term term(const Item& item, const Pathway& path, int32_t r, int32_t c, int64_t box, int32_t frame, int32_t row,
             int32_t col) const {
-    Gift gift{Gift::kWhole, shares_ + box * pitch_, winners_ + box * pitch_, 1.0f, 0};
+    Term term{Term::kWhole, shares_ + box * pitch_, winners_ + box * pitch_, 1.0f, 0};
     const Bin rows = path.row[r], cols = path.col[c];
     row -= rows.start;
     col -= cols.start;
     if (path.reduce == kLinear) {
-      gift.kind = Gift::kWeighted;
-      gift.weight = LinearBox(path, r, c).weight(row, col);
+      term.kind = Term::kWeighted;
+      term.weight = LinearBox(path, r, c).weight(row, col);
     } else if (path.reduce == kMax && count_elements(item, path, r, c) > 1) {
-      gift.kind = Gift::kWon;
-      gift.element = ((frame - item.frame_begin) * rows.size() + row) * cols.size() + col;
+      term.kind = Term::kWon;
+      term.element = ((frame - item.frame_begin) * rows.size() + row) * cols.size() + col;
     }
-    return gift;
+    return term;
   }
 
   // What a box hands its patches.
@@ -247,23 +247,23 @@ class Spread {
   }
 
   // Adds to the sums, which are zero at first; the last time they become patches.
-  void add(const Gifts& gifts, bool last) const {
+  void add(const Terms& terms, bool last) const {
     float* sums = sums_ - begin_;
     for_lines([&](int64_t d, auto width) {
-      Line acc = gifts.first ? Line::template start<kMean>() : Line::load_sums(sums + d);
-      for (int i = 0; i < gifts.count; ++i) {
-        const Gift& gift = gifts.gift[i];
-        const Line share = Line::load_sums(gift.share + (d - begin_));
-        if (gift.kind == Gift::kWhole) {
+      Line acc = terms.first ? Line::template start<kMean>() : Line::load_sums(sums + d);
+      for (int i = 0; i < terms.count; ++i) {
+        const Term& term = terms.term[i];
+        const Line share = Line::load_sums(term.share + (d - begin_));
+        if (term.kind == Term::kWhole) {
           acc.template take<kMean>(share);
-        } else if (gift.kind == Gift::kWeighted) {
-          acc.take_weighted(share, gift.weight);
+        } else if (term.kind == Term::kWeighted) {
+          acc.take_weighted(share, term.weight);
         } else {
-          acc.take_where(share, Line::load_sums(gift.winner + (d - begin_)), Line::number(gift.element));
+          acc.take_where(share, Line::load_sums(term.winner + (d - begin_)), Line::number(term.element));
         }
       }
       if (last) {
-        acc.template store_all<kMean>(gifts.to + d, b_.channels, gifts.patches, width, b_.stream);
+        acc.template store_all<kMean>(terms.to + d, b_.channels, terms.patches, width, b_.stream);
       } else {
         acc.store_sums(sums + d);
       }
