@@ -600,6 +600,7 @@ def test_a_call_that_is_known_gives_the_same_tokens(given):
 
 def test_known_calls_are_bounded_and_hold_no_plan(monkeypatch):
     monkeypatch.setattr(ops, "_MOST_CHECKED", 4)
+    monkeypatch.setattr(ops, "_checked", {})
     for frames in range(1, 12):
         slowfast_aggregate(torch.zeros(frames, 16, 8), SlowFastConfig(2))
         assert len(ops._checked) <= 4
