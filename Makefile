@@ -45,25 +45,25 @@ gpu-pick: $(SETUP)
 
 # The steps of both parts without a GPU, in small shapes on the CPU. REHEARSAL=python3 for another environment's Python.
 gpu-rehearse: $(SETUP)
-	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/rehearse.py gpu --out build/rehearsal $(ARGS)
-	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/rehearse.py gpu --part pipeline --out build/rehearsal $(ARGS)
+	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/support/rehearse.py gpu --out build/rehearsal $(ARGS)
+	PYTHONPATH="$(CURDIR)" $(REHEARSAL) tests/support/rehearse.py gpu --part pipeline --out build/rehearsal $(ARGS)
 
 # Other versions of the dependencies and of Python: ROWS="decoding transformers-newest" for some of them. All of them take
 # hours and tens of gigabytes; CI runs those two.
 test-matrix: $(SETUP)
-	$(BIN)/python tests/matrix.py --jobs $(JOBS) $(ROWS)
+	$(BIN)/python tests/support/matrix.py --jobs $(JOBS) $(ROWS)
 
 # Every test with the newest of each dependency on the newest Python: for a look every week.
 test-newest: $(SETUP)
-	$(BIN)/python tests/matrix.py --jobs $(JOBS) newest
+	$(BIN)/python tests/support/matrix.py --jobs $(JOBS) newest
 
 # The compiled library under the oldest and the newest torch: gigabytes, so not in CI.
 test-torch: $(SETUP)
-	$(BIN)/python tests/matrix.py --jobs $(JOBS) torch-2.10 torch-newest
+	$(BIN)/python tests/support/matrix.py --jobs $(JOBS) torch-2.10 torch-newest
 
 # The model of lmms-eval under lmms-eval itself, in an environment of its own: 130 packages, so not in CI.
 test-lmms: .venv-lmms/.ready
-	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/test_lmms_eval.py tests/test_task_text.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/serving/test_lmms_eval.py tests/serving/test_task_text.py $(ARGS)
 
 # PyPI's torchvision is built for CUDA's torch: beside another it cannot be imported, and timm needs it. Nothing here does.
 .venv-lmms/.ready: pyproject.toml constraints.txt
@@ -77,7 +77,7 @@ test-lmms: .venv-lmms/.ready
 # VLLM=0.32.0 for one of them; Python 3.11 is what they were tried with.
 test-vllm: $(VLLM:%=.venv-vllm/%/.ready)
 	@for version in $(VLLM); do echo "vLLM $$version" && \
-	  PYTHONPATH=tests/vllm_site OMP_NUM_THREADS=1 .venv-vllm/$$version/bin/python -m pytest -m vllm tests/test_vllm.py \
+	  PYTHONPATH=tests/support/vllm_site OMP_NUM_THREADS=1 .venv-vllm/$$version/bin/python -m pytest -m vllm tests/serving/test_vllm.py \
 	  --show-capture=no $(ARGS) || exit 1; done
 
 # torchaudio and torchcodec are made for a CUDA torch and cannot be loaded; vLLM does without them.
@@ -91,7 +91,7 @@ test-vllm: $(VLLM:%=.venv-vllm/%/.ready)
 
 # Random calls, videos, tables, kills, sessions and replies, a minute of each; SECONDS=, SEED=, ARGS='op video' for some.
 fuzz: $(SETUP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/fuzz.py $(ARGS)
 
 $(SETUP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

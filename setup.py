@@ -11,10 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
@@ -75,14 +74,6 @@ class CMakeBuild(build_ext):
             shutil.copyfile(Path(build) / target.name, target)
 
 
-class Modules(build_py):
-    """Without the tests among the benchmarks."""
-
-    def find_package_modules(self, package, package_dir):
-        modules = super().find_package_modules(package, package_dir)
-        return [found for found in modules if not found[1].startswith("test_")]
-
-
 class StableWheel(bdist_wheel):
     """The libraries use torch's stable C ABI and nothing of Python's: one wheel for every Python."""
 
@@ -102,4 +93,9 @@ for name, variable, what, why_not in (
     # An nvcc that is there by chance, and too old or broken, must not stop an installation.
     by_chance = name == "_C_cuda" and os.environ.get(variable, "auto") == "auto"
     extensions.append(Extension(f"sfllava_fast.{name}", sources=[], optional=by_chance))
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild, "build_py": Modules, "bdist_wheel": StableWheel})
+bench = [f"sfllava_fast._bench.{name}" for name in find_packages("bench")]
+setup(
+    packages=[*find_packages(include=["sfllava_fast*"]), "sfllava_fast._triton", "sfllava_fast._bench", *bench],
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+)

@@ -12,16 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sfllava_fast.cli.options import add_bench_options
 from sfllava_fast.errors import SfllavaError
-from sfllava_fast.options import add_bench_options
 
-from . import carried, dropins, gpu, layouts, op, projector, sanitize, tune
-from .compare import compare
-from .copies import KERNEL
-from .op import BEST_PEER, COPY, FAIREST
-from .plot import plot
-from .record import ROOT, ResultError, device_name, passes, read_result, write_json
-from .works import PEERS, capped
+from .gpu import carried, sanitize, tune
+from .gpu import run as gpu
+from .gpu.copies import KERNEL
+from .harness.compare import compare
+from .harness.record import ROOT, ResultError, device_name, passes, read_result, write_json
+from .op import run as op
+from .op.roofline import plot
+from .op.run import BEST_PEER, COPY, FAIREST
+from .op.works import PEERS, capped
+from .paired import dropins, layouts, projector
 
 _ROUNDS = {"cpu": 15, "cuda": 31}
 
@@ -166,7 +169,7 @@ def _gpu_pick(args: argparse.Namespace) -> int:
 
 
 def _pipeline(args: argparse.Namespace) -> int:
-    from .report import main  # imports transformers, which nothing else here needs
+    from .pipeline.report import main  # imports transformers, which nothing else here needs
 
     return main(args)
 
@@ -210,13 +213,13 @@ def _layouts(args: argparse.Namespace) -> int:
 
 
 def _reduction(args: argparse.Namespace) -> int:
-    from . import reduction  # imports transformers
+    from .reduction import run as reduction  # imports transformers
 
     return _measure_pairs(args, reduction.run, reduction.show)
 
 
 def _pruning(args: argparse.Namespace) -> int:
-    from . import pruning  # imports transformers
+    from .reduction import pruning  # imports transformers
 
     if args.clips < 1:
         raise ResultError(f"{args.clips} clips ask nothing: give --clips 1 or more")
@@ -299,7 +302,7 @@ def _plot(args: argparse.Namespace) -> int:
     if kinds and len(results) > 1:
         raise ResultError("results of the pipeline, of streams, reductions and pruning are drawn alone: name one")
     if "pipeline" in kinds:
-        from . import report
+        from .pipeline import report
 
         report.plot(results[0], args.out)
     elif "stream" in kinds:
@@ -307,11 +310,11 @@ def _plot(args: argparse.Namespace) -> int:
 
         stream.plot(results[0], args.out)
     elif "reduction" in kinds:
-        from . import reduction
+        from .reduction import run as reduction
 
         reduction.plot(results[0], args.out)
     elif "pruning" in kinds:
-        from . import pruning
+        from .reduction import pruning
 
         pruning.plot(results[0], args.out)
     else:

@@ -18,10 +18,10 @@ import numpy as np
 
 from sfllava_fast import SlowFastLlava
 from sfllava_fast.embedded.scenes import CANVAS, draw_scene, frame_times, render
-from sfllava_fast.live import STREAM_MODES
+from sfllava_fast.engine.stream_session import STREAM_MODES
 from sfllava_fast.video import open_live
 
-from .record import first_line, machine
+from .harness.record import first_line, machine
 
 QUESTION = "what number is on the sign?"
 _SCENE_SECONDS = 24

@@ -6,36 +6,36 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FusedProjectorAggregator": "modules",
-    "MemoryStream": "memory",
-    "MixtureOfDepths": "reduction.mixture",
-    "PathwayProjectors": "modules",
-    "SlowFastConfig": "config",
-    "SlowFastAggregator": "modules",
-    "SlowFastLlava": "engine",
-    "SlowFastStream": "stream",
+    "FusedProjectorAggregator": "ops.modules",
+    "MemoryStream": "ops.memory_stream",
+    "MixtureOfDepths": "reduction.mixture.wrapper",
+    "PathwayProjectors": "ops.modules",
+    "SlowFastLayout": "layouts",
+    "SlowFastAggregator": "ops.modules",
+    "SlowFastLlava": "engine.slowfast_llava",
+    "SlowFastStream": "ops.stream",
     "SfllavaError": "errors",
     "parse_layout": "layouts",
-    "project_and_aggregate": "projector",
-    "sample_frames": "config",
-    "slowfast_aggregate": "ops",
+    "project_and_aggregate": "ops.projector",
+    "sample_frames": "layouts",
+    "slowfast_aggregate": "ops.aggregate",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .config import SlowFastConfig as SlowFastConfig
-    from .config import sample_frames as sample_frames
-    from .engine import SlowFastLlava as SlowFastLlava
+    from .engine.slowfast_llava import SlowFastLlava as SlowFastLlava
     from .errors import SfllavaError as SfllavaError
-    from .layouts import parse_layout as parse_layout
-    from .memory import MemoryStream as MemoryStream
-    from .modules import FusedProjectorAggregator as FusedProjectorAggregator
-    from .modules import PathwayProjectors as PathwayProjectors
-    from .modules import SlowFastAggregator as SlowFastAggregator
-    from .ops import slowfast_aggregate as slowfast_aggregate
-    from .projector import project_and_aggregate as project_and_aggregate
-    from .reduction.mixture import MixtureOfDepths as MixtureOfDepths
-    from .stream import SlowFastStream as SlowFastStream
+    from .layouts.presets import parse_layout as parse_layout
+    from .layouts.sampling import sample_frames as sample_frames
+    from .layouts.slowfast import SlowFastLayout as SlowFastLayout
+    from .ops.aggregate import slowfast_aggregate as slowfast_aggregate
+    from .ops.memory_stream import MemoryStream as MemoryStream
+    from .ops.modules import FusedProjectorAggregator as FusedProjectorAggregator
+    from .ops.modules import PathwayProjectors as PathwayProjectors
+    from .ops.modules import SlowFastAggregator as SlowFastAggregator
+    from .ops.projector import project_and_aggregate as project_and_aggregate
+    from .ops.stream import SlowFastStream as SlowFastStream
+    from .reduction.mixture.wrapper import MixtureOfDepths as MixtureOfDepths
 
 
 def __getattr__(name: str):

@@ -72,7 +72,7 @@ def load(checkpoints):
     """Loads one of them in the tests' small layout."""
     from tiny_engine import LAYOUT
 
-    from sfllava_fast.engine import SlowFastLlava
+    from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 
     def load(*args, options=None, **settings):
         return SlowFastLlava.from_pretrained(checkpoints(*args, **settings), LAYOUT, **(options or {}))

@@ -8,15 +8,28 @@ from itertools import accumulate
 
 import torch
 
-from ..plan import kept_with_plan
+from sfllava_fast.layouts.plan import kept_with_plan
+
 from .backward import spread_boxes, spread_tiles
 from .forward import pool_boxes, pool_tiles
 from .launch import refuse_to_compile_in_a_capture
-from .project_launch import project_pool as project_pool, project_pooled as project_pooled
+from .project_launch import project_pool as project_pool
+from .project_launch import project_pooled as project_pooled
 from .rows_launch import (
-    blend_rows as blend_rows, copy_rows as copy_rows, receive_attention as receive_attention,
-    replace_rows as replace_rows, select_rows as select_rows,
+    blend_rows as blend_rows,
 )  # fmt: skip
+from .rows_launch import (
+    copy_rows as copy_rows,
+)
+from .rows_launch import (
+    receive_attention as receive_attention,
+)
+from .rows_launch import (
+    replace_rows as replace_rows,
+)
+from .rows_launch import (
+    select_rows as select_rows,
+)
 from .tiling import find_tiling
 from .tuning import TUNING, Tuning
 
@@ -33,7 +46,7 @@ def pool(features, plan, host_table, table, out):
     Uploads and allocates nothing, and does not wait for the device.
     features: [T, N, D] float32, bfloat16 or float16 on a CUDA device, unit stride over D; on the CPU under
         TRITON_INTERPRET=1.
-    plan: sfllava_fast.plan.Plan. host_table, table: its int32 table on the host and on the features' device.
+    plan: sfllava_fast.layouts.plan.Plan. host_table, table: its int32 table on the host and on the features' device.
     out: [S, D] of the features' dtype and device, unit stride over D.
     """
     _call(_work, "forward", features, out, (features, table, out), plan, host_table)

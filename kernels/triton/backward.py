@@ -7,9 +7,34 @@ does, and rounded once.
 import triton
 import triton.language as tl
 
-from .forward import _COL_COVER, _COLS, _FIRST_COL, _FIRST_PATCH, _FIRST_ROW, _HEADER, _HEIGHT, _ITEM, _MAX, _MEAN
-from .forward import _PATHWAY, _PITCH, _REDUCE, _ROW_COVER, _ROWS, _WIDTH
-from .forward import _beats, _bin, _channels, _divide, _elements, _halve, _load_strip, _neutral, _second_weight, _weight
+from .forward import (
+    _COL_COVER,
+    _COLS,
+    _FIRST_COL,
+    _FIRST_PATCH,
+    _FIRST_ROW,
+    _HEADER,
+    _HEIGHT,
+    _ITEM,
+    _MAX,
+    _MEAN,
+    _PATHWAY,
+    _PITCH,
+    _REDUCE,
+    _ROW_COVER,
+    _ROWS,
+    _WIDTH,
+    _beats,
+    _bin,
+    _channels,
+    _divide,
+    _elements,
+    _halve,
+    _load_strip,
+    _neutral,
+    _second_weight,
+    _weight,
+)
 
 # Columns of a box whose loads are in flight together: the maxima of known layouts are no wider.
 _COLUMNS = tl.constexpr(2)

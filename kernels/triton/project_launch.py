@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..table import on_device
-from .gather import gather
+from sfllava_fast.ops.backends.plan_table import on_device
+
 from .launch import device_of, launch
 from .project import add_parts, project_rows, project_tiles
+from .project_order import gather
 
 _PART_BLOCK = 1024
 
@@ -42,7 +43,7 @@ def project_pool(hidden, weight, bias, plan, tile=None):
 
     GELU is the exact one, in float32; hidden [T, N, C] is bfloat16 or float16 on a CUDA device (on the CPU under
     TRITON_INTERPRET=1) with unit stride over C, weight [I, C] and bias [I] or None are of its dtype.
-    plan: sfllava_fast.plan.Plan of T frames of N patches, every bin of frames one frame, else ValueError; of a layout
+    plan: sfllava_fast.layouts.plan.Plan of T frames of N patches, every bin of frames one frame, else ValueError; of a layout
         that `is_plain`.
     pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
     kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.

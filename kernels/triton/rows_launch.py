@@ -6,8 +6,10 @@ given.
 
 import torch
 
-from ..table import on_device
-from . import attention, rows as kernels
+from sfllava_fast.ops.backends.plan_table import on_device
+
+from . import attention_received as attention
+from . import rows as kernels
 from .launch import device_of, launch, vector_of
 
 _TOGETHER = 3  # tensors that a launch copies

@@ -24,7 +24,7 @@ class Tiling:
 
 
 def find_tiling(plan):
-    """The Tiling of a sfllava_fast.plan.Plan; None where the pathways do not nest.
+    """The Tiling of a sfllava_fast.layouts.plan.Plan; None where the pathways do not nest.
 
     They do where the last of two pathways is a mean over equal boxes of every frame on its own, the other's boxes are
     1x1, 1x2 or 2x2 of one frame on the same grid, and both cover the same patches. The default layout on 24x24 does.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import CAVEAT, model_dir
+from ..model.shipped import model_dir
+from . import CAVEAT
 from .questions import vocabulary
 from .scenes import GRID, PATCH, TOWER_SIZE
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..config import Layout, SlowFastConfig
 from ..errors import InputError
+from ..layouts.layout import Layout
+from ..layouts.slowfast import SlowFastLayout
 from ..output_folder import check_folder, make_folder, written_whole
 from ..reduction.pruning import Pruning
 from ..video import open_video
@@ -18,7 +19,7 @@ from .report import gather
 def render(
     video_path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    layout: str | Layout = SlowFastConfig(),
+    layout: str | Layout = SlowFastLayout(),
     frames: int | None = None,
     grid: tuple[int, int] | None = None,
     decoder: str = "pyav",

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..config import Layout, sample_frames
 from ..errors import InputError
-from ..layouts import Preset, find_preset, parse_layout
-from ..pathways import Range
-from ..plan import PathwayTables, Plan
+from ..layouts.layout import Layout
+from ..layouts.pathways import Range
+from ..layouts.plan import PathwayTables, Plan
+from ..layouts.presets import Preset, find_preset, parse_layout
+from ..layouts.sampling import sample_frames
+from ..ops.backends.reference import aggregate
 from ..reduction.pruning import Pruning, places
-from ..reference import aggregate
 from ..terminal import one_line
 from ..video import Video
 from ..video.canvas import CanvasVideo

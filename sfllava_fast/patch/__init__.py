@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..replacement import Patch, undo
+from ..patching import Patch, undo
 
 _HOMES = {
     "patch_llava_next": "llava_next",

@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 from ..errors import PatchError, first_line
-from ..replacement import Patch, undo
+from ..patching import Patch, undo
 
 _MODULE = "llava.model.llava_arch"
 # What DDP, FSDP, torch.compile and PEFT (a model in a tuner) name the module that they wrap.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..patching import Patch
 from .code_base import LLAVA_NEXT, find_owner, replace_methods
 from .pooling import or_published, pool
-from ..replacement import Patch
 
 _REDUCTIONS = {"average": "mean", "max": "max"}
 _PREPARE = "prepare_inputs_labels_for_multimodal"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..config import Layout
 from ..errors import InputError, LayoutError
-from ..ops import slowfast_aggregate
-from ..replacement import warn_once
+from ..layouts.layout import Layout
+from ..ops.aggregate import slowfast_aggregate
+from ..patching import warn_once
 
 
 def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, backend: str) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import SlowFastConfig
 from ..errors import LayoutError
+from ..layouts.slowfast import SlowFastLayout
+from ..patching import Patch
 from .code_base import SLOWFAST_LLAVA, find_owner, replace_methods
 from .pooling import or_published, pool
-from ..replacement import Patch
 
 _ON_THE_GRID = {
     "spatial_2d_max_pool": "pool:each,stride2,stride2,max",
@@ -76,9 +76,9 @@ def _temporal_aggregation(published: Callable, backend: str) -> Callable:
     return temporal_aggregation
 
 
-def _both_pathways(name: str) -> SlowFastConfig:
+def _both_pathways(name: str) -> SlowFastLayout:
     """The layout a published string names; LayoutError for one that the op knows and the published code does not."""
-    config = SlowFastConfig.parse(name)
+    config = SlowFastLayout.parse(name)
     if not config.slow_frames or not config.fast_grid:
         raise LayoutError(f"layout {name!r} has one pathway alone")
     return config

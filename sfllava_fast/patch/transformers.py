@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import TOWERS
-from ..config import Layout, SlowFastConfig, sample_frames
-from ..errors import InputError, PatchError
-from ..layouts import parse_patches_only, preset_frames
-from ..ops import slowfast_aggregate
-from ..pipeline import DEFAULT_FRAMES, FRAMES_PER_PASS, check_count
-from ..projector import Mode, check_mode, project_and_aggregate
-from ..replacement import Patch, undo, warn_once
-from ..transformers_release import release
+from ..errors import InputError, PatchError, check_count
+from ..layouts.layout import Layout
+from ..layouts.presets import parse_patches_only, preset_frames
+from ..layouts.sampling import DEFAULT_FRAMES, sample_frames
+from ..layouts.slowfast import SlowFastLayout
+from ..model.checkpoint import TOWERS
+from ..model.tower import FRAMES_PER_PASS
+from ..model.transformers_release import release
+from ..ops.aggregate import slowfast_aggregate
+from ..ops.projector import Mode, check_mode, project_and_aggregate
+from ..patching import Patch, undo, warn_once
 from ..video import open_video
 from ..video.preprocess import PreprocessSpec, preprocess
 
@@ -71,7 +73,7 @@ def patch_transformers(
     if frames is None:
         frames = preset_frames(layout) or named.get("frames", preset_frames(named.get("layout")) or DEFAULT_FRAMES)
     check_count("frames", frames)
-    layout = layout or named.get("layout") or (SlowFastConfig() if family in _IMAGE_MODELS else None)
+    layout = layout or named.get("layout") or (SlowFastLayout() if family in _IMAGE_MODELS else None)
     layout = None if layout is None or not generate else parse_patches_only(layout)
     if processor is not None:
         _check_processor(processor, family, target)

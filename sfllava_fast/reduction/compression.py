@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint_files import one_line
 from ..errors import InputError
-from ..replacement import Patch
+from ..model.files import one_line
+from ..model.transformers_release import cache_argument
+from ..patching import Patch
 from ..tensor_file import load_tensors, save_tensors
-from ..transformers_release import cache_argument
 from .weights import weight_replacements
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[S
     """
     from transformers import DynamicCache
 
-    from .dropping import drop_tokens
+    from .drop_tokens import drop_tokens
 
     cache, done = DynamicCache(config=model.config), 0
     for span in [*_checked(spans, embeds.shape[1]), None]:

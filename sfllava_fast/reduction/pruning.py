@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError, check_count
-from ..plan import Plan
-from ..reference import token_rows
-from .frames import check_ratio, kept_of
-from .rows import attention_received
+from ..layouts.plan import Plan
+from ..ops.backends.reference import token_rows
+from ..ops.rows import attention_received
+from ..ops.token_offsets import check_ratio, kept_of
 from .scorers import LayerInput, queries_and_keys
 
 SCORERS = ("similarity", "attention", "question", "norm")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, PatchError, check_count
-from ..transformers_release import release
-from .rows import attention_received
+from ..model.transformers_release import release
+from ..ops.rows import attention_received
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .frames import check_ratio
+from ..ops.token_offsets import check_ratio
 
 if TYPE_CHECKING:
     from .pruning import Pruning

@@ -20,11 +20,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-from ..answer import Answer
-from ..engine import SlowFastLlava
-from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError, first_line
-from ..pipeline import check_count
-from ..prompts import pick_option
+from ..engine.answer import Answer
+from ..engine.slowfast_llava import SlowFastLlava
+from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError, check_count, first_line
+from ..model.prompts import pick_option
 from ..video import IMAGE_SUFFIXES, Source, import_decoder
 from .task_text import read_task_text
 

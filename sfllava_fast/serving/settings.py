@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Layout, SlowFastConfig
-from ..errors import CheckpointError, InputError
-from ..layouts import parse_patches_only, preset_frames
-from ..pipeline import DEFAULT_FRAMES, check_count
+from ..errors import CheckpointError, InputError, check_count
+from ..layouts.layout import Layout
+from ..layouts.presets import parse_patches_only, preset_frames
+from ..layouts.sampling import DEFAULT_FRAMES
+from ..layouts.slowfast import SlowFastLayout
 
 _KEYS = {"layout", "frames", "prompt"}
 
@@ -32,7 +33,7 @@ class VideoSettings:
         options = getattr(config, "sfllava_fast", None) or {}
         if not isinstance(options, dict) or set(options) - _KEYS:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
-        layout = options.get("layout", SlowFastConfig())
+        layout = options.get("layout", SlowFastLayout())
         frames = options.get("frames", preset_frames(layout) or DEFAULT_FRAMES)
         check_count("frames", frames)
         settings = cls(parse_patches_only(layout), frames, _patch_grid(config))

@@ -29,9 +29,9 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import PromptReplacement
 
-from ..config import sample_frames
 from ..errors import CheckpointError, InputError
-from ..projector import project_and_aggregate
+from ..layouts.sampling import sample_frames
+from ..ops.projector import project_and_aggregate
 from ..video.preprocess import PreprocessSpec, preprocess
 from .settings import VideoSettings
 

@@ -6,7 +6,7 @@ import logging
 
 log = logging.getLogger("sfllava_fast")
 
-# The interface that models are written to moves with every minor release. tests/test_vllm.py ran against 0.31 and 0.32;
+# The interface that models are written to moves with every minor release. tests/serving/test_vllm.py ran against 0.31 and 0.32;
 # of 0.33, which has no build for CPUs, the files that we use were compared with 0.32's.
 SUPPORTED = ((0, 31), (0, 32), (0, 33))
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from vllm.multimodal.video import VideoLoader
 
-from ..config import sample_frames
-from ..errors import InputError, VideoError
-from ..pipeline import DEFAULT_FRAMES, check_count
+from ..errors import InputError, VideoError, check_count
+from ..layouts.sampling import DEFAULT_FRAMES, sample_frames
 from ..video import open_video
 
 VIDEO_BACKEND = "sfllava_fast"

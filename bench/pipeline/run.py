@@ -1,0 +1,295 @@
+"""The whole pipeline against the plain one: the same answers first, then paired rounds, stage by stage.
+
+Ours, the plain pipeline and the device's ceilings take turns in one process. What is measured is what `answer` and
+`open(...).ask(...)` say of themselves, so a caller sees the same figures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sfllava_fast import embedded
+from sfllava_fast.engine.answer import Answer
+from sfllava_fast.engine.slowfast_llava import SlowFastLlava
+from sfllava_fast.errors import InputError
+from sfllava_fast.layouts.presets import parse_layout
+from sfllava_fast.layouts.sampling import sample_frames
+from sfllava_fast.layouts.slowfast import SlowFastLayout
+from sfllava_fast.model import checkpoint as loading
+from sfllava_fast.model.checkpoint import Checkpoint
+from sfllava_fast.video import Video, open_video
+
+from ..harness import peak_memory as memory
+from ..harness.ceilings import Ceilings
+from ..harness.record import folder_name, machine
+from . import clip, costs
+from .baseline import Baseline, PlainAnswer
+from .dummy import NAMES, dummy_checkpoint
+from .figures import BARS, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, WITH_DECODING, Bars, Times, figures
+
+DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
+# Of 16-bit random weights many logits are nearly equal: so many units of the last place are a tie.
+_TIE_UNITS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. model: a checkpoint's directory or hub id; config: one of dummy.NAMES; neither: the embedded one."""
+
+    model: str | None = None
+    config: str | None = None
+    video: Path | None = None
+    questions: tuple[str, ...] = ()
+    frames: int = DEFAULT_FRAMES
+    new_tokens: int = DEFAULT_NEW_TOKENS
+    layout: str | None = None
+    rounds: int = DEFAULT_ROUNDS
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.model and self.config:
+            raise InputError("a checkpoint (--model) has shapes of its own: leave --config out")
+        if self.config and self.config not in NAMES:
+            raise InputError(f"unknown config {self.config!r}: choose one of {', '.join(NAMES)}")
+        if self.rounds < 2:
+            raise InputError("rounds must be at least 2: one has no spread")
+
+    @property
+    def name(self) -> str:
+        return self.config or self.model or "embedded"
+
+
+def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, trace: Path | None = None) -> dict:
+    """Measures; where an answer differs from the plain pipeline's the result says so in "errors"."""
+    with _video(settings) as path:
+        lab = Lab.set_up(settings, path)
+        result = {"kind": "pipeline", "machine": machine(lab.device.type), "settings": lab.describe()}
+        result |= {"unavailable": {}, "skipped": {}, "errors": {}, "works": {}}
+        result["answers"], result["errors"] = lab.compare_answers()
+        save(result)
+        result |= figures(lab.job(), lab.steps, lab.rounds(), lab.ceilings, lab.memory(), lab.bars())
+        save(result)
+        if trace:
+            lab.trace(trace)
+    return result
+
+
+@contextmanager
+def _video(settings: Settings) -> Iterator[Path]:
+    if settings.video:
+        yield settings.video
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("drawn.mp4" if util.find_spec("av") else "drawn images")
+        if path.suffix:
+            clip.write_clip(path)
+        else:
+            clip.write_images(path, settings.frames)
+        yield path
+
+
+def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
+    """The checkpoint, and its vision tower before it was cut."""
+    if settings.config:
+        return dummy_checkpoint(settings.config, settings.device, settings.dtype, settings.attention)
+    name = settings.model or embedded.model_dir()
+    checkpoint = loading.load_checkpoint(name, settings.dtype, settings.device, settings.attention)
+    path = loading.locate(name)
+    raw, model = loading.read_config(path), checkpoint.model
+    attention = checkpoint.attention.implementation
+    whole = loading.load_model(path, raw, loading.stock_config(path, raw), model.dtype, model.device, attention)
+    checkpoint = replace(checkpoint, name=settings.name)
+    return checkpoint, whole.model.vision_tower
+
+
+@dataclass
+class Lab:
+    """Both pipelines on one device, the same video before them."""
+
+    settings: Settings
+    path: Path
+    ours: SlowFastLlava
+    plain: Baseline
+    decoded: clip.DecodedVideo
+    questions: tuple[str, ...]
+    ceilings: Ceilings
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def set_up(cls, settings: Settings, path: Path) -> Lab:
+        if settings.layout is not None and not isinstance(parse_layout(settings.layout), SlowFastLayout):
+            raise InputError(f"the plain pipeline has no layout {settings.layout}: name sf_llava or a slowfast-... one")
+        video = open_video(path)
+        checkpoint, tower = load(settings)
+        plain = Baseline(checkpoint.model, tower)
+        ours = SlowFastLlava(checkpoint, settings.layout, settings.backend)
+        decoded = clip.DecodedVideo(video, sample_frames(video.total, settings.frames))
+        questions = settings.questions or tuple(embedded.sample_questions()[:_QUESTIONS])
+        ceilings = Ceilings(ours.device, ours.dtype)
+        return cls(settings, path, ours, plain.stand_by(ours), decoded, questions, ceilings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ours.device
+
+    @property
+    def random(self) -> bool:
+        return self.settings.config is not None
+
+    @property
+    def indices(self) -> list[int]:
+        return sample_frames(self.decoded.total, self.settings.frames)
+
+    def describe(self) -> dict:
+        """The settings as they turned out."""
+        ours, plan = self.ours, self.job().plan
+        told = asdict(self.settings) | {
+            "model": self.settings.name,
+            "config": None,
+            "video": self.path.name,
+            "questions": list(self.questions),
+            "random_weights": self.random,
+            "layout": str(ours.layout),
+            "dtype": str(ours.dtype).removeprefix("torch."),
+            "device": str(ours.device),
+            "attention": ours.checkpoint.attention.describe(),
+            "backend": ours.backend,
+        }
+        size = list(self.decoded.size)
+        return told | {"frames": len(self.indices), "frame_size": size, "video_tokens": plan.offsets[-1],
+                       "prompt_tokens": self.job().prompt}
+
+    def job(self) -> costs.Job:
+        ours = self.ours
+        plan = ours.layout.plan(len(self.indices), ours.checkpoint.grid)
+        prompt = ours.prompt(self.questions[0])
+        config, depths = ours.checkpoint.model.config, ours.checkpoint.depths
+        return costs.Job(
+            config, plan, self.decoded.size, depths, len(prompt), len(prompt.after), 1, ours.dtype.itemsize
+        )
+
+    # --- correctness
+
+    def compare_answers(self) -> tuple[list[dict], dict[str, str]]:
+        """Every question's tokens by both; what differs, by question."""
+        answers, errors = [], {}
+        turns = self._ask_in_turn(self.questions)
+        for number, question in enumerate(self.questions):
+            plain = self._ask_plain(question)
+            ours = {"a call of its own": self._ask_ours(question), "the video kept": turns[number]}
+            ties = 0
+            for how, answer in ours.items():
+                wrong, tied = self._difference(plain, answer.token_ids)
+                ties += tied
+                if wrong:
+                    errors[f"{question} ({how})"] = wrong
+            self.steps.setdefault(OURS, max(len(answer.token_ids) - 1, 0))
+            self.steps.setdefault(PLAIN, max(len(plain.token_ids) - 1, 0))
+            answers.append({"question": question, "token_ids": plain.token_ids, "near_ties": ties})
+        return answers, errors
+
+    def _difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
+        """What differs (None: nothing that counts), and how many tokens of random weights were ties."""
+        if ids == plain.token_ids:
+            return None, 0
+        if not ids:
+            return "ours is empty", 0
+        logits = self.plain.logits(plain, ids)
+        best, chosen = logits.max(dim=1).values, logits[range(len(ids)), ids]
+        short = (best - chosen) / (torch.finfo(self.ours.dtype).eps * best.abs())
+        whole = self.plain.ends(ids, self.settings.new_tokens)
+        if self.random and self.ours.dtype.itemsize == 2 and whole and bool((short <= _TIE_UNITS).all()):
+            return None, int((short > 0).sum())
+        pairs = enumerate(zip([*ids, None], [*plain.token_ids, None]))
+        place, (our, their) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        gap = f", {short[place]:.1f} units of the last place below" if place < len(ids) else ""
+        return f"token {place} is {our}{gap}; the plain pipeline says {their}", 0
+
+    # --- times
+
+    def rounds(self) -> Times:
+        """Who begins alternates; one more round before the first is warm-up."""
+        times, turns = Times(), [self._time_ours, self._time_plain]
+        for round_ in range(-1, self.settings.rounds):
+            kept = times if round_ >= 0 else Times()
+            for turn in turns if round_ % 2 else turns[::-1]:
+                turn(kept)
+            if round_ >= 0:
+                self.ceilings.measure()
+        return times
+
+    def _time_ours(self, times: Times) -> None:
+        answer = self._ask_ours(self.questions[0])
+        times.add_stages(OURS, {stage: answer.seconds[stage] for stage in STAGES if stage in answer.seconds})
+        times.add_first(OURS, FROM_FRAMES, answer.ttft)
+        answer = self._ask_ours(self.questions[0], self.path)
+        times.add_stages(OURS, {"decode": answer.seconds["decode"], "wait": answer.seconds["wait"]})
+        times.add_first(OURS, WITH_DECODING, answer.ttft)
+        times.add_first(OURS, SECOND, self._ask_in_turn((self.questions[0], self.questions[-1]))[1].ttft)
+
+    def _time_plain(self, times: Times) -> None:
+        answer = self._ask_plain(self.questions[0], self.path)
+        times.add_stages(PLAIN, answer.seconds)
+        times.add_first(PLAIN, WITH_DECODING, answer.ttft)
+        times.add_first(PLAIN, FROM_FRAMES, answer.ttft - answer.seconds["decode"])
+
+    def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
+        settings = self.settings
+        return self.ours.answer(
+            video or self.decoded, question, frames=settings.frames, max_new_tokens=settings.new_tokens
+        )
+
+    def _ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
+        return self.plain.answer(video or self.decoded, question, self.settings.frames, self.settings.new_tokens)
+
+    def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer]:
+        """Answers to questions about the video, which is opened once."""
+        session = self.ours.open(self.decoded, frames=self.settings.frames)
+        try:
+            return [session.ask(question, max_new_tokens=self.settings.new_tokens) for question in questions]
+        finally:
+            session.close(spare=True)
+
+    def bars(self) -> Bars:
+        settings = self.settings
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        usual = settings.video is None and settings.layout is None and settings.frames == DEFAULT_FRAMES
+        return BARS.get((folder_name(name), settings.name), Bars()) if usual else Bars()
+
+    # --- memory, trace
+
+    def memory(self) -> dict[str, dict[str, int | None]]:
+        """By pipeline: bytes of its weights, by how much a call grows, and on a GPU the peak of both together."""
+        question = self.questions[0]
+        models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
+        weights = {who: memory.size(model.parameters()) for who, model in models.items()}
+        grown = {OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
+                 PLAIN: memory.growth(self.device, lambda: self._ask_plain(question))}
+        peaks = dict.fromkeys(models)
+        if self.device.type == "cuda":
+            both = memory.size([*models[OURS].parameters(), *models[PLAIN].parameters()])
+            others = torch.cuda.memory_allocated(self.device) - both  # ours but for its weights: caches it keeps
+            peaks = {who: weights[who] + grown[who] + (others if who == OURS else 0) for who in models}
+        return {who: {"weights_bytes": weights[who], "growth_bytes": grown[who], "peak_bytes": peaks[who]}
+                for who in models}
+
+    def trace(self, path: Path) -> None:
+        """A profile of one of our answers, stages named, which Perfetto and chrome://tracing open."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=activities) as profiler, record_function("sfllava_fast.answer"):
+            self._ask_ours(self.questions[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))

@@ -1,0 +1,187 @@
+"""How right the embedded model is when fewer of a video's tokens go into its language model.
+
+Drawn clips that training never saw, 16 questions each; an answer is right where every token of it is the most likely
+one, which is what greedy decoding would say. Nothing was trained for it: the model has only ever seen all its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache
+
+from sfllava_fast import SlowFastLlava, slowfast_aggregate
+from sfllava_fast.embedded.questions import TYPES
+from sfllava_fast.embedded.training.batches import IGNORE, clip_batch
+from sfllava_fast.model.transformers_release import cache_argument
+from sfllava_fast.ops.rows import gather_rows
+from sfllava_fast.reduction.pruning import SCORERS, Pruning, layer_input, prune_tokens
+
+from ..harness.record import device_name, machine
+
+KEPT = (144, 96, 64, 48, 32, 16, 8)
+RANDOM, IN_PLACE = "random", "question, in place"
+_IN_PLACE_LAYERS = 2  # FastV's K: they run on every token
+_CHOSEN_BY = {
+    "similarity": "similarity between frames",
+    "question": "attention from the question",
+    IN_PLACE: "the same, pruned behind layer 2 (FastV)",
+    "attention": "attention from the video's last tokens",
+    "norm": "norm",
+    RANDOM: "random",
+}
+
+
+class Clip(NamedTuple):
+    """tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
+
+    number: int
+    tokens: Tensor
+    ids: Tensor
+    targets: Tensor
+    types: Tensor
+
+    def questions(self) -> list[Tensor]:
+        """Ids of each question up to where its answer begins."""
+        return [row[: int((target != IGNORE).int().argmax()) + 1] for row, target in zip(self.ids, self.targets)]
+
+
+class Examinee:
+    """The embedded model, asked about clips of which it sees some tokens."""
+
+    def __init__(self) -> None:
+        self.model = SlowFastLlava.from_pretrained()
+        self.plan = self.model.plan(self.model.frames)
+        self.decoder, self.head = self.model.language.core, self.model.language.head
+        self.before = self.model.language.embed_tokens(self.model.shortest_prompt().before)
+
+    def draw(self, number: int) -> Clip:
+        model = self.model
+        batch = clip_batch(model.tokenizer, "pruning exam", 0, number, 1, model.frames)
+        tokens = slowfast_aggregate(model.project(model.encode(batch.pixels)), model.layout)
+        return Clip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
+
+    def scores(self, clip: Clip, scorer: str) -> Tensor:
+        """Of each token [S]; [Q, S] where questions differ."""
+        if scorer == RANDOM:  # other tokens of every clip
+            return torch.rand(len(clip.tokens), generator=torch.Generator().manual_seed(clip.number))
+        pruning = Pruning(1, scorer)
+        asked = [self.decoder.embed_tokens(ids) for ids in clip.questions()] if pruning.needs_question else [None]
+        each = [pruning.scores(clip.tokens, self.plan, self.decoder, self.before, question) for question in asked]
+        return torch.stack(each) if pruning.needs_question else each[0]
+
+    def answer(self, clip: Clip, kept: Tensor) -> Tensor:
+        """Which questions are answered right, bool [Q], where tokens `kept`, [k] or [Q, k], go in."""
+        count, start = len(clip.ids), len(self.before)
+        kept = kept.expand(count if kept.dim() == 2 else 1, -1)
+        positions = torch.cat([torch.arange(start).expand(len(kept), -1), start + kept], dim=1)
+        embeds = torch.cat([self.before.expand(len(kept), -1, -1), clip.tokens[kept]], dim=1)
+        cache = DynamicCache(config=self.decoder.config)
+        held = cache_argument(self.decoder, cache)
+        self.decoder(inputs_embeds=embeds, position_ids=positions, use_cache=True, **held)
+        cache.batch_repeat_interleave(count // len(kept))
+        behind = start + len(clip.tokens) + torch.arange(clip.ids.shape[1]).expand(count, -1)
+        hidden = self.decoder(input_ids=clip.ids, position_ids=behind, use_cache=True, **held)
+        return self._is_right(clip, hidden.last_hidden_state)
+
+    def enter(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
+        """What enters the first layer that is pruned in place [Q, n, D], and its rotary cos and sin."""
+        visual = torch.cat([self.before, clip.tokens]).expand(len(clip.ids), -1, -1)
+        embeds = torch.cat([visual, self.decoder.embed_tokens(clip.ids)], dim=1)
+        entered = layer_input(self.decoder, embeds, len(self.before), visual.shape[1], _IN_PLACE_LAYERS)
+        turns = (part.expand(len(embeds), -1, -1) for part in entered.arguments["position_embeddings"])
+        return entered.hidden, *turns
+
+    def answer_in_place(self, clip: Clip, entered: tuple[Tensor, Tensor, Tensor], kept: Tensor) -> Tensor:
+        """The same, where all tokens went through the first layers (FastV, arXiv 2403.06764)."""
+        start, text = len(self.before), clip.ids.shape[1]
+        stays = torch.ones(entered[0].shape[:2], dtype=torch.bool)
+        stays[:, start:-text] = False
+        index = stays.scatter(1, start + kept, True).nonzero()[:, 1].view(len(kept), -1)
+        hidden, cos, sin = (gather_rows(part, index) for part in entered)
+        for layer in self.decoder.layers[_IN_PLACE_LAYERS:]:
+            hidden = layer(hidden, position_embeddings=(cos, sin))
+        return self._is_right(clip, self.decoder.norm(hidden)[:, -text:])
+
+    def _is_right(self, clip: Clip, hidden: Tensor) -> Tensor:
+        return ((self.head(hidden).argmax(-1) == clip.targets) | (clip.targets == IGNORE)).all(1)
+
+
+@torch.inference_mode()
+def run(clips: int, save: Callable[[dict], None]) -> dict:
+    """Every scorer at every number of tokens kept; `save` gets the result as it grows."""
+    examinee = Examinee()
+    total = examinee.plan.tokens["total"]
+    result = {"kind": "pruning", "machine": machine("cpu"), "clips": 0, "tokens": total, "asked": [0] * len(TYPES)}
+    result |= {"types": TYPES, "works": {}, "errors": {}}
+    for number in range(clips):
+        clip = examinee.draw(number)
+        result["clips"] += 1
+        result["asked"] = (torch.tensor(result["asked"]) + clip.types.bincount(minlength=len(TYPES))).tolist()
+        for name, kept, right in _examine(examinee, clip):
+            rows = result["works"].setdefault(name, {"bars": {}, "providers": {}})["providers"]
+            row = rows.setdefault(str(kept), {"right": [0] * len(TYPES)})
+            row["right"] = (torch.tensor(row["right"]) + clip.types[right].bincount(minlength=len(TYPES))).tolist()
+            row["ratio"] = sum(row["right"]) / sum(result["asked"])
+        save(result)
+    return result
+
+
+def _examine(examinee: Examinee, clip: Clip):
+    """(scorer, how many are kept, which questions are answered right)."""
+    yield "all", len(clip.tokens), examinee.answer(clip, torch.arange(len(clip.tokens)))
+    entered = examinee.enter(clip)
+    for scorer in (*SCORERS, RANDOM):
+        scores = examinee.scores(clip, scorer)
+        for count in KEPT:
+            kept = prune_tokens(clip.tokens.expand(*scores.shape[:-1], -1, -1), scores, count).kept
+            yield scorer, count, examinee.answer(clip, kept)
+            if scorer == "question":
+                yield IN_PLACE, count, examinee.answer_in_place(clip, entered, kept)
+
+
+def show(result: dict) -> None:
+    facts, asked = result["machine"], f"{result['clips']} clips, {sum(result['asked'])} questions"
+    console = Console(width=130, highlight=False, markup=False)
+    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['commit']}; {asked}")
+    table = Table(title="per cent right, by how many video tokens are kept", title_justify="left")
+    for name in ("chosen by", result["tokens"], *KEPT):
+        table.add_column(str(name), justify="left" if name == "chosen by" else "right")
+    whole = _percent(result["works"]["all"]["providers"][str(result["tokens"])])
+    for name, label in _CHOSEN_BY.items():
+        rows = result["works"][name]["providers"]
+        table.add_row(label, whole, *(_percent(rows[str(kept)]) for kept in KEPT))
+    console.print(table)
+
+
+def _percent(row: dict) -> str:
+    return f"{100 * row['ratio']:.1f}"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Writes a picture: per cent right against tokens kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    total = result["tokens"]
+    whole = 100 * result["works"]["all"]["providers"][str(total)]["ratio"]
+    for name, label in _CHOSEN_BY.items():
+        rows = result["works"][name]["providers"]
+        values = [100 * rows[str(kept)]["ratio"] for kept in KEPT]
+        style = {"linestyle": "--"} if name in ("norm", RANDOM) else {}
+        axes.plot([total, *KEPT], [whole, *values], marker="o", markersize=4, label=label, **style)
+    axes.set(xscale="log", xlabel=f"video tokens kept, of {total}", ylabel="per cent right", ylim=(0, 100))
+    axes.set_xticks([total, *KEPT], [str(kept) for kept in (total, *KEPT)], minor=False)
+    axes.minorticks_off()
+    axes.set_title(f"the embedded model, {result['clips']} clips, {sum(result['asked'])} questions", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,214 @@
+"""What answers in a worker: a model in its own process, or a server that it asks."""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, SfllavaError, VideoError, first_line
+from ..model.prompts import check_question, pick_option, user_words
+from .chat import Chat, check_access
+from .questions import Question, find_video
+from .stamps import stamp_checkpoint, stamp_video
+from .workers import MakeAnswerer
+
+if TYPE_CHECKING:
+    from ..engine.session import Session
+    from ..engine.slowfast_llava import SlowFastLlava
+
+MAX_UPLOAD = 256  # MiB of a video that is sent
+_KEPT = 32 << 20  # characters of a video that are kept for the next question
+_NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
+_DECIDE = ("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens")
+
+
+class ModelAnswerer:
+    """A model of this process; questions about the same video, one after another, share its session."""
+
+    def __init__(self, model: SlowFastLlava, videos: Path, max_new_tokens: int | None = None, **opening: Any) -> None:
+        self.model, self.videos, self.max_new_tokens, self.opening = model, videos, max_new_tokens, opening
+        self.video: str | None = None
+        self.session: Session | None = None
+
+    def __call__(self, question: Question) -> dict[str, Any]:
+        if question.video != self.video:
+            self._open(question.video)
+        said = self.session.ask(question.question, question.choices, self.max_new_tokens)
+        told = {name: text for name in ("caveat", "damage") if (text := getattr(said, name))}
+        if question.choices is not None and self.model.asks_openly:
+            told["openly"] = True  # letters of the answer name no choice, by no rule
+        return _answer(said.text, question.choices, said.option) | told
+
+    def _open(self, video: str) -> None:
+        if self.session is not None:
+            self.session.close(spare=True)
+        self.video = self.session = None
+        path = find_video(self.videos, video)
+        try:
+            self.session = self.model.open(path, **self.opening)
+        except SfllavaError:
+            raise
+        except Exception as error:  # whatever it is, it is the video's fault and not the question's
+            raise VideoError(f"{path} cannot be opened ({type(error).__name__}: {first_line(error)})") from error
+        self.video = video
+
+
+class ServerAnswerer:
+    """A vLLM server. upload: send the video's bytes, for a server that does not see the same files; only videos under
+    `videos` are sent, with `upload_any` others as well, and none of more than `max_upload` MiB."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        videos: Path,
+        max_new_tokens: int,
+        upload: bool = False,
+        upload_any: bool = False,
+        max_upload: int = MAX_UPLOAD,
+    ) -> None:
+        self.chat, self.videos, self.max_new_tokens = chat, videos, max_new_tokens
+        self._upload = upload or upload_any
+        self._data_url = partial(_data_url, folder=None if upload_any else videos, most=max_upload)
+        self._kept: tuple[Path | None, str] = None, ""
+
+    def __call__(self, question: Question) -> dict[str, Any]:
+        check_question(question.question, question.choices)
+        words = user_words(question.question, question.choices)
+        video = {"type": "video_url", "video_url": {"url": self._url(find_video(self.videos, question.video))}}
+        content = [video, {"type": "text", "text": words}]
+        text = self.chat.reply([{"role": "user", "content": content}], self.max_new_tokens)
+        option = None if question.choices is None else pick_option(text, question.choices)
+        return _answer(text, question.choices, option)
+
+    def _url(self, video: Path) -> str:
+        """How the video is sent; of one that is not large, the bytes are kept for the next question about it."""
+        if not self._upload:
+            return _file_url(video)
+        if self._kept[0] == video:
+            return self._kept[1]
+        self._kept = None, ""  # before the next one takes memory
+        url = self._data_url(video)
+        if len(url) <= _KEPT:
+            self._kept = video, url
+        return url
+
+
+def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[MakeAnswerer, dict[str, Any]]:
+    """What makes the answerer of each worker, and the settings that decide its answers.
+
+    options: those of `SlowFastLlava.from_pretrained`, `SlowFastLlava.open` and max_new_tokens.
+    """
+    # Workers may be somewhere else: actors of a cluster are.
+    model = os.path.abspath(model) if model and os.path.exists(model) else model
+    told = {name: options[name] and str(options[name]) for name in _DECIDE}
+    files = {"model_files": model and stamp_checkpoint(model), "reduction_file": _reduction_file(options["reduction"])}
+    decide = {"model": model or "embedded", **told, **files}
+    return partial(make_model, model=model, videos=videos.absolute(), **options), decide
+
+
+def _reduction_file(reduction: str | None) -> str | None:
+    """The stamp of the file that a reduction is read from, if there is one."""
+    from ..reduction.settings import parse_reduction
+
+    file = getattr(parse_reduction(reduction), "file", None) if isinstance(reduction, str) else None
+    return file and stamp_video(file)
+
+
+def server_answerer(
+    url: str,
+    model: str | None,
+    videos: Path,
+    max_new_tokens: int | None = None,
+    timeout: float | None = None,
+    upload: bool = False,
+    upload_any: bool = False,
+    max_upload: int = MAX_UPLOAD,
+) -> tuple[MakeAnswerer, dict[str, Any]]:
+    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster. Its model
+    does: a server that is not told which one is asked for the name of its own."""
+    check_access(url)  # rather than in each worker, or not at all where nothing is left to ask
+    decide = {"model": model or Chat(url).model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
+    send = {"upload": upload, "upload_any": upload_any, "max_upload": max_upload}
+    return partial(make_client, url=url, timeout=timeout, videos=videos, **send, **decide), {"server": True, **decide}
+
+
+def make_model(
+    number: int,
+    count: int,
+    model: str | None,
+    videos: Path,
+    device: str | None,
+    frames: int | None,
+    decoder: str,
+    max_new_tokens: int | None,
+    **options: Any,
+) -> ModelAnswerer:
+    """The answerer of worker `number` of `count`: a CUDA device each in turn, its part of the CPU's cores."""
+    import torch
+
+    from ..engine.slowfast_llava import SlowFastLlava
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{number % torch.cuda.device_count()}"
+    loaded = SlowFastLlava.from_pretrained(model, device=device, **options)
+    return ModelAnswerer(loaded, videos, max_new_tokens, frames=frames, decoder=decoder)
+
+
+def make_client(
+    number: int,
+    count: int,
+    url: str,
+    model: str | None,
+    timeout: float | None,
+    videos: Path,
+    max_new_tokens: int,
+    **send: Any,
+) -> ServerAnswerer:
+    return ServerAnswerer(Chat(url, model, timeout), videos, max_new_tokens, **send)
+
+
+def _answer(text: str, choices: list[Any] | None, option: int | None) -> dict[str, Any]:
+    if choices is None:
+        return {"answer": text}
+    return {"answer": text, "choice": None if option is None else str(choices[option]), "option": option}
+
+
+def _file_url(video: Path) -> str:
+    try:
+        return video.absolute().as_uri()
+    except UnicodeEncodeError as error:
+        raise VideoError(f"{ascii(str(video))} is no name that a file can have") from error
+
+
+def _data_url(video: Path, folder: Path | None, most: int) -> str:
+    """The bytes of a video in the folder, or with None anywhere. A question file names it, so it may be any file:
+    nothing is sent that is somewhere else, by whatever name or link, that has more than `most` MiB, or is no video."""
+    from ..video import open_video
+
+    try:
+        file = video.resolve(strict=True)
+        inside = folder is None or file.is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        told = getattr(error, "strerror", None) or "no file has that name"
+        raise VideoError(f"{ascii(str(video))} cannot be read: {told}") from error
+    if not inside:
+        raise InputError(f"{video} is not under {folder}, so it is not sent: move it there, or give --upload-any")
+    if file.is_dir():
+        raise InputError(f"{video} is a folder of frames: a server takes video files")
+    try:
+        size = file.stat().st_size
+        if size > most << 20:
+            told = f"{video} has {size / 2**20:.1f} MiB, and up to {most} are sent"
+            raise InputError(f"{told}: cut or compress it, or raise --max-upload")
+        open_video(file)
+        with file.open("rb") as opened:
+            data = opened.read(size)
+    except OSError as error:
+        raise VideoError(f"{video} cannot be read: {error.strerror}") from error
+    kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,337 @@
+"""Loading: a LLaVA checkpoint, in Hugging Face's or the original format, as the stock transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import BackendError, CheckpointError, InputError
+from . import files as checkpoint_files
+from . import original_llava
+from .attention import Attention, resolve_attention
+from .files import check_sizes, locate, one_line, read_json, refuse_outer, refuse_part
+from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+# Which every config has, some under other names too.
+_SIZES = ("num_hidden_layers", "num_attention_heads")
+# Files that any Hugging Face tokenizer needs one of.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+# Of the entry "sfllava_fast" of config.json, all of them texts but the first.
+_OPTIONS = ("frames", "layout", "prompt", "caveat", "choices")
+_WIDEST_GRID = 1024
+
+# SlowFast-LLaVA's published runs stretch the Llama models' 4096 positions by dynamic NTK scaling with
+# factor 2, which changes nothing up to 4096 tokens.
+_STRETCHED_POSITIONS = 4096
+_STRETCH = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the stock model, cut after the vision layers it reads, and what belongs to it.
+
+    name: what the caller asked for. depths: encoder layers to run for each feature that is read, as in
+    `hidden_states[depth]`. drops_first: whether the first vision token (CLS) is left out. context: tokens
+    the language model may see. options: the "sfllava_fast" entry of config.json, or None.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None
+    preprocessor: dict[str, Any]
+    attention: Attention
+    depths: tuple[int, ...]
+    drops_first: bool
+    grid: tuple[int, int]
+    context: int
+    options: dict[str, Any] | None
+
+
+def load_checkpoint(
+    path_or_hub_id: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "auto",
+) -> Checkpoint:
+    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: Hugging Face's format, in the keys of transformers 4 and 5, or the
+    original one. Every weight is read from its files, none is missing, left over or random.
+
+    Raises CheckpointError for anything missing, corrupt, incomplete or of another architecture,
+    BackendError for a device, dtype or attention that cannot serve, InputError for an unknown dtype.
+    """
+    require_transformers()
+    path = locate(path_or_hub_id)
+    refuse_part(path)
+    raw = read_config(path)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device, raw)
+    config = stock_config(path, raw)
+    depths = feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+    text = config.text_config
+    with one_line(f"{path}: config.json is not usable"):
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        context = _stretch_context(text)
+    chosen = resolve_attention(attention, device, dtype, head_dim)
+    tokenizer = load_tokenizer(path, raw)
+    preprocessor = read_preprocessor(path, raw)
+    model = load_model(path, raw, config, dtype, device, chosen.implementation, max(depths))
+    drops_first = config.vision_feature_select_strategy == "default"
+    return Checkpoint(
+        str(path_or_hub_id),
+        model,
+        tokenizer,
+        read_chat_template(path, tokenizer),
+        preprocessor,
+        chosen,
+        depths,
+        drops_first,
+        patch_grid(model.model.vision_tower, config.vision_config, drops_first),
+        context,
+        raw.get("sfllava_fast"),
+    )
+
+
+def require_transformers() -> None:
+    """Raise BackendError unless transformers 5 or newer can be imported."""
+    try:
+        from transformers import __version__
+    except ImportError as error:
+        raise BackendError(f"no usable transformers ({error}): pip install 'transformers>=5.17'") from error
+    if int(__version__.split(".")[0]) < 5:
+        raise BackendError(f"transformers {__version__} is too old: pip install 'transformers>=5.17'")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint, as it stands."""
+    config = checkpoint_files.read_config(path)
+    if config is None:
+        refuse_part(path)
+        refuse_outer(path)
+        raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
+    with one_line(f"{path}: config.json is not usable"):
+        _check_config(path, config)
+    return config
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    found = (config.get("architectures") or [CLASSES.get(model_type, model_type)])[0]
+    if not original_llava.is_original(config) and (found is None or found != CLASSES.get(model_type)):
+        readable = ", ".join([*CLASSES.values(), *original_llava.ARCHITECTURES])
+        raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{path} is quantized, which is not served: take the checkpoint that it was made from")
+    options = config.get("sfllava_fast")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError("its entry sfllava_fast is no object")
+    for name, value in (options or {}).items():
+        kind = int if name == "frames" else str
+        if name in _OPTIONS and (not isinstance(value, kind) or name == "frames" and value < 1):
+            raise ValueError(f"its entry sfllava_fast has {name} {value!r}")
+
+
+def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """What config.json says, as the config of the stock model. CheckpointError for a tower or a language model of a kind
+    that is not served, or of more layers than any has, whatever it calls them."""
+    if original_llava.is_original(raw):
+        return original_llava.stock_config(path, raw)
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    with one_line(f"{path}: config.json is not usable"):
+        config = AutoConfig.from_pretrained(path)
+        tower, text = config.vision_config, config.text_config
+        if tower.model_type not in TOWERS:
+            raise CheckpointError(
+                f"{path} has the vision tower {tower.model_type}, and {' or '.join(TOWERS)} are read: use a CLIP LLaVA"
+            )
+        if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text.get_text_config() is not text:
+            raise CheckpointError(
+                f"{path} has the language model {text.model_type}, which is no decoder alone: use vicuna, mistral, Yi or "
+                "Qwen2"
+            )
+        for part in (tower, text):
+            check_sizes(path / "config.json", {name: getattr(part, name) for name in _SIZES})
+    return config
+
+
+def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of a frame's patches, from config.json alone."""
+    original = original_llava.is_original(raw)
+    vision = original_llava.tower_config(path, raw) if original else raw.get("vision_config") or {}
+    with one_line(f"{path}: config.json is not usable"):
+        side = vision.get("image_size", 336) // vision.get("patch_size", 14)
+        if not 1 <= side <= _WIDEST_GRID:
+            raise ValueError(f"its pictures are {side} patches wide")
+    return side, side
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on: CUDA where there is one, else the CPU. BackendError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device.type} is not served: use cpu or cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise BackendError(f"device {device} is not there ({count} CUDA devices are visible): use cpu")
+    return device
+
+
+def choose_dtype(
+    dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]
+) -> torch.dtype:
+    """The dtype to load: float32 on a CPU, the checkpoint's 16 bits on a GPU (bfloat16 where it has none)."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if dtype is None:
+        stored = config.get("dtype") or config.get("torch_dtype")
+        stored = DTYPES.get(str(stored).removeprefix("torch."), torch.float32)
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if stored is torch.float32 else stored
+    if dtype not in DTYPES.values():
+        raise InputError(f"dtype {dtype} is not served: use float32, bfloat16 or float16")
+    if dtype is torch.float16 and device.type == "cpu":
+        raise BackendError("float16 matrix products are unusably slow on a CPU: use bfloat16 or float32")
+    return dtype
+
+
+def feature_depths(layers: int | list[int], count: int) -> tuple[int, ...]:
+    """Encoder layers to run for each entry of `vision_feature_layer` in a tower of `count` layers.
+
+    Entry i names `hidden_states[i]` of the stock tower: count + 1 states, the first before any layer.
+    """
+    named = layers if isinstance(layers, list) else [layers]
+    if not named or not all(isinstance(i, int) and -count - 1 <= i <= count for i in named):
+        raise CheckpointError(f"vision_feature_layer {layers} is outside of a vision tower of {count} layers")
+    return tuple(i if i >= 0 else count + 1 + i for i in named)
+
+
+def load_model(
+    path: Path,
+    raw: dict[str, Any],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    depth: int | None = None,
+) -> PreTrainedModel:
+    """The stock model with its weights from the checkpoint's files, checked one by one, in evaluation mode.
+
+    depth: cuts the vision tower after so many layers. Raises CheckpointError, as `load_weights` does.
+    """
+    import transformers
+
+    original = original_llava.is_original(raw)
+    stored = original_llava.tensors(path, raw) if original else stored_tensors(path, HUGGING_FACE_NAMES)
+    with one_line(f"{path}: config.json is not usable"), torch.device("meta"):
+        stock = getattr(transformers, CLASSES[config.model_type])
+        model = stock._from_config(config, dtype=dtype, attn_implementation=attention)
+    if depth is not None:
+        cut_tower(model.model.vision_tower, depth)
+    load_weights(model, stored, path, config.vision_config.num_hidden_layers, device)
+    if (path / "generation_config.json").is_file():
+        with one_line(f"{path / 'generation_config.json'} is not usable"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.requires_grad_(False).eval()
+
+
+def cut_tower(tower: torch.nn.Module, depth: int) -> None:
+    """Drop the layers after `depth` and the post-norm from a vision tower, in place."""
+    core = _core(tower)
+    layers = getattr(getattr(core, "encoder", None), "layers", None)
+    if layers is None or not hasattr(core, "post_layernorm"):
+        raise CheckpointError(
+            f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA"
+        )
+    core.encoder.layers = layers[:depth]
+    core.post_layernorm = torch.nn.Identity()
+
+
+def _core(tower: torch.nn.Module) -> torch.nn.Module:
+    # transformers 5.0 keeps the level .vision_model that later releases drop.
+    return getattr(tower, "vision_model", tower)
+
+
+def patch_grid(tower: torch.nn.Module, config: Any, drops_first: bool) -> tuple[int, int]:
+    """(rows, columns) of a frame's patches. CheckpointError where the features are not exactly those."""
+    side = config.image_size // config.patch_size
+    extra = int(hasattr(_core(tower).embeddings, "class_embedding")) - int(drops_first)
+    if extra:
+        chosen, other = ("default", "full") if drops_first else ("full", "default")
+        raise CheckpointError(
+            f"vision_feature_select_strategy {chosen!r} leaves {side * side + extra} vision tokens, "
+            f"not the {side}x{side} grid that is pooled: set it to {other!r} in config.json"
+        )
+    return side, side
+
+
+def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory."""
+    from transformers import AutoTokenizer
+
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again"
+        )
+    kind = original_llava.tokenizer_class(path) if original_llava.is_original(raw) else AutoTokenizer
+    with one_line(f"{path}: the tokenizer cannot be loaded"):
+        return kind.from_pretrained(path)
+
+
+def read_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template of a checkpoint: the processor's (chat_template.json) or the tokenizer's."""
+    template = (read_json(path / "chat_template.json") or {}).get("chat_template") or tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def read_preprocessor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The image processor's settings: preprocessor_config.json, or their entry in processor_config.json; those of the
+    vision tower in the original format."""
+    if original_llava.is_original(raw):
+        return original_llava.tower_preprocessor(path, raw)
+    settings = read_json(path / "preprocessor_config.json")
+    settings = settings or (read_json(path / "processor_config.json") or {}).get("image_processor")
+    if not settings:
+        raise CheckpointError(f"{path} has no preprocessor_config.json: download the checkpoint again")
+    return settings
+
+
+def rope_type(text: Any) -> str:
+    """The kind of rotary embedding that a language model's config names."""
+    return (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
+def _stretch_context(text: Any) -> int:
+    """Tokens that the language model may see; stretches its rotary embedding, in place, as published."""
+    fits = text.model_type == "llama" and text.max_position_embeddings == _STRETCHED_POSITIONS
+    if fits and rope_type(text) == "default":
+        text.rope_parameters = {**text.rope_parameters, **_STRETCH}
+    # Other kinds of scaling are configured with the positions that they reach.
+    factor = text.rope_parameters.get("factor", 1.0) if rope_type(text) in ("linear", "dynamic") else 1.0
+    return int(text.max_position_embeddings * factor)

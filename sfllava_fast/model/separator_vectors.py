@@ -1,0 +1,63 @@
+"""The vectors that a layout's separators are, in a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..layouts.pathways import Separator
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+log = logging.getLogger("sfllava_fast")
+
+# VideoLLM-online's interval is a comma of the text; a line break is what comes nearest to a newline that was learned.
+_TEXTS = {"interval": ","}
+_ELSE = "\n"
+
+
+def find_separators(
+    separators: tuple[Separator, ...], checkpoint: Checkpoint, given: Mapping[str, Tensor] | None = None
+) -> Tensor | None:
+    """Separators [K, D] of the model's dtype and device; None where the layout has none.
+
+    By name: as given, else the newline that LLaVA-NeXT learned, else the embedding of a text's token, else the mean of
+    all embeddings; the log says what stands for a vector that was never learned.
+    Raises InputError for a vector of another shape, or of a name that the layout does not have.
+    """
+    names, given = [separator.name for separator in separators], dict(given or {})
+    if unknown := set(given) - set(names):
+        has = ", ".join(names) or "none"
+        raise InputError(f"the layout has no separator {', '.join(sorted(unknown))}: it has {has}")
+    if not names:
+        return None
+    return torch.stack([_find(name, checkpoint, given.get(name)) for name in names])
+
+
+def _find(name: str, checkpoint: Checkpoint, given: Tensor | None) -> Tensor:
+    model = checkpoint.model
+    width = model.config.text_config.hidden_size
+    vector = getattr(model.model, "image_newline", None) if given is None and name == "newline" else given
+    if vector is None:
+        vector = _embed(_TEXTS.get(name, _ELSE), name, checkpoint)
+    if not isinstance(vector, Tensor) or tuple(vector.shape) != (width,):
+        found = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise InputError(f"the separator {name} must be a tensor [{width}], not {found}")
+    return vector.detach().to(model.device, model.dtype)
+
+
+def _embed(text: str, name: str, checkpoint: Checkpoint) -> Tensor:
+    """The embedding of a text's last token; the mean of all where the tokenizer cannot spell it."""
+    tokenizer, embeddings = checkpoint.tokenizer, checkpoint.model.get_input_embeddings().weight
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    spelled = bool(ids) and ids[-1] != tokenizer.unk_token_id
+    if not spelled or name not in _TEXTS:
+        stand_in = f"the embedding of {text!r}" if spelled else "the mean of its embeddings"
+        log.warning("this checkpoint has no vector of its own for the separator %s: %s stands for it", name, stand_in)
+    return embeddings[ids[-1]] if spelled else embeddings.mean(0)

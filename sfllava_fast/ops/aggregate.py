@@ -1,0 +1,562 @@
+"""The aggregator as a PyTorch op.
+
+Schemas are defined here, once; compiled libraries only register implementations of `pool`, `pool_backward`,
+`pool_gpu` and `pool_backward_gpu`, so the op exists, traces and exports with no binary at all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+
+from ..errors import InputError
+from ..layouts.layout import PLANS, Layout, square_grid
+from ..layouts.plan import Plan
+from ..layouts.presets import parse_layout
+from ..layouts.slowfast import SlowFastLayout
+from . import gradients
+from .backends import aggregate as backends
+from .backends import reference
+from .separators import separators_backward, write_separators
+
+_library = torch.library.Library("sfllava_fast", "DEF")
+_ARGUMENTS = "str layout, int height, int width, Tensor? frame_offsets"
+_SEPARATORS = "Tensor? separators=None"
+_library.define(f"aggregate(Tensor features, {_ARGUMENTS}, str backend, {_SEPARATORS}) -> Tensor")
+_library.define(f"aggregate_out(Tensor features, {_ARGUMENTS}, str backend, Tensor(a!) out, {_SEPARATORS}) -> ()")
+_library.define(
+    f"aggregate_tangent(Tensor tangent, Tensor features, {_ARGUMENTS}, str backend, {_SEPARATORS}) -> Tensor"
+)
+_library.define(f"aggregate_backward(Tensor grad, Tensor features, {_ARGUMENTS}, str backend) -> Tensor")
+_library.define(f"separators_backward(Tensor grad, Tensor features, {_ARGUMENTS}, int count) -> Tensor")
+_library.define("token_offsets(Tensor frame_offsets, str layout, int height, int width) -> Tensor")
+# What compiled kernels implement: out[:] = the plan table's pooling of features, or the features' gradient of it;
+# `table` is the plan on the GPU.
+_library.define("pool(Tensor features, Tensor plan, Tensor(a!) out) -> ()")
+_library.define("pool_backward(Tensor grad, Tensor features, Tensor plan, Tensor(a!) out) -> ()")
+_library.define("pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
+_library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
+
+
+def slowfast_aggregate(
+    features: Tensor,
+    config: Layout | str = SlowFastLayout(),
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+    grid: tuple[int, int] | None = None,
+    frame_offsets: Tensor | Sequence[int] | None = None,
+    separators: Tensor | None = None,
+    apart: bool = False,
+) -> Tensor | dict[str, Tensor] | tuple[Tensor, Tensor]:
+    """Tokens of a video's patch features: selection, pooling, flatten and concatenation in one pass. By default
+    SlowFast-LLaVA's (arXiv 2407.15841, section 3.2).
+
+    features: [T, N, D], floating, unit stride over D, any other strides (`hidden[:, 1:]` as it is); N = rows *
+        columns of `grid`, row-major, and one more in front where the layout reads the class token (`hidden` as it is).
+        16-bit input is accumulated in float32 and rounded once. [B, T, N, D] are B videos of one length: one launch if
+        they lie one after the other in memory, and so does `out`, else a launch for each; nothing is copied.
+    config: any layout, or its text: a name of `layouts.PRESETS`, or such as
+        slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4.
+    out: [S, D], or [B, S, D], of the features' dtype and device with unit stride over D, written in place and
+        returned; for example the rows of a language model's `inputs_embeds`. Not differentiable.
+    backend: "auto", or one of `sfllava_fast.ops.backends.aggregate.BACKENDS` by name.
+    grid: (rows, columns); square by default.
+    frame_offsets: [V + 1] integers for V videos packed along T of [T, N, D]: 0, ..., T, as cumulative sequence lengths;
+        a list or on the CPU: values on a GPU are waited for.
+    separators: [K, D] of the features' dtype and device, one for each of the layout's `separators`, such as a learned
+        newline; differentiable.
+    apart: return the pathways' tokens by name, as views of one buffer, for layouts that have them one after the other.
+
+    Returns tokens [S, D], by default all slow tokens (frame, row, column), then all fast ones: 3680 of 50 frames of
+    24x24; [B, S, D] of a batch. With `frame_offsets`, video after video, and the token offsets [V + 1] (int64) as well.
+    Differentiable in features and separators any number of times, in reverse and forward mode; under `torch.func.vmap`
+    the batch is folded into the channels, which copies the features: [B, T, N, D] does not.
+    Raises InputError, LayoutError or BackendError in one line that says what to change.
+    """
+    layout = str(config)  # the op parses it: a trace holds nothing but the string
+    kind = None
+    if frame_offsets is None and separators is None and not apart and _is_plain(features, out) and _is_known_grid(grid):
+        kind = _kind(features, layout, out, backend, grid)
+        if plan := _find_checked(kind):
+            return _run_checked(features, plan, backend, out)
+    _check_features(features)
+    height, width = check_grid(grid, features.shape[-2] - _class_tokens(layout))
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
+    check_separators(separators, layout, features)
+    backends.check_name(backend)
+    call = (layout, height, width, offsets, backend)
+    of_separators = separators is not None and separators.requires_grad
+    needs_grad = torch.is_grad_enabled() and (features.requires_grad or of_separators)
+    unwatched = is_unwatched(features)
+    transformed = not unwatched and not is_compiling() and gradients.is_transformed()
+    if out is not None:
+        if needs_grad or transformed:
+            raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad() and no transform")
+        if unwatched:
+            _aggregate_out(features, *call, out, separators)
+        else:
+            _check_same_kind(out, features)  # the dispatcher would serve a meta tensor with nothing
+            torch.ops.sfllava_fast.aggregate_out(features, *call, out, separators)
+        tokens = out
+    else:
+        aggregate = _aggregate if unwatched and not needs_grad else torch.ops.sfllava_fast.aggregate
+        tokens = aggregate(features, *call, separators)
+    if apart:
+        return _split(tokens, config, features.shape[-3], (height, width), offsets)
+    if kind:
+        _remember_checked(kind, _plan(features, layout, height, width, None))
+    if offsets is None:
+        return tokens
+    return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
+
+
+def is_unwatched(features: Tensor) -> bool:
+    """Whether nothing traces, transforms or intercepts the call: then what the op would run can be called at once.
+
+    Dispatching to an op written in Python takes as long as all of the rest of a call.
+    """
+    return (
+        not is_compiling()
+        and type(features) in _PLAIN
+        and not _count_modes()
+        and forward_ad._current_level < 0
+        and _innermost_transform() is None
+    )
+
+
+_PLAIN = Tensor, torch.nn.Parameter
+_count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+# A plain call is of one video, with no gradient. Its arguments are checked once for each kind of call, since the checks
+# take as long as the rest of the host's work. Plans are held weakly: config.PLANS bounds them.
+_checked: dict[tuple, weakref.ref[Plan]] = {}
+_MOST_CHECKED = 256
+
+
+def _is_plain(features: Tensor, out: Tensor | None) -> bool:
+    if not is_unwatched(features) or features.layout is not torch.strided or features.dim() != 3:
+        return False
+    if out is not None and (type(out) not in _PLAIN or out.layout is not torch.strided):
+        return False
+    return not torch.is_grad_enabled() or not (features.requires_grad or (out is not None and out.requires_grad))
+
+
+def _is_known_grid(grid: object) -> bool:
+    """Not one that merely equals a right one, as (4.0, 4.0) does."""
+    return grid is None or (type(grid) in (tuple, list) and all(type(side) is int for side in grid))
+
+
+def _kind(features: Tensor, layout: str, out: Tensor | None, backend: str, grid: object) -> tuple:
+    """All that the checks look at, but for where the tensors lie."""
+    into = None if out is None else (out.shape, out.stride(), out.dtype, out.device)
+    grid = tuple(grid) if type(grid) is list else grid
+    return layout, backend, grid, features.shape, features.stride(), features.dtype, features.device, into
+
+
+def _find_checked(kind: tuple) -> Plan | None:
+    try:
+        return _checked[kind]()
+    except (KeyError, TypeError):  # never seen; a wrong argument that cannot be looked up
+        return None
+
+
+def _remember_checked(kind: tuple, plan: Plan) -> None:
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked[kind] = weakref.ref(plan)
+
+
+def _run_checked(features: Tensor, plan: Plan, backend: str, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = features.new_empty(plan.offsets[-1], features.shape[2])
+    else:
+        _check_overlap(out, features)
+        _mark_written(out)
+    backends.choose(backend, features, plan).run(features, plan, out)
+    write_separators(out, plan, None)  # rows of zeros
+    return out
+
+
+def _mark_written(out: Tensor) -> None:
+    """So that a backward that has saved it says so, instead of reading the new values."""
+    if not out.is_inference():
+        increment_version(out)
+
+
+def _aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    if features.dim() == 3:  # as below, in half a microsecond less
+        out = features.new_empty(plan.offsets[-1], features.shape[2])
+        backends.choose(backend, features, plan).run(features, plan, out)
+        write_separators(out, plan, separators)
+        return out
+    out = features.new_empty(token_shape(plan, features, features.shape[-1]))
+    _pool(features, plan, layout, backend, out, separators)
+    return out
+
+
+def _aggregate_out(features, layout, height, width, frame_offsets, backend, out, separators=None):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    check_out(out, features, token_shape(plan, features, features.shape[-1]))
+    _mark_written(out)
+    _pool(features, plan, layout, backend, out, separators)
+
+
+def _pool(features, plan, layout, backend, out, separators):
+    chosen = backends.choose(backend, features, plan)
+    if out.dim() == 2:  # as below
+        chosen.run(features, plan, out)
+        write_separators(out, plan, separators)
+        return
+    for part, plan, rows in launches(features, plan, layout, out):
+        chosen.run(part, plan, rows)
+        write_separators(rows, plan, separators)
+
+
+def _aggregate_tangent(tangent, features, layout, height, width, frame_offsets, backend, separators=None):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    tangent, packed = tangent.flatten(0, -3), features.flatten(0, -3)
+    if any(path.reduce == "max" for path in plan.pathways):
+        out = reference.aggregate_tangent(tangent, packed, plan)
+    else:
+        tangent = _with_unit_stride(tangent)
+        out = tangent.new_zeros(plan.offsets[-1], tangent.shape[2])
+        backends.choose(backend, tangent, plan).run(tangent, plan, out)
+    write_separators(out, plan, separators)
+    return out.view(token_shape(plan, features, out.shape[1]))
+
+
+def _aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
+    plan = _plan(features, layout, height, width, frame_offsets)
+    grad = _with_unit_stride(grad)
+    out = torch.empty_like(features, memory_format=torch.contiguous_format)
+    chosen = backends.choose(backend, features, plan, backward=True)
+    for part, plan, rows, into in launches(features, plan, layout, grad, out):
+        chosen.run_backward(rows, part, plan, into)
+    return out
+
+
+def _separators_backward(grad, features, layout, height, width, frame_offsets, count):
+    return separators_backward(grad.flatten(0, -2), _plan(features, layout, height, width, frame_offsets))
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    """A sum's gradient is one number, expanded."""
+    return tensor.contiguous() if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 else tensor
+
+
+def launches(features: Tensor, plan: Plan, layout: str, *others: Tensor) -> Sequence[tuple]:
+    """(features [T, N, D], plan, *others) of each launch that serves features [T, N, D] or [B, T, N, D].
+
+    plan: of all videos. others: [S, D] or [T, N, D], of a batch [B, ...], such as what is written. A batch whose videos
+    lie one after the other everywhere is served as videos packed along T; any other video by video. Nothing is copied.
+    """
+    if features.dim() == 3:
+        return ((features, plan, *others),)
+    tensors = features, *others
+    if all(map(_is_packed, tensors)):
+        features, *others = (tensor.flatten(0, 1) for tensor in tensors)
+        return ((features, plan, *others),)
+    plan = parse_layout(layout).plan(plan.lengths[0], plan.grid)
+    return [(part, plan, *rest) for part, *rest in zip(*tensors)]
+
+
+def _is_packed(batch: Tensor) -> bool:
+    return 1 in batch.shape[:2] or batch.stride(0) == batch.shape[1] * batch.stride(1)
+
+
+def token_shape(plan: Plan, features: Tensor, channels: int) -> tuple[int, ...]:
+    """(S, D) of features [T, N, ...], (B, S, D) of a batch of them."""
+    if features.dim() == 3:
+        return plan.offsets[-1], channels
+    return features.shape[0], plan.offsets[1], channels
+
+
+def _token_offsets(frame_offsets, layout, height, width):
+    """Where each video's tokens begin, with no value read."""
+    lengths = frame_offsets.long().diff()
+    tokens = lengths * 0 + parse_layout(layout).count_tokens(lengths, (height, width))
+    return torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+
+
+def _fake_aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
+    tokens = open_token_shape(features, layout, (height, width), frame_offsets)
+    return features.new_empty(*tokens, features.shape[-1])
+
+
+def _fake_aggregate_tangent(tangent, features, *call):
+    return _fake_aggregate(features, *call)
+
+
+def open_token_shape(features: Tensor, layout: str, grid: tuple[int, int], frame_offsets: Tensor | None) -> tuple:
+    """(S,), or (B, S) of a batch, where a trace leaves the number of frames open."""
+    parsed, (*batch, frames) = parse_layout(layout), features.shape[:-2]
+    if frame_offsets is None:
+        return *batch, parsed.count_tokens(frames, grid)
+    if parsed.is_affine:
+        return (parsed.count_packed_tokens(frames, grid, frame_offsets.shape[0] - 1),)
+    return (torch.library.get_ctx().new_dynamic_size(),)  # how many frames each video has decides it
+
+
+def _fake_aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
+
+
+def _fake_separators_backward(grad, features, layout, height, width, frame_offsets, count):
+    return grad.new_empty(count, grad.shape[-1])
+
+
+_library.impl("aggregate", _aggregate, "CompositeExplicitAutograd")
+_library.impl("aggregate_out", _aggregate_out, "CompositeExplicitAutograd")
+_library.impl("aggregate_tangent", _aggregate_tangent, "CompositeExplicitAutograd")
+_library.impl("aggregate_backward", _aggregate_backward, "CompositeExplicitAutograd")
+_library.impl("separators_backward", _separators_backward, "CompositeExplicitAutograd")
+_library.impl("token_offsets", _token_offsets, "CompositeExplicitAutograd")
+
+
+def _watched_aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
+    call = layout, height, width, frame_offsets, backend
+    if gradients.is_differentiated(features, separators):
+        return gradients.apply(gradients.Pool, features, None, separators, *call)
+    return gradients.below_autograd(torch.ops.sfllava_fast.aggregate, features, *call, separators)
+
+
+def _watched_tangent(tangent, features, layout, height, width, frame_offsets, backend, separators=None):
+    call = layout, height, width, frame_offsets, backend
+    return gradients.apply(gradients.Pool, tangent, features, separators, *call)
+
+
+def _watched_aggregate_out(features, layout, height, width, frame_offsets, backend, out, separators=None):
+    if gradients.is_differentiated(features, separators, out):
+        raise InputError("out= is not differentiable: call aggregate, or call under torch.no_grad()")
+    call = layout, height, width, frame_offsets, backend
+    gradients.below_autograd(torch.ops.sfllava_fast.aggregate_out, features, *call, out, separators)
+
+
+# The public function runs the op without these; they are for traces, and for who calls the op itself.
+_library.impl("aggregate", _watched_aggregate, "Autograd")
+_library.impl("aggregate_out", _watched_aggregate_out, "Autograd")
+_library.impl("aggregate_tangent", _watched_tangent, "Autograd")
+_library.impl("aggregate_backward", partial(gradients.apply, gradients.Spread), "Autograd")
+_library.impl("separators_backward", partial(gradients.apply, gradients.OfSeparators), "Autograd")
+for _name in ("aggregate", "aggregate_tangent", "aggregate_backward", "separators_backward"):
+    _run = partial(gradients.fold_into_channels, getattr(torch.ops.sfllava_fast, _name))
+    torch.library.register_vmap(f"sfllava_fast::{_name}", _run, lib=_library)
+torch.library.register_fake("sfllava_fast::token_offsets", _token_offsets, lib=_library)
+torch.library.register_fake("sfllava_fast::aggregate", _fake_aggregate, lib=_library)
+torch.library.register_fake("sfllava_fast::aggregate_out", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::aggregate_tangent", _fake_aggregate_tangent, lib=_library)
+torch.library.register_fake("sfllava_fast::aggregate_backward", _fake_aggregate_backward, lib=_library)
+torch.library.register_fake("sfllava_fast::separators_backward", _fake_separators_backward, lib=_library)
+torch.library.register_fake("sfllava_fast::pool", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_backward", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_gpu", lambda *_: None, lib=_library)
+torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, lib=_library)
+
+
+def resolve_plan(
+    features: Tensor,
+    config: Layout | str,
+    grid: tuple[int, int] | None = None,
+    frame_offsets: Tensor | Sequence[int] | None = None,
+) -> Plan:
+    """What `slowfast_aggregate` would do with these arguments; its errors. A batch's videos as if they were packed."""
+    _check_features(features)
+    offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
+    layout = str(config)
+    return _plan(features, layout, *check_grid(grid, features.shape[-2] - _class_tokens(layout)), offsets)
+
+
+def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
+    frames = features.shape[0]
+    if frame_offsets is not None:
+        frames = _lengths(frame_offsets, frames)
+    elif features.dim() == 4:
+        frames = (features.shape[1],) * frames
+    plan = PLANS.find((layout, frames, height, width))
+    return plan or _make_plan(layout, frames, height, width, features.shape[-2] - _class_tokens(layout))
+
+
+def _make_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int, patches: int) -> Plan:
+    if height * width != patches:  # of who calls the op itself
+        raise InputError(f"grid {height}x{width} does not fit {patches} patches")
+    plan = parse_layout(layout).plan(frames, (height, width))
+    # Layout.plan has kept it by the layout's own text; a name of it, such as "sf_llava", is one more key.
+    return PLANS.keep((layout, frames, height, width), plan, plan.nbytes)
+
+
+@torch.compiler.assume_constant_result
+def _class_tokens(layout: str) -> int:
+    """How many tokens stand before the patches."""
+    return _facts(layout)[0]
+
+
+@torch.compiler.assume_constant_result
+def _count_separators(layout: str) -> int:
+    return _facts(layout)[1]
+
+
+@lru_cache(maxsize=256)
+def _facts(layout: str) -> tuple[int, int]:
+    parsed = parse_layout(layout)
+    return int(parsed.class_token), len(parsed.separators)
+
+
+def check_separators(separators: Tensor | None, layout: str, features: Tensor) -> None:
+    count = _count_separators(layout)
+    if separators is None and not count:
+        return
+    shape = [count, features.shape[-1]]
+    if separators is not None and not isinstance(separators, Tensor):
+        raise InputError(f"separators must be a torch.Tensor {shape}, not {type(separators).__name__}")
+    if separators is None:
+        names = ", ".join(separator.name for separator in parse_layout(layout).separators)
+        raise InputError(f"the layout has separators ({names}): pass separators={shape}")
+    if not count:
+        raise InputError(f"the layout {layout} has no separators: leave separators= out")
+    if list(separators.shape) != shape:
+        raise InputError(f"separators must be {shape}, not {list(separators.shape)}")
+    _check_same_kind(separators, features, "separators")
+
+
+def _split(tokens: Tensor, config: Layout | str, frames: int, grid: tuple[int, int], offsets: Tensor | None):
+    """Tokens [..., S, D] by pathway, in their order."""
+    layout = parse_layout(config)
+    if layout.interleaved or layout.separators or offsets is not None:
+        raise InputError("apart= is for one video, and pathways one after the other with no separators: leave it out")
+    counts = [path.count_frames(frames) * path.tokens_per_frame(grid) for path in layout.pathways]
+    return dict(zip((path.name for path in layout.pathways), tokens.split(counts, dim=-2)))
+
+
+def _check_features(features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise InputError(f"features must be a torch.Tensor, not {type(features).__name__}")
+    if features.dim() not in (3, 4):
+        shape = "[frames, patches, channels], or of a batch [videos, frames, patches, channels]"
+        raise InputError(f"features must be {shape}, not {list(features.shape)}")
+    if not features.is_floating_point():
+        raise InputError(f"features must be floating point, not {features.dtype}")
+    if features.layout is not torch.strided:
+        raise InputError(f"features must be dense, not {features.layout}: call .to_dense() on them")
+    if features.shape[-1] > 1 and features.stride(-1) != 1:
+        raise InputError("features need unit stride over channels: call .contiguous() on them, once")
+
+
+def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
+    if grid is None:
+        return square_grid(int(patches))
+    height, width = check_sides(grid)
+    if height * width != patches or height < 1:
+        raise InputError(f"grid {height}x{width} does not fit {patches} patches")
+    return height, width
+
+
+def check_sides(grid: object) -> tuple[int, int]:
+    """(rows, columns); InputError for anything else."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, _INTEGERS) for n in grid):
+        raise InputError(f"grid must be two integers, (rows, columns) such as (24, 24), not {grid!r}")
+    return grid[0], grid[1]
+
+
+_INTEGERS = (int, np.integer, torch.SymInt)
+
+
+def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tensor:
+    if features.dim() != 3:
+        raise InputError("frame_offsets are for videos packed as [T, N, D]: leave them out for [B, T, N, D]")
+    offsets = frame_offsets if isinstance(frame_offsets, Tensor) else as_tensor(frame_offsets)
+    if offsets is None or offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
+        raise InputError("frame_offsets must be [videos + 1] int32 or int64: 0, ..., frames")
+    return offsets
+
+
+def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
+    """None for what torch cannot make a tensor of, and for complex numbers."""
+    if _is_complex(numbers):
+        return None
+    try:
+        return torch.as_tensor(numbers, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _ends(frame_offsets: Tensor) -> list[int]:
+    """The values. Those of a tensor on a GPU are read, and waited for, at each call: a write to it, such as a graph's
+    replay, cannot be noticed, so they are not kept."""
+    if frame_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError("a CUDA graph cannot capture frame_offsets on the GPU: pass a list, or a tensor on the CPU")
+    return frame_offsets.tolist()
+
+
+def _is_complex(numbers: object) -> bool:
+    """Whether torch would drop imaginary parts; of a list of Python's own complex numbers it drops none."""
+    if isinstance(numbers, Tensor):
+        return numbers.is_complex()
+    if isinstance(numbers, (list, tuple)):
+        return any(isinstance(number, np.complexfloating) for number in numbers)
+    return isinstance(numbers, np.ndarray) and np.iscomplexobj(numbers)
+
+
+def _lengths(frame_offsets: Tensor, frames: int) -> tuple[int, ...]:
+    ends = _ends(frame_offsets)
+    lengths = tuple(stop - start for start, stop in zip(ends, ends[1:]))
+    if ends[0] != 0 or ends[-1] != frames or min(lengths) < 1:
+        raise InputError(f"frame_offsets must rise from 0 to {frames}, a frame or more at a time, not {ends}")
+    return lengths
+
+
+def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
+    """InputError unless `out` can take tokens of `shape`, [..., tokens, channels], made of these features."""
+    _check_same_kind(out, features)
+    if out.shape != shape:
+        raise InputError(f"out must be {list(shape)} for this layout, not {list(out.shape)}")
+    tokens, channels = shape[-2:]
+    rows, unit = out.stride()[-2:]
+    if (channels > 1 and unit != 1) or (tokens > 1 and rows < channels):
+        raise InputError("out needs unit stride over channels and rows that do not overlap")
+    if len(shape) == 3 and shape[0] > 1 and out.stride(0) < (tokens - 1) * rows + channels:
+        raise InputError("out needs videos that lie one after the other and do not overlap")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
+    _check_overlap(out, features)
+
+
+def _check_overlap(out: Tensor, features: Tensor) -> None:
+    if overlap(out, features):
+        raise InputError("out overlaps the features in memory: pass a buffer of its own")
+
+
+def _check_same_kind(out: Tensor, features: Tensor, name: str = "out") -> None:
+    if not isinstance(out, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, not {type(out).__name__}")
+    if out.dtype != features.dtype or out.device != features.device:
+        raise InputError(f"{name} must be {features.dtype} on {features.device}, not {out.dtype} on {out.device}")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes between the first and the last element of one hold any of the other's."""
+    first, second = a.data_ptr(), b.data_ptr()
+    if first > second:
+        a, b, first, second = b, a, second, first
+    end = first + _reach(a)
+    return second < end and b.numel() > 0
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element past the last one."""
+    last = 0
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        if size == 0:
+            return 0
+        last += (size - 1) * stride
+    return (last + 1) * tensor.element_size()

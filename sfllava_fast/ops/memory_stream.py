@@ -1,0 +1,272 @@
+"""A stream with a memory: recent frames in full, older ones as condensed clips, in a constant number of tokens.
+
+Two ideas are not ours. Merging the most similar neighbours is MovieChat's (arXiv 2307.16449); showing the language
+model only the condensed clips that matter to the question is VideoStreaming's (arXiv 2405.16009). What differs:
+
+- A clip is condensed by a layout, that is by pooling; VideoStreaming trains a small language model for it.
+- Merged clips are the mean over all the frames that they stand for; MovieChat halves two whatever each stands for.
+- Neighbours are similar by Ward's criterion: those two are merged whose mean adds least to the squared distance of all
+  frames from the clips that stand for them. By cosine, as in MovieChat, a mean of many noisy frames is close to every
+  frame: one clip grows, and swallows changes of scene.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError, check_count
+from ..layouts.layout import Layout
+from ..layouts.plan import Plan
+from ..layouts.presets import parse_patches_only
+from .aggregate import as_tensor, check_out, resolve_plan, slowfast_aggregate
+from .stream import Encode, check_encode, count_frames, encode_frames, slice_frames
+
+DEFAULT_CONFIG = "slowfast-slow_8frms_spatial_1d_max_pool-fast_4x4"
+DEFAULT_CLIP_CONFIG = "clip:adaptive1,adaptive4,adaptive4,mean"
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Consecutive frames of a stream, condensed.
+
+    frames: their numbers, without a gap.
+    tokens: [K, D], float32 (float64 for a stream of float64): the layout's tokens, or their mean over several clips
+        weighted by the frames of each.
+    """
+
+    frames: range
+    tokens: Tensor
+
+    def cost(self, after: Clip) -> float:
+        """What merging with the next clip adds to the squared distance of frames from their clip; inf for NaN."""
+        ours, theirs = len(self.frames), len(after.frames)
+        distance = (self.tokens - after.tokens).square().sum().item()
+        return math.inf if math.isnan(distance) else distance * ours * theirs / (ours + theirs)
+
+    def merge(self, after: Clip) -> Clip:
+        """This clip and the next as one."""
+        share = len(after.frames) / (len(self.frames) + len(after.frames))
+        return Clip(range(self.frames.start, after.frames.stop), self.tokens.lerp(after.tokens, share))
+
+
+@dataclass
+class _Memory:
+    """Clips in temporal order; `costs[i]` is that of merging clips i and i + 1."""
+
+    clips: list[Clip] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def copy(self) -> _Memory:
+        return _Memory(self.clips.copy(), self.costs.copy())
+
+    def append(self, clip: Clip) -> None:
+        if self.clips:
+            self.costs.append(self.clips[-1].cost(clip))
+        self.clips.append(clip)
+
+    def merge_down(self, most: int) -> None:
+        """Merge neighbours, always those that cost least and the oldest of equals, until `most` clips are left."""
+        while len(self.clips) > most:
+            i = self.costs.index(min(self.costs))
+            self.clips[i : i + 2] = [self.clips[i].merge(self.clips[i + 1])]
+            before = max(i - 1, 0)
+            around = self.clips[before : i + 2]
+            self.costs[before : i + 2] = [clip.cost(after) for clip, after in pairwise(around)]
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that changes in a stream, replaced as a whole: a push that fails, or is interrupted, changes nothing."""
+
+    seen: int = 0
+    recent: tuple[Tensor, ...] = ()  # [N, D] each
+    memory: _Memory = field(default_factory=_Memory)
+
+
+class MemoryStream:
+    """A video that grows: the last frames in full and, before them, older clips condensed.
+
+    Each frame is encoded once. `clip_frames` in a row make a clip, which is condensed as its first frame leaves the
+    recent ones: so every frame pushed is among the recent ones, in a clip or, some of the last clip's, in both. Beyond
+    `held_clips` the two most similar neighbours are merged. Memory, and time per frame, do not grow with the stream;
+    once there are `shown_clips`, the number of tokens is constant. Nothing is differentiable.
+
+    config: layout of the recent frames, or its text.
+    clip_config: layout of the frames of a clip.
+    recent_frames, clip_frames: frames kept in full, at least a clip; frames of a clip.
+    held_clips, shown_clips: clips remembered, and how many of them `tokens` shows.
+    grid, backend: as `slowfast_aggregate` takes them.
+    encode: frames [r, ...], at most `clip_frames` of those pushed, -> features [r, N, D]. None: frames are features.
+
+    The defaults make 2560 tokens of 16 recent frames of 24 x 24 patches, and 1024 of 64 clips.
+    """
+
+    def __init__(
+        self,
+        config: Layout | str = DEFAULT_CONFIG,
+        clip_config: Layout | str = DEFAULT_CLIP_CONFIG,
+        *,
+        recent_frames: int = 16,
+        clip_frames: int = 8,
+        held_clips: int = 128,
+        shown_clips: int = 64,
+        grid: tuple[int, int] | None = None,
+        backend: str = "auto",
+        encode: Encode | None = None,
+    ) -> None:
+        check_count("recent_frames", recent_frames)
+        check_count("clip_frames", clip_frames)
+        check_count("held_clips", held_clips)
+        check_count("shown_clips", shown_clips)
+        check_encode(encode)
+        if clip_frames > recent_frames:
+            raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more, not {recent_frames}")
+        if shown_clips > held_clips:
+            raise InputError(f"only {held_clips} clips are held: show so many or fewer, not {shown_clips}")
+        self.recent_frames, self.clip_frames = recent_frames, clip_frames
+        self.held_clips, self.shown_clips = held_clips, shown_clips
+        self.config, self.clip_config = parse_patches_only(config), parse_patches_only(clip_config)
+        self.grid, self.backend = grid, backend
+        self._encode = encode
+        self._state = _State()
+
+    @torch.no_grad()
+    def push(self, frames: Any) -> None:
+        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+
+        Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
+        LayoutError where a layout does not fit them. Then, and where `encode` raises, the stream is as it was.
+        """
+        seen, recent, memory = self.seen, list(self._state.recent), self._state.memory.copy()
+        for start in range(0, count_frames(frames), self.clip_frames):
+            like = recent[-1] if recent else None
+            part = slice_frames(frames, slice(start, start + self.clip_frames))
+            features = encode_frames(self._encode, part, like)
+            if not recent:
+                self._check_layouts(features)
+            for frame in features:
+                recent.append(frame.clone())  # encode may write its next features where these are
+                seen += 1
+                if len(recent) > self.recent_frames:
+                    self._remember(seen - len(recent), recent, memory)
+                    del recent[0]
+        self._state = _State(seen, tuple(recent), memory)
+
+    def tokens(
+        self,
+        scores: Tensor | Sequence[float] | None = None,
+        question: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [S, D] of the clips that `select` selects, then those of the recent frames by their own layout.
+
+        scores, question: as in `select`. out: as in `slowfast_aggregate`. InputError before the first frame.
+        """
+        self._check_begun()
+        clips, recent = self.select(scores, question), torch.stack(self._state.recent)
+        total, channels = self.count_tokens(), recent.shape[2]
+        if out is None:
+            out = recent.new_empty(total, channels)
+        check_out(out, recent, (total, channels))
+        row = 0
+        for clip in clips:
+            row += len(clip.tokens)
+            out[row - len(clip.tokens) : row].copy_(clip.tokens)
+        slowfast_aggregate(recent, self.config, out=out[row:], backend=self.backend, grid=self.grid)
+        return out
+
+    def select(
+        self, scores: Tensor | Sequence[float] | None = None, question: Tensor | None = None
+    ) -> tuple[Clip, ...]:
+        """At most `shown_clips`, in temporal order, each with the frames that it stands for.
+
+        scores: [clips], one for each of `clips`: those with the highest, the oldest of equal ones.
+        question: [D], an embedding: those whose mean token has the highest cosine with it.
+        Neither: all, the most similar neighbours merged, for this call alone.
+        Raises InputError for both, and for others than these.
+        """
+        if scores is not None and question is not None:
+            raise InputError("clips are selected by scores or by a question's embedding: pass one of them")
+        if question is not None:
+            scores = self._relevance(question)
+        if scores is None:
+            memory = self._state.memory.copy()
+            memory.merge_down(self.shown_clips)
+            return tuple(memory.clips)
+        scores = as_tensor(scores, torch.float64)
+        if scores is None or scores.shape != (len(self.clips),) or scores.isnan().any():
+            raise InputError(f"scores must be {len(self.clips)} numbers, one for each clip, none of them NaN")
+        best = scores.sort(descending=True, stable=True).indices[: self.shown_clips]
+        return tuple(self.clips[i] for i in sorted(best.tolist()))
+
+    def count_tokens(self) -> int:
+        """How many `tokens` returns now."""
+        clips = sum(len(clip.tokens) for clip in self.clips[: self.shown_clips])
+        return clips + self.plan.tokens["total"]
+
+    @property
+    def plan(self) -> Plan:
+        """What the layout does to the recent frames, numbered from 0. InputError before the first frame."""
+        self._check_begun()
+        return self._plan(self.config, self._state.recent[0], len(self._state.recent))
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """The clips held, in temporal order."""
+        return tuple(self._state.memory.clips)
+
+    @property
+    def frames(self) -> range:
+        """Numbers in the stream of the recent frames, which are held in full."""
+        return range(self.seen - len(self._state.recent), self.seen)
+
+    @property
+    def seen(self) -> int:
+        """Frames pushed."""
+        return self._state.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stream holds."""
+        return sum(tensor.nbytes for tensor in (*self._state.recent, *(clip.tokens for clip in self.clips)))
+
+    def _remember(self, first: int, frames: list[Tensor], memory: _Memory) -> None:
+        """Condense the clip that begins with frame `first`, the first of `frames`, where one does."""
+        if first % self.clip_frames:
+            return
+        features = torch.stack(frames[: self.clip_frames])
+        tokens = slowfast_aggregate(features, self.clip_config, backend=self.backend, grid=self.grid)
+        wide = torch.promote_types(tokens.dtype, torch.float32)  # merged over and over, rounded once, when shown
+        memory.append(Clip(range(first, first + self.clip_frames), tokens.to(wide)))
+        memory.merge_down(self.held_clips)
+
+    def _relevance(self, question: Tensor) -> Tensor:
+        """Cosine of each clip's mean token with the question; the lowest where it is not a number."""
+        self._check_begun()
+        shown, channels = type(question).__name__, self._state.recent[0].shape[1]
+        question = as_tensor(question, torch.float64)
+        if question is None or question.shape != (channels,):
+            shape = shown if question is None else list(question.shape)
+            raise InputError(f"the question's embedding must be [{channels}], not {shape}")
+        means = [clip.tokens.mean(0) for clip in self.clips]
+        cosines = [F.cosine_similarity(mean, question.to(mean), dim=0).item() for mean in means]
+        return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)
+
+    def _check_layouts(self, features: Tensor) -> None:
+        self._plan(self.config, features[0], self.recent_frames)
+        self._plan(self.clip_config, features[0], self.clip_frames)
+
+    def _plan(self, config: Layout, frame: Tensor, frames: int) -> Plan:
+        return resolve_plan(frame.expand(frames, -1, -1), config, self.grid)
+
+    def _check_begun(self) -> None:
+        if not self.seen:
+            raise InputError("the stream has no frames yet: push some first")

@@ -1,0 +1,148 @@
+"""The aggregator, alone and with the projector, as modules, for pipelines built of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layouts.layout import Layout
+from ..layouts.presets import parse_layout
+from ..layouts.slowfast import SlowFastLayout
+from .aggregate import check_sides, slowfast_aggregate
+from .backends.aggregate import check_name
+from .projector import Mode, check_mode, project_and_aggregate, why_not_commuted
+
+
+class SlowFastAggregator(nn.Module):
+    """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
+
+    Has no parameters and no buffers. Raises the errors of `slowfast_aggregate`; for a wrong setting when it is made.
+    """
+
+    def __init__(
+        self,
+        config: Layout | str = SlowFastLayout(),
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_settings(backend, grid)
+        self.config, self.backend, self.grid = parse_layout(config), backend, grid
+
+    def forward(
+        self,
+        features: Tensor,
+        frame_offsets: Tensor | None = None,
+        out: Tensor | None = None,
+        separators: Tensor | None = None,
+    ):
+        return slowfast_aggregate(
+            features,
+            self.config,
+            out=out,
+            backend=self.backend,
+            grid=self.grid,
+            frame_offsets=frame_offsets,
+            separators=separators,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backend={self.backend}"
+
+
+class FusedProjectorAggregator(nn.Module):
+    """`project_and_aggregate` with a projector and its settings kept: [T, N, C] -> [S, D], [B, T, N, C] -> [B, S, D].
+
+    projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
+        LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
+    The module itself may be wrapped as any other. Raises the errors of `project_and_aggregate`; for a wrong setting
+    when it is made.
+    """
+
+    def __init__(
+        self,
+        projector: nn.Module,
+        config: Layout | str = SlowFastLayout(),
+        mode: Mode = "auto",
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_modules(projector)
+        _check_settings(backend, grid)
+        check_mode(mode)
+        self.projector = projector
+        self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
+
+    def forward(
+        self,
+        hidden: Tensor,
+        frame_offsets: Tensor | None = None,
+        out: Tensor | None = None,
+        separators: Tensor | None = None,
+    ):
+        return project_and_aggregate(
+            hidden,
+            self.projector,
+            self.config,
+            mode=self.mode,
+            out=out,
+            backend=self.backend,
+            grid=self.grid,
+            frame_offsets=frame_offsets,
+            separators=separators,
+        )
+
+    def extra_repr(self) -> str:
+        reason = why_not_commuted(self.projector) if self.mode != "exact" else None
+        return f"{self.config}, mode={self.mode}" + (f" (never commuted: {reason})" if reason else "")
+
+
+class PathwayProjectors(nn.Module):
+    """Pools first, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D], or of a batch.
+
+    RED-VILLM (arXiv 2404.11865) so projects its temporal and its spatial tokens; "red_villm" is the layout.
+    projectors: by the pathways' names, submodules `projectors.<name>`. A padded pathway's zeros are projected too.
+    Raises InputError for other names than the layout's, or a layout whose pathways do not follow one another.
+    """
+
+    def __init__(
+        self,
+        projectors: Mapping[str, nn.Module],
+        config: Layout | str = "red_villm",
+        backend: str = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_settings(backend, grid)
+        self.config, self.backend, self.grid = parse_layout(config), backend, grid
+        if self.config.interleaved or self.config.separators:
+            raise InputError(f"{self.config} has no pathways one after the other with no separators: take another layout")
+        names = [path.name for path in self.config.pathways]
+        if not isinstance(projectors, (Mapping, nn.ModuleDict)) or set(projectors) != set(names):
+            raise InputError(f"{self.config} needs a projector for each of {', '.join(names)}, and no other")
+        _check_modules(*projectors.values())
+        self.projectors = nn.ModuleDict({name: projectors[name] for name in names})
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = slowfast_aggregate(hidden, self.config, backend=self.backend, grid=self.grid, apart=True)
+        return torch.cat([self.projectors[name](part) for name, part in parts.items()], dim=-2)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backend={self.backend}"
+
+
+def _check_settings(backend: object, grid: object) -> None:
+    """Raise what a call would of the settings alone."""
+    check_name(backend)
+    if grid is not None:
+        check_sides(grid)
+
+
+def _check_modules(*projectors: object) -> None:
+    for projector in projectors:
+        if not isinstance(projector, nn.Module):
+            raise InputError(f"a projector must be a torch.nn.Module, not {type(projector).__name__}")

@@ -1,0 +1,188 @@
+"""Streams of any length in bounded memory: which frames are kept as it grows, and their tokens at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, check_count
+from ..layouts.layout import Layout
+from ..layouts.plan import Plan
+from ..layouts.presets import parse_layout
+from ..layouts.slowfast import SlowFastLayout
+from .aggregate import resolve_plan, slowfast_aggregate
+
+Encode = Callable[[Any], Tensor]
+
+
+def kept_frames(seen: int, most: int) -> range:
+    """The dyadic rule: which of the first `seen` frames of a stream are kept where at most `most` may be.
+
+    Every stride-th from frame 0 on, stride being the smallest power of two that leaves at most `most`. So when `most`
+    are held and another is due, every other one is dropped and the stride doubles: of `most` frames or more, more
+    than most / 2 are kept at any time, evenly spaced, and none is kept that was dropped before.
+
+    Uniform sampling cannot be kept up on a stream: every position moves with each frame that comes.
+    """
+    if not isinstance(seen, int) or seen < 0:
+        raise InputError(f"the frames seen must be an integer of at least 0, not {seen!r}")
+    check_count("most", most)
+    stride = 1 << max(0, -(-seen // most) - 1).bit_length()
+    return range(0, seen, stride)
+
+
+class SlowFastStream:
+    """A video that grows: `push` frames as they come, take its `tokens` at any moment.
+
+    The tokens are bit for bit those of `slowfast_aggregate` on the features of `frames`, the ones that `kept_frames`
+    keeps. Each is encoded once, into one buffer that is allocated once; memory, and time per frame, do not grow with
+    the stream. Nothing is differentiable.
+
+    config: any layout, or its text.
+    most: frames held at most.
+    grid, backend: as `slowfast_aggregate` takes them.
+    encode: frames [r, ...], a strided view of some that were pushed, -> features [r, N, D]. It never sees a frame that
+        is dropped within the same push. None: frames are features already.
+    """
+
+    def __init__(
+        self,
+        config: Layout | str = SlowFastLayout(),
+        most: int = 50,
+        *,
+        grid: tuple[int, int] | None = None,
+        backend: str = "auto",
+        encode: Encode | None = None,
+    ) -> None:
+        check_count("most", most)
+        check_encode(encode)
+        self.config, self.most, self.grid, self.backend = parse_layout(config), most, grid, backend
+        self.seen = 0  # frames pushed
+        self._encode = encode
+        self._buffer: Tensor | None = None  # [most, N, D]; its first rows are the frames kept
+        self._intact = True
+
+    @torch.no_grad()
+    def push(self, frames: Any) -> None:
+        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+
+        Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
+        LayoutError where the layout does not fit them. Then, and where `encode` raises, the stream is as it was.
+        """
+        self._check_intact()
+        seen = self.seen + count_frames(frames)
+        kept = kept_frames(seen, self.most)
+        due = slice_frames(frames, slice(-self.seen % kept.step, None, kept.step))
+        features = None
+        if len(due) or self._encode is None:
+            features = encode_frames(self._encode, due, like=self._buffer)
+        if self._buffer is None:
+            self._buffer = self._allocate(features)
+        # An interrupt between the copies leaves rows of two strides: nothing may be read from them.
+        self._intact = False
+        held = self._thin(kept.step // self.stride)
+        if features is not None:
+            self._buffer[held : len(kept)].copy_(features)
+        self.seen, self._intact = seen, True
+
+    def tokens(self, out: Tensor | None = None, separators: Tensor | None = None) -> Tensor:
+        """Tokens [S, D] of the frames kept; `out` and `separators` as in `slowfast_aggregate`. InputError before the
+        first frame."""
+        call = {"backend": self.backend, "grid": self.grid, "separators": separators}
+        return slowfast_aggregate(self.features, self.config, out=out, **call)
+
+    def count_tokens(self) -> int:
+        """How many `tokens` returns now."""
+        return self.plan.tokens["total"]
+
+    @property
+    def plan(self) -> Plan:
+        """What the layout does to the frames kept, numbered from 0."""
+        return resolve_plan(self.features, self.config, self.grid)
+
+    @property
+    def frames(self) -> range:
+        """Numbers in the stream of the frames kept."""
+        return kept_frames(self.seen, self.most)
+
+    @property
+    def stride(self) -> int:
+        return self.frames.step
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stream holds: those of its buffer, from the first push on."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    @property
+    def features(self) -> Tensor:
+        """Features [t, N, D] of the frames kept, a view that the next push changes. InputError before the first."""
+        self._check_intact()
+        if not self.seen:
+            raise InputError("the stream has no frames yet: push some first")
+        return self._buffer[: len(self.frames)]
+
+    def _allocate(self, features: Tensor) -> Tensor:
+        """A buffer for frames of this kind; the error of a layout that does not fit them."""
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+            buffer = features.new_empty(self.most, *features.shape[1:])
+        resolve_plan(buffer, self.config, self.grid)
+        return buffer
+
+    def _thin(self, step: int) -> int:
+        """Keep every step-th of the rows held, moved together in place; how many they are."""
+        held = len(self.frames[::step])
+        if step > 1:
+            for row in range(1, held):
+                self._buffer[row].copy_(self._buffer[row * step])
+        return held
+
+    def _check_intact(self) -> None:
+        if not self._intact:
+            raise InputError("a push was interrupted as it moved frames: this stream has lost some, open another")
+
+
+def count_frames(frames: Any) -> int:
+    """How many frames are pushed; InputError for none."""
+    try:
+        count = len(frames)
+    except TypeError:
+        raise InputError(f"push frames as [t, ...], not {type(frames).__name__} without a length") from None
+    if count == 0:
+        raise InputError("push one frame or more")
+    return count
+
+
+def slice_frames(frames: Any, which: slice) -> Any:
+    try:
+        return frames[which]
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        raise InputError(f"push frames as [t, ...], not {type(frames).__name__} that cannot be sliced") from None
+
+
+def check_encode(encode: object) -> None:
+    if encode is not None and not callable(encode):
+        raise InputError(f"encode must be a function of frames, or None, not {type(encode).__name__}")
+
+
+def encode_frames(encode: Encode | None, frames: Any, like: Tensor | None) -> Tensor:
+    """Features [r, N, D] of r frames; InputError unless of the kind of `like` [..., N, D], which came before."""
+    features = frames if encode is None else encode(frames)
+    if not isinstance(features, Tensor):
+        raise InputError(f"features must be a torch.Tensor, not {type(features).__name__}")
+    if features.dim() != 3 or len(features) != len(frames) or not features.is_floating_point():
+        raise InputError(
+            f"features must be [frames, patches, channels] of {len(frames)} frames, floating point, "
+            f"not {list(features.shape)} {features.dtype}"
+        )
+    if like is not None and _kind(features) != _kind(like):
+        raise InputError(f"this stream's features are {_kind(like)}, not {_kind(features)}: open another stream")
+    return features
+
+
+def _kind(features: Tensor) -> str:
+    patches, channels = features.shape[-2:]
+    return f"[{patches}, {channels}] {features.dtype} on {features.device}"

@@ -1,0 +1,114 @@
+"""A decoder layer on a part of its tokens: which they are, and its arguments, cache and output for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import InputError, PatchError
+from ...model.transformers_release import cache_in, release
+from ...ops.rows import gather_many, scatter_rows, top_per_frame
+from ..scorers import LayerInput
+from .cache_spans import Span, columns, cut_mask, spans_of
+
+
+class Selection(NamedTuple):
+    """The vision tokens kept, int64 [B, K], ascending, counted from the pass's first token; their scores [B, K]."""
+
+    kept: Tensor
+    scores: Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass of the decoder, over tokens that follow `past` others.
+
+    frames: offsets of the vision tokens among the pass's own; empty where it has none. selection: what the
+        layer that selected last did.
+    """
+
+    past: int
+    frames: tuple[int, ...]
+    selection: Selection | None = None
+
+    def forget_graph(self) -> None:
+        """A pass hangs on the rotary positions, which its graph holds: scores that held the graph would never go."""
+        if self.selection is not None:
+            self.selection = Selection(self.selection.kept, self.selection.scores.detach())
+
+
+def select(scorer: nn.Module, at: LayerInput, frames: Sequence[int], ratio: float) -> Selection:
+    """The tokens of each frame that score highest. Raises InputError for scores of the wrong shape, or NaN."""
+    scores = scorer(at)
+    expected = at.vision.shape[:2]
+    if not isinstance(scores, Tensor) or scores.shape != expected:
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"the scorer must give scores {list(expected)}, one a vision token, not {found}")
+    kept = top_per_frame(scores.detach(), frames, ratio)
+    return Selection(kept, scores.gather(1, kept - frames[0]))
+
+
+def run_on_all(
+    plain: Callable[..., Tensor], hidden: Tensor, arguments: dict[str, Any], number: int, now: Pass
+) -> Tensor:
+    """A layer on all tokens of a pass, in a cache that may lack some of the earlier ones."""
+    spans = spans_of(cache_in(arguments), number, now.past)
+    if spans:
+        arguments["attention_mask"] = _cut(arguments, number, now.past + hidden.shape[1], hidden, spans)
+    return plain(hidden, **arguments)
+
+
+def run_on_selection(
+    plain: Callable[..., Tensor],
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    number: int,
+    now: Pass,
+    weighted: bool,
+) -> Tensor:
+    """A layer on the text and the selected tokens of a pass; the others pass unchanged. hidden: [B, S, D]."""
+    selection = now.selection
+    start, stop, total = now.frames[0], now.frames[-1], hidden.shape[1]
+    before, behind = (torch.arange(*ends, device=hidden.device) for ends in ((0, start), (stop, total)))
+    rows = len(hidden)
+    index = torch.cat([before.expand(rows, -1), selection.kept, behind.expand(rows, -1)], dim=1)
+    taken, *rotary = gather_many([hidden, *arguments["position_embeddings"]], index)
+    spans = spans_of(cache_in(arguments), number, now.past)
+    spans.append(Span(now.past + start, now.past + stop, now.past + selection.kept))
+    arguments |= {
+        "attention_mask": _cut(arguments, number, now.past + total, hidden, spans, index),
+        "position_embeddings": rotary,
+        "position_ids": None,  # flash attention would take the gaps for sequences packed in a row
+    }
+    out = plain(taken, **arguments)
+    if not isinstance(out, Tensor):
+        found = f"{type(out).__name__}, not hidden states ({release()})"
+        raise PatchError(f"the model's layers return a {found}: they cannot be mixed")
+    weights, sides = None, (start, total - stop)
+    if weighted:
+        weights = F.pad(selection.scores, sides, value=1.0).to(out.dtype)
+    elif selection.scores.requires_grad:  # straight through: the block's own value, a gradient for the scores
+        gate = F.pad(selection.scores.sigmoid(), sides).to(out.dtype)
+        out = out + (gate - gate.detach())[..., None] * (out - taken)
+    return scatter_rows(hidden, index, out.to(hidden.dtype), weights)
+
+
+def _cut(
+    arguments: dict[str, Any], number: int, total: int, hidden: Tensor, spans: list[Span], index: Tensor | None = None
+) -> Tensor | None:
+    """The attention mask of the keys that the layer's cache holds, and of the queries `index`."""
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return None
+    total = max(total, mask.shape[-1])  # a buffer's mask may go beyond the tokens that are there
+    held = columns(spans, total, len(hidden), hidden.device)
+    layers = getattr(cache_in(arguments), "layers", ())
+    if window := getattr(layers[number], "sliding_window", None) if number < len(layers) else None:
+        held = held[:, -(window - 1 + (hidden if index is None else index).shape[1]) :]
+    return cut_mask(mask, held, index, total)
+

@@ -1,0 +1,52 @@
+"""What the tests of the whole system share: a clip in memory, a small layout, a question, what is seen of a model."""
+
+from pathlib import Path
+
+import torch
+
+from sfllava_fast.engine.session import Session
+from sfllava_fast.video import MemoryVideo
+
+LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
+QUESTION = "What is it?"
+
+
+class Clip(MemoryVideo):
+    """A video of noise, its frames told apart by their brightness."""
+
+    fps = 25.0
+
+    def __init__(self, total=20):
+        generator = torch.Generator().manual_seed(total)
+        light = torch.linspace(1, 200, total).view(-1, 1, 1, 1)
+        noise = torch.randint(0, 55, (total, 30, 40, 3), generator=generator)
+        super().__init__((light + noise).to(torch.uint8))
+        self.path, self.pictures = Path("clip"), torch.from_numpy(self._frames)
+
+
+class Unreadable(Clip):
+    def stream(self, *_):
+        raise AssertionError("frames were decoded although the question cannot be answered")
+
+
+def file_session(model, frames):
+    """A session about all of these frames: `open` would sample other ones, so many or not."""
+    plan = model.layout.plan(len(frames), model.checkpoint.grid)
+    return Session(model, "file", MemoryVideo(frames), range(len(frames)), plan)
+
+
+def count_calls(monkeypatch, owner, name):
+    """The arguments of each call of a method from now on."""
+    calls, plain = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or plain(*a, **k))
+    return calls
+
+
+def logits_of(model, ask):
+    """The answer, and the logits that its first token was taken from."""
+    seen, plain = [], model.generate
+    model.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
+    try:
+        return ask().token_ids, seen[0]
+    finally:
+        del model.generate
