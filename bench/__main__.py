@@ -145,7 +145,7 @@ def _op(args: argparse.Namespace) -> int:
     lab = replace(lab, works=tuple(capped(work, args.peers) for work in lab.works))
     result = op.run(lab, rounds, args.slow_peers, args.only, save)
     _print(result)
-    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -190,7 +190,7 @@ def _stream(args: argparse.Namespace) -> int:
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
     result = stream.run(args.minutes, args.only, save)
     _print_stream(result)
-    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
 
 
 def _print_stream(result: dict) -> None:
@@ -234,7 +234,7 @@ def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Cal
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
     result = run(args.device, args.rounds, args.only, save)
     show(result)
-    return 1 if result["errors"] or args.gate is not None and not passes(result, args.gate) else 0
+    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
 
 
 def _print_projector(result: dict) -> None:

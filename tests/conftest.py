@@ -59,9 +59,7 @@ def checkpoints(tmp_path_factory):
     def make(family="vicuna", next_=False, layout="v4", **settings):
         key = family, next_, layout, json.dumps(settings, sort_keys=True)
         if key not in made:
-            made[key] = write_checkpoint(
-                tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings
-            )
+            made[key] = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", family, next_, layout, **settings)
         return made[key]
 
     return make

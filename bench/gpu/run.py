@@ -123,7 +123,14 @@ def pipeline_steps(folder: Path, arch: str, workers: int) -> list[Step]:
     return [
         Step("7B shapes", [*pipeline, "--config", "7b", *_json(folder, "pipeline-7b")], 60, 130, why_no_system),
         Step("projector", [*projector, *_json(folder, "projector")], 15, 60),
-        Step("tests on the device", tests, 70, 120, why_no_system, lambda: why_no_proof(report, [Path(name).name for name in files])),
+        Step(
+            "tests on the device",
+            tests,
+            70,
+            120,
+            why_no_system,
+            lambda: why_no_proof(report, [Path(name).name for name in files]),
+        ),
         Step("embedded model", [*embedded, *_json(folder, "pipeline-embedded")], 20, 50, why_no_system),
         Step("reduction", [*reduction, *_json(folder, "reduction")], 40, 60, why_no_system),
         Step("layouts", [*layouts, *_json(folder, "layouts")], 20, 40),

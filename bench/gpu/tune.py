@@ -109,8 +109,18 @@ class Variant:
         strides = features.stride(0), features.stride(1)
         tables = plan_table(plan).data_ptr(), device_table(plan, features.device).data_ptr()
         stream = torch.cuda.current_stream().cuda_stream  # a capture has one of its own
-        raise_reason(self._call(*tables, features.data_ptr(), *strides, grad, out.data_ptr(), tokens.stride(0),
-                                features.shape[2], stream))
+        raise_reason(
+            self._call(
+                *tables,
+                features.data_ptr(),
+                *strides,
+                grad,
+                out.data_ptr(),
+                tokens.stride(0),
+                features.shape[2],
+                stream,
+            )
+        )
 
 
 def defaults() -> dict[str, Tuning]:

@@ -59,6 +59,9 @@ def _noise(figures: dict, bar: str) -> float:
     rows = figures["providers"]
     named = {"best peer": figures["best_peer"], "fairest copy": figures.get("fairest_copy")}
     pair = (backend or "cpu", named.get(against, against))
-    spreads = (rows[name]["p80_ms"] / rows[name]["p50_ms"] - rows[name]["p20_ms"] / rows[name]["p50_ms"]
-               for name in pair if name in rows)
+    spreads = (
+        rows[name]["p80_ms"] / rows[name]["p50_ms"] - rows[name]["p20_ms"] / rows[name]["p50_ms"]
+        for name in pair
+        if name in rows
+    )
     return sum(spreads) / 2

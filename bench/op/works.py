@@ -116,8 +116,12 @@ CPU_WORKS = (
     Work(torch.float16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
     *(
         Work(dtype, channels, cls, {"torch": (3.0,), "copy_": (0.60,)}, peers="none", backward=True)
-        for dtype, channels, cls in ((torch.float32, 4096, False), (torch.bfloat16, 4096, False),
-                                     (torch.float16, 4096, False), (torch.bfloat16, 1024, True))
+        for dtype, channels, cls in (
+            (torch.float32, 4096, False),
+            (torch.bfloat16, 4096, False),
+            (torch.float16, 4096, False),
+            (torch.bfloat16, 1024, True),
+        )
     ),
 )
 

@@ -31,8 +31,15 @@ _SHAPES = {
     ),
     "34b": (
         _CLIP_L,
-        dict(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
-             num_key_value_heads=8, vocab_size=64064, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
+        dict(
+            hidden_size=7168,
+            intermediate_size=20480,
+            num_hidden_layers=60,
+            num_attention_heads=56,
+            num_key_value_heads=8,
+            vocab_size=64064,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        ),
     ),
 }
 NAMES = tuple(_SHAPES)

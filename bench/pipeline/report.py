@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> int:
     show(result)
     if args.plot:
         plot(result, args.plot)
-    return int(bool(result["errors"]) or args.gate is not None and not passes(result, args.gate))
+    return int(bool(result["errors"]) or (args.gate is not None and not passes(result, args.gate)))
 
 
 def show(result: dict) -> None:
@@ -76,16 +76,22 @@ def _costs(row: dict, ceilings: dict) -> list[str]:
 
 def _show_figures(console: Console, result: dict) -> None:
     ceilings, works = result["ceilings"], result["works"]
-    console.print(f"ceilings measured in between: {ceilings['gemm_flop_per_s'] / 1e9:.4g} GFLOP/s of GEMM, "
-                  f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s of copy_")
+    console.print(
+        f"ceilings measured in between: {ceilings['gemm_flop_per_s'] / 1e9:.4g} GFLOP/s of GEMM, "
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s of copy_"
+    )
     for name, rates in result["rates"].items():
         console.print(f"{name}: " + ", ".join(f"{who} {rate:,.0f}" for who, rate in rates.items()))
     second = works[SECOND]
-    console.print(f"{SECOND}: {second['share']:.1%} of the first's; five questions take "
-                  f"{second['five_over_one']:.2f} times the prefill of one")
+    console.print(
+        f"{SECOND}: {second['share']:.1%} of the first's; five questions take "
+        f"{second['five_over_one']:.2f} times the prefill of one"
+    )
     if STEP in works:
-        console.print(f"{STEP}: {works[STEP]['over_floor']:.2f} times its floor of {works[STEP]['floor_ms']:.4g} ms "
-                      "(weights and cache over the copy's bandwidth)")
+        console.print(
+            f"{STEP}: {works[STEP]['over_floor']:.2f} times its floor of {works[STEP]['floor_ms']:.4g} ms "
+            "(weights and cache over the copy's bandwidth)"
+        )
     memory = result["memory"]
     console.print("peak memory: " + ", ".join(f"{who} {_memory(row)}" for who, row in memory.items()))
     for name, work in works.items():
@@ -123,9 +129,11 @@ def plot(result: dict, path: Path) -> None:
         ends = {who: end + width for (who, end), width in zip(ends.items(), widths)}
     ratios = [result["works"][name]["bars"][f"{OURS}: {PLAIN}"]["ratio"] for name in (WITH_DECODING, FROM_FRAMES)]
     settings = result["settings"]
-    axes.set(xlabel="ms to the first token, decoding included",
-             title=f"{settings['model']} on {device_name(result)}: {ratios[0]:.2f} times as fast, "
-             f"{ratios[1]:.2f} from decoded frames")
+    axes.set(
+        xlabel="ms to the first token, decoding included",
+        title=f"{settings['model']} on {device_name(result)}: {ratios[0]:.2f} times as fast, "
+        f"{ratios[1]:.2f} from decoded frames",
+    )
     axes.legend(ncols=len(TO_FIRST_TOKEN), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.3))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -139,7 +147,8 @@ def _stacked(result: dict, who: str) -> dict[str, float]:
 
 def _overlapped(result: dict) -> dict[str, float]:
     """Ours, whose decoding and preprocessing cost what the other stages leave of the time to the first token."""
-    widths = {stage: width for stage, width in _stacked(result, OURS).items()
-              if stage not in ("decode", "preprocess", "wait")}
+    widths = {
+        stage: width for stage, width in _stacked(result, OURS).items() if stage not in ("decode", "preprocess", "wait")
+    }
     first = result["works"][WITH_DECODING]["providers"][OURS]["p50_ms"]
     return {"wait": max(first - sum(widths.values()), 0.0), **widths}

@@ -167,8 +167,12 @@ class Lab:
             "backend": ours.backend,
         }
         size = list(self.decoded.size)
-        return told | {"frames": len(self.indices), "frame_size": size, "video_tokens": plan.offsets[-1],
-                       "prompt_tokens": self.job().prompt}
+        return told | {
+            "frames": len(self.indices),
+            "frame_size": size,
+            "video_tokens": plan.offsets[-1],
+            "prompt_tokens": self.job().prompt,
+        }
 
     def job(self) -> costs.Job:
         ours = self.ours
@@ -274,15 +278,18 @@ class Lab:
         question = self.questions[0]
         models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
         weights = {who: memory.size(model.parameters()) for who, model in models.items()}
-        grown = {OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
-                 PLAIN: memory.growth(self.device, lambda: self._ask_plain(question))}
+        grown = {
+            OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
+            PLAIN: memory.growth(self.device, lambda: self._ask_plain(question)),
+        }
         peaks = dict.fromkeys(models)
         if self.device.type == "cuda":
             both = memory.size([*models[OURS].parameters(), *models[PLAIN].parameters()])
             others = torch.cuda.memory_allocated(self.device) - both  # ours but for its weights: caches it keeps
             peaks = {who: weights[who] + grown[who] + (others if who == OURS else 0) for who in models}
-        return {who: {"weights_bytes": weights[who], "growth_bytes": grown[who], "peak_bytes": peaks[who]}
-                for who in models}
+        return {
+            who: {"weights_bytes": weights[who], "growth_bytes": grown[who], "peak_bytes": peaks[who]} for who in models
+        }
 
     def trace(self, path: Path) -> None:
         """A profile of one of our answers, stages named, which Perfetto and chrome://tracing open."""

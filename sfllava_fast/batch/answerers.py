@@ -182,7 +182,7 @@ def _file_url(video: Path) -> str:
     try:
         return video.absolute().as_uri()
     except UnicodeEncodeError as error:
-        raise VideoError(f"{ascii(str(video))} is no name that a file can have") from error
+        raise VideoError(f"{str(video)!a} is no name that a file can have") from error
 
 
 def _data_url(video: Path, folder: Path | None, most: int) -> str:
@@ -195,7 +195,7 @@ def _data_url(video: Path, folder: Path | None, most: int) -> str:
         inside = folder is None or file.is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         told = getattr(error, "strerror", None) or "no file has that name"
-        raise VideoError(f"{ascii(str(video))} cannot be read: {told}") from error
+        raise VideoError(f"{str(video)!a} cannot be read: {told}") from error
     if not inside:
         raise InputError(f"{video} is not under {folder}, so it is not sent: move it there, or give --upload-any")
     if file.is_dir():

@@ -169,7 +169,7 @@ def read_verdict(text: str) -> dict[str, Any]:
             found = _literal(said[start : end + 1])
             if isinstance(found, dict) and "pred" in found and "score" in found:
                 pred, score = found["pred"], found["score"]
-                finite = isinstance(score, int) or isinstance(score, float) and math.isfinite(score)
+                finite = isinstance(score, int) or (isinstance(score, float) and math.isfinite(score))
                 return {"pred": pred if isinstance(pred, str) else "", "score": score if finite else str(score)[:20]}
     raise ServerError(f"the judge gave no verdict: {' '.join(text.split())[:200]!r}")
 

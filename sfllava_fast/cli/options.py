@@ -214,9 +214,7 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
     )
     _add_video(parser)
     parser.add_argument("questions", metavar="QUESTION", nargs="+")
-    parser.add_argument(
-        "--follow-up", action="store_true", help="each question after the first sees the earlier turns"
-    )
+    parser.add_argument("--follow-up", action="store_true", help="each question after the first sees the earlier turns")
     parser.add_argument(
         "--choices",
         nargs="+",
@@ -225,9 +223,7 @@ def _add_ask(commands: Any, style: dict[str, Any]) -> None:
         help="make it multiple choice, of all texts up to the next option: questions come before",
     )
     _add_model_options(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the answer alone"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer alone")
 
 
 def _add_watch(commands: Any, style: dict[str, Any]) -> None:
@@ -288,12 +284,8 @@ def _add_model_options(
         help=f"{', '.join(ATTENTIONS)} (default: auto)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: what suits the device)")
-    parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)"
-    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the model's)")
 
 
 def _add_batch(commands: Any, style: dict[str, Any]) -> None:
@@ -360,12 +352,8 @@ def _add_inspect(commands: Any, style: dict[str, Any]) -> None:
         **style,
     )
     _add_video(parser)
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write"
-    )
-    parser.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint"
-    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png|FILE.html", help="picture to write")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="take layout, frames and grid from this checkpoint")
     parser.add_argument("--layout", metavar="STRING", help=f"{_LAYOUT_HELP} (default: the paper's)")
     parser.add_argument("--frames", type=_count, metavar="N", help="frames to sample (default: the layout's, else 50)")
     kept = "draw what a pruning keeps: prune:64, prune:0.25:SCORER; chosen by the model, if one is named"
@@ -407,9 +395,7 @@ def _add_demo(commands: Any, style: dict[str, Any]) -> None:
         epilog="example:\n  sfllava-fast demo --out pictures",
         **style,
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)"
-    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: here)")
 
 
 def _add_bench(commands: Any, style: dict[str, Any]) -> None:

@@ -20,9 +20,7 @@ LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
 FRAMES = 16
 LANGUAGE_WIDTH = 192
 VISION_LAYER = -1
-PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = (
-    "<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>"
-)
+PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
 SPECIAL = (PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -52,9 +50,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNK, bos_token=BOS, eos_token=EOS,
-        additional_special_tokens=[IMAGE, USER, ASSISTANT], chat_template=CHAT_TEMPLATE,
-        model_max_length=2048, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[IMAGE, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        padding_side="left",
     )
 
 
@@ -73,20 +77,40 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
     vocab = build_tokenizer().get_vocab()
     vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-        image_size=TOWER_SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=128,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=TOWER_SIZE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+        projection_dim=128,
     )
     text = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=LANGUAGE_WIDTH, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048,
-        tie_word_embeddings=True, initializer_range=0.04,
-        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+        vocab_size=len(vocab),
+        hidden_size=LANGUAGE_WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        pad_token_id=vocab[PAD],
+        bos_token_id=vocab[BOS],
+        eos_token_id=vocab[EOS],
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=vocab[IMAGE],
-        vision_feature_layer=VISION_LAYER, vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID, tie_word_embeddings=True,
-        pad_token_id=vocab[PAD], bos_token_id=vocab[BOS], eos_token_id=vocab[EOS],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocab[IMAGE],
+        vision_feature_layer=VISION_LAYER,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+        pad_token_id=vocab[PAD],
+        bos_token_id=vocab[BOS],
+        eos_token_id=vocab[EOS],
     )
     # Beside the defaults: what is said with its answers, and that it was trained without choices in its prompts.
     config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES, "caveat": CAVEAT, "choices": "open"}
@@ -121,9 +145,7 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def export(
-    model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16
-) -> Path:
+def export(model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Writes a Hugging Face directory (weights in `dtype`, tokenizer, image processor, chat template)."""
     from transformers import LlavaProcessor
 
@@ -135,8 +157,12 @@ def export(
     copy.save_pretrained(directory)
     images, tokenizer = image_processor(), build_tokenizer()
     LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH,
-        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
     ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     images.save_pretrained(directory)

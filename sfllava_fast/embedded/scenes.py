@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -155,11 +155,15 @@ def tint(scene: Scene, rng: random.Random, share: float, lone: bool = False) -> 
     `lone`: only of those that no other has the shape of, so that their shape alone names them.
     """
     shapes = [thing.shape for thing in scene.things]
-    return replace(scene, things=tuple(
-        replace(thing, colour="", tint=_nameless(rng))
-        if not (lone and shapes.count(thing.shape) > 1) and rng.random() < share else thing
-        for thing in scene.things
-    ))
+    return replace(
+        scene,
+        things=tuple(
+            replace(thing, colour="", tint=_nameless(rng))
+            if not (lone and shapes.count(thing.shape) > 1) and rng.random() < share
+            else thing
+            for thing in scene.things
+        ),
+    )
 
 
 def _nameless(rng: random.Random) -> tuple[int, int, int]:
@@ -204,9 +208,7 @@ def _draw_sign(rng: random.Random) -> Sign:
     return Sign((x, y), rng.randint(10, 99))
 
 
-def _free_centre(
-    rng: random.Random, taken: list[tuple[int, int]], sign: Sign | None
-) -> tuple[int, int] | None:
+def _free_centre(rng: random.Random, taken: list[tuple[int, int]], sign: Sign | None) -> tuple[int, int] | None:
     for _ in range(40):
         x, y = rng.randint(EDGE, CANVAS - EDGE), rng.randint(EDGE, CANVAS - EDGE)
         if min(abs(v - line) for v in (x, y) for line in (CANVAS // 3, 2 * CANVAS // 3)) < THIRD_MARGIN:
@@ -293,7 +295,7 @@ def _mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (a * a + b * b - 1) ** 3 - a * a * b**3 <= 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shape_alpha(shape: str, size: int) -> np.ndarray:
     """Antialiased coverage [size, size] float32 at canvas scale, 8 x 8 samples a pixel."""
     axis = (np.arange(size * 8) + 0.5) / (size * 4) - 1
@@ -323,25 +325,25 @@ def digit_lefts() -> tuple[int, int]:
 def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.ndarray:
     """Half-size copy of [h, w, c], its origin `phase` (x, y) px into the first pixel, resized bicubically."""
     height, width, channels = image.shape
-    padded = np.zeros(
-        (height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32
-    )
+    padded = np.zeros((height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32)
     padded[border + phase[1] :, border + phase[0] :][:height, :width] = image
     half = torch.nn.functional.interpolate(
         torch.from_numpy(padded).permute(2, 0, 1)[None],
-        size=(padded.shape[0] // 2, padded.shape[1] // 2), mode="bicubic", antialias=True,
+        size=(padded.shape[0] // 2, padded.shape[1] // 2),
+        mode="bicubic",
+        antialias=True,
     )
     return half[0].permute(1, 2, 0).numpy().copy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shape_sprite(shape: str, size: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, int]:
     """Coverage [h, w, 1] and its border: canvas scale if phase is None, else half scale at that phase."""
     alpha = _shape_alpha(shape, size)[:, :, None]
     return (alpha, 0) if phase is None else (_halve(alpha, phase), 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sign_sprite(number: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
     """Coverage, colours and border, the same way."""
     board = _sign_image(number)
@@ -422,12 +424,17 @@ def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
         shape[rows, columns][mine] = 1 + SHAPES.index(thing.shape)
         colour[rows, columns][mine] = NO_NAME if thing.tint else 1 + list(COLOURS).index(thing.colour)
         across[rows, columns][mine], down[rows, columns][mine] = 1 + 3 * x // CANVAS, 1 + 3 * y // CANVAS
-        offset[rows, columns][mine] = np.stack(
-            np.meshgrid(x / side - middle[columns], y / side - middle[rows]), 2
-        )[mine]
+        offset[rows, columns][mine] = np.stack(np.meshgrid(x / side - middle[columns], y / side - middle[rows]), 2)[
+            mine
+        ]
     tens, units = _digit_labels(scene.sign)
     return {
-        "shape": shape, "colour": colour, "across": across, "down": down, "tens": tens, "units": units,
+        "shape": shape,
+        "colour": colour,
+        "across": across,
+        "down": down,
+        "tens": tens,
+        "units": units,
         "offset": offset,
     }
 

@@ -25,6 +25,7 @@ from ..layouts.presets import parse_layout, preset_frames
 from ..layouts.sampling import DEFAULT_FRAMES
 from ..layouts.slowfast import SlowFastLayout
 from ..model.checkpoint import Checkpoint
+from ..model.out_of_memory import is_out_of_memory
 from ..model.prompts import (
     TEMPLATES,
     Prompt,
@@ -47,8 +48,7 @@ from ..ops.projector import Mode, check_mode, project_and_aggregate, why_layout_
 from ..video import Video
 from ..video.canvas import CanvasVideo
 from .exclusive import Exclusive
-from .session_pool import DEFAULT_SESSIONS, Residents
-from ..model.out_of_memory import is_out_of_memory
+from .session_pool import DEFAULT_SESSIONS, SessionPool
 from .stages import Stopwatch
 
 if TYPE_CHECKING:
@@ -93,16 +93,14 @@ class Pipeline:
         self.tokenizer = checkpoint.tokenizer
         self.device, self.dtype = self.model.device, self.model.dtype
         self.language = LanguageModel(self.model, checkpoint.attention)
-        self.sessions, self.exclusive = Residents(max_sessions, max_session_bytes), Exclusive()
+        self.sessions, self.exclusive = SessionPool(max_sessions, max_session_bytes), Exclusive()
         self.frames_per_pass = self._frames_that_fit()
         check_mode(projector)
         self.projector: Mode = projector
         self.frames = options.get("frames", DEFAULT_FRAMES)
         self._take_layout(layout or options.get("layout") or SlowFastLayout(), separators)
         self.max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
-        self.backend = choose(
-            backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)
-        ).name
+        self.backend = choose(backend, torch.empty(1, 1, text.hidden_size, dtype=self.dtype, device=self.device)).name
         side = self.model.config.vision_config.image_size
         self.preprocess_spec = _read_spec(PreprocessSpec, checkpoint.preprocessor, side)
         made = self.preprocess_spec.crop or self.preprocess_spec.resized(side, side)
@@ -166,18 +164,14 @@ class Pipeline:
         check_count("max_new_tokens", count)
         return count
 
-    def prompt(
-        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
-    ) -> Prompt:
+    def prompt(self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()) -> Prompt:
         """The prompt of a question, in this checkpoint's family; warns about words it does not know."""
         if self.prefilling.undone:
             raise InputError("the model is closed: load it again")
         prompt = self._build_prompt(question, choices, turns)
         rows = self.model.get_input_embeddings().num_embeddings
         if max(prompt.before + prompt.after, default=0) >= rows:
-            raise CheckpointError(
-                f"the tokenizer has tokens beyond the model's {rows}: they do not belong together"
-            )
+            raise CheckpointError(f"the tokenizer has tokens beyond the model's {rows}: they do not belong together")
         seen = [] if self.asks_openly else map(str, choices or ())
         unknown = unknown_words(" ".join([question, *seen]), self.tokenizer)
         if unknown:
@@ -305,9 +299,7 @@ class Pipeline:
     def _project_first(self, patches: Tensor) -> Tensor:
         return patches if self.layout.stage == "before" else self.project(patches)
 
-    def _build_prompt(
-        self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()
-    ) -> Prompt:
+    def _build_prompt(self, question: str, choices: Sequence[str] | None = None, turns: Sequence[Turn] = ()) -> Prompt:
         template = self.checkpoint.chat_template
         if self.asks_openly and choices is not None:
             format_options(choices)  # raises what is wrong with them
@@ -415,9 +407,7 @@ class Pipeline:
         return frozenset(ids), stop
 
     def _says_stop(self, ids: list[int]) -> bool:
-        return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(
-            ids[-16:], skip_special_tokens=True
-        )
+        return bool(self.stop_text) and self.stop_text in self.tokenizer.decode(ids[-16:], skip_special_tokens=True)
 
 
 def _read_spec(kind: type[PreprocessSpec], processor: dict[str, Any], side: int) -> PreprocessSpec:

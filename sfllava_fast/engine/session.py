@@ -86,7 +86,9 @@ class Session(PrefilledSession):
         is not as it was written."""
         tensors, facts = _read(Path(path))
         if facts["model"] != model.fingerprint() or facts["layout"] != str(model.layout):
-            raise InputError(f"{path} was saved with another model, prompt, dtype, layout or reduction: open the video again")
+            raise InputError(
+                f"{path} was saved with another model, prompt, dtype, layout or reduction: open the video again"
+            )
         frames, before = facts["frames"], tuple(facts["before"])
         session = cls(model, facts["video"], None, frames, model.plan(len(frames)))
         session.damage = facts["damage"] or None

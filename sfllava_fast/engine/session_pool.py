@@ -20,7 +20,7 @@ class Resident(Protocol):
     def release(self) -> None: ...
 
 
-class Residents:
+class SessionPool:
     """The sessions whose keys and values are in memory, the least recently used first.
 
     Beyond `most` of them, or `most_bytes` together, the first are released; they can still be asked. The one in use

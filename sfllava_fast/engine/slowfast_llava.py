@@ -155,7 +155,7 @@ class SlowFastLlava(Pipeline):
         if frames is not None:
             check_count("frames", frames)
         model = self if layout is None else self.with_layout(layout)
-        if model.layout.canvas or mode == "memory" and model.layout.stage == "before":
+        if model.layout.canvas or (mode == "memory" and model.layout.stage == "before"):
             raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")
         if mode == "append":
             return AppendSession(model, frames, name, **memory)

@@ -101,7 +101,7 @@ class StreamSession(PrefilledSession):
     def _when_full(self) -> tuple[int, int]:
         """Tokens and frames that are shown at most."""
         most = self.stream.most
-        return self.stream.config.plan(most, self.model.checkpoint.grid).tokens["total"], most
+        return self.stream.layout.plan(most, self.model.checkpoint.grid).tokens["total"], most
 
     def _what_is_shown(self) -> object:
         return self.stream.frames
@@ -138,7 +138,7 @@ class MemorySession(StreamSession):
         if not isinstance(scores, str):
             return {"scores": scores}
         if scores != "question":
-            raise InputError(f"scores must be numbers, \"question\" or None, not {scores!r}")
+            raise InputError(f'scores must be numbers, "question" or None, not {scores!r}')
         ids = self.model.tokenizer(question, add_special_tokens=False).input_ids
         return {"question": self.model.language.embed_tokens(ids).float().mean(0)}
 
@@ -149,8 +149,8 @@ class MemorySession(StreamSession):
 
     def _when_full(self) -> tuple[int, int]:
         stream, grid = self.stream, self.model.checkpoint.grid
-        clips = stream.shown_clips * stream.clip_config.plan(stream.clip_frames, grid).tokens["total"]
-        return clips + stream.config.plan(stream.recent_frames, grid).tokens["total"], stream.recent_frames
+        clips = stream.shown_clips * stream.clip_layout.plan(stream.clip_frames, grid).tokens["total"]
+        return clips + stream.layout.plan(stream.recent_frames, grid).tokens["total"], stream.recent_frames
 
     def _what_is_shown(self) -> object:
         return self.stream.seen, [clip.frames for clip in self.stream.select(**self._selection)]

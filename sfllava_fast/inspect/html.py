@@ -53,9 +53,7 @@ def _draw(report: Report, photo: Photo) -> str:
             f'{_fill(share)}" title="{escape(share.label)}">{escape(share.label)}</div>'
             for share in report.shares()
         ),
-        shares="".join(
-            f'<span style="--c:{share.colour}">{escape(share.label)}</span>' for share in report.shares()
-        ),
+        shares="".join(f'<span style="--c:{share.colour}">{escape(share.label)}</span>' for share in report.shares()),
     )
 
 

@@ -38,9 +38,7 @@ class _Sheet:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise BackendError(
-                "a PNG needs matplotlib: pip install matplotlib, or write .html"
-            ) from error
+            raise BackendError("a PNG needs matplotlib: pip install matplotlib, or write .html") from error
         self.width = width
         self.figure = Figure((width, width), facecolor=PAPER)
         self.canvas = FigureCanvasAgg(self.figure)
@@ -68,9 +66,7 @@ class _Sheet:
     def _width(self, drawn: Any) -> float:
         return drawn.get_window_extent(self.canvas.get_renderer()).width / self.figure.dpi
 
-    def image(
-        self, x: float, y: float, width: float, height: float, pixels: np.ndarray, smooth: bool = True
-    ) -> None:
+    def image(self, x: float, y: float, width: float, height: float, pixels: np.ndarray, smooth: bool = True) -> None:
         self.axes.imshow(
             pixels,
             extent=(x, x + width, y + height, y),
@@ -92,9 +88,7 @@ class _Sheet:
         from matplotlib.collections import PolyCollection
 
         corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in outlines]
-        self.axes.add_collection(
-            PolyCollection(corners, facecolors="none", edgecolors=colour, linewidths=line)
-        )
+        self.axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=colour, linewidths=line))
 
     def save(self, path: Path, height: float) -> None:
         self.figure.set_size_inches(self.width, height)
@@ -176,9 +170,7 @@ def _tiling(count: int, shape: float) -> tuple[int, float]:
     return per_row, min((_INNER - _GAP * (per_row - 1)) / per_row, 1.9 / max(shape, 0.75))
 
 
-def _draw_thumb(
-    sheet: _Sheet, report: Report, row: int, x: float, y: float, width: float, height: float
-) -> None:
+def _draw_thumb(sheet: _Sheet, report: Report, row: int, x: float, y: float, width: float, height: float) -> None:
     pixels, rings = report.thumbs[row], report.rings(row)
     if not report.is_read(row):
         pixels = (0.25 * pixels + 0.75 * PALE).astype(np.uint8)
@@ -242,9 +234,7 @@ def _draw_example(
     sheet: _Sheet, report: Report, view: PathwayView, x: float, y: float, width: float, height: float
 ) -> None:
     room = (_INNER - _PAIR_GAP) / 2
-    heading = sheet.text(
-        x, y, f"{view.name.capitalize()} pathway", 12.5, view.colour, room / 2, weight="bold"
-    )
+    heading = sheet.text(x, y, f"{view.name.capitalize()} pathway", 12.5, view.colour, room / 2, weight="bold")
     sheet.text(x + heading + 0.15, y, view.caption, 9.5, MUTED, room - heading - 0.15)
     top, right = y + 0.22, x + width + 0.15
     sheet.image(x, top, width, height, view.picture)
@@ -266,9 +256,7 @@ def _draw_example(
     sheet.text(right, top + height + 0.15, "each token's mean colour", 8.5, MUTED, width)
 
 
-def _draw_class_token(
-    sheet: _Sheet, view: PathwayView, x: float, y: float, width: float, height: float
-) -> None:
+def _draw_class_token(sheet: _Sheet, view: PathwayView, x: float, y: float, width: float, height: float) -> None:
     side = 0.62
     sheet.fill(x + (width - side) / 2, y + (height - side) / 2, side, side, view.colour)
     middle = {"ha": "center", "within": width}

@@ -353,9 +353,7 @@ def _fold(start: int, stop: int, width: int) -> list[Box]:
     return [(y, y + 1, max(start - y * width, 0), min(stop - y * width, width)) for y in rows]
 
 
-def _keep(
-    frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, grid: tuple[int, int]
-) -> np.ndarray:
+def _keep(frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, grid: tuple[int, int]) -> np.ndarray:
     """Mean colour of each token on the grid of patches; patches that no token covers stay pale."""
     patches = F.adaptive_avg_pool2d(frame.permute(0, 3, 1, 2).float(), grid).flatten(2).transpose(1, 2)
     # The pathway's own pooling, weights between linear bins included, of one frame and as a mean.

@@ -115,8 +115,10 @@ def _plan(layout: Layout, lengths: tuple[int, ...], grid: tuple[int, int]) -> Pl
     if not lengths:
         raise InputError("the batch holds no video: features are [B, T, N, D] with B of at least 1")
     if min(lengths) < 1 or min(grid) < 1:
-        raise InputError(f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "
-                         "each needs at least one frame and one patch")
+        raise InputError(
+            f"cannot lay out videos of {list(lengths)} frames on a {grid[0]}x{grid[1]} grid: "
+            "each needs at least one frame and one patch"
+        )
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     row_separators = layout._count_separators("row")
     tables = []

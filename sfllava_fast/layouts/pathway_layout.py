@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..errors import LayoutError
 from .layout import Layout, is_count
-from .pathways import Bins, Pathway, Separator
+from .pathways import AxisRule, Pathway, Separator
 
 _EXAMPLE = "pool:each,stride2,stride2,mean"
 _AXIS = "each|(?:stride|adaptive|linspace)[0-9]{1,7}"
@@ -46,7 +46,10 @@ class Pathways(Layout):
         if not self.pathways or len(set(names)) < len(names):
             raise LayoutError("a layout needs one pathway or more, and each pathway and separator another name")
         rules = {path.frames for path in self.pathways}
-        whole = any(Bins("others", bins.size) in rules for bins in rules if bins.rule == "every") or Bins("each") in rules
+        whole = (
+            any(AxisRule("others", bins.size) in rules for bins in rules if bins.rule == "every")
+            or AxisRule("each") in rules
+        )
         if self.interleaved and not (whole and all(bins.rule in _ALONE for bins in rules)):
             raise LayoutError("pathways are interleaved frame by frame: take frames by each, or by every and others")
         padded = any(path.pad for path in self.pathways)
@@ -55,7 +58,7 @@ class Pathways(Layout):
         options = [*map(str, self.separators)]
         options += ["interleaved"] * self.interleaved + ["before"] * (self.stage == "before")
         options += ["canvas{}x{}".format(*self.canvas)] if self.canvas else []
-        if not all(map(_OPTION.fullmatch, options)) or self.canvas and 0 in self.canvas:
+        if not all(map(_OPTION.fullmatch, options)) or (self.canvas and 0 in self.canvas):
             raise LayoutError(f"unknown part of a layout among {', '.join(options)}: write newline@row or canvas3x2")
         object.__setattr__(self, "_string", ";".join(["+".join(map(str, self.pathways)), *options]))
 
@@ -95,9 +98,9 @@ def _pathway(match: re.Match[str]) -> Pathway:
     return Pathway(match[1], *map(_bins, match.group(2, 3, 4)), match[5], flat, class_token, int(match[8] or 0))
 
 
-def _bins(text: str) -> Bins:
+def _bins(text: str) -> AxisRule:
     rule = text.rstrip("0123456789")
-    return Bins(rule, int(text[len(rule) :] or 1))
+    return AxisRule(rule, int(text[len(rule) :] or 1))
 
 
 def _check_pathway(path: Pathway) -> None:

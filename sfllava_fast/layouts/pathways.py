@@ -12,7 +12,7 @@ Count = Any  # a number (int), one that a trace leaves open (SymInt), or one of 
 
 
 @dataclass(frozen=True)
-class Bins:
+class AxisRule:
     """A rule that cuts an axis of length n into half-open ranges [start, stop).
 
     each      n bins of one element.
@@ -45,7 +45,7 @@ class Bins:
         if self.rule == "linear":
             count = self.count(n)
             return tuple((start, start + 1 + (rest > 0)) for start, rest in _middles(n, count))
-        if self.rule == "adaptive" or self.rule == "repeat" and n >= self.size:
+        if self.rule == "adaptive" or (self.rule == "repeat" and n >= self.size):
             return tuple((i * n // self.size, -(-(i + 1) * n // self.size)) for i in range(self.size))
         if self.rule == "stride":
             return tuple((i * self.size, (i + 1) * self.size) for i in range(n // self.size))
@@ -82,9 +82,9 @@ class Pathway:
     """
 
     name: str
-    frames: Bins
-    rows: Bins
-    cols: Bins
+    frames: AxisRule
+    rows: AxisRule
+    cols: AxisRule
     reduce: Literal["max", "mean"]
     flat: bool = False
     class_token: bool = False

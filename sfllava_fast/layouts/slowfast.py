@@ -10,9 +10,9 @@ from typing import Literal
 
 from ..errors import LayoutError
 from .layout import MAX_COUNT, Layout, is_count
-from .pathways import Bins, Pathway
+from .pathways import AxisRule, Pathway
 
-_EACH, _PAIRS = Bins("each"), Bins("stride", 2)
+_EACH, _PAIRS = AxisRule("each"), AxisRule("stride", 2)
 _SLOW_POOLS = {  # name -> rows, columns, reduction, flat
     "concat": (_EACH, _EACH, "max", False),
     "spatial_1d_max_pool": (_EACH, _PAIRS, "max", True),
@@ -79,10 +79,10 @@ class SlowFastLayout(Layout):
         paths = []
         if self.slow_frames:
             rows, cols, reduce, flat = _SLOW_POOLS[self.slow_pool]
-            paths.append(Pathway("slow", Bins("linspace", self.slow_frames), rows, cols, reduce, flat))
+            paths.append(Pathway("slow", AxisRule("linspace", self.slow_frames), rows, cols, reduce, flat))
         if self.fast_grid:
-            rows, cols = (Bins("adaptive", n) for n in self.fast_grid)
-            paths.append(Pathway("fast", Bins("each"), rows, cols, "mean"))
+            rows, cols = (AxisRule("adaptive", n) for n in self.fast_grid)
+            paths.append(Pathway("fast", AxisRule("each"), rows, cols, "mean"))
         return tuple(paths)
 
 

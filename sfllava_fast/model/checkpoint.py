@@ -144,7 +144,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         raise ValueError("its entry sfllava_fast is no object")
     for name, value in (options or {}).items():
         kind = int if name == "frames" else str
-        if name in _OPTIONS and (not isinstance(value, kind) or name == "frames" and value < 1):
+        if name in _OPTIONS and (not isinstance(value, kind) or (name == "frames" and value < 1)):
             raise ValueError(f"its entry sfllava_fast has {name} {value!r}")
 
 
@@ -200,9 +200,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def choose_dtype(
-    dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]
-) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
     """The dtype to load: float32 on a CPU, the checkpoint's 16 bits on a GPU (bfloat16 where it has none)."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -266,9 +264,7 @@ def cut_tower(tower: torch.nn.Module, depth: int) -> None:
     core = _core(tower)
     layers = getattr(getattr(core, "encoder", None), "layers", None)
     if layers is None or not hasattr(core, "post_layernorm"):
-        raise CheckpointError(
-            f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA"
-        )
+        raise CheckpointError(f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA")
     core.encoder.layers = layers[:depth]
     core.post_layernorm = torch.nn.Identity()
 
@@ -296,9 +292,7 @@ def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise CheckpointError(
-            f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again"
-        )
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again")
     kind = original_llava.tokenizer_class(path) if original_llava.is_original(raw) else AutoTokenizer
     with one_line(f"{path}: the tokenizer cannot be loaded"):
         return kind.from_pretrained(path)

@@ -44,9 +44,7 @@ _OPTIONS = "Question: {question}\nOptions:\n{options}Only give the best option."
 _PUBLISHED_OPTIONS = 5
 _BEGIN_ANSWER = "Answer: In the video,"
 _BEGIN_OPTION = "Answer: Best option:("
-_CHATML = (
-    "<|im_start|>system\n {system} <|im_end|>\n<|im_start|>user\n {user} <|im_end|>\n<|im_start|>assistant\n"
-)
+_CHATML = "<|im_start|>system\n {system} <|im_end|>\n<|im_start|>user\n {user} <|im_end|>\n<|im_start|>assistant\n"
 _SYS = f"<<SYS>>\n{_LLAMA2_SYSTEM}\n<</SYS>>\n\n"
 
 
@@ -72,9 +70,7 @@ TEMPLATES = {
         "</s>USER: {words} ASSISTANT:",
     ),
     "chatml": Template(
-        _chatml(
-            "Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER
-        ),
+        _chatml("Answer the question.", f"{MARKER}\n{_FRAMES} {_CONCISE} Question: {{question}}", _BEGIN_ANSWER),
         _chatml(_EXPERT, f"{MARKER}\n{_FRAMES} {_OPTIONS}", _BEGIN_OPTION),
         "<|im_end|>\n<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n",
         stop="<|im_end|>",
@@ -136,9 +132,7 @@ def prompt_family(
             if all(marker in chat_template for marker in markers):
                 return family
     if not chat_template:
-        raise CheckpointError(
-            f"a {text_model} language model needs a chat template and this checkpoint has none"
-        )
+        raise CheckpointError(f"a {text_model} language model needs a chat template and this checkpoint has none")
     return "chat_template"
 
 
@@ -249,9 +243,7 @@ def _bare(text: str) -> str:
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
     if text.count(MARKER) != 1:
-        raise CheckpointError(
-            f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}"
-        )
+        raise CheckpointError(f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}")
     before, after = text.split(MARKER)
     ids = [tokenizer(side, add_special_tokens=False).input_ids if side else [] for side in (before, after)]
     bos = tokenizer.bos_token_id
@@ -291,9 +283,7 @@ def _render(
             continue
         if text.count(MARKER) == 1 and all(part.strip() in text for part in (*words, *answers)):
             return text
-    raise CheckpointError(
-        f"the chat template does not write {MARKER} once and the question: choose another prompt"
-    )
+    raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")
 
 
 def _messages(words: Sequence[str], answers: Sequence[str], parts: bool) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -43,6 +43,6 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     raise PatchError(f"{type(model).__name__} takes no key/value cache by {' or '.join(CACHE_NAMES)} ({release()})")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _name_in(forward: Callable) -> str | None:
     return name_of_cache(inspect.signature(forward).parameters)

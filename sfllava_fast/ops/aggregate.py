@@ -48,7 +48,7 @@ _library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Te
 
 def slowfast_aggregate(
     features: Tensor,
-    config: Layout | str = SlowFastLayout(),
+    layout: Layout | str = SlowFastLayout(),
     *,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -64,7 +64,7 @@ def slowfast_aggregate(
         columns of `grid`, row-major, and one more in front where the layout reads the class token (`hidden` as it is).
         16-bit input is accumulated in float32 and rounded once. [B, T, N, D] are B videos of one length: one launch if
         they lie one after the other in memory, and so does `out`, else a launch for each; nothing is copied.
-    config: any layout, or its text: a name of `layouts.PRESETS`, or such as
+    layout: any layout, or its text: a name of `layouts.PRESETS`, or such as
         slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4.
     out: [S, D], or [B, S, D], of the features' dtype and device with unit stride over D, written in place and
         returned; for example the rows of a language model's `inputs_embeds`. Not differentiable.
@@ -82,7 +82,7 @@ def slowfast_aggregate(
     the batch is folded into the channels, which copies the features: [B, T, N, D] does not.
     Raises InputError, LayoutError or BackendError in one line that says what to change.
     """
-    layout = str(config)  # the op parses it: a trace holds nothing but the string
+    layout = str(layout)  # the op parses it: a trace holds nothing but the string
     kind = None
     if frame_offsets is None and separators is None and not apart and _is_plain(features, out) and _is_known_grid(grid):
         kind = _kind(features, layout, out, backend, grid)
@@ -111,7 +111,7 @@ def slowfast_aggregate(
         aggregate = _aggregate if unwatched and not needs_grad else torch.ops.sfllava_fast.aggregate
         tokens = aggregate(features, *call, separators)
     if apart:
-        return _split(tokens, config, features.shape[-3], (height, width), offsets)
+        return _split(tokens, layout, features.shape[-3], (height, width), offsets)
     if kind:
         _remember_checked(kind, _plan(features, layout, height, width, None))
     if offsets is None:
@@ -138,7 +138,7 @@ _count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._
 
 
 # A plain call is of one video, with no gradient. Its arguments are checked once for each kind of call, since the checks
-# take as long as the rest of the host's work. Plans are held weakly: config.PLANS bounds them.
+# take as long as the rest of the host's work. Plans are held weakly: layout.PLANS bounds them.
 _checked: dict[tuple, weakref.ref[Plan]] = {}
 _MOST_CHECKED = 256
 
@@ -366,14 +366,14 @@ torch.library.register_fake("sfllava_fast::pool_backward_gpu", lambda *_: None, 
 
 def resolve_plan(
     features: Tensor,
-    config: Layout | str,
+    layout: Layout | str,
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
 ) -> Plan:
     """What `slowfast_aggregate` would do with these arguments; its errors. A batch's videos as if they were packed."""
     _check_features(features)
     offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
-    layout = str(config)
+    layout = str(layout)
     return _plan(features, layout, *check_grid(grid, features.shape[-2] - _class_tokens(layout)), offsets)
 
 
@@ -429,9 +429,9 @@ def check_separators(separators: Tensor | None, layout: str, features: Tensor) -
     _check_same_kind(separators, features, "separators")
 
 
-def _split(tokens: Tensor, config: Layout | str, frames: int, grid: tuple[int, int], offsets: Tensor | None):
+def _split(tokens: Tensor, layout: Layout | str, frames: int, grid: tuple[int, int], offsets: Tensor | None):
     """Tokens [..., S, D] by pathway, in their order."""
-    layout = parse_layout(config)
+    layout = parse_layout(layout)
     if layout.interleaved or layout.separators or offsets is not None:
         raise InputError("apart= is for one video, and pathways one after the other with no separators: leave it out")
     counts = [path.count_frames(frames) * path.tokens_per_frame(grid) for path in layout.pathways]

@@ -29,8 +29,8 @@ from ..layouts.presets import parse_patches_only
 from .aggregate import as_tensor, check_out, resolve_plan, slowfast_aggregate
 from .stream import Encode, check_encode, count_frames, encode_frames, slice_frames
 
-DEFAULT_CONFIG = "slowfast-slow_8frms_spatial_1d_max_pool-fast_4x4"
-DEFAULT_CLIP_CONFIG = "clip:adaptive1,adaptive4,adaptive4,mean"
+DEFAULT_LAYOUT = "slowfast-slow_8frms_spatial_1d_max_pool-fast_4x4"
+DEFAULT_CLIP_LAYOUT = "clip:adaptive1,adaptive4,adaptive4,mean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +99,8 @@ class MemoryStream:
     `held_clips` the two most similar neighbours are merged. Memory, and time per frame, do not grow with the stream;
     once there are `shown_clips`, the number of tokens is constant. Nothing is differentiable.
 
-    config: layout of the recent frames, or its text.
-    clip_config: layout of the frames of a clip.
+    layout: layout of the recent frames, or its text.
+    clip_layout: layout of the frames of a clip.
     recent_frames, clip_frames: frames kept in full, at least a clip; frames of a clip.
     held_clips, shown_clips: clips remembered, and how many of them `tokens` shows.
     grid, backend: as `slowfast_aggregate` takes them.
@@ -111,8 +111,8 @@ class MemoryStream:
 
     def __init__(
         self,
-        config: Layout | str = DEFAULT_CONFIG,
-        clip_config: Layout | str = DEFAULT_CLIP_CONFIG,
+        layout: Layout | str = DEFAULT_LAYOUT,
+        clip_layout: Layout | str = DEFAULT_CLIP_LAYOUT,
         *,
         recent_frames: int = 16,
         clip_frames: int = 8,
@@ -133,7 +133,7 @@ class MemoryStream:
             raise InputError(f"only {held_clips} clips are held: show so many or fewer, not {shown_clips}")
         self.recent_frames, self.clip_frames = recent_frames, clip_frames
         self.held_clips, self.shown_clips = held_clips, shown_clips
-        self.config, self.clip_config = parse_patches_only(config), parse_patches_only(clip_config)
+        self.layout, self.clip_layout = parse_patches_only(layout), parse_patches_only(clip_layout)
         self.grid, self.backend = grid, backend
         self._encode = encode
         self._state = _State()
@@ -180,7 +180,7 @@ class MemoryStream:
         for clip in clips:
             row += len(clip.tokens)
             out[row - len(clip.tokens) : row].copy_(clip.tokens)
-        slowfast_aggregate(recent, self.config, out=out[row:], backend=self.backend, grid=self.grid)
+        slowfast_aggregate(recent, self.layout, out=out[row:], backend=self.backend, grid=self.grid)
         return out
 
     def select(
@@ -216,7 +216,7 @@ class MemoryStream:
     def plan(self) -> Plan:
         """What the layout does to the recent frames, numbered from 0. InputError before the first frame."""
         self._check_begun()
-        return self._plan(self.config, self._state.recent[0], len(self._state.recent))
+        return self._plan(self.layout, self._state.recent[0], len(self._state.recent))
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -243,7 +243,7 @@ class MemoryStream:
         if first % self.clip_frames:
             return
         features = torch.stack(frames[: self.clip_frames])
-        tokens = slowfast_aggregate(features, self.clip_config, backend=self.backend, grid=self.grid)
+        tokens = slowfast_aggregate(features, self.clip_layout, backend=self.backend, grid=self.grid)
         wide = torch.promote_types(tokens.dtype, torch.float32)  # merged over and over, rounded once, when shown
         memory.append(Clip(range(first, first + self.clip_frames), tokens.to(wide)))
         memory.merge_down(self.held_clips)
@@ -261,11 +261,11 @@ class MemoryStream:
         return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)
 
     def _check_layouts(self, features: Tensor) -> None:
-        self._plan(self.config, features[0], self.recent_frames)
-        self._plan(self.clip_config, features[0], self.clip_frames)
+        self._plan(self.layout, features[0], self.recent_frames)
+        self._plan(self.clip_layout, features[0], self.clip_frames)
 
-    def _plan(self, config: Layout, frame: Tensor, frames: int) -> Plan:
-        return resolve_plan(frame.expand(frames, -1, -1), config, self.grid)
+    def _plan(self, layout: Layout, frame: Tensor, frames: int) -> Plan:
+        return resolve_plan(frame.expand(frames, -1, -1), layout, self.grid)
 
     def _check_begun(self) -> None:
         if not self.seen:

@@ -24,13 +24,13 @@ class SlowFastAggregator(nn.Module):
 
     def __init__(
         self,
-        config: Layout | str = SlowFastLayout(),
+        layout: Layout | str = SlowFastLayout(),
         backend: str = "auto",
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _check_settings(backend, grid)
-        self.config, self.backend, self.grid = parse_layout(config), backend, grid
+        self.layout, self.backend, self.grid = parse_layout(layout), backend, grid
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class SlowFastAggregator(nn.Module):
     ):
         return slowfast_aggregate(
             features,
-            self.config,
+            self.layout,
             out=out,
             backend=self.backend,
             grid=self.grid,
@@ -50,7 +50,7 @@ class SlowFastAggregator(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.config}, backend={self.backend}"
+        return f"{self.layout}, backend={self.backend}"
 
 
 class FusedProjectorAggregator(nn.Module):
@@ -65,7 +65,7 @@ class FusedProjectorAggregator(nn.Module):
     def __init__(
         self,
         projector: nn.Module,
-        config: Layout | str = SlowFastLayout(),
+        layout: Layout | str = SlowFastLayout(),
         mode: Mode = "auto",
         backend: str = "auto",
         grid: tuple[int, int] | None = None,
@@ -75,7 +75,7 @@ class FusedProjectorAggregator(nn.Module):
         _check_settings(backend, grid)
         check_mode(mode)
         self.projector = projector
-        self.config, self.mode, self.backend, self.grid = parse_layout(config), mode, backend, grid
+        self.layout, self.mode, self.backend, self.grid = parse_layout(layout), mode, backend, grid
 
     def forward(
         self,
@@ -87,7 +87,7 @@ class FusedProjectorAggregator(nn.Module):
         return project_and_aggregate(
             hidden,
             self.projector,
-            self.config,
+            self.layout,
             mode=self.mode,
             out=out,
             backend=self.backend,
@@ -98,7 +98,7 @@ class FusedProjectorAggregator(nn.Module):
 
     def extra_repr(self) -> str:
         reason = why_not_commuted(self.projector) if self.mode != "exact" else None
-        return f"{self.config}, mode={self.mode}" + (f" (never commuted: {reason})" if reason else "")
+        return f"{self.layout}, mode={self.mode}" + (f" (never commuted: {reason})" if reason else "")
 
 
 class PathwayProjectors(nn.Module):
@@ -112,27 +112,29 @@ class PathwayProjectors(nn.Module):
     def __init__(
         self,
         projectors: Mapping[str, nn.Module],
-        config: Layout | str = "red_villm",
+        layout: Layout | str = "red_villm",
         backend: str = "auto",
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _check_settings(backend, grid)
-        self.config, self.backend, self.grid = parse_layout(config), backend, grid
-        if self.config.interleaved or self.config.separators:
-            raise InputError(f"{self.config} has no pathways one after the other with no separators: take another layout")
-        names = [path.name for path in self.config.pathways]
+        self.layout, self.backend, self.grid = parse_layout(layout), backend, grid
+        if self.layout.interleaved or self.layout.separators:
+            raise InputError(
+                f"{self.layout} has no pathways one after the other with no separators: take another layout"
+            )
+        names = [path.name for path in self.layout.pathways]
         if not isinstance(projectors, (Mapping, nn.ModuleDict)) or set(projectors) != set(names):
-            raise InputError(f"{self.config} needs a projector for each of {', '.join(names)}, and no other")
+            raise InputError(f"{self.layout} needs a projector for each of {', '.join(names)}, and no other")
         _check_modules(*projectors.values())
         self.projectors = nn.ModuleDict({name: projectors[name] for name in names})
 
     def forward(self, hidden: Tensor) -> Tensor:
-        parts = slowfast_aggregate(hidden, self.config, backend=self.backend, grid=self.grid, apart=True)
+        parts = slowfast_aggregate(hidden, self.layout, backend=self.backend, grid=self.grid, apart=True)
         return torch.cat([self.projectors[name](part) for name, part in parts.items()], dim=-2)
 
     def extra_repr(self) -> str:
-        return f"{self.config}, backend={self.backend}"
+        return f"{self.layout}, backend={self.backend}"
 
 
 def _check_settings(backend: object, grid: object) -> None:

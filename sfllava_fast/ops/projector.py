@@ -63,7 +63,7 @@ _library.define(
 def project_and_aggregate(
     hidden: Tensor,
     projector: nn.Module,
-    config: Layout | str = SlowFastLayout(),
+    layout: Layout | str = SlowFastLayout(),
     *,
     mode: Mode = "exact",
     out: Tensor | None = None,
@@ -90,28 +90,28 @@ def project_and_aggregate(
         raise InputError(f"the projector must be a module or a function, not {type(projector).__name__}")
     if not isinstance(hidden, Tensor):
         raise InputError(f"features must be a torch.Tensor, not {type(hidden).__name__}")
-    if _pools_first(str(config)):
-        return _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators)
+    if _pools_first(str(layout)):
+        return _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators)
     traced = torch.compiler.is_compiling()
-    plan = None if traced else resolve_plan(hidden, config, grid, frame_offsets)
+    plan = None if traced else resolve_plan(hidden, layout, grid, frame_offsets)
     if mode == "auto":
-        commutes = not traced and _why_not(projector, hidden, config) is None and _pays(plan, hidden)
+        commutes = not traced and _why_not(projector, hidden, layout) is None and _pays(plan, hidden)
         mode = "commuted" if commutes else "exact"
     if mode == "exact":
         call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": separators}
-        return slowfast_aggregate(projector(hidden), config, out=out, **call)
-    if reason := _why_not(projector, hidden, config):
+        return slowfast_aggregate(projector(hidden), layout, out=out, **call)
+    if reason := _why_not(projector, hidden, layout):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
     first, _, second = projector.children()
     first, second = _Layer(first.weight, first.bias), _Layer(second.weight, second.bias)
     if traced:
-        return _trace_commuted(hidden, first, second, str(config), out, backend, grid, frame_offsets)
+        return _trace_commuted(hidden, first, second, str(layout), out, backend, grid, frame_offsets)
     shape = token_shape(plan, hidden, len(second.weight))
     if out is None:
         out = hidden.new_empty(shape)
     check_out(out, hidden, shape)
     with torch.no_grad():
-        _commuted_launches(hidden, first, second, plan, str(config), out, backend)
+        _commuted_launches(hidden, first, second, plan, str(layout), out, backend)
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
 
 
@@ -125,19 +125,19 @@ def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 
 
-def _aggregate_and_project(hidden, projector, config, out, backend, grid, frame_offsets, separators):
+def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators):
     """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
-    names = parse_layout(config).separators
-    plan = resolve_plan(hidden, config, grid, frame_offsets) if names else None
+    names = parse_layout(layout).separators
+    plan = resolve_plan(hidden, layout, grid, frame_offsets) if names else None
     none = hidden.new_zeros(len(names), hidden.shape[-1]) if names else None
     call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
-    pooled = slowfast_aggregate(hidden, config, **call)
+    pooled = slowfast_aggregate(hidden, layout, **call)
     pooled, *offsets = (pooled,) if frame_offsets is None else pooled
     tokens = projector(pooled)
     if names:
-        check_separators(separators, str(config), tokens)
+        check_separators(separators, str(layout), tokens)
         if hidden.dim() == 4:
-            plan = resolve_plan(hidden[0], config, grid)
+            plan = resolve_plan(hidden[0], layout, grid)
         tokens = with_separators(tokens, plan, separators)
     if out is not None:
         check_out(out, tokens, tuple(tokens.shape))
@@ -189,7 +189,7 @@ def why_not_commuted(projector: nn.Module) -> str | None:
     """Why pooling can never go before this projector's second layer; None where it can."""
     name = type(projector).__name__
     parts = dict(projector.named_children()) if isinstance(projector, nn.Module) else {}
-    if len(parts) != 3 or type(projector) is not nn.Sequential and list(parts) != ["linear_1", "act", "linear_2"]:
+    if len(parts) != 3 or (type(projector) is not nn.Sequential and list(parts) != ["linear_1", "act", "linear_2"]):
         return f"{name} is not Linear, GELU, Linear"
     first, act, second = parts.values()
     for part in (first, second):
@@ -216,7 +216,7 @@ def why_layout_not_commuted(layout: Layout) -> str | None:
     return None
 
 
-def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str | None:
+def _why_not(projector: nn.Module, hidden: Tensor, layout: Layout | str) -> str | None:
     """Why pooling cannot go before the second layer in this call; None where it can."""
     if reason := why_not_commuted(projector):
         return reason
@@ -231,7 +231,7 @@ def _why_not(projector: nn.Module, hidden: Tensor, config: Layout | str) -> str 
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         return "autocast chooses the dtypes"
-    return why_layout_not_commuted(parse_layout(config))
+    return why_layout_not_commuted(parse_layout(layout))
 
 
 def _is_exact_gelu(act: nn.Module) -> bool:

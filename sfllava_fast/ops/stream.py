@@ -41,7 +41,7 @@ class SlowFastStream:
     keeps. Each is encoded once, into one buffer that is allocated once; memory, and time per frame, do not grow with
     the stream. Nothing is differentiable.
 
-    config: any layout, or its text.
+    layout: any layout, or its text.
     most: frames held at most.
     grid, backend: as `slowfast_aggregate` takes them.
     encode: frames [r, ...], a strided view of some that were pushed, -> features [r, N, D]. It never sees a frame that
@@ -50,7 +50,7 @@ class SlowFastStream:
 
     def __init__(
         self,
-        config: Layout | str = SlowFastLayout(),
+        layout: Layout | str = SlowFastLayout(),
         most: int = 50,
         *,
         grid: tuple[int, int] | None = None,
@@ -59,7 +59,7 @@ class SlowFastStream:
     ) -> None:
         check_count("most", most)
         check_encode(encode)
-        self.config, self.most, self.grid, self.backend = parse_layout(config), most, grid, backend
+        self.layout, self.most, self.grid, self.backend = parse_layout(layout), most, grid, backend
         self.seen = 0  # frames pushed
         self._encode = encode
         self._buffer: Tensor | None = None  # [most, N, D]; its first rows are the frames kept
@@ -92,7 +92,7 @@ class SlowFastStream:
         """Tokens [S, D] of the frames kept; `out` and `separators` as in `slowfast_aggregate`. InputError before the
         first frame."""
         call = {"backend": self.backend, "grid": self.grid, "separators": separators}
-        return slowfast_aggregate(self.features, self.config, out=out, **call)
+        return slowfast_aggregate(self.features, self.layout, out=out, **call)
 
     def count_tokens(self) -> int:
         """How many `tokens` returns now."""
@@ -101,7 +101,7 @@ class SlowFastStream:
     @property
     def plan(self) -> Plan:
         """What the layout does to the frames kept, numbered from 0."""
-        return resolve_plan(self.features, self.config, self.grid)
+        return resolve_plan(self.features, self.layout, self.grid)
 
     @property
     def frames(self) -> range:
@@ -129,7 +129,7 @@ class SlowFastStream:
         """A buffer for frames of this kind; the error of a layout that does not fit them."""
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
             buffer = features.new_empty(self.most, *features.shape[1:])
-        resolve_plan(buffer, self.config, self.grid)
+        resolve_plan(buffer, self.layout, self.grid)
         return buffer
 
     def _thin(self, step: int) -> int:

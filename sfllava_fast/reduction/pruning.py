@@ -158,7 +158,7 @@ class Pruning:
     def _received(
         self, tokens: Tensor, decoder: nn.Module | None, before: Tensor | None, question: Tensor | None
     ) -> Tensor:
-        if decoder is None or self.needs_question and question is None:
+        if decoder is None or (self.needs_question and question is None):
             asked = " and a question" * self.needs_question
             raise InputError(f"pruning by {self.scorer} needs the language model{asked}")
         start, last = 0 if before is None else len(before), question if self.needs_question else None

@@ -47,7 +47,7 @@ class LayerInput:
 
 
 Score = Callable[[LayerInput], Tensor]
-Scorer = Union[str, Score, Mapping[int, Union[str, Score]]]
+Scorer = Union[str, Score, Mapping[int, str | Score]]
 
 
 class Norm(nn.Module):

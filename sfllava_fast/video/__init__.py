@@ -4,7 +4,7 @@ What makes tensors of frames is in `preprocess`, `pixels` and `canvas`, which ne
 """
 
 from .base import Numbered, Video
-from .files import DECODERS, MemoryVideo, Source, as_frames, import_decoder, open_video
+from .files import DECODERS, FramesVideo, Source, as_frames, import_decoder, open_video
 from .folder import IMAGE_SUFFIXES
 from .live import LiveVideo, open_live
 from .pyav import FORMATS
@@ -13,8 +13,8 @@ __all__ = [
     "DECODERS",
     "FORMATS",
     "IMAGE_SUFFIXES",
+    "FramesVideo",
     "LiveVideo",
-    "MemoryVideo",
     "Numbered",
     "Source",
     "Video",

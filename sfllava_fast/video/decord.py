@@ -45,9 +45,7 @@ class DecordVideo(Video):
             try:
                 frames = self._reader.get_batch(numbers).asnumpy()
             except Exception as error:
-                raise VideoError(
-                    f"decord cannot decode {self.path}: {reason(error)}; try --decoder pyav"
-                ) from error
+                raise VideoError(f"decord cannot decode {self.path}: {reason(error)}; try --decoder pyav") from error
             if stop.is_set():
                 return
             yield from zip(numbers, frames)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class MemoryVideo(Video):
+class FramesVideo(Video):
     """Frames that are decoded already: uint8 RGB [T, H, W, 3]."""
 
     decoder = "memory"
@@ -95,7 +95,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
     if isinstance(video, Video):
         return video
     if isinstance(video, np.ndarray) or _is_tensor(video):
-        return MemoryVideo(video)
+        return FramesVideo(video)
     if not isinstance(video, (str, os.PathLike)):
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
     if decoder not in DECODERS:

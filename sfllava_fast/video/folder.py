@@ -32,14 +32,10 @@ class FolderVideo(Video):
 
     def __init__(self, path: Path, by_name: bool = False) -> None:
         super().__init__(path)
-        names = (
-            p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-        )
+        names = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
         self._files = sorted(names, key=None if by_name else _natural)
         if not self._files:
-            raise VideoError(
-                f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames"
-            )
+            raise VideoError(f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames")
         self.total = len(self._files)
         self.size = tuple(self._load(0).shape[:2])
 

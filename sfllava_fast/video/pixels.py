@@ -171,9 +171,7 @@ class PixelLoader:
                 self._buffers[index] = empty_pixels(count, *self._shape, self._dtype, self._device)
             return self._buffers[index][at]
 
-    def _count(
-        self, number: int, left: list[int], ahead: int = 0, in_work: int = 0, seconds: float = 0.0
-    ) -> None:
+    def _count(self, number: int, left: list[int], ahead: int = 0, in_work: int = 0, seconds: float = 0.0) -> None:
         with self._changed:
             for row in self._rows[number]:
                 left[row // self._batch] -= 1

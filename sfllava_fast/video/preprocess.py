@@ -51,25 +51,19 @@ class PreprocessSpec:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise InputError(
-                f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}"
-            )
+            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
         if self.resample not in _RESAMPLES.values():
             raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
         for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
             if len(edges) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in edges):
-                raise InputError(
-                    f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}"
-                )
+                raise InputError(f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
                 raise InputError(f"preprocess {name} must be three numbers, one by channel, not {values!r}")
         if min(self.std) <= 0:
             raise InputError(f"preprocess std must be above 0, not {self.std!r}")
         if self.size is not None and self.crop and any(c > e for c, e in zip(self.crop, self._edges())):
-            raise InputError(
-                f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size"
-            )
+            raise InputError(f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size")
 
     @classmethod
     def from_processor(cls, processor: Any, mode: Mode = "stretch") -> PreprocessSpec:
@@ -153,9 +147,7 @@ def preprocess(
     return out
 
 
-def empty_pixels(
-    count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor:
+def empty_pixels(count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An empty [count, 3, height, width] for `write_pixels`."""
     shape = (count, 3, height, width)
     if torch.device(device).type != "cpu":
@@ -213,9 +205,7 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Ten
         return F.interpolate(pixels, size, mode=mode, antialias=True)
     # Elsewhere there is no uint8 kernel: two passes, halves rounded up in between as Pillow does.
     for step in ((pixels.shape[-2], size[1]), size):
-        pixels = (
-            F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
-        )
+        pixels = F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
     return pixels
 
 
@@ -240,9 +230,7 @@ def _crop_middle(pixels: torch.Tensor, crop: Sequence[int]) -> torch.Tensor:
 
 def _as_dict(processor: Any) -> Mapping[str, Any]:
     if not hasattr(processor, "to_dict"):
-        raise InputError(
-            f"expected a transformers image processor or its config, not {type(processor).__name__}"
-        )
+        raise InputError(f"expected a transformers image processor or its config, not {type(processor).__name__}")
     return processor.to_dict()
 
 
@@ -257,9 +245,7 @@ def _read_size(size: Any) -> int | tuple[int, int]:
         return size
     elif isinstance(size, Sequence) and len(size) == 2:
         return tuple(size)
-    raise InputError(
-        f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width"
-    )
+    raise InputError(f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width")
 
 
 def _name(dtype: torch.dtype) -> str:

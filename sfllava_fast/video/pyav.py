@@ -149,9 +149,7 @@ class PyavVideo(Video):
         if given < len(unique) and not stop.is_set():
             yield from self._from_start(unique[given:], stop)
 
-    def _from_segments(
-        self, unique: list[int], stop: threading.Event
-    ) -> Generator[tuple[int, np.ndarray], None, int]:
+    def _from_segments(self, unique: list[int], stop: threading.Event) -> Generator[tuple[int, np.ndarray], None, int]:
         """Decode only what the wanted frames need, up to one that does not come out as indexed; how many did."""
         index = self._index
         segments = _merge((index.start[i], index.packet[i]) for i in unique)

@@ -240,9 +240,8 @@ def test_a_key_that_no_header_takes_is_refused_without_it(key, monkeypatch):
 )
 def test_a_key_that_the_server_repeats_is_not_told(said, chat, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving(lambda body: said) as server:
-        with pytest.raises((ServerError, BackendError)) as raised:
-            ask(chat(server))
+    with serving(lambda body: said) as server, pytest.raises((ServerError, BackendError)) as raised:
+        ask(chat(server))
     assert KEY not in str(raised.value) and "***" in str(raised.value)
 
 

@@ -21,17 +21,20 @@ from sfllava_fast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
 
 pytest.importorskip("rich")
-from bench.harness.compare import compare
-from bench.harness.record import ROOT, ResultError, folder_name, processor, read_result
-from bench.op.works import Work
-from gpu_stand_in import FakeCuda, pretend_a_device, rehearse  # noqa: E402
+from gpu_stand_in import FakeCuda, pretend_a_device, rehearse
 
 from bench import __main__ as cli
-from bench.gpu import carried, copies, run as gpu, sanitize, tune
-from bench.paired import dropins, layouts, projector
-from bench.op import run as op, peers, roofline as plot, works
-from bench.harness import record, timers
 from bench import stream
+from bench.gpu import carried, copies, sanitize, tune
+from bench.gpu import run as gpu
+from bench.harness import record, timers
+from bench.harness.compare import compare
+from bench.harness.record import ROOT, ResultError, folder_name, processor, read_result
+from bench.op import peers, works
+from bench.op import roofline as plot
+from bench.op import run as op
+from bench.op.works import Work
+from bench.paired import dropins, layouts, projector
 
 COMMITTED = ROOT / "bench/results/cpu-amd-epyc-milan/op.json"
 BFLOAT16 = torch.bfloat16
@@ -518,7 +521,7 @@ def test_libraries_that_were_not_carried_are_built_first(tmp_path, monkeypatch):
 
 
 BACKENDS = ("cuda", "triton")
-REPORT = '<testsuites><testsuite>{}</testsuite></testsuites>'
+REPORT = "<testsuites><testsuite>{}</testsuite></testsuites>"
 RAN = '<testcase classname="tests.test_gpu" name="test_views[{}-one]"/>'
 SKIPPED = '<testcase classname="tests.test_gpu" name="test_views[{}-one]"><skipped/></testcase>'
 

@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
-from bench.pipeline.baseline import PlainAnswer
-from bench.harness.compare import compare
-from bench.pipeline.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
-from bench.harness.record import passes, read_result
-
 from bench import __main__ as bench_cli
-from bench.pipeline import clip, costs, dummy, figures, run as pipeline
 from bench.harness import peak_memory as memory
+from bench.harness.compare import compare
+from bench.harness.record import passes, read_result
+from bench.pipeline import clip, costs, dummy, figures
+from bench.pipeline import run as pipeline
+from bench.pipeline.baseline import PlainAnswer
+from bench.pipeline.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
 from bench.pipeline.run import Lab, Settings
 from sfllava_fast import SlowFastLayout, slowfast_aggregate
 from sfllava_fast.cli import main as cli
@@ -57,8 +57,20 @@ def lab(settings, video):
 @pytest.fixture
 def options(video):
     """The command line of a small run."""
-    return ["--config", "tiny", "--device", "cpu", "--video", str(video), "--frames", str(FRAMES),
-            "--new-tokens", str(NEW_TOKENS), "--rounds", "2"]
+    return [
+        "--config",
+        "tiny",
+        "--device",
+        "cpu",
+        "--video",
+        str(video),
+        "--frames",
+        str(FRAMES),
+        "--new-tokens",
+        str(NEW_TOKENS),
+        "--rounds",
+        "2",
+    ]
 
 
 def core(tower):
@@ -297,8 +309,11 @@ def test_the_embedded_model_by_the_packages_own_command(video, capsys):
     assert "embedded, float32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("spoil", [lambda ids: [*ids[:2], ids[2] + 1, *ids[3:]], lambda ids: ids[:-1], lambda ids: []],
-                         ids=["another", "short", "empty"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda ids: [*ids[:2], ids[2] + 1, *ids[3:]], lambda ids: ids[:-1], lambda ids: []],
+    ids=["another", "short", "empty"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_answer_fails_before_anything_is_timed(tmp_path, options, capsys, monkeypatch, spoil, dtype):
     right = SlowFastLlava.answer
@@ -377,8 +392,12 @@ def test_limits_become_ratios_of_which_one_is_asked():
     works |= {SECOND: work(10, share=0.125, five_over_one=1.75), STEP: work(4, over_floor=1.75)}
     memory_ = {OURS: {"weights_bytes": 14_000_000_000, "peak_bytes": 20_000_000_000}}
     figures.set_bars(works, Bars(2.5, 1.6, 92, 0.1, 1.4, 1.4, 4, 80), memory_)
-    ratios = {(name, bar): pair["ratio"] for name, work in works.items() for bar, pair in work["bars"].items()
-              if pair["bar"] == 1}
+    ratios = {
+        (name, bar): pair["ratio"]
+        for name, work in works.items()
+        for bar, pair in work["bars"].items()
+        if pair["bar"] == 1
+    }
     assert ratios == {
         (FROM_FRAMES, "ours: 92 ms"): pytest.approx(1.15),
         (FROM_FRAMES, "ours: weights + 4 GB"): pytest.approx(0.9),
@@ -419,15 +438,18 @@ def test_memory_of_a_call():
 # --- wrong input
 
 
-@pytest.mark.parametrize("arguments, error", [
-    (["--config", "9b"], "argument --config: invalid choice: '9b'"),
-    (["--config", "tiny", "--model", "x"], "not allowed with argument"),
-    (["--model", "no/such/place"], "no checkpoint directory no/such/place"),
-    (["--rounds", "1"], "rounds must be at least 2"),
-    (["--video", "nothing.mp4"], "nothing.mp4 does not exist"),
-    (["--config", "tiny", "--device", "abacus"], "unknown device 'abacus'"),
-    (["--config", "tiny", "--layout", "pllava"], "the plain pipeline has no layout pllava"),
-])
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--config", "9b"], "argument --config: invalid choice: '9b'"),
+        (["--config", "tiny", "--model", "x"], "not allowed with argument"),
+        (["--model", "no/such/place"], "no checkpoint directory no/such/place"),
+        (["--rounds", "1"], "rounds must be at least 2"),
+        (["--video", "nothing.mp4"], "nothing.mp4 does not exist"),
+        (["--config", "tiny", "--device", "abacus"], "unknown device 'abacus'"),
+        (["--config", "tiny", "--layout", "pllava"], "the plain pipeline has no layout pllava"),
+    ],
+)
 @pytest.mark.parametrize("main", ["bench pipeline", "sfllava-fast bench"])
 def test_wrong_input_is_one_line(arguments, error, main, video, monkeypatch, capsys):
     arguments = arguments if "--video" in arguments else [*arguments, "--video", str(video)]

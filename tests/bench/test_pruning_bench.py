@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 from bench.reduction.pruning import Examinee
-
 from sfllava_fast.embedded.training.batches import IGNORE
 
 

@@ -12,18 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
-from bench.harness.compare import compare
-from bench.reduction.mixture import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, prefill_mixed
-from bench.reduction.question import Question, ask
-from bench.harness.record import passes, read_result, write_json
-from bench.harness.timers import CpuTimer, CudaTimer
 from gpu_stand_in import FakeCuda
 from transformers import LlamaConfig
 
 from bench import __main__ as cli
-from bench.pipeline import costs, dummy
 from bench.gpu import run as gpu
-from bench.reduction import mixture, question, run as reduction, rows
+from bench.harness.compare import compare
+from bench.harness.record import passes, read_result, write_json
+from bench.harness.timers import CpuTimer, CudaTimer
+from bench.pipeline import costs, dummy
+from bench.reduction import mixture, question, rows
+from bench.reduction import run as reduction
+from bench.reduction.mixture import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, prefill_mixed
+from bench.reduction.question import Question, ask
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
 from sfllava_fast.ops.rows import gather_many, scatter_rows, top_per_frame
@@ -56,9 +57,15 @@ def main(monkeypatch, *arguments):
 OWN = {torch.ops.sfllava_fast.attention_received: lambda q, k, *_, out_shape: 2 * math.prod(q) * k[2]}
 
 
-@pytest.mark.parametrize("mixed, kv_heads", [
-    *((mixed, 4) for mixed in MIXED if mixed.ratio in (1, RATIO)), (Mixed(SWEPT, 0.55), 2), (Mixed("norm", 0.1), 2),
-], ids=str)
+@pytest.mark.parametrize(
+    "mixed, kv_heads",
+    [
+        *((mixed, 4) for mixed in MIXED if mixed.ratio in (1, RATIO)),
+        (Mixed(SWEPT, 0.55), 2),
+        (Mixed("norm", 0.1), 2),
+    ],
+    ids=str,
+)
 def test_flop_by_torchs_own_counter(mixed, kv_heads):
     """The counter knows the CPU's fused attention not at all (it counts 0), and of the unfused one the whole square; of
     our own op it has to be told."""
@@ -205,16 +212,22 @@ def test_on_a_gpu_it_is_a_step_of_the_pipelines_part(tmp_path):
 
 def rows_of(ratio, flop, peak):
     """Rows of a result. flop, peak: the mixed model's of the plain one's 1000."""
+
     def row(ratio, flop, peak):
         return {"ratio": ratio, "flop": {"products": flop - 9, "attention": 9}, "cache_bytes": 1, "peak_bytes": peak}
 
     return {PLAIN: row(1.0, 1000, 1000), "learned 1.0": row(1.1, 1000, 1000), HELD: row(ratio, flop, peak)}
 
 
-@pytest.mark.parametrize("ratio, flop, peak, reached", [
-    (0.75, 650, 800, (True, True, True)), (0.76, 650, 800, (False, True, True)),
-    (0.75, 651, 800, (True, False, True)), (0.75, 650, 801, (True, True, False)),
-])
+@pytest.mark.parametrize(
+    "ratio, flop, peak, reached",
+    [
+        (0.75, 650, 800, (True, True, True)),
+        (0.76, 650, 800, (False, True, True)),
+        (0.75, 651, 800, (True, False, True)),
+        (0.75, 650, 801, (True, True, False)),
+    ],
+)
 def test_bars(ratio, flop, peak, reached):
     found = mixture.bars(rows_of(ratio, flop, peak), mixture.BARS["cpu"])
     asked = ("0.75 of plain's time", "0.65 of plain's FLOP", "0.8 of plain's peak memory")

@@ -69,9 +69,7 @@ class StandIn:
         return self
 
     def ask(self, question, choices=None, max_new_tokens=None, follow_up=False, on_token=None):
-        self.asked.append(
-            dict(question=question, max_new_tokens=max_new_tokens, choices=choices, follow_up=follow_up)
-        )
+        self.asked.append(dict(question=question, max_new_tokens=max_new_tokens, choices=choices, follow_up=follow_up))
         if self.error:
             raise self.error
         video = self.video
@@ -186,9 +184,7 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
         reduction="mixture:0.3",
     )
     assert model.frames == 5
-    assert model.asked == [
-        dict(question="what?", max_new_tokens=7, choices=["a cat", "a dog"], follow_up=False)
-    ]
+    assert model.asked == [dict(question="what?", max_new_tokens=7, choices=["a cat", "a dog"], follow_up=False)]
     said = capsys.readouterr()
     assert said.out == "a cat\n" and ", 7 kept by mixture:0.3\n" in said.err
 
@@ -205,7 +201,7 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
     assert run("ask", folder, "what?", "--json") == 0
     out, err = capsys.readouterr()
     answer = json.loads(out)
-    assert JSON_FIELDS <= set(answer) and set(answer["tokens"]) == {"slow", "fast", "total"}
+    assert set(answer) >= JSON_FIELDS and set(answer["tokens"]) == {"slow", "fast", "total"}
     assert answer["seconds"]["decode"] > SECONDS["decode"]  # with the opening of the video
     assert err == "" and len(out.splitlines()) == 1
 
@@ -296,7 +292,7 @@ def test_names_in_options_are_those_of_the_modules():
     from sfllava_fast.ops.backends import aggregate as backends
 
     assert options.BACKENDS == backends.NAMES and options.ATTENTIONS == attention.CHOICES
-    assert options.PROJECTORS == projector.MODES and options.DTYPES == tuple(checkpoint.DTYPES)
+    assert options.PROJECTORS == projector.MODES and tuple(checkpoint.DTYPES) == options.DTYPES
     assert options.MODES == live.STREAM_MODES
     with pytest.raises(sfllava_fast.SfllavaError, match=f"choose (one of )?{', '.join(options.DECODERS)}$"):
         video.import_decoder("none")
@@ -551,7 +547,7 @@ def test_the_embedded_model_answers_from_the_shell(tmp_path):
     done = shell("ask", video, embedded.sample_questions()[0], "--json", "--frames", "8")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     answer = json.loads(done.stdout)
-    assert JSON_FIELDS <= set(answer)
+    assert set(answer) >= JSON_FIELDS
     assert answer["video"] == str(video) and len(answer["frames"]) == 8
     assert answer["tokens"]["total"] == answer["tokens"]["slow"] + answer["tokens"]["fast"]
     assert set(answer["seconds"]) == set(SECONDS)
@@ -623,9 +619,7 @@ def test_ctrl_c_from_the_shell(tmp_path):
     # Watching a pipe waits for its writer, so the signal comes in the middle.
     pipe = tmp_path / "clip.mp4"
     os.mkfifo(pipe)
-    script = (
-        "import sys; from sfllava_fast.cli import main as cli; from sfllava_fast.engine import slowfast_llava; print('ready', flush=True); sys.exit(cli.main())"
-    )
+    script = "import sys; from sfllava_fast.cli import main as cli; from sfllava_fast.engine import slowfast_llava; print('ready', flush=True); sys.exit(cli.main())"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "watch", str(pipe), "what?"],
         stdout=subprocess.PIPE,

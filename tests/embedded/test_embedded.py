@@ -294,9 +294,12 @@ def test_mentions_are_found_at_the_last_word_that_names_them():
 
     scene = scenes.Scene((thing("red", "circle"), thing("red", "cross"), thing("blue", "cross")), None, (0, 0, 0))
     told = {
-        "where is the red circle ?": {4: [0]}, "how many crosses are there ?": {2: [1, 2]},
-        "what shape is the red one ?": {4: [0, 1]}, "is there a green star ?": {4: []},
-        "the red cross : is it left of the blue cross ?": {2: [1], 10: [2]}, "who are you ?": {},
+        "where is the red circle ?": {4: [0]},
+        "how many crosses are there ?": {2: [1, 2]},
+        "what shape is the red one ?": {4: [0, 1]},
+        "is there a green star ?": {4: []},
+        "the red cross : is it left of the blue cross ?": {2: [1], 10: [2]},
+        "who are you ?": {},
         "read the sign .": {2: []},
     }
     for text, found in told.items():
@@ -459,7 +462,8 @@ def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
 
 
 TRAINED = {
-    "tower": {"vision_tower"}, "words": {"multi_modal_projector", "embed_tokens"},
+    "tower": {"vision_tower"},
+    "words": {"multi_modal_projector", "embed_tokens"},
     "language": {"multi_modal_projector", "language_model"},
 }
 
@@ -582,8 +586,13 @@ def test_kept_tokens_stay_at_their_positions_when_packed(packed_pair):
     total, random_order = prefix.shape[1] - 1, torch.Generator().manual_seed(0)
     kept = torch.stack([torch.randperm(total, generator=random_order)[:40].sort().values for _ in range(2)])
     alone = [
-        alone_logits(plain, torch.cat([prefix[clip, :1], prefix[clip, 1 + kept[clip]]]),
-                     [0, *(1 + kept[clip]).tolist(), 1 + total], batch, clip)
+        alone_logits(
+            plain,
+            torch.cat([prefix[clip, :1], prefix[clip, 1 + kept[clip]]]),
+            [0, *(1 + kept[clip]).tolist(), 1 + total],
+            batch,
+            clip,
+        )
         for clip in range(2)
     ]
     where = batch.targets != batches.IGNORE
@@ -599,9 +608,7 @@ def test_packed_questions_get_what_mixed_layers_would_give_them_alone(packed_pai
     before = packing.packed_logits(packed, features, batch.ids, where, 4)
     with mixtures[0].frames(frames), mixtures[1].frames(frames):
         mixed = packing.packed_logits(packed, features, batch.ids, where, 4)
-        alone = [
-            alone_logits(plain, prefix[clip], range(prefix.shape[1] + 1), batch, clip) for clip in range(2)
-        ]
+        alone = [alone_logits(plain, prefix[clip], range(prefix.shape[1] + 1), batch, clip) for clip in range(2)]
     torch.testing.assert_close(mixed, torch.cat(alone), atol=2e-5, rtol=1e-4)
     assert (mixed - before).abs().max() > 1e-3
 
@@ -638,7 +645,8 @@ def test_scene_targets_are_what_is_true_of_the_clip(tokenizer):
         passing = sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
         found = [
             [t for t in scene.of_kind("still") if scenes.place_name(t.begin) == place]
-            for line in scenes.PLACES for place in line
+            for line in scenes.PLACES
+            for place in line
         ]
         found += [passing[:1], sorted(passing, key=lambda thing: thing.end)[-1:]]
         found += [[t for t in passing if t.direction == direction] for direction in scenes.DIRECTIONS]
@@ -651,10 +659,13 @@ def test_scene_targets_are_what_is_true_of_the_clip(tokenizer):
 REDUCED = {"mixture": mixing.MixtureTrainer, "compression": compressing.CompressionTrainer}
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--from", str(embedded.model_dir())], "trained from scratch"),
-    (["--train", "mixture", "--from", "x"], "--from x"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--from", str(embedded.model_dir())], "trained from scratch"),
+        (["--train", "mixture", "--from", "x"], "--from x"),
+    ],
+)
 def test_the_script_refuses_a_start_that_is_none(options, said, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--out", "out", *options])
@@ -745,9 +756,11 @@ def read_shipped(file: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
     model, tensors = load_model().eval(), load_file(file)
     names = dict(model.get_decoder().named_parameters())
-    assert not model.get_decoder().load_state_dict(
-        {key: tensors.pop(key) for key in names if key in tensors}, strict=False
-    ).unexpected_keys
+    assert (
+        not model.get_decoder()
+        .load_state_dict({key: tensors.pop(key) for key in names if key in tensors}, strict=False)
+        .unexpected_keys
+    )
     packing.use_packed_attention(model)
     return model, tensors
 
@@ -788,8 +801,18 @@ def test_shipped_compression_tokens_hold_the_clip():
 # What the card claims of the split: of known pairs of colour and shape, and of those kept from training.
 CLAIMED = {
     "train": (
-        "colour", "shape", "place", "relation", "number", "direction", "first", "last", "when", "exist",
-        "unanswerable: not there", "unanswerable: off topic",
+        "colour",
+        "shape",
+        "place",
+        "relation",
+        "number",
+        "direction",
+        "first",
+        "last",
+        "when",
+        "exist",
+        "unanswerable: not there",
+        "unanswerable: off topic",
     ),
     "heldout": ("place", "relation", "number", "direction", "unanswerable: not there", "unanswerable: off topic"),
 }

@@ -79,9 +79,9 @@ def stock_answer(path, prompt, pictures, slow, new_tokens, fast=2, pool=True, **
         sides = [model.get_input_embeddings()(torch.tensor(ids)) for ids in (prompt.before, prompt.after)]
         embeds = torch.cat([sides[0], *tokens, sides[1]])[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        return model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False
-        )[0].tolist()
+        return model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)[
+            0
+        ].tolist()
 
 
 @pytest.mark.parametrize("family", ["vicuna", "mistral", "chatml"])
@@ -116,9 +116,7 @@ def test_the_papers_layout_on_the_grid_of_real_checkpoints(tmp_path):
     assert answer.token_ids == stock_answer(path, model.prompt(QUESTION), pictures, slow, 12, fast=4)
 
 
-@pytest.mark.parametrize(
-    "options", [{"dtype": "bf16"}, {"attention": "eager"}, {"backend": "torch"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"attention": "eager"}, {"backend": "torch"}], ids=str)
 def test_answers_by_dtype_attention_and_backend(load, checkpoints, options):
     model, clip = load(options=options), Clip()
     answer = model.answer(clip, QUESTION, frames=9, max_new_tokens=12)
@@ -168,9 +166,7 @@ def test_frames_go_through_the_tower_in_passes(load, frames):
     model = load()
     pixels = torch.randn(frames, 3, IMAGE_SIZE, IMAGE_SIZE)
     seen = []
-    handle = model.model.model.vision_tower.register_forward_pre_hook(
-        lambda _, args: seen.append(len(args[0]))
-    )
+    handle = model.model.model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     patches = model.encode(pixels)
     handle.remove()
     assert sum(seen) == frames and max(seen) <= model.frames_per_pass
@@ -220,9 +216,7 @@ def test_the_answer_tells_how_it_came_about(load, checkpoints):
     assert tuple(record["seconds"]) == STAGES and all(seconds > 0 for seconds in record["seconds"].values())
     assert record["ttft"] > record["seconds"]["vision"] + record["seconds"]["prefill"]
     assert record["projector"] == "exact"
-    assert record["tokens_per_second"] == pytest.approx(
-        (len(record["token_ids"]) - 1) / record["seconds"]["generate"]
-    )
+    assert record["tokens_per_second"] == pytest.approx((len(record["token_ids"]) - 1) / record["seconds"]["generate"])
     assert record["option"] is None and record["choices"] is None
 
 
@@ -408,9 +402,7 @@ def test_an_encoded_video(load, checkpoints, tmp_path):
 def test_the_embedded_model_answers_as_the_stock_model_does():
     model, clip, question = SlowFastLlava.from_pretrained(), Clip(16), "How many red circles are there?"
     answer = model.answer(clip, question)
-    expected = stock_answer(
-        model_dir(), model.prompt(question), clip.pictures, [0, 4, 8, 12], 12, dtype=torch.float32
-    )
+    expected = stock_answer(model_dir(), model.prompt(question), clip.pictures, [0, 4, 8, 12], 12, dtype=torch.float32)
     assert answer.token_ids == expected
     assert answer.tokens["slow"] == 4 * 32 and answer.tokens["fast"] == 16 * 4
 

@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from bench.paired.published import LAYOUTS
 from test_engine import stock_model
 from tiny_engine import QUESTION, Clip
 from tiny_llava import GRID
 
+from bench.paired.published import LAYOUTS
 from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts.presets import PRESETS, find_preset

@@ -482,8 +482,10 @@ def test_a_projector_that_cannot_be_commuted(load):
     relu = {"projector_hidden_act": "relu"}
     with pytest.raises(InputError, match="cannot be commuted with pooling: its activation ReLU.* use exact or auto"):
         load(options={"projector": "commuted"}, **relu)
-    answers = [load(options={"projector": mode}, **relu).answer(Clip(), QUESTION, frames=9, **ASK) for mode in
-               ("exact", "auto")]
+    answers = [
+        load(options={"projector": mode}, **relu).answer(Clip(), QUESTION, frames=9, **ASK)
+        for mode in ("exact", "auto")
+    ]
     assert answers[0].token_ids == answers[1].token_ids
 
 

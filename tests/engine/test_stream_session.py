@@ -126,7 +126,7 @@ def test_a_stream_in_another_layout(load):
 
 
 def memory(model, **settings):
-    small = {"clip_config": "clip:adaptive1,adaptive1,adaptive2,mean", "held_clips": 6, "shown_clips": 3}
+    small = {"clip_layout": "clip:adaptive1,adaptive1,adaptive2,mean", "held_clips": 6, "shown_clips": 3}
     return model.open_stream("memory", frames=3, clip_frames=2, **small | settings)
 
 
@@ -182,7 +182,7 @@ def test_a_memory_that_will_not_fit_the_context_is_refused_at_once(load):
     model = load(text={"max_position_embeddings": 512})
     memory(model)
     with pytest.raises(ContextError, match="exceed the context of 512"):
-        memory(model, clip_config="clip:adaptive1,each,each,mean", held_clips=20, shown_clips=12)
+        memory(model, clip_layout="clip:adaptive1,each,each,mean", held_clips=20, shown_clips=12)
 
 
 # --- frames appended

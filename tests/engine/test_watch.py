@@ -50,8 +50,10 @@ def answered(times, every, questions=("a",), **options):
     """(seconds, question, frames pushed) of each answer."""
     session = Session()
     frames = ((seconds, torch.zeros(2, 2, 3, dtype=torch.uint8)) for seconds in times)
-    told = [(seconds, answer.question, len(answer.to_json()["frames"])) for seconds, answer in
-            watch_live(frames, session, questions, every, **options)]
+    told = [
+        (seconds, answer.question, len(answer.to_json()["frames"]))
+        for seconds, answer in watch_live(frames, session, questions, every, **options)
+    ]
     assert len(session.frames) == len(times)
     return told
 
@@ -164,7 +166,8 @@ def test_json_is_one_object_a_line(clip, model, capsys):
     assert run("watch", clip, "what?", "where?", "--json", "--every", 1) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["time"], line["question"], line["answer"]) for line in lines[:2]] == [
-        (1.0, "what?", "what?\n0"), (1.0, "where?", "where?\n0")
+        (1.0, "what?", "what?\n0"),
+        (1.0, "where?", "where?\n0"),
     ]
     assert lines[0]["frames"] == [0, 1, 2] and lines[0]["tokens"] == {"total": 7}
 

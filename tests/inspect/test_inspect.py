@@ -226,7 +226,7 @@ def test_no_text_of_a_png_overlaps_another(kept, clip, tmp_path, monkeypatch):
         render(clip, tmp_path / "a.png", many, 20, GRID, kept=kept)
     assert len(texts) > 60
     for one, (left, right, top, bottom, text) in enumerate(texts):
-        assert 0.4 < left and right < 13.6 + 0.02, text
+        assert left > 0.4 and right < 13.6 + 0.02, text
         for other in texts[:one]:
             apart = other[1] <= left or right <= other[0] or other[3] <= top or bottom <= other[2]
             assert apart, (text, other[4])
@@ -360,9 +360,7 @@ def test_bad_video_and_layout(clip, tmp_path):
     assert not (tmp_path / "a.html").exists()
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("boom"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("boom"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing_half_written(error, clip, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
 

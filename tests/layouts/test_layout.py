@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts.layout import PLANS, square_grid
 from sfllava_fast.layouts.pathway_layout import Pathways
-from sfllava_fast.layouts.pathways import Bins
+from sfllava_fast.layouts.pathways import AxisRule
 from sfllava_fast.layouts.plan import ByteCache
 from sfllava_fast.layouts.presets import parse_layout
 from sfllava_fast.layouts.sampling import sample_frames
@@ -111,22 +111,22 @@ def test_slow_frames_are_not_floored_integers(frames, expected):
 
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_adaptive_bins(length, bins):
-    cut = Bins("adaptive", bins).cut(length)
+    cut = AxisRule("adaptive", bins).cut(length)
     assert [range(*b) for b in cut] == [oracle.adaptive_bin(i, length, bins) for i in range(bins)]
-    assert len(cut) == Bins("adaptive", bins).count(length)
+    assert len(cut) == AxisRule("adaptive", bins).count(length)
 
 
 def test_adaptive_bins_overlap_and_repeat():
-    assert Bins("adaptive", 4).cut(7) == ((0, 2), (1, 4), (3, 6), (5, 7))
-    assert Bins("adaptive", 4).cut(3) == ((0, 1), (0, 2), (1, 3), (2, 3))
-    assert Bins("adaptive", 3).cut(1) == ((0, 1), (0, 1), (0, 1))
+    assert AxisRule("adaptive", 4).cut(7) == ((0, 2), (1, 4), (3, 6), (5, 7))
+    assert AxisRule("adaptive", 4).cut(3) == ((0, 1), (0, 2), (1, 3), (2, 3))
+    assert AxisRule("adaptive", 3).cut(1) == ((0, 1), (0, 1), (0, 1))
 
 
 @pytest.mark.parametrize("rule", ["each", "stride", "adaptive", "linspace"])
 @pytest.mark.parametrize("length", [1, 2, 5, 9])
 def test_bins_count_what_they_cut(rule, length):
     for size in (1, 2, 3):
-        bins = Bins(rule, size)
+        bins = AxisRule(rule, size)
         assert len(bins.cut(length)) == bins.count(length)
         assert all(0 <= start < stop <= length for start, stop in bins.cut(length))
 
@@ -140,12 +140,7 @@ def test_an_odd_width_straddles_rows():
 def test_sampling_rule(total, count):
     frames = sample_frames(total, count)
     assert frames == oracle.sample_frames(total, count)
-    assert (
-        frames == sorted(frames)
-        and 0 <= frames[0]
-        and frames[-1] < total
-        and len(frames) == min(total, count)
-    )
+    assert frames == sorted(frames) and frames[0] >= 0 and frames[-1] < total and len(frames) == min(total, count)
 
 
 def test_sampling_by_hand():
@@ -307,9 +302,7 @@ def test_a_plan_of_several_videos():
     assert plan.slow_frames == [0, 1, 3, 3, 4, 6]
     assert plan.offsets == (0, 7, 12, 20)  # 2 * 2 slow and one fast token per frame
     assert plan.tokens == {"slow": 12, "fast": 8, "total": 20}
-    assert plan.offsets[-1] == SlowFastLayout(slow_frames=2, fast_grid=(1, 1)).count_packed_tokens(
-        8, (2, 2), videos=3
-    )
+    assert plan.offsets[-1] == SlowFastLayout(slow_frames=2, fast_grid=(1, 1)).count_packed_tokens(8, (2, 2), videos=3)
 
 
 @pytest.mark.parametrize("lengths", [(), 0, (3, 0), (-1,)])

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from bench.paired.published import LAYOUTS, bilinear, pooled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import GuardedRows, assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
+from bench.paired.published import LAYOUTS, bilinear, pooled
 from sfllava_fast import slowfast_aggregate
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts.presets import PRESETS, parse_layout

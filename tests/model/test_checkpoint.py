@@ -99,13 +99,9 @@ def test_shards(copy):
     tensors = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     names = sorted(tensors)
-    index = {
-        key: f"model-0000{1 + (i > len(names) // 2)}-of-00002.safetensors" for i, key in enumerate(names)
-    }
+    index = {key: f"model-0000{1 + (i > len(names) // 2)}-of-00002.safetensors" for i, key in enumerate(names)}
     for shard in set(index.values()):
-        save_file(
-            {k: tensors[k] for k in names if index[k] == shard}, copy / shard, metadata={"format": "pt"}
-        )
+        save_file({k: tensors[k] for k in names if index[k] == shard}, copy / shard, metadata={"format": "pt"})
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert torch.equal(load_checkpoint(copy).model.lm_head.weight, tensors["language_model.lm_head.weight"])
     (copy / "model-00002-of-00002.safetensors").unlink()
@@ -144,9 +140,7 @@ def test_weights_that_nothing_reads_may_be_absent(copy):
 
 
 def test_unknown_weights_are_loud(copy):
-    edit_weights(
-        copy, lambda tensors: tensors.update({"language_model.model.adapter.weight": torch.zeros(2)})
-    )
+    edit_weights(copy, lambda tensors: tensors.update({"language_model.model.adapter.weight": torch.zeros(2)}))
     with one_line(CheckpointError, "holds unknown weights .1: .*adapter.weight"):
         load_checkpoint(copy)
 
@@ -226,7 +220,9 @@ def test_what_is_in_the_folders_of_a_folder_is_named(copy, tmp_path):
         load_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-10").mkdir()
     (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
-    with one_line(CheckpointError, r"run/checkpoint-10 holds an adapter .adapter_model.safetensors. and no whole model"):
+    with one_line(
+        CheckpointError, r"run/checkpoint-10 holds an adapter .adapter_model.safetensors. and no whole model"
+    ):
         load_checkpoint(tmp_path / "run")
 
 
@@ -356,12 +352,8 @@ def test_missing_files(copy, name, match):
         load_checkpoint(copy)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"]
-)
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0\xff" * 20]
-)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0\xff" * 20])
 def test_damaged_files(copy, name, damage):
     (copy / name).write_bytes(damage((copy / name).read_bytes()))
     with one_line(CheckpointError, ""):

@@ -49,9 +49,7 @@ def test_opcheck(dtype, offsets):
     tokens = 3 * 8 * (1 if offsets is None else 2) + 4 * 4
     call = (x, LAYOUT, 4, 4, offsets)
     opcheck(torch.ops.sfllava_fast.aggregate.default, (*call, "auto"))
-    opcheck(
-        torch.ops.sfllava_fast.aggregate_out.default, (*call, "auto", torch.empty(tokens, 6, dtype=dtype))
-    )
+    opcheck(torch.ops.sfllava_fast.aggregate_out.default, (*call, "auto", torch.empty(tokens, 6, dtype=dtype)))
     opcheck(torch.ops.sfllava_fast.aggregate_backward.default, (torch.randn(tokens, 6).to(dtype), *call, "auto"))
 
 
@@ -81,9 +79,7 @@ def test_gradcheck(pool, grid):
 @pools
 def test_gradcheck_of_packed_videos(pool):
     x = torch.randn(3, 4, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x: slowfast_aggregate(x, layout(pool), frame_offsets=[0, 2, 3])[0], x
-    )
+    assert torch.autograd.gradcheck(lambda x: slowfast_aggregate(x, layout(pool), frame_offsets=[0, 2, 3])[0], x)
 
 
 def test_gradcheck_of_a_view():
@@ -185,9 +181,7 @@ def graphs():
 
 @pytest.mark.parametrize("config", [LAYOUT, CONFIG], ids=["string", "config"])
 def test_compile_once_for_every_number_of_frames(config, graphs):
-    fn = torch.compile(
-        lambda x: slowfast_aggregate(x, config) * 2, fullgraph=True, dynamic=True, backend=graphs
-    )
+    fn = torch.compile(lambda x: slowfast_aggregate(x, config) * 2, fullgraph=True, dynamic=True, backend=graphs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)
@@ -345,9 +339,7 @@ def test_no_hidden_copies():
     hidden = torch.randn(1, 577, 256)[:, 1:].expand(14000, 576, 256)
     out = torch.empty(3 * 288 + 14000, 256)
     config = SlowFastLayout(3, "spatial_1d_max_pool", (1, 1))
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         slowfast_aggregate(hidden[:40], config, out=out[: 3 * 288 + 40])
     taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     assert taken < 1 << 16
@@ -355,9 +347,7 @@ def test_no_hidden_copies():
 
 def test_packed_videos_equal_calls_one_by_one():
     x = torch.randn(10, 17, 8)[:, 1:]
-    tokens, offsets = slowfast_aggregate(
-        x, LAYOUT, frame_offsets=torch.tensor([0, 1, 5, 10], dtype=torch.int32)
-    )
+    tokens, offsets = slowfast_aggregate(x, LAYOUT, frame_offsets=torch.tensor([0, 1, 5, 10], dtype=torch.int32))
     apart = [slowfast_aggregate(part, LAYOUT) for part in (x[:1], x[1:5], x[5:])]
     assert torch.equal(tokens, torch.cat(apart))
     assert offsets.dtype == torch.int64 and offsets.tolist() == [0, 28, 68, 112]
@@ -368,9 +358,7 @@ def test_packed_videos_equal_calls_one_by_one():
 
 def test_gradient_of_packed_videos_equals_calls_one_by_one():
     x = torch.randn(6, 16, 4, requires_grad=True)
-    together = torch.autograd.grad(
-        slowfast_aggregate(x, LAYOUT, frame_offsets=[0, 2, 6])[0].square().sum(), x
-    )
+    together = torch.autograd.grad(slowfast_aggregate(x, LAYOUT, frame_offsets=[0, 2, 6])[0].square().sum(), x)
     apart = torch.cat([slowfast_aggregate(part, LAYOUT) for part in (x[:2], x[2:])])
     assert torch.equal(*together, *torch.autograd.grad(apart.square().sum(), x))
 

@@ -29,7 +29,11 @@ ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda",
 def fresh():
     """Reasons are found out once a process: forget them before the test and after it."""
     caches = (
-        backends.load_cuda_library, backends.load_triton, backends._try_on, backends._fastest_first, backends.say_once,
+        backends.load_cuda_library,
+        backends.load_triton,
+        backends._try_on,
+        backends._fastest_first,
+        backends.say_once,
     )
     for cache in caches:
         cache.cache_clear()
@@ -102,7 +106,11 @@ def test_auto_takes_the_backend_that_was_faster_on_the_device(timed):
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 def test_auto_measures_each_kind_of_layout_dtype_and_direction(timed):
     times, calls = timed
-    times |= {("cuda", backends._TILED): 1.0, ("triton", backends._TILED): 2.0, ("triton", backends._TILED_BY_TRITON): 1.0}
+    times |= {
+        ("cuda", backends._TILED): 1.0,
+        ("triton", backends._TILED): 2.0,
+        ("triton", backends._TILED_BY_TRITON): 1.0,
+    }
     times |= {("triton", backends._UNTILED): 2.0, ("cuda", backends._UNTILED): 1.0}
     assert backends.choose("auto", ON_GPU, PAPER).name == "cuda"
     assert backends.choose("auto", ON_GPU, THREE).name == "triton"
@@ -113,7 +121,9 @@ def test_auto_measures_each_kind_of_layout_dtype_and_direction(timed):
     assert len(calls) == 6  # they are like the 3x3 one
     half = SimpleNamespace(**vars(ON_GPU) | {"dtype": torch.float16})
     backends.choose("auto", half, PAPER), backends.choose("auto", half, PAPER, backward=True)
-    assert [(call.dtype, call.backward) for _, call in calls[6:]] == [(torch.float16, False)] * 2 + [(torch.float16, True)] * 2
+    assert [(call.dtype, call.backward) for _, call in calls[6:]] == [(torch.float16, False)] * 2 + [
+        (torch.float16, True)
+    ] * 2
 
 
 @pytest.mark.skipif(not backends.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
@@ -142,6 +152,7 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkey
         out.fill_(1)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
     def spread_wrongly(grad, features, plan, out):
         out.fill_(1)
 

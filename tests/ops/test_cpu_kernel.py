@@ -167,9 +167,7 @@ def test_large_outputs_with_a_pitch(isa, pitch):
 
 @dtypes
 def test_sums_longer_than_the_cache(isa, dtype):
-    check_plan(
-        normal((2, 12, 20001), dtype), SlowFastLayout(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4))
-    )
+    check_plan(normal((2, 12, 20001), dtype), SlowFastLayout(2, "spatial_1d_avg_pool", (2, 3)).plan(2, (3, 4)))
 
 
 def test_no_product_is_fused_with_a_sum(isa):
@@ -230,9 +228,7 @@ def test_calls_from_two_threads_at_once(isa):
     def work(mine: int) -> None:
         start.wait()
         for turn in range(6):
-            which = (
-                mine + turn
-            ) % 2  # the running sums of a thread grow, and are used again for fewer channels
+            which = (mine + turn) % 2  # the running sums of a thread grow, and are used again for fewer channels
             if not torch.equal(slowfast_aggregate(inputs[which], PAPER, backend="cpu"), expected[which]):
                 wrong.append((mine, turn))
 

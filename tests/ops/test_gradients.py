@@ -124,7 +124,7 @@ def test_derivatives_of_a_compiled_function(pool):
     ours, expected = both(pool)
     for run in (lambda f: jvp(f, (X,), (WAY,))[1], lambda f: vmap(grad(lambda z: f(z * z).pow(2).sum()))(TWO)):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda: run(ours), backend="aot_eager", fullgraph=True)  # noqa: B023
+        compiled = torch.compile(lambda: run(ours), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(), run(expected))
 
 

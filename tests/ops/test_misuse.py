@@ -42,13 +42,13 @@ def projector() -> nn.Sequential:
 
 
 def stream(**changed):
-    made = SlowFastStream(**{"config": LAYOUT, "most": 4, "grid": None, "backend": "auto", "encode": None} | changed)
+    made = SlowFastStream(**{"layout": LAYOUT, "most": 4, "grid": None, "backend": "auto", "encode": None} | changed)
     made.push(X)
     return made.tokens()
 
 
 def memory(**changed):
-    usual = {"config": LAYOUT, "clip_config": "clip:adaptive1,adaptive2,adaptive2,mean", "recent_frames": 2}
+    usual = {"layout": LAYOUT, "clip_layout": "clip:adaptive1,adaptive2,adaptive2,mean", "recent_frames": 2}
     usual |= {"clip_frames": 1, "held_clips": 4, "shown_clips": 2, "grid": None, "backend": "auto", "encode": None}
     made = MemoryStream(**usual | changed)
     made.push(torch.randn(5, 16, 8))
@@ -56,27 +56,27 @@ def memory(**changed):
 
 
 def module(make, **changed):
-    given = {"config": LAYOUT, "backend": "auto", "grid": None} | changed
+    given = {"layout": LAYOUT, "backend": "auto", "grid": None} | changed
     call = {name: given.pop(name) for name in ("features", "frame_offsets", "out", "separators") if name in given}
     return make(**given)(call.pop("features", X), **call)
 
 
-OP = {"features": X, "config": LAYOUT, "out": None, "backend": "auto", "grid": (4, 4), "frame_offsets": None}
+OP = {"features": X, "layout": LAYOUT, "out": None, "backend": "auto", "grid": (4, 4), "frame_offsets": None}
 OP |= {"separators": None}
-PLAIN = {"config": LAYOUT, "backend": "auto", "grid": None, "features": X, "frame_offsets": None, "out": None}
+PLAIN = {"layout": LAYOUT, "backend": "auto", "grid": None, "features": X, "frame_offsets": None, "out": None}
 CALLS = {
     "slowfast_aggregate": (slowfast_aggregate, OP),
     "slowfast_aggregate of separators": (
-        slowfast_aggregate, OP | {"config": "llava_next_video-newline_grid", "separators": torch.zeros(1, 8)}
+        slowfast_aggregate, OP | {"layout": "llava_next_video-newline_grid", "separators": torch.zeros(1, 8)}
     ),
-    "resolve_plan": (resolve_plan, {name: OP[name] for name in ("features", "config", "grid", "frame_offsets")}),
+    "resolve_plan": (resolve_plan, {name: OP[name] for name in ("features", "layout", "grid", "frame_offsets")}),
     "project_and_aggregate": (
         lambda features, **call: project_and_aggregate(features, **call),
         OP | {"projector": projector(), "mode": "commuted"},
     ),
     "project_and_aggregate, pooled first": (
         lambda features, **call: project_and_aggregate(features, **call),
-        OP | {"projector": projector(), "mode": "exact", "config": "videollm_online-interval",
+        OP | {"projector": projector(), "mode": "exact", "layout": "videollm_online-interval",
               "features": torch.randn(2, 17, 8), "separators": torch.zeros(1, 4)},
     ),
     "why_not_commuted": (why_not_commuted, {"projector": projector()}),
@@ -86,7 +86,7 @@ CALLS = {
     ),
     "PathwayProjectors": (
         lambda projectors, **call: module(lambda **made: PathwayProjectors(projectors, **made), **call),
-        {"projectors": {"slow": nn.Identity(), "fast": nn.Identity()}, "config": LAYOUT, "backend": "auto",
+        {"projectors": {"slow": nn.Identity(), "fast": nn.Identity()}, "layout": LAYOUT, "backend": "auto",
          "grid": None, "features": X},
     ),
     "parse_layout": (parse_layout, {"layout": LAYOUT}),
@@ -104,11 +104,11 @@ CALLS = {
     ),
     "attention_received": (attention_received, {"queries": HEADS, "keys": HEADS, "scale": 0.5, "backend": "auto"}),
     "kept_frames": (kept_frames, {"seen": 5, "most": 4}),
-    "SlowFastStream": (stream, {"config": LAYOUT, "most": 4, "grid": None, "backend": "auto", "encode": None}),
+    "SlowFastStream": (stream, {"layout": LAYOUT, "most": 4, "grid": None, "backend": "auto", "encode": None}),
     "SlowFastStream.push": (lambda frames: SlowFastStream(LAYOUT, 4).push(frames), {"frames": X}),
     "MemoryStream": (
         memory,
-        {"config": LAYOUT, "clip_config": LAYOUT, "recent_frames": 2, "clip_frames": 1, "held_clips": 4,
+        {"layout": LAYOUT, "clip_layout": LAYOUT, "recent_frames": 2, "clip_frames": 1, "held_clips": 4,
          "shown_clips": 2, "grid": None, "backend": "auto", "encode": None},
     ),
     "MemoryStream.push": (lambda frames: MemoryStream(LAYOUT, LAYOUT).push(frames), {"frames": X}),

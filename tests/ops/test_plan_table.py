@@ -17,7 +17,10 @@ def read(table: list[int]) -> dict:
     version, patches, frames, tokens, pathways, groups, items, readers = header
     parts = {}
     for name, count, width in [
-        ("pathways", pathways, 11), ("groups", groups + 1, 1), ("items", items, 4), ("frames", frames + 1, 1),
+        ("pathways", pathways, 11),
+        ("groups", groups + 1, 1),
+        ("items", items, 4),
+        ("frames", frames + 1, 1),
         ("readers", readers, 1),
     ]:
         parts[name] = [rest[i * width : (i + 1) * width] for i in range(count)]
@@ -40,10 +43,25 @@ def test_a_small_layout_by_hand():
         "frames": [[0], [2], [3]],
         "readers": [[0], [1], [2]],
         "bins": [
-            (0, 1), (1, 2), (0, 2), (2, 4),  # slow rows, columns
-            (0, 1), (1, 2), (0, 1), (0, 1), (1, 2), (1, 2),  # and which of them hold each row, each column
-            (0, 2), (0, 2), (2, 4),  # fast
-            (0, 1), (0, 1), (0, 1), (0, 1), (1, 2), (1, 2),
+            (0, 1),
+            (1, 2),
+            (0, 2),
+            (2, 4),  # slow rows, columns
+            (0, 1),
+            (1, 2),
+            (0, 1),
+            (0, 1),
+            (1, 2),
+            (1, 2),  # and which of them hold each row, each column
+            (0, 2),
+            (0, 2),
+            (2, 4),  # fast
+            (0, 1),
+            (0, 1),
+            (0, 1),
+            (0, 1),
+            (1, 2),
+            (1, 2),
         ],
     }
 

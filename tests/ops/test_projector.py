@@ -35,7 +35,7 @@ def make_hidden(frames=6, side=6, dtype=torch.float32, seed=1):
     return torch.randn(frames, side * side + 1, C, generator=generator).to(dtype)[:, 1:]
 
 
-def wide_tokens(hidden, projector, config, lengths=None):
+def wide_tokens(hidden, projector, layout, lengths=None):
     """Tokens in float64, by operators that share nothing with the package."""
     first, _, second = projector
     z = hidden.double() @ first.weight.double().T + (first.bias.double() if first.bias is not None else 0)
@@ -44,8 +44,8 @@ def wide_tokens(hidden, projector, config, lengths=None):
     out = []
     for video in y.split(lengths or [len(y)]):
         side, channels = math.isqrt(video.shape[1]), video.transpose(1, 2)
-        if config.slow_frames:
-            picked = channels[torch.linspace(0, len(video), config.slow_frames + 1)[:-1].int().tolist()]
+        if layout.slow_frames:
+            picked = channels[torch.linspace(0, len(video), layout.slow_frames + 1)[:-1].int().tolist()]
             square = picked.unflatten(2, (side, side))
             pooled = {
                 "concat": lambda: picked,
@@ -53,11 +53,11 @@ def wide_tokens(hidden, projector, config, lengths=None):
                 "spatial_1d_avg_pool": lambda: F.avg_pool1d(picked, 2),
                 "spatial_2d_max_pool": lambda: F.max_pool2d(square, 2).flatten(2),
                 "spatial_2d_avg_pool": lambda: F.avg_pool2d(square, 2).flatten(2),
-            }[config.slow_pool]()
+            }[layout.slow_pool]()
             out.append(pooled.transpose(1, 2).flatten(0, 1))
-        if config.fast_grid:
+        if layout.fast_grid:
             square = channels.unflatten(2, (side, side))
-            out.append(F.adaptive_avg_pool2d(square, config.fast_grid).permute(0, 2, 3, 1).flatten(0, 2))
+            out.append(F.adaptive_avg_pool2d(square, layout.fast_grid).permute(0, 2, 3, 1).flatten(0, 2))
     return torch.cat(out)
 
 
@@ -73,32 +73,32 @@ def products(request, monkeypatch):
         monkeypatch.setattr(projector_module, "_has_onednn", lambda dtype: False)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("layout", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_commuted_equals_float64(config, dtype):
+def test_commuted_equals_float64(layout, dtype):
     hidden, projector = make_hidden(dtype=dtype), make_projector(dtype)
-    tokens = project_and_aggregate(hidden, projector, config, mode="commuted")
+    tokens = project_and_aggregate(hidden, projector, layout, mode="commuted")
     assert tokens.dtype is dtype
     near = 1e-5 if dtype is torch.float32 else 1e-12
-    torch.testing.assert_close(tokens.double(), wide_tokens(hidden, projector, config), rtol=near, atol=near)
+    torch.testing.assert_close(tokens.double(), wide_tokens(hidden, projector, layout), rtol=near, atol=near)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_exact_is_the_standard_order_bit_for_bit(config):
+@pytest.mark.parametrize("layout", CONFIGS, ids=str)
+def test_exact_is_the_standard_order_bit_for_bit(layout):
     hidden, projector = make_hidden(dtype=torch.bfloat16), make_projector(torch.bfloat16)
-    expected = slowfast_aggregate(projector(hidden), config)
-    assert torch.equal(project_and_aggregate(hidden, projector, config), expected)
+    expected = slowfast_aggregate(projector(hidden), layout)
+    assert torch.equal(project_and_aggregate(hidden, projector, layout), expected)
 
 
 @pytest.mark.parametrize("pool", SLOW_POOLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_commuted_is_no_less_accurate_than_exact(products, pool, dtype):
     """By pathway; the layout is the paper's in small."""
-    config = SlowFastLayout(4, pool, (4, 4))
+    layout = SlowFastLayout(4, pool, (4, 4))
     hidden, projector = make_hidden(24, 24, dtype), make_projector(dtype)
-    wide = wide_tokens(hidden, projector, config)
-    slow = config.count_tokens(24, (24, 24)) - 24 * 16
-    exact, commuted = (project_and_aggregate(hidden, projector, config, mode=mode) for mode in ("exact", "commuted"))
+    wide = wide_tokens(hidden, projector, layout)
+    slow = layout.count_tokens(24, (24, 24)) - 24 * 16
+    exact, commuted = (project_and_aggregate(hidden, projector, layout, mode=mode) for mode in ("exact", "commuted"))
     for part in (slice(0, slow), slice(slow, None)):
         # A maximum of the same roundings differs by chance alone.
         assert rms(commuted[part] - wide[part]) <= 1.002 * rms(exact[part] - wide[part])
@@ -108,28 +108,28 @@ def test_commuted_is_no_less_accurate_than_exact(products, pool, dtype):
 def test_rounding_what_is_pooled_to_16_bits_would_be_seen(monkeypatch):
     """The accuracy test has teeth: one rounding between pooling and Linear2 is more error than the exact order's."""
     monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: True)
-    config, dtype = SlowFastLayout(0, fast_grid=(4, 4)), torch.bfloat16
+    layout, dtype = SlowFastLayout(0, fast_grid=(4, 4)), torch.bfloat16
     hidden, projector = 3 * make_hidden(24, 24, dtype), make_projector(dtype)
-    wide = wide_tokens(hidden, projector, config)
-    exact = project_and_aggregate(hidden, projector, config)
+    wide = wide_tokens(hidden, projector, layout)
+    exact = project_and_aggregate(hidden, projector, layout)
     plain = projector_module._TorchLayers.project_pooled
     monkeypatch.setattr(
         projector_module._TorchLayers,
         "project_pooled",
         lambda self, pooled, out: plain(self, pooled.bfloat16().to(pooled.dtype), out),
     )
-    rounded = project_and_aggregate(hidden, projector, config, mode="commuted")
+    rounded = project_and_aggregate(hidden, projector, layout, mode="commuted")
     assert rms(rounded - wide) > 1.05 * rms(exact - wide)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, SlowFastLayout(3, "spatial_1d_avg_pool", None)], ids=str)
+@pytest.mark.parametrize("layout", [*CONFIGS, SlowFastLayout(3, "spatial_1d_avg_pool", None)], ids=str)
 @pytest.mark.parametrize("offsets", [None, [0, 4, 5, 12]], ids=["one video", "three videos"])
 @pytest.mark.parametrize("frames", [1, 5])
-def test_blocks_of_frames_and_channels_change_nothing(monkeypatch, products, config, offsets, frames):
+def test_blocks_of_frames_and_channels_change_nothing(monkeypatch, products, layout, offsets, frames):
     hidden, projector = make_hidden(12, dtype=torch.bfloat16), make_projector(torch.bfloat16)
 
     def tokens():
-        got = project_and_aggregate(hidden, projector, config, mode="commuted", frame_offsets=offsets)
+        got = project_and_aggregate(hidden, projector, layout, mode="commuted", frame_offsets=offsets)
         return got[0] if offsets else got
 
     expected = tokens()
@@ -140,21 +140,21 @@ def test_blocks_of_frames_and_channels_change_nothing(monkeypatch, products, con
     assert rms(tokens() - expected) < 2**-10 * rms(expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_packed_videos(config):
+@pytest.mark.parametrize("layout", CONFIGS, ids=str)
+def test_packed_videos(layout):
     lengths = [4, 1, 7]
     hidden, projector = make_hidden(12), make_projector(bias=False)
-    tokens, offsets = project_and_aggregate(hidden, projector, config, mode="commuted", frame_offsets=[0, 4, 5, 12])
-    torch.testing.assert_close(tokens.double(), wide_tokens(hidden, projector, config, lengths), rtol=1e-5, atol=1e-5)
-    assert offsets.tolist() == slowfast_aggregate(projector(hidden), config, frame_offsets=[0, 4, 5, 12])[1].tolist()
+    tokens, offsets = project_and_aggregate(hidden, projector, layout, mode="commuted", frame_offsets=[0, 4, 5, 12])
+    torch.testing.assert_close(tokens.double(), wide_tokens(hidden, projector, layout, lengths), rtol=1e-5, atol=1e-5)
+    assert offsets.tolist() == slowfast_aggregate(projector(hidden), layout, frame_offsets=[0, 4, 5, 12])[1].tolist()
 
 
 def test_out_is_filled_in_place_and_nothing_else():
-    config, hidden, projector = CONFIGS[1], make_hidden(), make_projector()
-    expected = project_and_aggregate(hidden, projector, config, mode="commuted")
+    layout, hidden, projector = CONFIGS[1], make_hidden(), make_projector()
+    expected = project_and_aggregate(hidden, projector, layout, mode="commuted")
     buffer = torch.full((len(expected) + 2, D + 8), math.nan)
     out = buffer[1:-1, :D]
-    assert project_and_aggregate(hidden, projector, config, mode="commuted", out=out) is out
+    assert project_and_aggregate(hidden, projector, layout, mode="commuted", out=out) is out
     assert torch.equal(out, expected)
     assert buffer[0].isnan().all() and buffer[-1].isnan().all() and buffer[:, D:].isnan().all()
 
@@ -234,9 +234,9 @@ class Rows(TorchDispatchMode):
 def test_auto_commutes_where_that_saves_rows():
     hidden, projector = make_hidden(50, 24), make_projector()
     paper, every_patch = SlowFastLayout(), SlowFastLayout(50, "concat", (4, 4))
-    for config, mode in ((paper, "commuted"), (every_patch, "exact")):
-        expected = project_and_aggregate(hidden, projector, config, mode=mode)
-        assert torch.equal(project_and_aggregate(hidden, projector, config, mode="auto"), expected)
+    for layout, mode in ((paper, "commuted"), (every_patch, "exact")):
+        expected = project_and_aggregate(hidden, projector, layout, mode=mode)
+        assert torch.equal(project_and_aggregate(hidden, projector, layout, mode="auto"), expected)
     with Rows() as rows:
         project_and_aggregate(hidden, projector, paper, mode="auto")
     assert sorted(rows.of_second) == [800, 10 * 576]
@@ -256,9 +256,9 @@ def test_auto_commutes_where_that_saves_rows():
 def test_auto_counts_the_work_of_means(monkeypatch, dtype, native, grid, mode):
     monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: native)
     hidden, projector = make_hidden(4, 24, dtype), make_projector(dtype)
-    config = SlowFastLayout(0, fast_grid=(grid, grid))
+    layout = SlowFastLayout(0, fast_grid=(grid, grid))
     got, expected, other = (
-        project_and_aggregate(hidden, projector, config, mode=m)
+        project_and_aggregate(hidden, projector, layout, mode=m)
         for m in ("auto", mode, "exact" if mode == "commuted" else "commuted")
     )
     assert torch.equal(got, expected) and not torch.equal(got, other)
@@ -283,13 +283,13 @@ def test_transformers_projector_is_taken():
         ({"out": torch.empty(3, D)}, InputError, r"out must be \[78, 40\] for this layout, not \[3, 40\]"),
         ({"out": torch.empty(78, D, dtype=torch.float16)}, InputError, "out must be torch.float32 on cpu"),
         ({"grid": (5, 5)}, InputError, "grid 5x5 does not fit 36 patches"),
-        ({"config": "slowfast"}, LayoutError, "unknown layout"),
+        ({"layout": "slowfast"}, LayoutError, "unknown layout"),
         ({"hidden": torch.zeros(6, C)}, InputError, "features must be"),
         ({"frame_offsets": [0, 2]}, InputError, "frame_offsets must rise from 0 to 6"),
     ],
 )
 def test_bad_input(arguments, error, match):
-    defaults = {"hidden": make_hidden(), "projector": make_projector(), "config": CONFIGS[1], "mode": "commuted"}
+    defaults = {"hidden": make_hidden(), "projector": make_projector(), "layout": CONFIGS[1], "mode": "commuted"}
     with pytest.raises(error, match=match):
         project_and_aggregate(**{**defaults, **arguments})
 
@@ -331,16 +331,16 @@ def test_fused_kernels_must_agree_with_torch_before_they_serve(monkeypatch, capl
     assert "more" not in caplog.text
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("layout", CONFIGS, ids=str)
 @pytest.mark.parametrize("offsets", [None, [0, 4, 5, 12]], ids=["one video", "three videos"])
-def test_what_the_fused_kernels_make_is_put_in_its_place(monkeypatch, config, offsets):
+def test_what_the_fused_kernels_make_is_put_in_its_place(monkeypatch, layout, offsets):
     hidden, projector = make_hidden(12, dtype=torch.bfloat16), make_projector(torch.bfloat16)
     monkeypatch.setattr(projector_module, "_multiplies", lambda dtype, device: True)
     arguments = {"mode": "commuted", "frame_offsets": offsets}
-    expected = project_and_aggregate(hidden, projector, config, **arguments)
+    expected = project_and_aggregate(hidden, projector, layout, **arguments)
     monkeypatch.setattr(projector_module, "_is_fused", lambda *_: True)
     monkeypatch.setattr(projector_module.backends, "triton_kernels", lambda: StandIn())
-    got = project_and_aggregate(hidden, projector, config, **arguments)
+    got = project_and_aggregate(hidden, projector, layout, **arguments)
     if offsets:
         assert torch.equal(got[1], expected[1])
         got, expected = got[0], expected[0]

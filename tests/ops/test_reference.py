@@ -5,10 +5,10 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from bench.paired.published import slowfast
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bench.paired.published import slowfast
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 from sfllava_fast.ops.backends import reference
 
@@ -20,9 +20,7 @@ def fits(pool: str, grid: tuple[int, int]) -> bool:
 
 
 pools = pytest.mark.parametrize("pool", SLOW_POOLS)
-pools_on_grids = pytest.mark.parametrize(
-    ("pool", "grid"), [(p, g) for p in SLOW_POOLS for g in GRIDS if fits(p, g)]
-)
+pools_on_grids = pytest.mark.parametrize(("pool", "grid"), [(p, g) for p in SLOW_POOLS for g in GRIDS if fits(p, g)])
 
 
 def published(x: torch.Tensor, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int]) -> torch.Tensor:
@@ -36,9 +34,7 @@ def test_contract_in_float64(pool, grid, fast):
     frames = 3  # and 4 slow ones: a frame repeats
     x = torch.randn(frames, grid[0] * grid[1], 3, dtype=torch.float64)
     got = reference.aggregate(x, SlowFastLayout(4, pool, fast).plan(frames, grid))
-    torch.testing.assert_close(
-        got.numpy(), oracle.tokens(x.numpy(), grid, 4, pool, fast), rtol=1e-14, atol=1e-14
-    )
+    torch.testing.assert_close(got.numpy(), oracle.tokens(x.numpy(), grid, 4, pool, fast), rtol=1e-14, atol=1e-14)
 
 
 @settings(max_examples=60)
@@ -147,6 +143,4 @@ def test_gradient_of_nan_follows_pytorch():
     expected = published(x, (4, 4), 2, "spatial_1d_max_pool", (2, 2))
     expected.backward(torch.ones_like(expected))
     plan = SlowFastLayout(2, fast_grid=(2, 2)).plan(2, (4, 4))
-    torch.testing.assert_close(
-        reference.aggregate_backward(torch.ones_like(expected), x.detach(), plan), x.grad
-    )
+    torch.testing.assert_close(reference.aggregate_backward(torch.ones_like(expected), x.detach(), plan), x.grad)

@@ -369,6 +369,7 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference():
     device = torch.device("cpu")
     assert rows_backends._compare(SimpleNamespace(**right), device) is None
     for name, wrong in zip(names, ("choice", "rows", "blended rows", "attention")):
+
         def run(*arguments, name=name):
             right[name](*arguments)
             results = arguments[2] if name in ("select_rows", "copy_rows") else arguments[-1]

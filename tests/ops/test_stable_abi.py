@@ -36,9 +36,7 @@ class Elf:
         )
         # name, type, flags, address, offset, size, link, info, alignment, entry size
         self.sections = [struct.unpack_from("<IIQQQQIIQQ", self.data, start + i * size) for i in range(count)]
-        self.needed = {
-            name for tag, name in self.entries(self.SHT_DYNAMIC, "<qQ", 1) if tag == self.DT_NEEDED
-        }
+        self.needed = {name for tag, name in self.entries(self.SHT_DYNAMIC, "<qQ", 1) if tag == self.DT_NEEDED}
         symbols = self.entries(self.SHT_DYNSYM, "<IBBHQQ", 0)
         self.undefined = {name for name, _, _, section, _, _ in symbols if section == 0 and name}
 
@@ -85,11 +83,7 @@ def test_the_library_calls_only_torchs_stable_abi():
     undefined = Elf(LIBRARY).undefined
     of_torch = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
     assert of_torch and of_torch <= allowed(), sorted(of_torch - allowed())
-    of_cpp = [
-        name
-        for name in undefined
-        if re.match(r"_Z", name) and re.search(r"\d(c10|at|torch|caffe2)[0-9E]", name)
-    ]
+    of_cpp = [name for name in undefined if re.match(r"_Z", name) and re.search(r"\d(c10|at|torch|caffe2)[0-9E]", name)]
     assert not of_cpp
     assert not [name for name in undefined if re.match(r"_?Py", name)]
 

@@ -11,7 +11,7 @@ from sass import most_in_flight
 from triton_process import HERE, LEAST_OCCUPANCY, in_registers, interpret, run
 
 from sfllava_fast.layouts.pathway_layout import Pathways
-from sfllava_fast.layouts.pathways import Bins, Pathway
+from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
@@ -127,7 +127,7 @@ def test_every_slow_pooling_is_tiled(layout, fine):
 
 
 def table(frames, rows, cols, reduce, shape=(4, 4)):
-    path = Pathway("any", Bins("each"), Bins("each"), Bins("each"), reduce)
+    path = Pathway("any", AxisRule("each"), AxisRule("each"), AxisRule("each"), reduce)
     return PathwayTables(path, shape, (tuple(frames),), tuple(rows), tuple(cols))
 
 

@@ -112,9 +112,7 @@ def graphs():
 
 @pytest.mark.parametrize("layout", [LAYOUT, "llava_next_video-bilinear", "video_chatgpt"])
 def test_one_graph_for_every_number_of_videos_and_frames(layout, graphs):
-    compiled = torch.compile(
-        lambda x: slowfast_aggregate(x, layout) * 2, fullgraph=True, dynamic=True, backend=graphs
-    )
+    compiled = torch.compile(lambda x: slowfast_aggregate(x, layout) * 2, fullgraph=True, dynamic=True, backend=graphs)
     for videos, frames in ((3, 5), (2, 9), (5, 4)):
         x = torch.randn(videos, frames, 16, 8, requires_grad=True)
         expected = slowfast_aggregate(x, layout) * 2

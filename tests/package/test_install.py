@@ -124,7 +124,10 @@ def test_without_compiler_it_installs_on_the_reference_and_says_so(sdist, tmp_pa
 
 def test_a_source_tree_in_front_of_an_installation_is_named(sdist):
     """`pip install .`, then Python started in the clone: its own folder is imported, which has no library."""
-    told = run_in(sdist.parent / "source", "from sfllava_fast.ops.backends import aggregate as backends; print(backends.load_library())").stdout
+    told = run_in(
+        sdist.parent / "source",
+        "from sfllava_fast.ops.backends import aggregate as backends; print(backends.load_library())",
+    ).stdout
     assert told.startswith(f"the source tree {sdist.parent / 'source'} was imported, and _C.so is not built in it")
 
 

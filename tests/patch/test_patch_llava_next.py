@@ -394,7 +394,7 @@ def test_a_flag_for_each_piece(piece):
 def test_undo_restores_the_exact_attributes(target):
     before = dict(vars(target))
     patch = patch_llava_next(target)
-    assert METHODS <= {*vars(target)}
+    assert {*vars(target)} >= METHODS
     patch.undo()
     assert dict(vars(target)) == before
 
@@ -414,7 +414,7 @@ def test_models_are_undone_one_by_one():
 def test_wrapped_models():
     model = Model()
     with patch_llava_next(nn.DataParallel(model)):
-        assert METHODS <= {*vars(model)}
+        assert {*vars(model)} >= METHODS
 
 
 def test_the_backend_is_the_op_s():
@@ -444,5 +444,5 @@ def test_without_a_target_the_installed_code_is_patched(monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "llava.model.llava_arch", SimpleNamespace(LlavaMetaForCausalLM=Mixin))
     with patch_llava_next():
-        assert METHODS <= {*vars(Mixin)}
+        assert {*vars(Mixin)} >= METHODS
         assert Mixin.get_2dPool.__wrapped__

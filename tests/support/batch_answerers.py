@@ -43,7 +43,7 @@ class Obedient:
             raise InputError("a wrong\nquestion")
         if word == "stop":
             raise BackendError("nothing works here")
-        if word == "fail" or word == "once" and not Path(rest[0]).exists():
+        if word == "fail" or (word == "once" and not Path(rest[0]).exists()):
             if rest:
                 Path(rest[0]).touch()
             raise VideoError("a bad video")

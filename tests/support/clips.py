@@ -54,9 +54,7 @@ COPIED = {
 
 def ffmpeg(*arguments: str | Path) -> bytes:
     """Standard output of one run of ffmpeg; skips the test where there is no binary."""
-    binary = pytest.importorskip(
-        "imageio_ffmpeg", reason="needs the ffmpeg of imageio-ffmpeg"
-    ).get_ffmpeg_exe()
+    binary = pytest.importorskip("imageio_ffmpeg", reason="needs the ffmpeg of imageio-ffmpeg").get_ffmpeg_exe()
     command = [binary, "-v", "error", "-nostdin", "-y", *map(str, arguments)]
     run = subprocess.run(command, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from bench.gpu import carried, copies, sanitize, tune
-from bench.op import run as op, works
 from bench.harness import timers
+from bench.op import run as op
+from bench.op import works
 from sfllava_fast.ops.backends import aggregate as backends
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from sfllava_fast.layouts.pathways import Bins, Pathway
+from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 
@@ -28,9 +28,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def few_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Ties, zeros of both signs, denormals and infinities side by side."""
     smallest = torch.finfo(dtype).smallest_normal / 4
-    values = torch.tensor(
-        [0.0, -0.0, 1.0, -1.0, smallest, -smallest, math.inf, -math.inf, math.nan], dtype=dtype
-    )
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, smallest, -smallest, math.inf, -math.inf, math.nan], dtype=dtype)
     return values[torch.randint(len(values), shape)]
 
 
@@ -52,7 +50,9 @@ VIEWS = {
 # Layout, frames of each video, grid: everything that a table can say, on few patches.
 FIELD_LAYOUTS = {
     "class token, 3x3, frame by frame": (
-        "class:each,each,each,max,class+pool:each,adaptive3,adaptive3,mean;interleaved;line@between", (2, 1), (3, 4)
+        "class:each,each,each,max,class+pool:each,adaptive3,adaptive3,mean;interleaved;line@between",
+        (2, 1),
+        (3, 4),
     ),
     "class token alone": ("class:each,each,each,max,class", (2,), (2, 2)),
     "class token behind maxima": ("pool:each,stride2,each,max+class:adaptive1,each,each,mean,class", (3,), (3, 2)),
@@ -64,13 +64,17 @@ FIELD_LAYOUTS = {
     "a newline behind each row": ("pool:each,stride2,stride2,mean;newline@row", (2,), (4, 4)),
     "two behind each row": ("pool:each,each,stride2,max;a@row;b@row;c@end", (1, 2), (2, 4)),
     "slow and fast, frame by frame": (
-        "slow:every2,stride2,stride2,mean+fast:others2,each,stride4,max;line@row;end@frame;interleaved", (3,), (2, 4)
+        "slow:every2,stride2,stride2,mean+fast:others2,each,stride4,max;line@row;end@frame;interleaved",
+        (3,),
+        (2, 4),
     ),
     "padded": ("temporal:each,adaptive1,adaptive1,mean,pad4+spatial:adaptive1,each,each,mean", (3, 2), (2, 2)),
     "repeated frames": ("pool:repeat4,adaptive2,adaptive2,mean", (3,), (2, 3)),
     "frames that nothing reads": ("pool:every2,each,stride2,mean", (4,), (2, 2)),
     "nested, frame by frame": (
-        "fine:each,each,stride2,max+coarse:each,adaptive1,adaptive2,mean;interleaved;line@between", (2, 1), (2, 4)
+        "fine:each,each,stride2,max+coarse:each,adaptive1,adaptive2,mean;interleaved;line@between",
+        (2, 1),
+        (2, 4),
     ),
     "nested, padded": ("fine:every2,each,stride2,mean,pad3+coarse:each,adaptive1,adaptive2,mean", (2, 1), (2, 4)),
 }
@@ -125,7 +129,7 @@ def features(draw, frames: int, patches: int, channels: tuple[int, ...], device:
 @st.composite
 def pathway_tables(draw, lengths: tuple[int, ...], grid: tuple[int, int]):
     """Any separable pooling of any reduction, over several frames at a time too."""
-    bins = st.builds(Bins, st.sampled_from(["each", "stride", "adaptive", "linspace"]), st.integers(1, 4))
+    bins = st.builds(AxisRule, st.sampled_from(["each", "stride", "adaptive", "linspace"]), st.integers(1, 4))
     path = Pathway("any", draw(bins), draw(bins), draw(bins), draw(st.sampled_from(["max", "mean"])))
     shape = draw(st.sampled_from([grid, (1, grid[0] * grid[1])]))
     rows, cols = path.rows.cut(shape[0]) or ((0, shape[0]),), path.cols.cut(shape[1]) or ((0, shape[1]),)

@@ -21,7 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PYTHONS = "3.10", "3.11", "3.12", "3.13", "3.14"
 # Folders and files of tests/, without their test_ and .py.
-MODELS = "reduction engine model/generation batch/batch patch/patch_transformers bench/pipeline_bench bench/reduction_bench"
+MODELS = (
+    "reduction engine model/generation batch/batch patch/patch_transformers bench/pipeline_bench bench/reduction_bench"
+)
 _OP = "aggregate videos gradients misuse modules rows cpu_kernel stable_abi projector stream memory_stream"
 OP = " ".join(f"ops/{name}" for name in _OP.split())
 TRITON = "ops/triton ops/triton_rows ops/triton_project"

@@ -70,7 +70,7 @@ def logits_by_layers(
             window = getattr(core.config, "sliding_window", None) if kind in (None, "sliding_attention") else None
             allowed = allowed_pairs(len(tokens), padding, window)
             mask = additive(allowed, hidden.dtype)
-            if number in ratio and select_at is None or number == select_at:
+            if (number in ratio and select_at is None) or number == select_at:
                 scores = score(layer, hidden, position_embeddings=rotary, attention_mask=mask)
                 kept = kept_tokens(scores, frames, ratio.get(number, next(iter(ratio.values()))))
             of_layer = kept if number in ratio else torch.ones(len(tokens), dtype=torch.bool)

@@ -27,9 +27,7 @@ def adaptive_bin(i: int, length: int, bins: int) -> range:
     return range(math.floor(Fraction(i * length, bins)), math.ceil(Fraction((i + 1) * length, bins)))
 
 
-def tokens(
-    x: np.ndarray, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int] | None
-) -> np.ndarray:
+def tokens(x: np.ndarray, grid: tuple[int, int], slow: int, pool: str, fast: tuple[int, int] | None) -> np.ndarray:
     """Tokens [S, D] in float64 of patches x [T, H*W, D]; slow = 0 or fast = None leaves a pathway out."""
     x = x.astype(np.float64)
     rows = []

@@ -41,7 +41,8 @@ def make_small(command: str) -> None:
     for name, value in {"FRAMES": 6, "GRID": (8, 8), "VISION": 32, "LANGUAGE": 64, "_CHECKED_FRAMES": 3}.items():
         setattr(projector, name, value)
     if command == "reduction":  # it imports transformers
-        from bench.reduction import mixture, question, run as reduction, rows
+        from bench.reduction import mixture, question, rows
+        from bench.reduction import run as reduction
 
         shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=8)
         mixture.GRID, mixture.FRAMES, rows.WIDTH, rows.HEADS = (8, 8), 10, 64, 4

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from sfllava_fast.engine.session import Session
-from sfllava_fast.video import MemoryVideo
+from sfllava_fast.video import FramesVideo
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
 QUESTION = "What is it?"
 
 
-class Clip(MemoryVideo):
+class Clip(FramesVideo):
     """A video of noise, its frames told apart by their brightness."""
 
     fps = 25.0
@@ -32,7 +32,7 @@ class Unreadable(Clip):
 def file_session(model, frames):
     """A session about all of these frames: `open` would sample other ones, so many or not."""
     plan = model.layout.plan(len(frames), model.checkpoint.grid)
-    return Session(model, "file", MemoryVideo(frames), range(len(frames)), plan)
+    return Session(model, "file", FramesVideo(frames), range(len(frames)), plan)
 
 
 def count_calls(monkeypatch, owner, name):

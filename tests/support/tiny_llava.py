@@ -15,8 +15,7 @@ LAYOUTS = ("v4", "v5.0", "v5")
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 VIDEO_ID = len(SPECIALS) + 256
 _PARTS = (
-    "{% for part in message['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
 )
 _FRAMES = {
     "vicuna": ("USER: ", " ASSISTANT:"),
@@ -122,32 +121,38 @@ def tiny_video_config(kind: str, family: str = "vicuna", **settings: Any) -> Any
 
 
 def _vision(vision: dict[str, Any]) -> dict[str, Any]:
-    return dict(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=8,
-    ) | vision
+    return (
+        dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=VISION_LAYERS,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH,
+            projection_dim=8,
+        )
+        | vision
+    )
 
 
 def _text(family: str, text: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, MistralConfig
 
-    text = dict(
-        vocab_size=len(SPECIALS) + 256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4 if family == "vicuna" else 2,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-    ) | text
+    text = (
+        dict(
+            vocab_size=len(SPECIALS) + 256,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4 if family == "vicuna" else 2,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=None,
+        )
+        | text
+    )
     if family == "mistral":
         text = {"sliding_window": None} | text
     return (MistralConfig if family == "mistral" else LlamaConfig)(**text)

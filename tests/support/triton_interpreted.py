@@ -26,7 +26,7 @@ from kernel_cases import (
 from triton_repairs import repaired_interpreter as repaired_interpreter
 
 from sfllava_fast.layouts.pathway_layout import Pathways
-from sfllava_fast.layouts.pathways import Bins, Pathway
+from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
@@ -165,9 +165,7 @@ def test_any_pathways_of_packed_videos(call):
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)], ids=["tiles", "boxes"])
-@pytest.mark.parametrize(
-    "stride", [(2**31, 4, 1), (4, 2**30 + 2**29, 1)], ids=["far frames", "far patches"]
-)
+@pytest.mark.parametrize("stride", [(2**31, 4, 1), (4, 2**30 + 2**29, 1)], ids=["far frames", "far patches"])
 def test_features_past_2_to_the_31(grid, stride):
     """In memory that the system hands out page by page, as it is touched."""
     patches = grid[0] * grid[1]
@@ -247,7 +245,7 @@ def test_backward_of_boxes(dtype, pool, make):
 
 @pytest.mark.parametrize("make", [few_values, normal, lambda shape, dtype: torch.full(shape, -torch.inf, dtype=dtype)])
 def test_backward_of_a_maximum_over_frames(make):
-    path = Pathway("any", Bins("adaptive", 1), Bins("each"), Bins("adaptive", 1), "max")
+    path = Pathway("any", AxisRule("adaptive", 1), AxisRule("each"), AxisRule("adaptive", 1), "max")
     plan = Plan((3,), (1, 2), (PathwayTables(path, (1, 2), (((0, 3),),), ((0, 1),), ((0, 2),)),))
     x = make((3, 2, 33), torch.float32)
     check_backward(x, plan, gradient_of(x, plan))

@@ -459,9 +459,8 @@ def test_a_file_without_video_is_one_line(kind, message, folder, tmp_path):
 
 
 def one_line(message, source):
-    with pytest.raises(VideoError, match=message) as caught:
-        with open_live(source) as live:
-            list(live.arrays())
+    with pytest.raises(VideoError, match=message) as caught, open_live(source) as live:
+        list(live.arrays())
     assert "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfllava_fast.errors import InputError, VideoError
-from sfllava_fast.video import FORMATS, MemoryVideo, headers, open_live, open_video
+from sfllava_fast.video import FORMATS, FramesVideo, headers, open_live, open_video
 
 av = pytest.importorskip("av")
 
@@ -87,9 +87,7 @@ def test_decord_refuses_a_name_that_is_not_utf8(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("beyond", "reads"), [(0, True), (1, False), (2**20, False)])
-def test_decord_is_given_no_header_of_more_frames_than_the_file_has_bytes(
-    beyond, reads, folder, tmp_path, monkeypatch
-):
+def test_decord_is_given_no_header_of_more_frames_than_the_file_has_bytes(beyond, reads, folder, tmp_path, monkeypatch):
     """It takes memory for as many: the counts here are harmless, and decord is kept from those refused."""
     decord = pytest.importorskip("decord")
     path = tmp_path / "many.avi"
@@ -235,7 +233,22 @@ def test_a_pattern_of_names_is_no_video(tmp_path):
 
 
 def test_no_format_that_is_allowed_reads_other_files_or_devices():
-    for name in "concat hls dash image2 image2pipe lavfi sdp rtsp imf webm_dash_manifest v4l2 x11grab tty sap".split():
+    for name in [
+        "concat",
+        "hls",
+        "dash",
+        "image2",
+        "image2pipe",
+        "lavfi",
+        "sdp",
+        "rtsp",
+        "imf",
+        "webm_dash_manifest",
+        "v4l2",
+        "x11grab",
+        "tty",
+        "sap",
+    ]:
         assert name not in FORMATS.split(",")
 
 
@@ -311,7 +324,6 @@ def test_videos_of_too_many_pixels_are_not_decoded(folder, monkeypatch):
     monkeypatch.setattr(video, "_stream", lambda *_: pytest.fail("something was decoded"))
     one_line("33 frames of 128x96 are asked of .*, more than 393216 pixels at once", [0] * 33, video.arrays)
 
-
     monkeypatch.setenv("SFLLAVA_FAST_MAX_TOTAL_PIXELS", str(3 * clips.HEIGHT * clips.WIDTH))
     one_line("4 frames .* more than 36864 pixels at once: .* SFLLAVA_FAST_MAX_TOTAL_PIXELS", [0] * 4, video.arrays)
     monkeypatch.undo()
@@ -354,7 +366,7 @@ def test_a_limit_that_is_no_number(folder, monkeypatch):
             opening(clips.make(folder, "plain.mp4"))
     monkeypatch.setenv("SFLLAVA_FAST_MAX_PIXELS", "8k")
     with pytest.raises(InputError, match="SFLLAVA_FAST_MAX_PIXELS must be a number of pixels of at least 1, not '8k'"):
-        MemoryVideo(np.zeros((1, 2, 2, 3), np.uint8)).arrays([0])
+        FramesVideo(np.zeros((1, 2, 2, 3), np.uint8)).arrays([0])
 
 
 # --- headers

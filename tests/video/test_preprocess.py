@@ -42,16 +42,12 @@ def shade(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(frame.clip(0, 255).astype(np.uint8))[None]
 
 
-def pillow_resize(
-    frames: torch.Tensor, height: int, width: int, resample=Image.Resampling.BICUBIC
-) -> torch.Tensor:
+def pillow_resize(frames: torch.Tensor, height: int, width: int, resample=Image.Resampling.BICUBIC) -> torch.Tensor:
     """Pillow's resize in the order it always had until version 13: rows, then columns."""
     resized = []
     for frame in frames:
         image = Image.fromarray(frame.numpy())
-        resized.append(
-            np.array(image.resize((width, image.height), resample).resize((width, height), resample))
-        )
+        resized.append(np.array(image.resize((width, image.height), resample).resize((width, height), resample)))
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
 
 

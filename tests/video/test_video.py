@@ -341,9 +341,7 @@ def bad_file(tmp_path):
             data = clips.make(tmp_path, "plain.mp4").read_bytes()
             path.write_bytes(data.replace(b"avc1", b"zzzz"))
         elif kind != "missing":
-            path.write_bytes(
-                {"empty": b"", "text": b"no video\n" * 50, "noise": bytes(range(256)) * 20}[kind]
-            )
+            path.write_bytes({"empty": b"", "text": b"no video\n" * 50, "noise": bytes(range(256)) * 20}[kind])
         return path
 
     return make

@@ -37,8 +37,14 @@ LONGEST_VIDEO = 96
 MOST_THINGS = STILLS[1] + PASSING[1] + 1  # the sign is the last
 # What can be true of a thing, or of the sign, and how many values each has, besides 0 for nothing.
 FACTS = {
-    "colour": len(COLOURS), "shape": len(SHAPES), "column": 3, "row": 3, "direction": len(DIRECTIONS) + 1,
-    "when": len(WHEN), "tens": 10, "units": 10,
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
+    "column": 3,
+    "row": 3,
+    "direction": len(DIRECTIONS) + 1,
+    "when": len(WHEN),
+    "tens": 10,
+    "units": 10,
 }
 IGNORE = -100
 
@@ -86,7 +92,9 @@ class Diet:
 def normalise(frames: np.ndarray) -> torch.Tensor:
     """uint8 [..., H, W, 3] -> pixel values float32 [N, 3, H, W]."""
     processor = image_processor()
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (processor.image_mean, processor.image_std)
+    )
     pixels = torch.from_numpy(frames).flatten(0, -4).permute(0, 3, 1, 2)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -113,8 +121,10 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     """
     vocab = tokenizer.get_vocab()
     values = {
-        "shape": SHAPES, "colour": tuple(COLOURS),
-        "tens": "0123456789", "units": [f"##{d}" for d in range(10)],
+        "shape": SHAPES,
+        "colour": tuple(COLOURS),
+        "tens": "0123456789",
+        "units": [f"##{d}" for d in range(10)],
     }
     shown = (labels["shape"] > 0) | (labels["tens"] > 0) | (labels["units"] > 0)
     words = torch.zeros(*shown.shape, len(vocab), device=shown.device)
@@ -149,9 +159,7 @@ class ClipBatch:
     facts: torch.Tensor
 
 
-def clip_batch(
-    tokenizer, stage: str, step: int, first: int, count: int, frames: int, diet: Diet = Diet()
-) -> ClipBatch:
+def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int, diet: Diet = Diet()) -> ClipBatch:
     """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP questions."""
     scenes, clips, asked = [], [], []
     shown = torch.zeros(count, frames, GRID * GRID, MOST_THINGS)
@@ -204,9 +212,14 @@ def _facts_of(thing: Thing) -> list[int]:
     column, row = (1 + 3 * centre // CANVAS if thing.kind == "still" else 0 for centre in thing.begin)
     passes = thing.kind != "still"
     return [
-        0 if thing.tint else 1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape), column, row,
+        0 if thing.tint else 1 + list(COLOURS).index(thing.colour),
+        1 + SHAPES.index(thing.shape),
+        column,
+        row,
         1 + (DIRECTIONS.index(thing.direction) if thing.direction else len(DIRECTIONS)),
-        1 + WHEN.index(when(thing)) if passes and when(thing) else 0, 0, 0,
+        1 + WHEN.index(when(thing)) if passes and when(thing) else 0,
+        0,
+        0,
     ]
 
 

@@ -75,7 +75,8 @@ def _targets(facts: list[list[int]], shown: Tensor) -> list[int]:
         groups += [[t for t, _ in passing if t[key] == value] for value in range(1, count + 1)]
     counts = [
         min(4, sum(thing[key] == value for thing, _ in things))
-        for key, names in (("colour", COLOURS), ("shape", SHAPES)) for value in range(1, len(names) + 1)
+        for key, names in (("colour", COLOURS), ("shape", SHAPES))
+        for value in range(1, len(names) + 1)
     ]
     kinds = [value for group in groups for value in _kind(group)]
     return [*kinds, *counts, min(MOST_THINGS - 1, len(things)), *facts[-1][-2:]]
@@ -126,7 +127,11 @@ class CompressionTrainer(Trainer):
             features = encode_frames(self.model, batch.pixels.to(self.device)).unflatten(0, (clips, -1))
         where = batch.targets != IGNORE
         logits = packed_logits(
-            self.model, features, batch.ids.to(self.device), where.to(self.device), layout.slow,
+            self.model,
+            features,
+            batch.ids.to(self.device),
+            where.to(self.device),
+            layout.slow,
             compression=self.tokens.weight,
         )
         target = batch.targets[where].to(self.device)

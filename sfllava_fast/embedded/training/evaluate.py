@@ -68,17 +68,19 @@ _WHY = ("not there", "no sign", "unknown word", "off topic")
 KINDS = (*TYPES[:-1], *(f"unanswerable: {why}" for why in _WHY))
 
 
-def answer_all(
-    model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None
-) -> list[str]:
+def answer_all(model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None) -> list[str]:
     """Answers to questions about one video, which is decoded and encoded once."""
     with model.open(video, frames) as session:
         return [session.ask(question.text, max_new_tokens=MAX_NEW_TOKENS).text for question in questions]
 
 
 def examine(
-    models: dict[str, SlowFastLlava], clips: int, seed: int, split: str = "heldout",
-    new_phrasings: bool = False, frames: int | None = None,
+    models: dict[str, SlowFastLlava],
+    clips: int,
+    seed: int,
+    split: str = "heldout",
+    new_phrasings: bool = False,
+    frames: int | None = None,
 ) -> dict[str, Scores]:
     """Scores by model and question kind; every model gets the same files and questions."""
     from rich.console import Console
@@ -101,8 +103,12 @@ def examine(
 
 
 def examine_packed(
-    model: LlavaForConditionalGeneration, clips: int, seed: int, split: str = "train",
-    around: Callable[[Plan], AbstractContextManager] = nullcontext, **packed: Any,
+    model: LlavaForConditionalGeneration,
+    clips: int,
+    seed: int,
+    split: str = "train",
+    around: Callable[[Plan], AbstractContextManager] = nullcontext,
+    **packed: Any,
 ) -> Scores:
     """Scores of a model after `use_packed_attention`: the exam on drawn frames, without video files, a clip in one
     forward pass. An answer is right if every word is, given the right ones before: so greedy tokens are.
@@ -161,21 +167,27 @@ def table(scores: dict[str, Scores]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sfllava_fast.embedded.training.evaluate", description=__doc__.split("\n\n")[0],
+        prog="python -m sfllava_fast.embedded.training.evaluate",
+        description=__doc__.split("\n\n")[0],
         epilog="example: python -m sfllava_fast.embedded.training.evaluate --clips 100 --seed 1 --ablation",
     )
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the clips and their questions")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="heldout",
-                        help="clips with pairs of colour and shape that training never drew, asked about those "
-                        "where it can be (heldout), or of known pairs (train)")
-    parser.add_argument("--new-phrasings", action="store_true",
-                        help="ask only in phrasings kept from training")
+    parser.add_argument(
+        "--split",
+        choices=tuple(SPLITS),
+        default="heldout",
+        help="clips with pairs of colour and shape that training never drew, asked about those "
+        "where it can be (heldout), or of known pairs (train)",
+    )
+    parser.add_argument("--new-phrasings", action="store_true", help="ask only in phrasings kept from training")
     parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")
-    parser.add_argument("--ablation", action="store_true",
-                        help="also with the slow and the fast pathway alone")
-    parser.add_argument("--reduction", help="also with fewer tokens inside the language model, such as mixture:0.2 or "
-                        "compress, as the engine takes it")
+    parser.add_argument("--ablation", action="store_true", help="also with the slow and the fast pathway alone")
+    parser.add_argument(
+        "--reduction",
+        help="also with fewer tokens inside the language model, such as mixture:0.2 or "
+        "compress, as the engine takes it",
+    )
     parser.add_argument("--model", help="a directory; default: the model that ships")
     parser.add_argument("--json", metavar="FILE", help="also write the counts there")
     return parser.parse_args(argv)

@@ -163,9 +163,7 @@ class Guide:
         score["look asked"] += 1
         if self.naming.any():
             clips = self.naming.nonzero()[:, 0]
-            total = total + heads.fact_loss(
-                self.words[self.naming], self.named[self.naming], self.facts[clips], score
-            )
+            total = total + heads.fact_loss(self.words[self.naming], self.named[self.naming], self.facts[clips], score)
         news = self.visual[:, self.slow_tokens :]
         if not news.shape[1]:
             return total

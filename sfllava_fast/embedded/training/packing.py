@@ -89,7 +89,8 @@ def _watched(layers: torch.nn.ModuleList, guide: Guide | None, prefix: int, ques
         guide.words = output[:, prefix:].unflatten(1, (questions, -1))
 
     hooks = [
-        layers[NEWS_LAYER].register_forward_hook(keep_visual), layers[NAMING_LAYER].register_forward_hook(keep_words)
+        layers[NEWS_LAYER].register_forward_hook(keep_visual),
+        layers[NAMING_LAYER].register_forward_hook(keep_words),
     ]
     try:
         yield
@@ -132,7 +133,9 @@ def packed_logits(
     with _watched(language.layers, guide, prefix, questions):
         hidden = language(
             inputs_embeds=torch.cat([start, visual, tokens.expand(batch, -1, -1), asked_embeds], 1),
-            position_ids=torch.cat([places, asked], 1), use_cache=False,
-            packing=Packing(questions, length, len(tokens)), guide=guide,
+            position_ids=torch.cat([places, asked], 1),
+            use_cache=False,
+            packing=Packing(questions, length, len(tokens)),
+            guide=guide,
         ).last_hidden_state
     return model.lm_head(hidden[:, prefix:].unflatten(1, (questions, length))[where])

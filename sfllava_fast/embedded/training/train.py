@@ -49,7 +49,12 @@ class PatchHeads(torch.nn.Module):
     """Reads from each patch what `patch_labels` says of it, and its row and column; dropped after training."""
 
     SIZES = {
-        "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "tens": 11, "units": 11, "across": 4, "down": 4,
+        "shape": len(SHAPES) + 1,
+        "colour": len(COLOURS) + 1,
+        "tens": 11,
+        "units": 11,
+        "across": 4,
+        "down": 4,
     }
 
     def __init__(self, width: int):
@@ -146,9 +151,7 @@ class ModelTrainer(Trainer):
     def _language_loss(self, share: int) -> torch.Tensor:
         stage, layout = self.now, self.now.diet.layout(self.now.name, self.step)
         clips = layout.clips
-        batch = clip_batch(
-            self.tokenizer, stage.name, self.step, share * clips, clips, layout.frames, stage.diet
-        )
+        batch = clip_batch(self.tokenizer, stage.name, self.step, share * clips, clips, layout.frames, stage.diet)
         features = self._encode(batch.pixels).unflatten(0, (clips, -1))
         where = batch.targets != IGNORE
         guide = Guide(batch, layout, self.device) if stage.guided else None
@@ -184,18 +187,26 @@ def _free_port() -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sfllava_fast.embedded.training.train", description=__doc__.split("\n\n")[0],
+        prog="python -m sfllava_fast.embedded.training.train",
+        description=__doc__.split("\n\n")[0],
         epilog="example: python -m sfllava_fast.embedded.training.train --out out/embedded --ranks 2",
     )
-    parser.add_argument("--train", choices=tuple(TRAINERS), default="model",
-                        help="the model; or, for a trained one, a mixture of depths, or compression tokens")
-    parser.add_argument("--from", dest="start", metavar="DIR",
-                        help="the trained model that is gone on from; default: the one that ships")
+    parser.add_argument(
+        "--train",
+        choices=tuple(TRAINERS),
+        default="model",
+        help="the model; or, for a trained one, a mixture of depths, or compression tokens",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="DIR",
+        help="the trained model that is gone on from; default: the one that ships",
+    )
     parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")
     parser.add_argument("--work", default="runs/embedded", help="where checkpoint.pt and log.jsonl go")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2 if (os.cpu_count() or 1) > 1 else 1)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1),
-                        help="of all ranks together")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of all ranks together")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (one rank)")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights; the data has fixed seeds")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shortens or lengthens every stage")

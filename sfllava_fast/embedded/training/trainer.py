@@ -75,8 +75,7 @@ class Trainer:
     def stages(self) -> list[Stage]:
         scale = self.args.steps_scale
         return [
-            replace(s, steps=max(1, round(s.steps * scale)), warmup=math.ceil(s.warmup * scale))
-            for s in self.STAGES
+            replace(s, steps=max(1, round(s.steps * scale)), warmup=math.ceil(s.warmup * scale)) for s in self.STAGES
         ]
 
     @property
@@ -138,8 +137,11 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Writes everything that a resumed run needs, never half of it."""
         state = {name: module.state_dict() for name, module in self.modules.items()} | {
-            "optimizer": self.optimizer.state_dict(), "stage": self.stage, "step": self.step,
-            "seconds": self.seconds, "scale": self.args.steps_scale,
+            "optimizer": self.optimizer.state_dict(),
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "scale": self.args.steps_scale,
         }
         torch.save(state, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
@@ -221,9 +223,11 @@ class Report:
         kinds = [key.removesuffix(" asked") for key in score if key.endswith(" asked") and score[key]]
         rates = {kind: round(score[f"{kind} hits"] / score[f"{kind} asked"], 3) for kind in kinds}
         line = {
-            "stage": self.trainer.now.name, "step": self.trainer.step,
+            "stage": self.trainer.now.name,
+            "step": self.trainer.step,
             "loss": round(sum(self.losses) / len(self.losses), 4),
-            "seconds": round(self.trainer.seconds), "right": rates,
+            "seconds": round(self.trainer.seconds),
+            "right": rates,
         }
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")

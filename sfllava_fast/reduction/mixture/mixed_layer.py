@@ -111,4 +111,3 @@ def _cut(
     if window := getattr(layers[number], "sliding_window", None) if number < len(layers) else None:
         held = held[:, -(window - 1 + (hidden if index is None else index).shape[1]) :]
     return cut_mask(mask, held, index, total)
-
