@@ -18,7 +18,7 @@ import numpy as np
 
 from sfllava_fast import SlowFastLlava
 from sfllava_fast.embedded.scenes import CANVAS, draw_scene, frame_times, render
-from sfllava_fast.engine.stream_session import STREAM_MODES
+from sfllava_fast.engine.slowfast_llava import STREAM_MODES
 from sfllava_fast.video import open_live
 
 from .harness.record import first_line, machine

@@ -63,7 +63,7 @@ class Baseline:
 
     @torch.inference_mode()
     def answer(self, video: Path | Video, question: str, frames: int, max_new_tokens: int) -> PlainAnswer:
-        prompt = self.ours.prompt(question)
+        prompt = self.ours.pipeline.prompts.prompt(question)
         seconds: dict[str, float] = {}
         with self._timed("decode", seconds):
             clip = open_video(video) if isinstance(video, Path) else video
@@ -93,7 +93,7 @@ class Baseline:
         """Stretched to the square by Pillow, then CLIP's image processor, a frame at a time."""
         from PIL import Image
 
-        spec = self.ours.preprocess_spec
+        spec = self.ours.pipeline.encoder.preprocess_spec
         height, width = spec.resized(*pictures.shape[1:3])
         resample = Image.Resampling[spec.resample.upper()]
         images = (Image.fromarray(picture).resize((width, height), resample) for picture in np.asarray(pictures))
@@ -127,9 +127,10 @@ class Baseline:
 
     def ends(self, ids: list[int], max_new_tokens: int) -> bool:
         """Whether nothing follows these tokens."""
-        stop = self.ours.stop_text
-        said = bool(stop) and stop in self.ours.tokenizer.decode(ids[-16:], skip_special_tokens=True)
-        return said or ids[-1] in self.ours.stop_ids or len(ids) == max_new_tokens
+        prompts = self.ours.pipeline.prompts
+        stop = prompts.stop_text
+        ended = bool(stop) and stop in prompts.tokenizer.decode(ids[-16:], skip_special_tokens=True)
+        return ended or ids[-1] in prompts.stop_ids or len(ids) == max_new_tokens
 
     def _forget_length(self) -> None:
         """A rotary embedding that stretches keeps the scale of its longest input until it sees a short one."""

@@ -18,6 +18,8 @@ from torch import nn
 
 from sfllava_fast import embedded
 from sfllava_fast.engine.answer import Answer
+from sfllava_fast.engine.options import ModelOptions
+from sfllava_fast.engine.pipeline import Pipeline
 from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 from sfllava_fast.errors import InputError
 from sfllava_fast.layouts.presets import parse_layout
@@ -133,7 +135,8 @@ class Lab:
         video = open_video(path)
         checkpoint, tower = load(settings)
         plain = Baseline(checkpoint.model, tower)
-        ours = SlowFastLlava(checkpoint, settings.layout, settings.backend)
+        options = ModelOptions(layout=settings.layout, backend=settings.backend)
+        ours = SlowFastLlava(Pipeline.build(checkpoint, options))
         decoded = clip.DecodedVideo(video, sample_frames(video.total, settings.frames))
         questions = settings.questions or tuple(embedded.sample_questions()[:_QUESTIONS])
         ceilings = Ceilings(ours.device, ours.dtype)
@@ -164,7 +167,7 @@ class Lab:
             "dtype": str(ours.dtype).removeprefix("torch."),
             "device": str(ours.device),
             "attention": ours.checkpoint.attention.describe(),
-            "backend": ours.backend,
+            "backend": ours.pipeline.encoder.backend,
         }
         size = list(self.decoded.size)
         return told | {
@@ -177,7 +180,7 @@ class Lab:
     def job(self) -> costs.Job:
         ours = self.ours
         plan = ours.layout.plan(len(self.indices), ours.checkpoint.grid)
-        prompt = ours.prompt(self.questions[0])
+        prompt = ours.pipeline.prompts.prompt(self.questions[0])
         config, depths = ours.checkpoint.model.config, ours.checkpoint.depths
         return costs.Job(
             config, plan, self.decoded.size, depths, len(prompt), len(prompt.after), 1, ours.dtype.itemsize

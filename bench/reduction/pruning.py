@@ -57,14 +57,15 @@ class Examinee:
 
     def __init__(self) -> None:
         self.model = SlowFastLlava.from_pretrained()
-        self.plan = self.model.plan(self.model.frames)
-        self.decoder, self.head = self.model.language.core, self.model.language.head
-        self.before = self.model.language.embed_tokens(self.model.shortest_prompt().before)
+        self.plan = self.model.pipeline.plan(self.model.frames)
+        language = self.model.pipeline.language
+        self.decoder, self.head = language.core, language.head
+        self.before = language.embed_tokens(self.model.pipeline.prompts.shortest().before)
 
     def draw(self, number: int) -> Clip:
-        model = self.model
-        batch = clip_batch(model.tokenizer, "pruning exam", 0, number, 1, model.frames)
-        tokens = slowfast_aggregate(model.project(model.encode(batch.pixels)), model.layout)
+        model, encoder = self.model, self.model.pipeline.encoder
+        batch = clip_batch(model.checkpoint.tokenizer, "pruning exam", 0, number, 1, model.frames)
+        tokens = slowfast_aggregate(encoder.project(encoder.encode(batch.pixels)), model.layout)
         return Clip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
 
     def scores(self, clip: Clip, scorer: str) -> Tensor:

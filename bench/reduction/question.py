@@ -56,13 +56,13 @@ class Question:
             name: summary(found) | {"ratio": median_ratio(found, times[PLAIN]), "cache_bytes": held[name]}
             for name, found in times.items()
         }
-        return {"tokens": place.frames[-1] + AFTER, "providers": rows, "best_peer": PLAIN, "bars": {}}
+        return {"tokens": place.token_offsets[-1] + AFTER, "providers": rows, "best_peer": PLAIN, "bars": {}}
 
 
 def ask(prefilling: Prefilling, video: Tensor, question: Tensor, place: Place) -> tuple[Tensor, KvCache]:
     """Logits [1, V] behind a question, and the cache."""
     chosen = prefilling.choose(video, place)
-    places = video.shape[1] + prefilling.adds + question.shape[1]
+    places = prefilling.length(video.shape[1]) + question.shape[1]
     cache = prefilling.language.new_cache(1, places, chosen.skipped)
     prefilling.prefill(cache, chosen, place)
     return prefilling.language.extend(cache, question), cache
@@ -71,17 +71,17 @@ def ask(prefilling: Prefilling, video: Tensor, question: Tensor, place: Place) -
 def _prompt(checkpoint: Checkpoint, layout: SlowFastLayout, frames: int, grid: tuple) -> tuple[Tensor, Tensor, Place]:
     model, plan = checkpoint.model, layout.plan(frames, grid)
     place = Place(BEFORE, token_frames(plan, BEFORE), plan)
-    shape = 1, place.frames[-1] + AFTER, model.config.text_config.hidden_size
+    shape = 1, place.token_offsets[-1] + AFTER, model.config.text_config.hidden_size
     generator = torch.Generator(model.device).manual_seed(0)
     embeds = torch.randn(shape, generator=generator, device=model.device).to(model.dtype)
-    return embeds[:, : place.frames[-1]], embeds[:, place.frames[-1] :], place
+    return embeds[:, : place.token_offsets[-1]], embeds[:, place.token_offsets[-1] :], place
 
 
 def _prefilling(checkpoint: Checkpoint, reduction: str | None) -> Prefilling:
     """On the checkpoint's weights, of modules of its own."""
     model = on_the_same_weights(checkpoint.model)
     settings = _compression(checkpoint) if reduction == REDUCTIONS[-1] else reduction
-    return make_prefilling(settings, LanguageModel(model, checkpoint.attention), model, checkpoint.context, None)
+    return make_prefilling(settings, LanguageModel(model, checkpoint.attention), model, checkpoint.context)
 
 
 def _compression(checkpoint: Checkpoint) -> Compression:
@@ -94,7 +94,7 @@ def _check(checkpoint: Checkpoint) -> None:
     compression, with a mask."""
     video, question, place = _prompt(checkpoint, *_SHORT)
     whole = torch.cat([video, question], dim=1)
-    spans = [(place.start, place.frames[-1])]
+    spans = [(place.start, place.token_offsets[-1])]
     stock: dict[str, Callable[[], Tensor]] = {
         **dict.fromkeys((PLAIN, "mixture:1", "prune:1.0"), partial(checkpoint.model, inputs_embeds=whole)),
         REDUCTIONS[-1]: partial(_compression(checkpoint), checkpoint.model, whole, spans),

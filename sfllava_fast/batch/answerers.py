@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import mimetypes
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ from .stamps import stamp_checkpoint, stamp_video
 from .workers import MakeAnswerer
 
 if TYPE_CHECKING:
+    from ..engine.options import ModelOptions
     from ..engine.session import Session
     from ..engine.slowfast_llava import SlowFastLlava
 
 MAX_UPLOAD = 256  # MiB of a video that is sent
 _KEPT = 32 << 20  # characters of a video that are kept for the next question
 _NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
-_DECIDE = ("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens")
+_DECIDE = ("layout", "dtype", "projector", "reduction")  # options that change answers
 
 
 class ModelAnswerer:
@@ -39,7 +41,7 @@ class ModelAnswerer:
             self._open(question.video)
         said = self.session.ask(question.question, question.choices, self.max_new_tokens)
         told = {name: text for name in ("caveat", "damage") if (text := getattr(said, name))}
-        if question.choices is not None and self.model.asks_openly:
+        if question.choices is not None and self.model.pipeline.prompts.asks_openly:
             told["openly"] = True  # letters of the answer name no choice, by no rule
         return _answer(said.text, question.choices, said.option) | told
 
@@ -97,20 +99,29 @@ class ServerAnswerer:
         return url
 
 
-def model_answerer(model: str | None, videos: Path, **options: Any) -> tuple[MakeAnswerer, dict[str, Any]]:
-    """What makes the answerer of each worker, and the settings that decide its answers.
-
-    options: those of `SlowFastLlava.from_pretrained`, `SlowFastLlava.open` and max_new_tokens.
-    """
-    # Workers may be somewhere else: actors of a cluster are.
+def model_answerer(
+    model: str | None,
+    videos: Path,
+    options: ModelOptions,
+    frames: int | None,
+    decoder: str,
+    max_new_tokens: int | None,
+) -> tuple[MakeAnswerer, dict[str, Any]]:
+    """A function that makes the answerer of each worker, and the settings that decide its answers."""
+    # Workers may run in other folders: actors of a cluster do.
     model = os.path.abspath(model) if model and os.path.exists(model) else model
-    told = {name: options[name] and str(options[name]) for name in _DECIDE}
-    files = {"model_files": model and stamp_checkpoint(model), "reduction_file": _reduction_file(options["reduction"])}
-    decide = {"model": model or "embedded", **told, **files}
-    return partial(make_model, model=model, videos=videos.absolute(), **options), decide
+    asked = {"frames": frames, "decoder": decoder, "max_new_tokens": max_new_tokens}
+    chosen = {name: getattr(options, name) for name in _DECIDE} | asked
+    settings = {
+        "model": model or "embedded",
+        **{name: value and str(value) for name, value in chosen.items()},
+        "model_files": model and stamp_checkpoint(model),
+        "reduction_file": _reduction_file(options.reduction),
+    }
+    return partial(make_model, model=model, videos=videos.absolute(), options=options, **asked), settings
 
 
-def _reduction_file(reduction: str | None) -> str | None:
+def _reduction_file(reduction: object) -> str | None:
     """The stamp of the file that a reduction is read from, if there is one."""
     from ..reduction.settings import parse_reduction
 
@@ -141,22 +152,20 @@ def make_model(
     count: int,
     model: str | None,
     videos: Path,
-    device: str | None,
+    options: ModelOptions,
     frames: int | None,
     decoder: str,
     max_new_tokens: int | None,
-    **options: Any,
 ) -> ModelAnswerer:
-    """The answerer of worker `number` of `count`: a CUDA device each in turn, its part of the CPU's cores."""
+    """The answerer of worker `number` of `count`: each has the next CUDA device in turn, and its part of the cores."""
     import torch
 
     from ..engine.slowfast_llava import SlowFastLlava
 
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    if device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{number % torch.cuda.device_count()}"
-    loaded = SlowFastLlava.from_pretrained(model, device=device, **options)
-    return ModelAnswerer(loaded, videos, max_new_tokens, frames=frames, decoder=decoder)
+    if options.device in (None, "cuda") and torch.cuda.is_available():
+        options = replace(options, device=f"cuda:{number % torch.cuda.device_count()}")
+    return ModelAnswerer(SlowFastLlava.load(model, options), videos, max_new_tokens, frames=frames, decoder=decoder)
 
 
 def make_client(

@@ -1,88 +1,99 @@
 """Several videos and questions in one forward pass.
 
-Rows of different lengths are padded on the right, where causal attention never looks: no mask over the videos, so the
-fast attention kernels serve; every step of decoding reads the weights once for all rows.
+Rows are padded on the right, where causal attention never looks: no mask covers the videos, so the fast attention
+kernels can be used. Each decoding step reads the weights once for all rows.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model.prompts import Prompt
 from .answer import Answer
+from .pipeline import Pipeline
 from .session import Session
 from .stages import Stopwatch
 
 if TYPE_CHECKING:
     from ..model.kv_cache import KvCache
     from ..reduction.prefilling import Place
-    from .pipeline import Pipeline
 
-Asked = tuple[Session, str, Sequence[str] | None, Prompt]
+
+class Row(NamedTuple):
+    """A question of the batch."""
+
+    session: Session
+    question: str
+    choices: Sequence[str] | None
+    prompt: Prompt
 
 
 def answer_batch(
-    model: Pipeline, questions: Sequence[tuple[Session, str, Sequence[str] | None]], max_new_tokens: int
+    pipeline: Pipeline, questions: Sequence[tuple[Session, str, Sequence[str] | None]], max_new_tokens: int
 ) -> list[Answer]:
-    """Answers to (session, question, choices or None), in order; the sessions are new ones, to be closed behind it."""
-    asked = [(session, question, choices, model.prompt(question, choices)) for session, question, choices in questions]
-    for session, _, _, prompt in asked:
-        model.check_context(prompt, session.plan.tokens["total"], len(session.frames), max_new_tokens)
-    alike = defaultdict(list)
-    for row in asked:
-        alike[_kind(model, row, max_new_tokens)].append(row)
-    answers = {}
-    for kind, rows in alike.items():
-        if kind is not None:
-            answers |= zip(map(id, rows), _answer_together(model, rows, max_new_tokens))
-    return [answers[id(row)] if id(row) in answers else row[0].answer(row[1], row[2], max_new_tokens) for row in asked]
+    """Answers to (session, question, choices or None), in order; the sessions are new, and closed by the caller."""
+    rows = [Row(*asked, pipeline.prompts.prompt(asked[1], asked[2])) for asked in questions]
+    for row in rows:
+        pipeline.check_context(row.prompt, row.session.tokens["total"], len(row.session.frames), max_new_tokens)
+    together = defaultdict(list)
+    for number, row in enumerate(rows):
+        together[_batch_key(pipeline, row, max_new_tokens)].append(number)
+    answers: dict[int, Answer] = {}
+    for number in together.pop(None, []):
+        row = rows[number]
+        answers[number] = row.session.answer(row.question, row.choices, max_new_tokens)
+    for numbers in together.values():
+        answers |= zip(numbers, _answer_together(pipeline, [rows[number] for number in numbers], max_new_tokens))
+    return [answers[number] for number in range(len(rows))]
 
 
-def _kind(model: Pipeline, row: Asked, max_new_tokens: int) -> Hashable:
-    """Rows of one kind can be answered together; those of kind None cannot, with any other."""
-    session, _, _, prompt = row
-    # Its rotary embedding would rescale that of all rows.
-    if model.language.rescales(len(prompt) + session.plan.tokens["total"] + max_new_tokens):
+def _batch_key(pipeline: Pipeline, row: Row, max_new_tokens: int) -> Hashable:
+    """Rows with equal keys are answered together; None: a row that is answered alone."""
+    # Dynamic RoPE scaling of one row would rescale all of them.
+    if pipeline.language.rescales(len(row.prompt) + row.session.tokens["total"] + max_new_tokens):
         return None
-    return model.prefilling.kind(session.place(prompt.before))
+    return pipeline.prefilling.batch_key(row.session.place(row.prompt.before))
 
 
 @torch.inference_mode()
-def _answer_together(model: Pipeline, asked: Sequence[Asked], max_new_tokens: int) -> list[Answer]:
-    clock = Stopwatch(model.device)
+def _answer_together(pipeline: Pipeline, rows: Sequence[Row], max_new_tokens: int) -> list[Answer]:
+    clock = Stopwatch(pipeline.device)
     prefixes: dict[tuple[Session, tuple[int, ...]], Tensor] = {}
-    for session, _, _, prompt in asked:
-        key = session, prompt.before
+    for row in rows:
+        key = row.session, row.prompt.before
         if key not in prefixes:
-            prefixes[key] = session.encode(prompt.before, clock)[0]
+            prefixes[key] = row.session.encode(row.prompt.before, clock)[0]
     order = list(prefixes)
-    source = [order.index((session, prompt.before)) for session, _, _, prompt in asked]
+    source = [order.index((row.session, row.prompt.before)) for row in rows]
     with clock("prefill"):
-        afters = [model.language.embed_tokens(prompt.after) for *_, prompt in asked]
-        lengths = [len(prefixes[order[i]]) + model.prefilling.adds for i in source]
+        afters = [pipeline.language.embed_tokens(row.prompt.after) for row in rows]
+        lengths = [pipeline.prefilling.length(len(prefixes[order[i]])) for i in source]
         capacity = max(lengths) + max(map(len, afters)) + max_new_tokens
-        session, before = order[0]  # of rows whose places matter, all have the same
-        cache = _prefill(model, list(prefixes.values()), session.place(before), source, capacity)
-        logits = model.language.extend_rows(cache, afters, lengths)
-    first = clock.elapsed()
+        session, before = order[0]  # if places matter, they are the same in all rows
+        cache = _prefill(pipeline, list(prefixes.values()), session.place(before), source, capacity)
+        logits = pipeline.language.extend_rows(cache, afters, lengths)
+    ttft = clock.elapsed()
     lengths = [length + len(after) for length, after in zip(lengths, afters)]
     with clock("generate"):
-        ids = model.generate(cache, logits, lengths, max_new_tokens)
-    return [session.make_answer(*row, row_ids, clock, first, cache) for (session, *row), row_ids in zip(asked, ids)]
+        ids = pipeline.generate(cache, logits, lengths, max_new_tokens)
+    return [
+        row.session.make_answer(row.question, row.choices, row.prompt, row_ids, clock, ttft, cache)
+        for row, row_ids in zip(rows, ids)
+    ]
 
 
-def _prefill(model: Pipeline, prefixes: list[Tensor], place: Place, source: list[int], capacity: int) -> KvCache:
-    """A cache whose row i holds prefix source[i]; each is computed once."""
-    language = model.language
+def _prefill(pipeline: Pipeline, prefixes: list[Tensor], place: Place, source: list[int], capacity: int) -> KvCache:
+    """A cache whose row i holds prefix source[i]; each prefix is computed once."""
+    language = pipeline.language
     language.forget_scale()
-    chosen = model.prefilling.choose(torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True), place)
+    chosen = pipeline.prefilling.choose(torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True), place)
     cache = language.new_cache(len(prefixes), capacity, chosen.skipped)
-    model.prefilling.prefill(cache, chosen, place)
+    pipeline.prefilling.prefill(cache, chosen, place)
     if len(source) == len(prefixes):
         return cache
     rows = language.new_cache(len(source), capacity, chosen.skipped)

@@ -57,12 +57,12 @@ class Exclusive:
         if self._owner == me:  # never waits
             return
         with _watching:
-            wanted = self
+            wanted: Exclusive | None = self
             while wanted is not None and wanted._owner not in (None, me):
                 wanted = _waiting.get(wanted._owner)
             if wanted is not None and wanted._owner == me:
                 raise InputError(
-                    "two threads, each in the middle of an answer, wait for each other's model: ask when the answer has "
+                    "two threads, each in the middle of an answer, wait for each other's model: ask after the answer has "
                     "returned, not in on_token"
                 )
             _waiting[me] = self

@@ -13,9 +13,10 @@ DEFAULT_SESSIONS = 8
 
 
 class Resident(Protocol):
-    """What holds keys and values, and can give them back."""
+    """A session with keys and values, which it can release."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def release(self) -> None: ...
 

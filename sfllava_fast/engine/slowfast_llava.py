@@ -1,4 +1,4 @@
-"""The way in: a LLaVA checkpoint that answers questions about videos, one by one, in sessions or in batches."""
+"""`SlowFastLlava`: a checkpoint that answers questions about videos, one by one, in sessions or in batches."""
 
 from __future__ import annotations
 
@@ -6,73 +6,59 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError, LayoutError, check_count
 from ..layouts.layout import Layout
-from ..layouts.presets import parse_layout
 from ..layouts.sampling import sample_frames
 from ..layouts.slowfast import SlowFastLayout
-from ..model.attention import resolve_attention
-from ..model.checkpoint import choose_device, choose_dtype, load_checkpoint
-from ..model.prompts import check_family
-from ..ops.backends.aggregate import choose
+from ..model.checkpoint import Checkpoint, load_checkpoint
+from ..model.shipped import model_dir
 from ..ops.memory_stream import MemoryStream
-from ..ops.projector import Mode, check_mode, why_layout_not_commuted
+from ..ops.projector import Mode
 from ..ops.stream import SlowFastStream
 from ..video import Source, open_video
 from .answer import Answer
+from .append_session import AppendSession
 from .batching import answer_batch
+from .options import ModelOptions
 from .pipeline import Pipeline
 from .session import Session
 from .session_pool import DEFAULT_SESSIONS
 from .stages import Stopwatch
-from .stream_session import STREAM_MODES, AppendSession, MemorySession, StreamMode, StreamSession
+from .stream_session import MemorySession, StreamSession
+from .token_sources import FileTokens, MemoryTokens, StreamTokens
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..reduction.prefilling import Reduction
 
-
-def check_settings(
-    layout: str | Layout | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    backend: str = "auto",
-    attention: str = "auto",
-    projector: Mode = "exact",
-    reduction: str | Reduction | None = None,
-    prompt: str = "auto",
-) -> None:
-    """Raise what `from_pretrained` would of these arguments, as far as it takes no checkpoint to know."""
-    from ..reduction.settings import parse_reduction
-
-    check_mode(projector)
-    if prompt != "auto":
-        check_family(prompt)
-    if layout is not None:
-        parsed = parse_layout(layout)
-        if projector == "commuted" and (reason := why_layout_not_commuted(parsed)):
-            raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
-    if isinstance(reduction, str):
-        parse_reduction(reduction)
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device, {})
-    if backend != "auto":
-        choose(backend, torch.empty(1, 1, 8, dtype=dtype, device=device))
-    if attention not in ("auto", "sdpa"):  # which serve everywhere, and take measuring on a GPU
-        resolve_attention(attention, device, dtype)
+STREAM_MODES = ("slowfast", "memory", "append")
 
 
-class SlowFastLlava(Pipeline):
-    """A LLaVA checkpoint that answers questions about videos; load one with `from_pretrained`."""
+class SlowFastLlava:
+    """A LLaVA checkpoint that answers questions about videos; load one with `from_pretrained`.
+
+    A context manager: `close` at its end.
+
+    Attributes:
+        pipeline: The parts of the loaded model.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path | None = None,
         layout: str | Layout | None = None,
+        *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: str = "auto",
@@ -81,59 +67,94 @@ class SlowFastLlava(Pipeline):
         projector: Mode = "exact",
         max_sessions: int = DEFAULT_SESSIONS,
         max_session_bytes: int | None = None,
-        separators: Mapping[str, torch.Tensor] | None = None,
+        separators: Mapping[str, Tensor] | None = None,
         reduction: str | Reduction | None = None,
-    ) -> SlowFastLlava:
-        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, Hugging Face's format or the original; None is the embedded model.
+    ) -> Self:
+        """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint in Hugging Face's or the original format.
 
-        layout: any, or its text, such as a name of `layouts.PRESETS`, which also says how many frames are sampled; None
-        takes the checkpoint's own default, else the paper's. dtype, device: None is float32 on
-        a CPU and the checkpoint's 16 bits on a GPU, which is taken where there is one. backend: of the
-        aggregator, by name or "auto". attention: one of `attention.CHOICES`. prompt:
-        "auto" or one of `prompts.FAMILIES`. projector: "exact", "commuted" or "auto", as in `project_and_aggregate`.
-        max_sessions, max_session_bytes: beyond these the least recently used sessions give their key/value caches back;
-            the bytes include the cache that `answer` keeps for the next call.
-        separators: by name, [D] each, what the layout's separators are; else the checkpoint's newline, else the
-        embedding of a text (see `separator_vectors.find_separators`). reduction: fewer of the video's tokens in the
-        language model, as `reduction.settings.FORMS` writes it or as its settings; the transformers model is changed
-        for it, and put back by `close`, or where the context ends that this model is.
+        A reduction changes the transformers model; `close` restores it.
 
-        Raises CheckpointError, LayoutError, BackendError or InputError.
+        Args:
+            path_or_hub_id: A directory, or an id of the Hugging Face Hub. None: the embedded model.
+            layout: As all that follow: see `ModelOptions`.
+
+        Raises:
+            CheckpointError: For a checkpoint that is missing, incomplete or of another architecture.
+            LayoutError, InputError, BackendError: For an option; before anything is loaded if possible.
         """
-        check_settings(layout, dtype, device, backend, attention, projector, reduction, prompt)
-        check_count("max_sessions", max_sessions)
-        if max_session_bytes is not None and not (isinstance(max_session_bytes, int) and max_session_bytes > 0):
-            raise InputError(f"max_session_bytes must be a number of bytes of at least 1, not {max_session_bytes!r}")
-        if separators is not None and not isinstance(separators, Mapping):
-            raise InputError(f"separators must be a dict of vectors by name, not a {type(separators).__name__}")
-        home = None
-        if path_or_hub_id is None:
-            from ..model.shipped import model_dir
+        options = ModelOptions(
+            layout=layout,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            attention=attention,
+            prompt=prompt,
+            projector=projector,
+            max_sessions=max_sessions,
+            max_session_bytes=max_session_bytes,
+            separators=separators,
+            reduction=reduction,
+        )
+        return cls.load(path_or_hub_id, options)
 
-            home = model_dir()
-            checkpoint = replace(load_checkpoint(home, dtype, device, attention), name="embedded")
-        else:
-            checkpoint = load_checkpoint(path_or_hub_id, dtype, device, attention)
-        bounds = max_sessions, max_session_bytes
-        return cls(checkpoint, layout, backend, prompt, projector, *bounds, separators, reduction, home)
+    @classmethod
+    def load(cls, path_or_hub_id: str | Path | None, options: ModelOptions) -> Self:
+        """`from_pretrained` with checked options."""
+        embedded = path_or_hub_id is None
+        path = model_dir() if path_or_hub_id is None else path_or_hub_id
+        checkpoint = load_checkpoint(path, options.dtype, options.device, options.attention)
+        if embedded:
+            checkpoint = replace(checkpoint, name="embedded")
+        return cls(Pipeline.build(checkpoint, options, embedded))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The stock transformers model and what was loaded with it."""
+        return self.pipeline.checkpoint
+
+    @property
+    def layout(self) -> Layout:
+        """What tokens a video becomes."""
+        return self.pipeline.layout
+
+    @property
+    def frames(self) -> int:
+        """Frames that are sampled if a call names no number."""
+        return self.pipeline.frames
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.encoder.dtype
+
+    def with_layout(self, layout: str | Layout) -> SlowFastLlava:
+        """This model in another layout; weights and sessions are shared."""
+        return SlowFastLlava(self.pipeline.with_layout(layout))
 
     def open(self, video: Source, frames: int | None = None, decoder: str = "pyav") -> Session:
-        """A session of questions about a video: a file, a folder of frames, an opened Video, or frames in memory (uint8
-        RGB [T, H, W, 3]).
+        """A session of questions about a video. Nothing is decoded before the first question.
 
-        frames: how many to sample (fewer where the video is shorter); None takes the checkpoint's, else 50.
-        Raises VideoError, InputError, LayoutError or BackendError.
+        Args:
+            video: A file, a folder of frames, an opened Video, or frames in memory (uint8 RGB [T, H, W, 3]).
+            frames: Frames to sample; all of a shorter video. None: `SlowFastLlava.frames`.
+            decoder: One of `video.DECODERS`.
+
+        Raises:
+            VideoError: For a video that cannot be opened.
+            InputError, LayoutError, BackendError: For the other arguments.
         """
         frames = self.frames if frames is None else frames
         check_count("frames", frames)
         clip = open_video(video, decoder)
         name = str(video if isinstance(video, (str, os.PathLike)) else clip.path)
-        indices = sample_frames(clip.total, frames)
-        return Session(self, name, clip, indices, self.plan(len(indices)))
+        return Session(self.pipeline, name, FileTokens(self.pipeline, clip, sample_frames(clip.total, frames)))
 
     def open_stream(
         self,
-        mode: StreamMode = "slowfast",
+        mode: str = "slowfast",
         frames: int | None = None,
         layout: str | Layout | None = None,
         name: str = "stream",
@@ -141,37 +162,47 @@ class SlowFastLlava(Pipeline):
     ) -> StreamSession | AppendSession:
         """A session about a stream of any length: `push` frames as they come, `ask` at any moment.
 
-        mode: "slowfast" keeps evenly spaced frames (`stream.kept_frames`), "memory" the last ones in full and older
-            ones as condensed clips (`memory.MemoryStream`, whose other settings may follow); a question prefills what
-            is kept at its moment. "append" prefills frames as they come, so that a question costs its own tokens alone.
-        frames: kept at most: evenly spaced (None: the checkpoint's number, else 50), in full (16), or in the cache (as
-            many as fit the context beside a question).
-        layout: of the frames kept; None takes the model's, and of it the fast pathway where frames are appended.
-        name: of the stream, told with the answers.
-        Raises InputError, LayoutError, BackendError, and ContextError where a full stream would leave no room to ask.
+        Args:
+            mode: "slowfast" keeps evenly spaced frames (`ops.stream.kept_frames`). "memory" keeps the last frames in
+                full and older ones as condensed clips (`MemoryStream`). A question prefills what is kept. "append"
+                prefills frames as they come: a question costs only its own tokens.
+            frames: Frames to keep at most: evenly spaced (None: `SlowFastLlava.frames`), in full (None: 16), or in the
+                cache (None: as many as fit beside a question).
+            layout: Of the kept frames. None: the model's; its fast pathway if frames are appended.
+            name: Of the stream, in the answers.
+            **memory: Other arguments of `MemoryStream`.
+
+        Raises:
+            InputError, LayoutError, BackendError: For wrong arguments.
+            ContextError: If a full stream would leave no room for a question.
         """
-        if layout is None and mode == "append" and isinstance(self.layout, SlowFastLayout) and self.layout.fast_grid:
-            layout = self.layout.only("fast")
+        if mode not in STREAM_MODES:
+            raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
         if frames is not None:
             check_count("frames", frames)
-        model = self if layout is None else self.with_layout(layout)
-        if model.layout.canvas or (mode == "memory" and model.layout.stage == "before"):
-            raise LayoutError(f"{model.layout} is not a layout for {mode} streams: take sf_llava or another")
+        if layout is None and mode == "append" and isinstance(self.layout, SlowFastLayout) and self.layout.fast_grid:
+            layout = self.layout.only("fast")
+        pipeline = self.pipeline if layout is None else self.pipeline.with_layout(layout)
+        encoder = pipeline.encoder
+        if pipeline.layout.canvas or (mode == "memory" and pipeline.layout.stage == "before"):
+            raise LayoutError(f"{pipeline.layout} is not a layout for {mode} streams: take sf_llava or another")
         if mode == "append":
-            return AppendSession(model, frames, name, **memory)
-        kept = {"grid": model.checkpoint.grid, "backend": model.backend, **memory}
-        kept["encode"] = lambda pictures: model.features(pictures, Stopwatch(model.device))
+            return AppendSession(pipeline, frames, name, **memory)
+
+        def encode(pictures: Tensor) -> Tensor:
+            return encoder.features(pictures, Stopwatch(encoder.device))
+
+        kept = {"grid": encoder.grid, "backend": encoder.backend, "encode": encode, **memory}
         if mode == "slowfast":
-            most = model.frames if frames is None else frames
-            return StreamSession(model, SlowFastStream(model.layout, most, **kept), name)
-        if mode == "memory":
-            recent = {} if frames is None else {"recent_frames": frames}
-            return MemorySession(model, MemoryStream(model.layout, **recent, **kept), name)
-        raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
+            stream = SlowFastStream(pipeline.layout, pipeline.frames if frames is None else frames, **kept)
+            return StreamSession(pipeline, StreamTokens(pipeline, stream), name)
+        if frames is not None:
+            kept["recent_frames"] = frames
+        return MemorySession(pipeline, MemoryTokens(pipeline, MemoryStream(pipeline.layout, **kept)), name)
 
     def load_session(self, path: str | Path) -> Session:
-        """A session that `Session.save` wrote, for this model. Raises InputError for any other file."""
-        return Session.load(self, path)
+        """A session that `Session.save` wrote with this model. Raises InputError for any other file."""
+        return Session.load(self.pipeline, path)
 
     def answer(
         self,
@@ -183,9 +214,9 @@ class SlowFastLlava(Pipeline):
         choices: Sequence[str] | None = None,
         on_token: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer one question about a video, greedily.
+        """Answer one question about a video, greedily. Arguments and errors are those of `open` and `Session.ask`.
 
-        The arguments and errors are those of `open` and `Session.ask`. The key/value buffers stay for the next call.
+        The key/value buffers are kept for the next call.
         """
         clock = Stopwatch(self.device)
         with clock("decode"):
@@ -197,30 +228,53 @@ class SlowFastLlava(Pipeline):
 
     def answer_batch(
         self,
-        questions: Sequence[Sequence],
+        questions: Sequence[Sequence[Any]],
         frames: int | None = None,
         decoder: str = "pyav",
         max_new_tokens: int | None = None,
     ) -> list[Answer]:
-        """Answer questions about videos together, each (video, question) or (video, question, choices).
+        """Answer questions about videos together: one forward pass over all prompts, then one a token for all rows.
 
-        A video that several questions name is decoded, encoded and prefilled once. All prompts are in one forward pass,
-        and then all rows' next tokens: memory grows with their number. The seconds told are those of the whole batch.
-        Raises as `answer` does, before any computation where possible.
+        A video that several questions name is decoded, encoded and prefilled once. Memory grows with the rows.
+
+        Args:
+            questions: (video, question) or (video, question, choices) each.
+            frames: As in `open`.
+            decoder: As in `open`.
+            max_new_tokens: As in `Session.ask`.
+
+        Returns:
+            The answers, in order; their seconds are those of the whole batch.
+
+        Raises:
+            SfllavaError: As `answer` does, before any computation if possible.
         """
         sessions: dict[object, Session] = {}
         asked = []
         for number, entry in enumerate(questions):
             if isinstance(entry, str) or not 2 <= len(entry) <= 3:
                 raise InputError(f"entry {number} of the batch must be (video, question) or (video, question, choices)")
-            video, question, choices = (*entry, None)[:3]
+            video, question = entry[:2]
             key = os.fspath(video) if isinstance(video, (str, os.PathLike)) else id(video)
             if key not in sessions:
                 sessions[key] = self.open(video, frames, decoder)
-            asked.append((sessions[key], question, choices))
+            asked.append((sessions[key], question, entry[2] if len(entry) == 3 else None))
         try:
-            with self.exclusive.answering():
-                return answer_batch(self, asked, self.check_new_tokens(max_new_tokens))
+            with self.pipeline.exclusive.answering():
+                self.pipeline.check_open()
+                return answer_batch(self.pipeline, asked, self.pipeline.new_tokens(max_new_tokens))
         finally:
             for session in sessions.values():
                 session.close()
+
+    def close(self) -> None:
+        """Restore the transformers model that a reduction changed. A closed model can be asked nothing."""
+        self.pipeline.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -44,7 +45,15 @@ from .separators import with_separators
 log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
+Stage = Callable[[str], AbstractContextManager[None]]  # of a stage's name
 MODES = get_args(Mode)
+
+
+def untimed(stage: str) -> AbstractContextManager[None]:
+    """A Stage that does nothing."""
+    return nullcontext()
+
+
 # auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 8 frames in
 # bfloat16 and float32 on AMD Zen 4, which has bfloat16 products, and with emulated ones. Within it exact took 1.08
 # times commuted's time or more; beyond it commuted took up to 1.3 times exact's.
@@ -71,6 +80,7 @@ def project_and_aggregate(
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
     separators: Tensor | None = None,
+    stage: Stage = untimed,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Tokens [S, D] of the vision tower's features, by default SlowFast-LLaVA's (arXiv 2407.15841, section 3.2, with
     the projector). A layout whose `stage` is "before" is pooled first, and its tokens are projected, in every mode.
@@ -82,6 +92,7 @@ def project_and_aggregate(
         means before Linear2, for inference only: its error against float64 is no larger than the published order's.
         "auto" commutes where that can serve and saves a fifth of Linear2's work or more; traced (torch.compile,
         torch.export) it is "exact", for the number of frames, which decides that, stays open.
+    stage: called with "projector" or "aggregate" for a context manager around that part of the work, such as a stopwatch.
     The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
     "commuted" was asked for and cannot serve.
     """
@@ -91,7 +102,7 @@ def project_and_aggregate(
     if not isinstance(hidden, Tensor):
         raise InputError(f"features must be a torch.Tensor, not {type(hidden).__name__}")
     if _pools_first(str(layout)):
-        return _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators)
+        return _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators, stage)
     traced = torch.compiler.is_compiling()
     plan = None if traced else resolve_plan(hidden, layout, grid, frame_offsets)
     if mode == "auto":
@@ -99,7 +110,10 @@ def project_and_aggregate(
         mode = "commuted" if commutes else "exact"
     if mode == "exact":
         call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": separators}
-        return slowfast_aggregate(projector(hidden), layout, out=out, **call)
+        with stage("projector"):
+            features = projector(hidden)
+        with stage("aggregate"):
+            return slowfast_aggregate(features, layout, out=out, **call)
     if reason := _why_not(projector, hidden, layout):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
     first, _, second = projector.children()
@@ -111,7 +125,7 @@ def project_and_aggregate(
         out = hidden.new_empty(shape)
     check_out(out, hidden, shape)
     with torch.no_grad():
-        _commuted_launches(hidden, first, second, plan, str(layout), out, backend)
+        _commuted_launches(hidden, first, second, plan, str(layout), out, backend, stage)
     return out if frame_offsets is None else (out, torch.tensor(plan.offsets, device=hidden.device))
 
 
@@ -125,15 +139,17 @@ def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 
 
-def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators):
+def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators, stage):
     """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
     names = parse_layout(layout).separators
     plan = resolve_plan(hidden, layout, grid, frame_offsets) if names else None
     none = hidden.new_zeros(len(names), hidden.shape[-1]) if names else None
     call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
-    pooled = slowfast_aggregate(hidden, layout, **call)
+    with stage("aggregate"):
+        pooled = slowfast_aggregate(hidden, layout, **call)
     pooled, *offsets = (pooled,) if frame_offsets is None else pooled
-    tokens = projector(pooled)
+    with stage("projector"):
+        tokens = projector(pooled)
     if names:
         check_separators(separators, str(layout), tokens)
         if hidden.dim() == 4:
@@ -309,9 +325,9 @@ def _half(plan: Plan, reduce: str) -> _Half:
     return _Half(frames, tuple(rows), Plan(tuple(map(len, by_video)), plan.grid, renumbered))
 
 
-def _commuted_launches(hidden, first, second, plan, layout, out, backend):
+def _commuted_launches(hidden, first, second, plan, layout, out, backend, stage=untimed):
     for part, plan, rows in launches(hidden, plan, layout, out):
-        _commuted(part, first, second, plan, rows, backend)
+        _commuted(part, first, second, plan, rows, backend, stage)
 
 
 class _Block(NamedTuple):
@@ -348,17 +364,22 @@ def _blocks(plan: Plan, size: int) -> list[_Block]:
     return blocks
 
 
-def _commuted(hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Tensor, backend: str) -> None:
+def _commuted(
+    hidden: Tensor, first: _Layer, second: _Layer, plan: Plan, out: Tensor, backend: str, stage: Stage
+) -> None:
     """Fills out [S, D]: means are pooled before Linear2, maxima after it, on the frames that have any."""
     layers = _FusedLayers(first, second) if _is_fused(hidden, backend) else _TorchLayers(first, second, hidden, backend)
     maxima, means = _split(plan)
-    pooled, kept = layers.pool(hidden, plan)
+    pooled, kept = layers.pool(hidden, plan, stage)
     if means.plan:
-        _fill(out, means, lambda tokens: layers.project_pooled(pooled, tokens))
+        with stage("projector"):
+            _fill(out, means, lambda tokens: layers.project_pooled(pooled, tokens))
     if maxima.plan:
-        features = layers.project(kept).to(out.dtype)
-        chosen = backends.choose(backend, features, maxima.plan)
-        _fill(out, maxima, lambda tokens: chosen.run(features, maxima.plan, tokens))
+        with stage("projector"):
+            features = layers.project(kept).to(out.dtype)
+        with stage("aggregate"):
+            chosen = backends.choose(backend, features, maxima.plan)
+            _fill(out, maxima, lambda tokens: chosen.run(features, maxima.plan, tokens))
 
 
 def _fill(out: Tensor, half: _Half, write: Callable[[Tensor], object]) -> None:
@@ -378,8 +399,9 @@ class _FusedLayers:
     def __init__(self, first: _Layer, second: _Layer) -> None:
         self.first, self.second, self.kernels = first, second, backends.triton_kernels()
 
-    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
+    def pool(self, hidden: Tensor, plan: Plan, stage: Stage) -> tuple[Tensor, Tensor]:
+        with stage("projector"):
+            return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
 
     def project(self, kept: Tensor) -> Tensor:
         return F.linear(kept, *self.second)
@@ -409,7 +431,7 @@ class _TorchLayers:
         self.pooled = torch.float64 if hidden.dtype is torch.float32 else dtype
         self.backend = backend
 
-    def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def pool(self, hidden: Tensor, plan: Plan, stage: Stage) -> tuple[Tensor, Tensor]:
         """(pooled, kept): the means' tokens [M, I] of GELU(Linear1) in float32, and the maxima's frames [F, N, I]."""
         maxima, means = _split(plan)
         frames, patches, inner = len(hidden), hidden.shape[1], len(self.first)
@@ -420,13 +442,15 @@ class _TorchLayers:
         for block in _blocks(plan, size) if frames else ():
             part = hidden[slice(*block.frames)]
             wide = buffer[: len(part)]
-            values = self._activate(part, wide)
-            if block.kept:
-                kept[slice(*block.kept_at)] = values[list(block.kept)]
-            if block.pools and values is not wide:
-                wide.copy_(values)
-            for pools, rows in block.pools:
-                backends.choose(self.backend, wide, pools).run(wide, pools, pooled[slice(*rows)])
+            with stage("projector"):
+                values = self._activate(part, wide)
+            with stage("aggregate"):
+                if block.kept:
+                    kept[slice(*block.kept_at)] = values[list(block.kept)]
+                if block.pools and values is not wide:
+                    wide.copy_(values)
+                for pools, rows in block.pools:
+                    backends.choose(self.backend, wide, pools).run(wide, pools, pooled[slice(*rows)])
         return pooled, kept
 
     def _activate(self, hidden: Tensor, wide: Tensor) -> Tensor:
@@ -486,11 +510,11 @@ def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     maxima, means = _split(plan)
     try:
         fused, plain = _FusedLayers(first, second), _TorchLayers(first, second, hidden, "torch")
-        for got, expected in zip(fused.pool(hidden, plan), plain.pool(hidden, plan)):
+        for got, expected in zip(fused.pool(hidden, plan, untimed), plain.pool(hidden, plan, untimed)):
             torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
         tokens = [hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2)]
         for layers, out in zip((fused, plain), tokens):
-            layers.project_pooled(plain.pool(hidden, plan)[0], out)
+            layers.project_pooled(plain.pool(hidden, plan, untimed)[0], out)
         torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
     except Exception as error:  # compilers and drivers fail in many ways; torch's operators serve then
         log.warning("the fused projector is not used on %s: %s", device, first_line(error))

@@ -21,9 +21,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from ..engine.answer import Answer
+from ..engine.options import ModelOptions
 from ..engine.slowfast_llava import SlowFastLlava
 from ..errors import ContextError, InputError, OutOfMemoryError, SfllavaError, VideoError, check_count, first_line
 from ..model.prompts import pick_option
+from ..ops.projector import Mode
 from ..video import IMAGE_SUFFIXES, Source, import_decoder
 from .task_text import read_task_text
 
@@ -76,7 +78,7 @@ class SfllavaFast(lmms):
         device: str | None = None,
         backend: str = "auto",
         attention: str = "auto",
-        projector: str = "exact",
+        projector: Mode = "exact",
         reduction: str | None = None,
         prompt: str = "auto",
         decoder: str = "pyav",
@@ -95,17 +97,17 @@ class SfllavaFast(lmms):
         self._said: set[str] = set()
         if str(batch_size) != "1":
             self._say_once(f"batch_size={batch_size} is ignored: a video's questions are answered one by one")
-        self.model = SlowFastLlava.from_pretrained(
-            None if pretrained == EMBEDDED else pretrained,
-            layout,
-            dtype,
-            _own_device(device),
-            backend,
-            attention,
-            "chat_template" if protocol == "task" and prompt == "auto" else prompt,
-            projector,
+        options = ModelOptions(
+            layout=layout,
+            dtype=dtype,
+            device=_own_device(device),
+            backend=backend,
+            attention=attention,
+            prompt="chat_template" if protocol == "task" and prompt == "auto" else prompt,
+            projector=projector,
             reduction=reduction,
         )
+        self.model = SlowFastLlava.load(None if pretrained == EMBEDDED else pretrained, options)
         self.device = self.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

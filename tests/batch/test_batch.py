@@ -466,10 +466,12 @@ def test_half_a_character_costs_its_question_alone(videos, checkpoints, out, tmp
 
 def test_a_video_is_encoded_once(videos, load, monkeypatch):
     from sfllava_fast.batch.answerers import ModelAnswerer
-    from sfllava_fast.engine.pipeline import Pipeline
+    from sfllava_fast.engine.video_encoder import VideoEncoder
 
-    encoded, real = [], Pipeline.write_video
-    monkeypatch.setattr(Pipeline, "write_video", lambda self, clip, *a: (encoded.append(clip), real(self, clip, *a))[1])
+    encoded, real = [], VideoEncoder.write_video
+    monkeypatch.setattr(
+        VideoEncoder, "write_video", lambda self, clip, *a: (encoded.append(clip), real(self, clip, *a))[1]
+    )
     answerer = ModelAnswerer(load(), videos, 4)
     asked_of = [(video, choices) for video in ("plain", "mpeg4") for choices in (None, None, ["x", "y"])]
     said = [answerer(Question(i, video, f"why {i}?", choices)) for i, (video, choices) in enumerate(asked_of)]
@@ -536,16 +538,17 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     import torch
 
     from sfllava_fast.batch.answerers import make_model
+    from sfllava_fast.engine.options import ModelOptions
     from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 
     loaded, threads = [], []
-    monkeypatch.setattr(SlowFastLlava, "from_pretrained", lambda model, **options: loaded.append(options["device"]))
+    monkeypatch.setattr(SlowFastLlava, "load", lambda model, options: loaded.append(options.device))
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
 
     def make(device, count):
         for number in range(count):
-            make_model(number, count, None, Path(), device, None, "pyav", None)
+            make_model(number, count, None, Path(), ModelOptions(device=device), None, "pyav", None)
 
     make(None, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

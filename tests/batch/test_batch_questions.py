@@ -8,6 +8,7 @@ import pytest
 from sfllava_fast.batch.answerers import model_answerer
 from sfllava_fast.batch.questions import Question, by_video, find_video, read_questions
 from sfllava_fast.batch.stamps import stamp_video
+from sfllava_fast.engine.options import ModelOptions
 from sfllava_fast.errors import InputError
 
 OPEN_ENDED_CSV = """,video_id,answer,question,video_name,question_id,question_type
@@ -208,7 +209,9 @@ def test_a_folder_whose_names_have_a_beginning_that_questions_leave_out(folder, 
     assert find_video(other, "a") == other / "a", "elsewhere it would be another video"
 
 
-OPTIONS = dict.fromkeys(("layout", "frames", "dtype", "projector", "reduction", "decoder", "max_new_tokens"))
+def settings_of(model, folder, **options):
+    """What `batch` notes of a model and its options."""
+    return model_answerer(model, folder, ModelOptions(**options), None, "pyav", None)[1]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model", "reduction/a.safetensors"])
@@ -220,7 +223,7 @@ def test_a_file_of_a_checkpoint_that_is_replaced_is_another_model(name, tmp_path
     os.utime(folder / name, ns=(5, 5))
 
     def settings():
-        return model_answerer(str(folder), tmp_path, **OPTIONS)[1]
+        return settings_of(str(folder), tmp_path)
 
     before = settings()
     (folder / "README.md").write_text("a note")
@@ -237,10 +240,10 @@ def test_a_file_of_a_reduction_that_is_replaced_is_another_one(tmp_path):
     file = tmp_path / "learned.safetensors"
     file.write_bytes(b"1")
     for reduction in (f"mixture:0.2:{file}", f"compress:{file}"):
-        options = OPTIONS | {"reduction": reduction}
-        before = model_answerer("owner/name", tmp_path, **options)[1]
+        before = settings_of("owner/name", tmp_path, reduction=reduction)
         file.write_bytes(file.read_bytes() + b"1")
-        assert before["reduction_file"] != model_answerer("owner/name", tmp_path, **options)[1]["reduction_file"]
+        after = settings_of("owner/name", tmp_path, reduction=reduction)
+        assert before["reduction_file"] != after["reduction_file"]
 
 
 def test_frames_of_a_folder_that_are_replaced_are_another_video(tmp_path):

@@ -206,7 +206,7 @@ def test_a_dummys_answer_hangs_on_question_and_video(lab, monkeypatch):
 
 
 def test_the_weights_are_shared_and_the_modules_are_not(lab):
-    ours, plain = lab.ours.model.model, lab.plain.model.model
+    ours, plain = lab.ours.checkpoint.model.model, lab.plain.model.model
     assert ours.language_model is not plain.language_model
     theirs = {weight.data_ptr() for weight in plain.parameters()}
     assert all(weight.data_ptr() in theirs for weight in ours.parameters())
@@ -240,7 +240,7 @@ def test_the_plain_pipeline_says_what_stock_generate_says(lab):
 
 def test_the_plain_pipeline_stops_where_ours_does(lab, monkeypatch):
     ids = lab._ask_plain("What is it?").token_ids
-    monkeypatch.setattr(lab.ours, "stop_ids", frozenset({ids[2]}))
+    monkeypatch.setattr(lab.ours.pipeline.prompts, "stop_ids", frozenset({ids[2]}))
     assert lab._ask_plain("What is it?").token_ids == ids[: ids.index(ids[2]) + 1]
 
 
@@ -249,9 +249,11 @@ def test_the_plain_stages_compute_what_ours_do(lab):
     with torch.inference_mode():
         pixels = plain.preprocess(pictures)
         last = 1 / 255 / 0.26
-        assert (pixels - preprocess(pictures, ours.preprocess_spec)).abs().max() < 2.1 * last  # it enlarges
+        assert (
+            pixels - preprocess(pictures, ours.pipeline.encoder.preprocess_spec)
+        ).abs().max() < 2.1 * last  # it enlarges
         patches = plain.encode(pixels)
-        torch.testing.assert_close(patches, ours.encode(pixels))
+        torch.testing.assert_close(patches, ours.pipeline.encoder.encode(pixels))
         tokens = plain.aggregate(patches)
         torch.testing.assert_close(tokens, slowfast_aggregate(patches.contiguous(), ours.layout))
 

@@ -135,7 +135,7 @@ def test_all_tokens_must_be_the_plain_models_bits(tiny, monkeypatch, capsys):
 def test_a_question_with_other_logits_is_not_timed(tiny, monkeypatch, capsys, reduction):
     def spoiled(prefilling, *arguments):
         logits, cache = ask(prefilling, *arguments)
-        spoils = (prefilling.text or PLAIN).startswith(reduction.removesuffix(":4"))
+        spoils = (prefilling.label or PLAIN).startswith(reduction.removesuffix(":4"))
         return logits + 1e-2 * spoils, cache
 
     monkeypatch.setattr(question, "ask", spoiled)

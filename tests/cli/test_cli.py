@@ -17,7 +17,9 @@ import clips
 import pytest
 
 import sfllava_fast
+from sfllava_fast.cli import commands, progress
 from sfllava_fast.cli import main as cli
+from sfllava_fast.engine.options import ModelOptions
 from sfllava_fast.errors import ContextError
 from sfllava_fast.layouts.presets import parse_layout
 from sfllava_fast.layouts.sampling import sample_frames
@@ -108,13 +110,13 @@ def engine(monkeypatch):
     """The stand-in that the next command loads, as a list that fills with it."""
     loaded = []
 
-    def load(path, **options):
-        loaded.append(StandIn(path, **options))
+    def load(path, options):
+        loaded.append(StandIn(path, **vars(options)))
         loaded[-1].error = load.error
         return loaded[-1]
 
     load.error = None
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(commands, "load_model", load)
     loaded_by = SimpleNamespace(models=loaded, fail=lambda error: setattr(load, "error", error))
     return loaded_by
 
@@ -173,7 +175,7 @@ def test_ask_hands_its_options_on(folder, engine, capsys):
     )
     assert code == 0
     model = engine.models[0]
-    assert model.options == dict(
+    assert model.options == vars(ModelOptions()) | dict(
         path="m",
         layout="slowfast-fast_3x3",
         backend="torch",
@@ -285,7 +287,7 @@ def test_questions_and_choices_in_any_order_that_can_be_read(folder, engine):
 def test_names_in_options_are_those_of_the_modules():
     from sfllava_fast import video
     from sfllava_fast.cli import options
-    from sfllava_fast.engine import stream_session as live
+    from sfllava_fast.engine.slowfast_llava import STREAM_MODES
     from sfllava_fast.installed_parts import import_part
     from sfllava_fast.model import attention, checkpoint
     from sfllava_fast.ops import projector
@@ -293,7 +295,7 @@ def test_names_in_options_are_those_of_the_modules():
 
     assert options.BACKENDS == backends.NAMES and options.ATTENTIONS == attention.CHOICES
     assert options.PROJECTORS == projector.MODES and tuple(checkpoint.DTYPES) == options.DTYPES
-    assert options.MODES == live.STREAM_MODES
+    assert options.MODES == STREAM_MODES
     with pytest.raises(sfllava_fast.SfllavaError, match=f"choose (one of )?{', '.join(options.DECODERS)}$"):
         video.import_decoder("none")
     import_part("_bench", "bench")
@@ -365,7 +367,7 @@ def test_a_terminal_obeys_no_answer(folder, engine, capsys, monkeypatch):
 
     def hostile(self, *args, **options):
         answer = ask(self, *args, **options)
-        cli.log.warning("unknown words: %s", HOSTILE)
+        progress.log.warning("unknown words: %s", HOSTILE)
         answer.text = HOSTILE + "\n\ttab"
         answer.to_json = lambda: {"answer": HOSTILE}
         return answer
@@ -465,7 +467,7 @@ def test_the_embedded_model_says_that_it_knows_drawn_shapes_only(folder, capsys)
 @pytest.mark.parametrize("argv", [["-v", "ask"], ["ask", "-v"]])
 def test_verbose_shows_information(argv, folder, engine, capsys, monkeypatch):
     ask = StandIn.ask
-    monkeypatch.setattr(StandIn, "ask", lambda *a, **k: (cli.log.info("a detail"), ask(*a, **k))[1])
+    monkeypatch.setattr(StandIn, "ask", lambda *a, **k: (progress.log.info("a detail"), ask(*a, **k))[1])
     assert run(*argv, folder, "what?") == 0
     assert "sfllava-fast: info: a detail" in capsys.readouterr().err
     assert run("ask", folder, "what?") == 0
@@ -520,7 +522,7 @@ def test_inspect_takes_the_grid_of_a_checkpoint_in_the_original_format(folder, t
 @pytest.mark.parametrize("options, verbose, shown", [([], False, False), (["error"], False, True), ([], True, True)])
 def test_warnings_of_libraries_are_shown_when_asked_for(options, verbose, shown, monkeypatch):
     monkeypatch.setattr(sys, "warnoptions", options)
-    with pytest.raises(FutureWarning) if shown else nullcontext(), cli._messages(verbose):
+    with pytest.raises(FutureWarning) if shown else nullcontext(), progress.messages(verbose):
         warnings.warn("old", FutureWarning, stacklevel=2)
 
 

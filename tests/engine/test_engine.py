@@ -43,7 +43,7 @@ LONG = {"text": {"max_position_embeddings": 4096}}
 
 
 def core(model):
-    tower = model.model.model.vision_tower
+    tower = model.checkpoint.model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
 
@@ -93,14 +93,14 @@ def test_answers_are_those_of_the_stock_model(load, checkpoints, family, next_, 
     # linspace(0, 9, 4): every third of nine frames.
     expected = stock_answer(
         checkpoints(family, next_),
-        model.prompt(QUESTION),
+        model.pipeline.prompts.prompt(QUESTION),
         clip.frames(sample_frames(20, 9)),
         [0, 3, 6],
         24,
     )
     assert answer.token_ids == expected
     assert len(set(expected)) > 3, "a model that repeats itself shows nothing"
-    assert answer.text == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert answer.text == model.pipeline.prompts.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def test_the_papers_layout_on_the_grid_of_real_checkpoints(tmp_path):
@@ -113,7 +113,7 @@ def test_the_papers_layout_on_the_grid_of_real_checkpoints(tmp_path):
     slow = list(range(0, 50, 5))
     assert answer.slow_frames == [answer.frames[i] for i in slow]
     pictures = clip.frames(answer.frames)
-    assert answer.token_ids == stock_answer(path, model.prompt(QUESTION), pictures, slow, 12, fast=4)
+    assert answer.token_ids == stock_answer(path, model.pipeline.prompts.prompt(QUESTION), pictures, slow, 12, fast=4)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"attention": "eager"}, {"backend": "torch"}], ids=str)
@@ -125,7 +125,12 @@ def test_answers_by_dtype_attention_and_backend(load, checkpoints, options):
         "attn_implementation": options.get("attention", "sdpa"),
     }
     expected = stock_answer(
-        checkpoints(), model.prompt(QUESTION), clip.frames(sample_frames(20, 9)), [0, 3, 6], 12, **stock
+        checkpoints(),
+        model.pipeline.prompts.prompt(QUESTION),
+        clip.frames(sample_frames(20, 9)),
+        [0, 3, 6],
+        12,
+        **stock,
     )
     assert answer.token_ids == expected
     assert answer.dtype == ("bfloat16" if "dtype" in options else "float32")
@@ -140,7 +145,7 @@ def test_vision_cut_is_bit_equal_to_the_hidden_states(checkpoints, layer, dtype)
     pixels = torch.randn(5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         expected = stock_features(stock_model(path, dtype=dtype), pixels)
-        patches = model.encode(pixels)
+        patches = model.pipeline.encoder.encode(pixels)
     assert torch.equal(patches, expected)
     depth = max(model.checkpoint.depths)
     assert len(core(model).encoder.layers) == depth
@@ -155,7 +160,7 @@ def test_unread_layers_and_norm_never_run(load):
 
 def test_patches_are_a_view_behind_the_cls_token(load):
     model = load()
-    patches = model.encode(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    patches = model.pipeline.encoder.encode(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
     assert not patches.requires_grad
     assert patches.shape == (2, GRID * GRID, 16)
     assert patches.stride() == ((GRID * GRID + 1) * 16, 16, 1)
@@ -166,22 +171,24 @@ def test_frames_go_through_the_tower_in_passes(load, frames):
     model = load()
     pixels = torch.randn(frames, 3, IMAGE_SIZE, IMAGE_SIZE)
     seen = []
-    handle = model.model.model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    patches = model.encode(pixels)
+    handle = model.checkpoint.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0]))
+    )
+    patches = model.pipeline.encoder.encode(pixels)
     handle.remove()
-    assert sum(seen) == frames and max(seen) <= model.frames_per_pass
-    model.frames_per_pass = frames
-    torch.testing.assert_close(patches, model.encode(pixels))
+    assert sum(seen) == frames and max(seen) <= model.pipeline.encoder.tower.frames_per_pass
+    model.pipeline.encoder.tower.frames_per_pass = frames
+    torch.testing.assert_close(patches, model.pipeline.encoder.encode(pixels))
 
 
 def test_video_tokens_go_straight_into_the_embeddings(load):
     model, clip = load(), Clip(9)
-    prompt = model.prompt(QUESTION)
+    prompt = model.pipeline.prompts.prompt(QUESTION)
     before = len(prompt.before)
-    embeds, rows = model.allocate(before, 3 * 18 + 9 * 4)
+    embeds, rows = model.pipeline.allocate(before, 3 * 18 + 9 * 4)
     embeds.fill_(float("nan"))
     with torch.inference_mode():
-        model.write_video(clip, range(9), rows, Stopwatch(model.device))
+        model.pipeline.encoder.write_video(clip, range(9), rows, Stopwatch(model.device))
     assert rows.isfinite().all() and embeds[0, :before].isnan().all()
     assert rows.data_ptr() == embeds[0, before].data_ptr()
 
@@ -225,7 +232,7 @@ def test_multiple_choice(load, monkeypatch):
     choices = ["left", "right"]
     answer = model.answer(Clip(), QUESTION, frames=4, max_new_tokens=2, choices=choices)
     assert answer.choices == choices and answer.option == pick_option(answer.text, choices)
-    monkeypatch.setattr(model, "decode_text", lambda ids, strip=True: "B) right")
+    monkeypatch.setattr(model.pipeline.prompts, "text", lambda ids, strip=True: "B) right")
     answer = model.answer(Clip(), QUESTION, frames=4, max_new_tokens=2, choices=choices)
     assert (answer.option, answer.choice) == (1, "right") and answer.to_json()["choice"] == "right"
 
@@ -242,18 +249,21 @@ def test_generation_stops_at_each_stop(load):
     ids = model.answer(Clip(), QUESTION, frames=9, max_new_tokens=24).token_ids
     stop = ids[6]
     first = ids.index(stop)
-    model.stop_ids = frozenset({stop})
+    model.pipeline.prompts.stop_ids = frozenset({stop})
     assert model.answer(Clip(), QUESTION, frames=9, max_new_tokens=24).token_ids == ids[: first + 1]
-    model.stop_ids, model.stop_text = frozenset(), model.tokenizer.decode(ids[2:3])
+    model.pipeline.prompts.stop_ids, model.pipeline.prompts.stop_text = (
+        frozenset(),
+        model.pipeline.prompts.tokenizer.decode(ids[2:3]),
+    )
     answer = model.answer(Clip(), QUESTION, frames=9, max_new_tokens=24)
-    assert model.stop_text in model.tokenizer.decode(answer.token_ids)
-    assert model.stop_text not in answer.text and len(answer.token_ids) <= 3
+    assert model.pipeline.prompts.stop_text in model.pipeline.prompts.tokenizer.decode(answer.token_ids)
+    assert model.pipeline.prompts.stop_text not in answer.text and len(answer.token_ids) <= 3
 
 
 def test_stops_come_from_the_checkpoint_and_the_family(load):
-    assert load().stop_ids == {SPECIALS.index("</s>")}
-    assert load("chatml").stop_ids == {SPECIALS.index("</s>"), SPECIALS.index("<|im_end|>")}
-    assert load(text={"eos_token_id": [2, 9]}).stop_ids == {2, 9}
+    assert load().pipeline.prompts.stop_ids == {SPECIALS.index("</s>")}
+    assert load("chatml").pipeline.prompts.stop_ids == {SPECIALS.index("</s>"), SPECIALS.index("<|im_end|>")}
+    assert load(text={"eos_token_id": [2, 9]}).pipeline.prompts.stop_ids == {2, 9}
 
 
 def test_two_models_answer_in_turn_as_alone(load):
@@ -268,10 +278,10 @@ def test_two_models_answer_in_turn_as_alone(load):
 def test_defaults_come_from_the_config(tmp_path):
     path = write_checkpoint(tmp_path / "own", extra={"sfllava_fast": {"layout": LAYOUT, "frames": 6}})
     model = SlowFastLlava.from_pretrained(path)
-    assert str(model.layout) == LAYOUT and model.prompt_family == "chat_template"
+    assert str(model.layout) == LAYOUT and model.pipeline.prompts.family == "chat_template"
     answer = model.answer(Clip(), QUESTION, max_new_tokens=2)
     assert answer.frames == sample_frames(20, 6)
-    assert SlowFastLlava.from_pretrained(path, prompt="vicuna").prompt_family == "vicuna"
+    assert SlowFastLlava.from_pretrained(path, prompt="vicuna").pipeline.prompts.family == "vicuna"
 
 
 def test_defaults_of_an_ordinary_checkpoint(checkpoints):
@@ -294,10 +304,10 @@ def test_context_error_comes_first_and_says_what_to_do(load):
         r" lower frames \(now 9\), max_new_tokens, or take a smaller layout than slowfast-[^\n]*\Z",
     ):
         model.answer(Unreadable(), QUESTION, frames=9, max_new_tokens=1990)
-    room = 2048 - 90 - len(model.prompt(QUESTION))
-    model.check_context(model.prompt(QUESTION), 90, 9, room)
+    room = 2048 - 90 - len(model.pipeline.prompts.prompt(QUESTION))
+    model.pipeline.check_context(model.pipeline.prompts.prompt(QUESTION), 90, 9, room)
     with pytest.raises(ContextError):
-        model.check_context(model.prompt(QUESTION), 90, 9, room + 1)
+        model.pipeline.check_context(model.pipeline.prompts.prompt(QUESTION), 90, 9, room + 1)
 
 
 ALL_PATCHES = f"slowfast-slow_64frms_concat-fast_{GRID}x{GRID}"
@@ -313,7 +323,7 @@ def test_rope_is_stretched_as_published_beyond_4096(checkpoints):
     config.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     expected = stock_answer(
         path,
-        model.prompt(QUESTION),
+        model.pipeline.prompts.prompt(QUESTION),
         clip.frames(range(64)),
         list(range(64)),
         6,
@@ -331,7 +341,9 @@ def test_rope_scaling_changes_nothing_within_4096(checkpoints):
     path, clip = checkpoints(**LONG), Clip()
     model = SlowFastLlava.from_pretrained(path, LAYOUT)
     answer = model.answer(clip, QUESTION, frames=9, max_new_tokens=12)
-    expected = stock_answer(path, model.prompt(QUESTION), clip.frames(sample_frames(20, 9)), [0, 3, 6], 12)
+    expected = stock_answer(
+        path, model.pipeline.prompts.prompt(QUESTION), clip.frames(sample_frames(20, 9)), [0, 3, 6], 12
+    )
     assert answer.token_ids == expected
 
 
@@ -395,14 +407,18 @@ def test_an_encoded_video(load, checkpoints, tmp_path):
     with av.open(str(path)) as container:
         decoded = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     pictures = torch.stack([decoded[i] for i in sample_frames(len(decoded), 9)])
-    assert answer.token_ids == stock_answer(checkpoints(), model.prompt(QUESTION), pictures, [0, 3, 6], 12)
+    assert answer.token_ids == stock_answer(
+        checkpoints(), model.pipeline.prompts.prompt(QUESTION), pictures, [0, 3, 6], 12
+    )
     assert answer.video == str(path)
 
 
 def test_the_embedded_model_answers_as_the_stock_model_does():
     model, clip, question = SlowFastLlava.from_pretrained(), Clip(16), "How many red circles are there?"
     answer = model.answer(clip, question)
-    expected = stock_answer(model_dir(), model.prompt(question), clip.pictures, [0, 4, 8, 12], 12, dtype=torch.float32)
+    expected = stock_answer(
+        model_dir(), model.pipeline.prompts.prompt(question), clip.pictures, [0, 4, 8, 12], 12, dtype=torch.float32
+    )
     assert answer.token_ids == expected
     assert answer.tokens["slow"] == 4 * 32 and answer.tokens["fast"] == 16 * 4
 

@@ -93,7 +93,7 @@ def test_frames_are_the_presets_unless_given(checkpoints):
 
 def test_separators_as_given_and_as_found(checkpoints, caplog):
     path = checkpoints(**LONG)  # LLaVA-1.5 has no newline
-    width = SlowFastLlava.from_pretrained(path).model.config.text_config.hidden_size
+    width = SlowFastLlava.from_pretrained(path).checkpoint.model.config.text_config.hidden_size
     vector = torch.arange(float(width))
     layout = "llava_next_video-newline_one"
     session = SlowFastLlava.from_pretrained(path, layout, separators={"newline": vector}).open(Clip(4))
@@ -102,7 +102,7 @@ def test_separators_as_given_and_as_found(checkpoints, caplog):
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
         model = SlowFastLlava.from_pretrained(path, layout)
     assert "newline" in caplog.text and "stands for it" in caplog.text
-    assert model.separators.shape == (1, width)
+    assert model.pipeline.encoder.separators.shape == (1, width)
     with pytest.raises(InputError, match="must be"):
         SlowFastLlava.from_pretrained(path, layout, separators={"newline": torch.zeros(width + 1)})
     with pytest.raises(InputError, match="no separator comma"):

@@ -31,7 +31,7 @@ def files(tmp_path_factory, checkpoints):
 
     folder = tmp_path_factory.mktemp("learned")
     torch.manual_seed(3)
-    model = SlowFastLlava.from_pretrained(checkpoints(**TINY)).model
+    model = SlowFastLlava.from_pretrained(checkpoints(**TINY)).checkpoint.model
     with MixtureOfDepths(model, 0.3, "learned") as mixture:
         mixture.save(folder / "experts.safetensors")
     weight = model.get_decoder().layers[1].mlp.down_proj.weight
@@ -60,22 +60,24 @@ def plain(load):
 @torch.inference_mode()
 def expected_logits(plain, model, session, prompt, ids=()):
     """Logits behind a prompt and these tokens, by a plain model's layers on the whole sequence, without a cache."""
-    after = plain.language.embed_tokens([*prompt.after, *ids])
-    reduction, start = model.prefilling, len(prompt.before)
-    video, before = session.video_tokens(), plain.language.embed_tokens(prompt.before)
-    if model.prefilling.text.startswith(("mixture", "fastv")):
-        frames = token_frames(session.plan, start)
+    after = plain.pipeline.language.embed_tokens([*prompt.after, *ids])
+    reduction, start = model.pipeline.prefilling, len(prompt.before)
+    video, before = session.video_tokens(), plain.pipeline.language.embed_tokens(prompt.before)
+    if model.pipeline.prefilling.label.startswith(("mixture", "fastv")):
+        frames = token_frames(session.source.plan, start)
         hidden = mixed_forward(plain, reduction.mixture, torch.cat([before, video, after])[None], frames, len(ids))
-        return plain.language.head(hidden[:, -1])
-    if model.prefilling.text.startswith("prune"):
+        return plain.pipeline.language.head(hidden[:, -1])
+    if model.pipeline.prefilling.label.startswith("prune"):
         question = after[: len(prompt.after)]
-        kept = model.prefilling.pruning.kept(video, session.plan, plain.language.core, before, question)
+        kept = model.pipeline.prefilling.pruning.kept(
+            video, session.source.plan, plain.pipeline.language.core, before, question
+        )
         hidden_from = torch.full((len(video),), 0).index_fill(0, kept, len(video) + start + len(after))
     else:
-        compression = model.prefilling.compression
+        compression = model.pipeline.prefilling.compression
         video = torch.cat([video, compression.tokens])
         hidden_from = torch.tensor([start + len(video)] * (len(video) - K) + [10**6] * K)
-        weights = dict(plain.language.core.named_parameters())
+        weights = dict(plain.pipeline.language.core.named_parameters())
         for name, weight in compression.weights.items():
             weights[name].copy_(weight)
     embeds = torch.cat([before, video, after])[None]
@@ -83,13 +85,13 @@ def expected_logits(plain, model, session, prompt, ids=()):
     seen = at <= at[:, None]
     seen[:, start : start + len(video)] &= at[:, None] < hidden_from
     seen |= at == at[:, None]  # what nobody sees must be a number nonetheless
-    hidden = plain.language.core(inputs_embeds=embeds, attention_mask=seen[None, None], use_cache=False)
-    return plain.language.head(hidden.last_hidden_state[:, -1])
+    hidden = plain.pipeline.language.core(inputs_embeds=embeds, attention_mask=seen[None, None], use_cache=False)
+    return plain.pipeline.language.head(hidden.last_hidden_state[:, -1])
 
 
 def mixed_forward(plain, mixture, hidden, frames, generated):
     """Layer by layer: a mixed one on the rows that its scorer, asked again, would keep, and on all text."""
-    core, total = plain.language.core, hidden.shape[1]
+    core, total = plain.pipeline.language.core, hidden.shape[1]
     of_all = mixture.select_at is not None  # FastV's
     frames = (frames[0], frames[-1]) if of_all else frames
     cos, sin = core.rotary_emb(hidden, torch.arange(total)[None])
@@ -118,8 +120,8 @@ def scores_of(mixture, number, hidden, frames, layer, rotary):
 
 def check_against_full_forward(plain, model, session, question, **ask):
     turns = session.turns if ask.get("follow_up") else ()
-    prompt = model.prompt(question, turns=turns)
-    ids, logits = logits_of(model, lambda: session.ask(question, **ASK, **ask))
+    prompt = model.pipeline.prompts.prompt(question, turns=turns)
+    ids, logits = logits_of(model.pipeline, lambda: session.ask(question, **ASK, **ask))
     expected = expected_logits(plain, model, session, prompt)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     last = expected_logits(plain, model, session, prompt, ids[:-1])[0]  # steps see what the first token did
@@ -130,7 +132,7 @@ def check_against_full_forward(plain, model, session, question, **ask):
 @pytest.mark.parametrize("reduction", [*REUSED, *ANEW])
 def test_answers_are_those_of_a_full_forward_pass(reduced, plain, monkeypatch, reduction):
     model = reduced(reduction)
-    prefilled = count_calls(monkeypatch, model.language, "prefill")
+    prefilled = count_calls(monkeypatch, model.pipeline.language, "prefill")
     with model.open(Clip(), frames=9) as session:
         seen = [check_against_full_forward(plain, model, session, question) for question in QUESTIONS]
         seen += [check_against_full_forward(plain, model, session, QUESTION, follow_up=True)]
@@ -138,8 +140,8 @@ def test_answers_are_those_of_a_full_forward_pass(reduced, plain, monkeypatch, r
         first = check_against_full_forward(plain, model, session, QUESTION)
         assert torch.equal(first, seen[0])
         answer = session.ask(QUESTION, **ASK)
-    assert answer.to_json()["reduction"] == model.prefilling.text and answer.kept < answer.tokens["total"]
-    unreduced = logits_of(plain, lambda: plain.answer(Clip(), QUESTION, frames=9, **ASK))[1]
+    assert answer.to_json()["reduction"] == model.pipeline.prefilling.label and answer.kept < answer.tokens["total"]
+    unreduced = logits_of(plain.pipeline, lambda: plain.answer(Clip(), QUESTION, frames=9, **ASK))[1]
     assert (first - unreduced).norm() > 0.01 * unreduced.norm()  # it does something at all
 
 
@@ -149,8 +151,8 @@ def test_what_leaves_nothing_out_is_bit_equal_to_the_plain_model(reduced, load, 
     model, plain = reduced(reduction, dtype=dtype), load(options={"dtype": dtype}, **TINY)
     with model.open(Clip(), frames=9) as session, plain.open(Clip(), frames=9) as other:
         for question in QUESTIONS:
-            ids, logits = logits_of(model, lambda: session.ask(question, **ASK))
-            expected, unreduced = logits_of(plain, lambda: other.ask(question, **ASK))
+            ids, logits = logits_of(model.pipeline, lambda: session.ask(question, **ASK))
+            expected, unreduced = logits_of(plain.pipeline, lambda: other.ask(question, **ASK))
             assert ids == expected and torch.equal(logits, unreduced)
         assert session.nbytes == other.nbytes and session.ask(QUESTION, **ASK).kept == session.tokens["total"]
 
@@ -174,21 +176,23 @@ def test_the_cache_holds_only_what_layers_keep(reduced):
 def test_saved_released_and_moved_caches_go_on_alike(reduced, tmp_path, reduction):
     model = reduced(reduction)
     session = model.open(Clip(), frames=9)
-    _, expected = logits_of(model, lambda: session.ask(QUESTION, **ASK))
+    _, expected = logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))
     path = session.save(tmp_path / "clip.session")
     loaded = reduced(reduction).load_session(path)
     held = loaded._cache
-    _, logits = logits_of(loaded.model, lambda: loaded.ask(QUESTION, **ASK))
+    _, logits = logits_of(loaded.pipeline, lambda: loaded.ask(QUESTION, **ASK))
     assert held is not None and torch.equal(logits, expected) and loaded.nbytes == session.nbytes
     held = session._cache
     with torch.inference_mode():
-        session._video_cache(held.capacity + 1)  # as a longer answer would
+        session._video_cache(
+            session._embeds, session._length(session._embeds), held.capacity + 1
+        )  # as a longer answer would
     assert session._cache is not held
-    assert torch.equal(logits_of(model, lambda: session.ask(QUESTION, **ASK))[1], expected)
+    assert torch.equal(logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))[1], expected)
     session.release()
-    assert torch.equal(logits_of(model, lambda: session.ask(QUESTION, **ASK))[1], expected)
+    assert torch.equal(logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))[1], expected)
     model.answer(Clip(12), QUESTION, frames=6, **ASK)  # leaves its cache to the next one, which skips other tokens
-    assert torch.equal(logits_of(model, lambda: model.answer(Clip(), QUESTION, frames=9, **ASK))[1], expected)
+    assert torch.equal(logits_of(model.pipeline, lambda: model.answer(Clip(), QUESTION, frames=9, **ASK))[1], expected)
 
 
 def test_a_session_belongs_to_its_reduction(reduced, plain, files, tmp_path):
@@ -201,7 +205,10 @@ def test_a_session_belongs_to_its_reduction(reduced, plain, files, tmp_path):
             other.load_session(path)
     torch.manual_seed(4)
     compression = Compression(torch.randn(K, WIDTH))
-    told = {reduced(CompressionFile(files["TOKENS"])).fingerprint(), reduced(compression).fingerprint()}
+    told = {
+        reduced(CompressionFile(files["TOKENS"])).pipeline.fingerprint(),
+        reduced(compression).pipeline.fingerprint(),
+    }
     assert len(told) == 2
 
 
@@ -221,13 +228,13 @@ def test_batches_answer_as_one_by_one(reduced, reduction):
 @pytest.mark.parametrize("reduction", [*SOME, "mixture:0.3:text"])
 def test_streams_answer_as_sessions_about_their_frames(reduced, reduction):
     model, frames = reduced(reduction), Clip().pictures
-    model.frames_per_pass = 1  # a tower may round by how many frames run together
+    model.pipeline.encoder.tower.frames_per_pass = 1  # a tower may round by how many frames run together
     with model.open_stream(frames=6) as stream:
         for count in (6, 20):
             stream.push(frames[stream.seen : count])
-            _, logits = logits_of(model, lambda: stream.ask(QUESTION, **ASK))
+            _, logits = logits_of(model.pipeline, lambda: stream.ask(QUESTION, **ASK))
             with file_session(model, frames[stream.frames]) as session:
-                assert torch.equal(logits_of(model, lambda: session.ask(QUESTION, **ASK))[1], logits)
+                assert torch.equal(logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))[1], logits)
 
 
 def test_clips_of_a_memory_stream_are_frames(reduced, plain):
@@ -235,19 +242,19 @@ def test_clips_of_a_memory_stream_are_frames(reduced, plain):
     memory = {"clip_frames": 2, "held_clips": 4, "shown_clips": 3}
     with model.open_stream("memory", frames=3, layout="slowfast-fast_4x4", **memory) as stream:
         stream.push(Clip().pictures)
-        prompt = model.prompt(QUESTION)
-        _, logits = logits_of(stream.model, lambda: stream.ask(QUESTION, **ASK))
+        prompt = model.pipeline.prompts.prompt(QUESTION)
+        _, logits = logits_of(stream.pipeline, lambda: stream.ask(QUESTION, **ASK))
         sizes = [len(clip.tokens) for clip in stream.stream.select()] + [16] * 3
         assert len(sizes) == 6 and sum(sizes) == stream.tokens["total"]
         frames = torch.tensor([len(prompt.before), *sizes]).cumsum(0).tolist()
-        after = plain.language.embed_tokens(prompt.after)[None]
+        after = plain.pipeline.language.embed_tokens(prompt.after)[None]
         with torch.inference_mode():
             embeds = torch.cat([stream._embeds, after], dim=1)
-            hidden = mixed_forward(plain, model.prefilling.mixture, embeds, frames, 0)
-            torch.testing.assert_close(logits, plain.language.head(hidden[:, -1]), rtol=1e-4, atol=1e-4)
+            hidden = mixed_forward(plain, model.pipeline.prefilling.mixture, embeds, frames, 0)
+            torch.testing.assert_close(logits, plain.pipeline.language.head(hidden[:, -1]), rtol=1e-4, atol=1e-4)
     pruned = reduced("prune:30").open_stream("memory", frames=3, **memory)
     pruned.push(Clip().pictures)
-    with pytest.raises(InputError, match="which those of a memory stream are not"):
+    with pytest.raises(InputError, match="a memory stream has others"):
         pruned.ask(QUESTION)
 
 
@@ -263,23 +270,23 @@ def test_appended_streams_take_none(reduced):
 def test_an_interrupt_midway_leaves_session_and_model_as_they_were(reduced, reduction):
     model = reduced(reduction)
     session = model.open(Clip(), frames=9)
-    _, expected = logits_of(model, lambda: session.ask(QUESTION, **ASK))
+    _, expected = logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))
     embeds = torch.randn(1, 60, WIDTH, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        outside = model.model(inputs_embeds=embeds).logits
+        outside = model.checkpoint.model(inputs_embeds=embeds).logits
     session.release()
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    hook = model.language.core.layers[2].mlp.register_forward_hook(interrupt)
+    hook = model.pipeline.language.core.layers[2].mlp.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.ask(QUESTION, **ASK)
     hook.remove()
     assert session._cache is None and not session.closed
     with torch.inference_mode():  # plain text goes through every layer whole, as before
-        assert torch.equal(model.model(inputs_embeds=embeds).logits, outside)
-    assert torch.equal(logits_of(model, lambda: session.ask(QUESTION, **ASK))[1], expected)
+        assert torch.equal(model.checkpoint.model(inputs_embeds=embeds).logits, outside)
+    assert torch.equal(logits_of(model.pipeline, lambda: session.ask(QUESTION, **ASK))[1], expected)
 
 
 @pytest.mark.parametrize("reduction", SOME)
@@ -287,21 +294,23 @@ def test_closing_gives_the_plain_model_back(reduced, plain, reduction):
     with reduced(reduction) as model:
         session = model.open(Clip(), frames=9)
         session.ask(QUESTION, **ASK)
-    assert model.sessions.spare is None and session._cache is None
+    assert model.pipeline.sessions.spare is None and session._cache is None
     for asked in (session, model.open(Clip(), frames=9)):
         with pytest.raises(InputError, match="the model is closed"):
             asked.ask(QUESTION)
-    assert not any("forward" in vars(module) for module in model.model.modules())
-    for ours, theirs in zip(model.model.state_dict().items(), plain.model.state_dict().items(), strict=True):
+    assert not any("forward" in vars(module) for module in model.checkpoint.model.modules())
+    for ours, theirs in zip(
+        model.checkpoint.model.state_dict().items(), plain.checkpoint.model.state_dict().items(), strict=True
+    ):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
 
 
 def test_positions_count_in_full(reduced, plain):
     """What is pruned keeps its place in the context; compression tokens come on top."""
-    room = plain.checkpoint.context - 90 - len(plain.prompt(QUESTION))
+    room = plain.checkpoint.context - 90 - len(plain.pipeline.prompts.prompt(QUESTION))
     for reduction, adds in (("prune:30", 0), ("mixture:0.3", 0), ("compress:TOKENS", K)):
         model = reduced(reduction)
-        model.check_context(model.prompt(QUESTION), 90, 9, room - adds)
+        model.pipeline.check_context(model.pipeline.prompts.prompt(QUESTION), 90, 9, room - adds)
         with pytest.raises(ContextError, match="exceed the context"):
             model.open(Unreadable(), frames=9).ask(QUESTION, max_new_tokens=room + 1 - adds)
 
@@ -313,7 +322,10 @@ def test_a_session_tells_which_tokens_it_keeps(reduced, plain):
     session = reduced("prune:30:attention").open(Clip(), frames=9)
     kept, answer = session.kept_tokens(), session.ask(QUESTION, **ASK)
     expected = Pruning(30, "attention").kept(
-        session.video_tokens(), session.plan, plain.language.core, session._embeds[0, : len(session._before)]
+        session.video_tokens(),
+        session.source.plan,
+        plain.pipeline.language.core,
+        session._embeds[0, : len(session._before)],
     )
     assert kept == expected.tolist() and len(kept) == answer.kept == 30
     asked = reduced("prune:30:question").open(Clip(), frames=9)

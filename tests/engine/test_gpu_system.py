@@ -6,7 +6,6 @@ from tiny_engine import LAYOUT, QUESTION, Clip
 
 from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 from sfllava_fast.errors import OutOfMemoryError
-from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.model.attention import resolve_attention
 from sfllava_fast.video.pixels import load_pixels
 from sfllava_fast.video.preprocess import preprocess
@@ -41,7 +40,7 @@ def test_one_answer_after_another_uses_the_captured_step(pair):
     for total in (20, 9, 20):
         answers = [model.answer(Clip(total), QUESTION, frames=9, **ASK).token_ids for model in pair]
         assert answers[0] == answers[1]
-    assert on_gpu.sessions.spare.step.graph is not None and on_cpu.sessions.spare.step is None
+    assert on_gpu.pipeline.sessions.spare.step.graph is not None and on_cpu.pipeline.sessions.spare.step is None
 
 
 def test_a_batch_answers_as_each_alone(pair):
@@ -57,7 +56,7 @@ def test_positions_that_are_rescaled_are_not_captured(load):
     answers = []
     for device in ("cpu", "cuda"):
         model = load(options=FLOAT32 | {"device": device}, text={"max_position_embeddings": 4096})
-        model.layout = SlowFastLayout.parse("slowfast-slow_56frms_concat-fast_6x6")  # 4032 tokens
+        model = model.with_layout("slowfast-slow_56frms_concat-fast_6x6")  # 4032 tokens
         session = model.open(Clip(56), frames=56)
         answers.append([session.ask(QUESTION * n, max_new_tokens=8).token_ids for n in (1, 30, 1)])
     assert answers[0] == answers[1]
@@ -93,7 +92,7 @@ def test_sdpa_names_a_kernel_that_was_measured():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pixels_are_those_of_the_cpu(load, dtype):
-    spec = load().preprocess_spec
+    spec = load().pipeline.encoder.preprocess_spec
     clip, frames = Clip(), [0, 3, 3, 19, 7]
     with load_pixels(clip, frames, spec, dtype, "cuda", 2) as pixels:
         made = torch.cat(list(pixels))
@@ -110,7 +109,7 @@ def test_a_session_survives_running_out_of_memory(load):
     expected = session.ask(QUESTION, **ASK).token_ids
     room = 50 << 30  # more tokens than any GPU holds
     with pytest.raises(OutOfMemoryError, match=r"out of memory on cuda:0 in stage prefill \(asked for .*iB\): take"):
-        model.language.config.max_position_embeddings = model.checkpoint.__dict__["context"] = room
+        model.pipeline.language.config.max_position_embeddings = model.checkpoint.__dict__["context"] = room
         session.ask(QUESTION, max_new_tokens=room - 1000)
     assert session.ask(QUESTION, **ASK).token_ids == expected
     assert str(model.layout) == LAYOUT

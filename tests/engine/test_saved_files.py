@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+from copy import copy
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_a_name_that_is_no_text_and_a_huge_header(model, saved, tmp_path):
     ],
 )
 def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, part):
-    weight = model.model.get_submodule(f"model.{part}").weight
+    weight = model.checkpoint.model.get_submodule(f"model.{part}").weight
     before = weight.clone()
     try:
         with torch.no_grad():
@@ -159,18 +160,19 @@ def test_a_session_of_a_model_with_one_other_weight_is_refused(model, saved, par
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "part, name, value",
     [
-        ("separators", torch.ones(1, 32)),
-        ("preprocess_spec", PreprocessSpec(24, (24, 24), mode="crop")),
-        ("prompt_family", "chatml"),
-        ("asks_openly", True),
+        ("encoder", "separators", torch.ones(1, 32)),
+        ("encoder", "preprocess_spec", PreprocessSpec(24, (24, 24), mode="crop")),
+        ("prompts", "family", "chatml"),
+        ("prompts", "asks_openly", True),
     ],
 )
-def test_a_session_of_other_settings_is_refused(model, saved, name, value):
-    other = model.with_layout(LAYOUT)
-    assert other.fingerprint() == model.fingerprint()
-    setattr(other, name, value)
+def test_a_session_of_other_settings_is_refused(model, saved, part, name, value):
+    other = model.with_layout(LAYOUT).pipeline
+    other.prompts = copy(other.prompts)
+    assert other.fingerprint() == model.pipeline.fingerprint()
+    setattr(getattr(other, part), name, value)
     assert "another model" in refused(lambda: Session.load(other, saved), InputError)
 
 
@@ -224,8 +226,8 @@ def learned(tmp_path_factory):
 
 
 LOAD = {
-    "mixture": lambda model, path: MixtureOfDepths.load(model.model, path).undo(),
-    "compress": lambda model, path: Compression.load(path).install(model.model).undo(),
+    "mixture": lambda model, path: MixtureOfDepths.load(model.checkpoint.model, path).undo(),
+    "compress": lambda model, path: Compression.load(path).install(model.checkpoint.model).undo(),
 }
 
 
@@ -269,7 +271,7 @@ def test_settings_of_a_mixture_that_cannot_be(model, learned, tmp_path, wrong):
     name = "sfllava_fast.mixture_of_depths"
     for text in (json.dumps(json.loads(metadata[name]) | wrong), json.dumps([wrong]), "[" * 100_000):
         path = save_tensors("", tmp_path / "wrong", tensors, {name: text})
-        refused(lambda: MixtureOfDepths.load(model.model, path))
+        refused(lambda: MixtureOfDepths.load(model.checkpoint.model, path))
 
 
 def test_files_without_a_checksum_are_read(model, learned, tmp_path):
@@ -327,7 +329,7 @@ def test_damage_to_a_batchs_files_is_a_line_or_passed_over(tmp_path):
 def test_weights_that_are_nan_are_an_error(tmp_path, part):
     model = SlowFastLlava.from_pretrained(write_checkpoint(tmp_path / "model"), LAYOUT)
     with torch.no_grad():
-        model.model.get_submodule(part).weight.view(-1)[0] = float("nan")
+        model.checkpoint.model.get_submodule(part).weight.view(-1)[0] = float("nan")
     uses = [lambda: model.answer(Clip(), QUESTION, frames=9), lambda: model.answer_batch([(Clip(), QUESTION)] * 2, 9)]
     for use in uses:
         assert "computed NaN" in refused(use, NumberError)
@@ -349,8 +351,8 @@ def test_a_cache_that_is_nan_is_an_error_until_it_is_released(model):
 def test_nan_behind_the_first_token_is_an_error(model):
     """The embedding of a token that is said, not asked."""
     said = model.answer(Clip(), QUESTION, frames=9, **ASK).token_ids
-    weight = model.model.get_input_embeddings().weight
-    token = next(token for token in said[:-1] if token not in model.tokenizer(QUESTION).input_ids)
+    weight = model.checkpoint.model.get_input_embeddings().weight
+    token = next(token for token in said[:-1] if token not in model.pipeline.prompts.tokenizer(QUESTION).input_ids)
     before = weight[token].clone()
     try:
         with torch.no_grad():

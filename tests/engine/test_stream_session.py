@@ -23,11 +23,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32; logits are about 1, and product
 def ask_file(model, frames, question=QUESTION):
     """The answer's token ids and first logits in such a session."""
     with file_session(model, frames) as session:
-        return logits_of(model, lambda: session.ask(question, **ASK))
+        return logits_of(model.pipeline, lambda: session.ask(question, **ASK))
 
 
 def ask_stream(session, question=QUESTION, **more):
-    return logits_of(session.model, lambda: session.ask(question, **ASK, **more))
+    return logits_of(session.pipeline, lambda: session.ask(question, **ASK, **more))
 
 
 def push(session, frames, sizes=(1,)):
@@ -50,7 +50,7 @@ def appended(model, most=8, frames=(), sizes=(1,)):
 def fast(load):
     """A model whose layout is per frame, so that a file's session is the oracle of what is appended."""
     model = load()
-    model.layout = model.layout.only("fast")
+    model = model.with_layout(model.layout.only("fast"))
     return model
 
 
@@ -60,7 +60,7 @@ def fast(load):
 @pytest.mark.parametrize("family, dtype", [("vicuna", "float32"), ("mistral", "float32"), ("vicuna", "bfloat16")])
 def test_a_stream_is_answered_bit_for_bit_as_the_frames_it_keeps(load, family, dtype):
     model = load(family, options={"dtype": dtype})
-    model.frames_per_pass = 1  # a tower may round by how many frames run together
+    model.pipeline.encoder.tower.frames_per_pass = 1  # a tower may round by how many frames run together
     session, seen, logits = model.open_stream(frames=8), 0, []
     for size in (1, 2, 5, 1, 9, 30, 3):
         session.push(FRAMES[seen : seen + size])
@@ -86,7 +86,7 @@ def test_an_answer_tells_which_frames_of_the_stream_it_is_about(load):
 
 def test_what_is_prefilled_serves_until_other_frames_are_kept(load, monkeypatch):
     model = load()
-    prefilled = count_calls(monkeypatch, model.language, "prefill")
+    prefilled = count_calls(monkeypatch, model.pipeline.language, "prefill")
     session = model.open_stream(frames=4)
     session.push(FRAMES[:5])  # 0, 2, 4
     for question, times in ((QUESTION, 1), (OTHER, 1)):
@@ -108,7 +108,7 @@ def test_a_released_stream_is_answered_alike(load):
     push(second, FRAMES[30:50])
     expected = ask_stream(first)[1]
     ask_stream(second)
-    assert first._cache is None and list(model.sessions) == [second]
+    assert first._cache is None and list(model.pipeline.sessions) == [second]
     assert torch.equal(ask_stream(first)[1], expected)
 
 
@@ -138,11 +138,11 @@ def test_a_memory_shows_clips_before_the_recent_frames(load):
     assert answer.frames == [17, 18, 19]
     assert answer.tokens == {"slow": 54, "fast": 12, "clips": 6, "total": 72}
     _, logits = ask_stream(session)
-    prompt = model.prompt(QUESTION)
+    prompt = model.pipeline.prompts.prompt(QUESTION)
     with torch.inference_mode():
-        words = [model.language.embed_tokens(ids) for ids in (prompt.before, prompt.after)]
+        words = [model.pipeline.language.embed_tokens(ids) for ids in (prompt.before, prompt.after)]
         embeds = torch.cat([words[0], session.stream.tokens(), words[1]])[None]
-        expected = model.model(inputs_embeds=embeds, logits_to_keep=1).logits[0]
+        expected = model.checkpoint.model(inputs_embeds=embeds, logits_to_keep=1).logits[0]
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
@@ -150,7 +150,7 @@ def test_clips_are_shown_by_scores_or_by_the_question(load, monkeypatch):
     model = load()
     session = memory(model)
     push(session, FRAMES[:20])
-    prefilled = count_calls(monkeypatch, model.language, "prefill")
+    prefilled = count_calls(monkeypatch, model.pipeline.language, "prefill")
     clips = len(session.stream.clips)
     assert clips == 6
     first = ask_stream(session, scores=[1, 1, 1, 0, 0, 0])[1]
@@ -159,8 +159,8 @@ def test_clips_are_shown_by_scores_or_by_the_question(load, monkeypatch):
     assert len(prefilled) == 3
     assert torch.equal(ask_stream(session)[1], merged) and len(prefilled) == 3
     assert not any(torch.equal(a, b) for a, b in [(first, last), (last, merged), (first, merged)])
-    ids = model.tokenizer(QUESTION, add_special_tokens=False).input_ids
-    question = model.language.embed_tokens(ids).mean(0)
+    ids = model.pipeline.prompts.tokenizer(QUESTION, add_special_tokens=False).input_ids
+    question = model.pipeline.language.embed_tokens(ids).mean(0)
     chosen = session.stream.select(question=question)
     by_question = ask_stream(session, scores="question")[1]
     as_scores = [float(clip in chosen) for clip in session.stream.clips]
@@ -192,7 +192,7 @@ def test_a_memory_that_will_not_fit_the_context_is_refused_at_once(load):
 @pytest.mark.parametrize("sizes", [(1,), (12,), (1, 4, 2)])
 def test_appended_frames_are_as_if_prefilled_at_once(load, family, sizes):
     model = load(family)
-    model.layout = model.layout.only("fast")
+    model = model.with_layout(model.layout.only("fast"))
     session = appended(model, 12, FRAMES[:12], sizes)
     for question in (QUESTION, OTHER):
         _, logits = ask_stream(session, question)
@@ -208,11 +208,11 @@ def test_appended_frames_are_as_if_prefilled_at_once(load, family, sizes):
 def test_evicted_frames_are_as_if_they_had_never_been(load, seen, dtype, close):
     """In a model of one layer, whose keys and values know nothing of other tokens but where they stand."""
     model = load(text={"num_hidden_layers": 1})
-    model.layout = model.layout.only("fast")
+    model = model.with_layout(model.layout.only("fast"))
     if dtype == "float64":
-        model.model.double()
-        model.dtype = model.language.dtype = torch.float64
-        model.backend = "torch"
+        model.checkpoint.model.double()
+        model.pipeline.encoder.dtype = model.pipeline.language.dtype = torch.float64
+        model.pipeline.encoder.backend = "torch"
     session = appended(model, 8, FRAMES[:seen])
     assert seen - 8 <= session.frames[0] <= seen - 6 and session.frames[-1] == seen - 1 == session.seen - 1
     kept = FRAMES[session.frames]
@@ -236,7 +236,7 @@ def test_any_layout_of_each_frame_by_itself_is_appended(load, layout):
         kept = FRAMES[session.frames]
         _, logits = ask_stream(session)
         torch.testing.assert_close(logits, ask_file(model, kept)[1], **CLOSE)
-        assert session.tokens == model.plan(len(kept)).tokens
+        assert session.tokens == model.pipeline.plan(len(kept)).tokens
     assert session.frames == [7, 8, 9, 10]
 
 
@@ -276,14 +276,14 @@ def test_deeper_layers_remember_what_was_evicted(fast):
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 7, 8, 13])
 def test_a_key_is_moved_four_times_at_most(fast, most, monkeypatch):
     session = fast.open_stream("append", frames=most)
-    plain, moves = fast.language.drop, {}
+    plain, moves = fast.pipeline.language.drop, {}
 
     def drop(*arguments):
         for frame in range(session.seen - len(session.frames), session.seen + 1):
             moves[frame] = moves.get(frame, -1) + 1  # its last is not a move: it is dropped
         plain(*arguments)
 
-    monkeypatch.setattr(fast.language, "drop", drop)
+    monkeypatch.setattr(fast.pipeline.language, "drop", drop)
     push(session, FRAMES[: 3 * most + 2])
     assert len(session.frames) <= most and max(moves.values()) <= 4
 
@@ -292,7 +292,7 @@ def test_a_key_is_moved_four_times_at_most(fast, most, monkeypatch):
 def test_moved_keys_of_16_bits_cost_no_more_than_16_bits_do(load, seen):
     def logits(dtype, ask):
         model = load(text={"num_hidden_layers": 1}, options={"dtype": dtype})
-        model.layout = model.layout.only("fast")
+        model = model.with_layout(model.layout.only("fast"))
         session = appended(model, 8, FRAMES[:seen])
         return (ask_stream(session) if ask == "stream" else ask_file(model, FRAMES[session.frames]))[1].double()
 
@@ -304,10 +304,10 @@ def test_moved_keys_of_16_bits_cost_no_more_than_16_bits_do(load, seen):
 def test_a_question_costs_its_own_tokens_and_is_forgotten(fast, monkeypatch):
     session = appended(fast, 8, FRAMES[:20])
     first = ask_stream(session)
-    prefilled = count_calls(monkeypatch, fast.language, "prefill")
-    extended = count_calls(monkeypatch, fast.language, "extend")
+    prefilled = count_calls(monkeypatch, fast.pipeline.language, "prefill")
+    extended = count_calls(monkeypatch, fast.pipeline.language, "extend")
     ask_stream(session, OTHER)
-    assert not prefilled and extended[0][1].shape[1] == len(fast.prompt(OTHER).after)
+    assert not prefilled and extended[0][1].shape[1] == len(fast.pipeline.prompts.prompt(OTHER).after)
     again = ask_stream(session)
     assert again[0] == first[0] and torch.equal(again[1], first[1])
     session.push(FRAMES[20:21])
@@ -321,7 +321,7 @@ def test_a_follow_up_sees_the_earlier_turns(fast):
     assert [turn.question for turn in session.turns] == [QUESTION, OTHER]
     file = file_session(fast, FRAMES[:8])
     file.turns = [Turn(QUESTION, said)]
-    _, expected = logits_of(fast, lambda: file.ask(OTHER, follow_up=True, **ASK))
+    _, expected = logits_of(fast.pipeline, lambda: file.ask(OTHER, follow_up=True, **ASK))
     torch.testing.assert_close(logits, expected, **CLOSE)
     session.ask(QUESTION, **ASK)
     assert [turn.question for turn in session.turns] == [QUESTION]
@@ -346,7 +346,7 @@ def test_the_cache_stays_where_it_is_and_grows_for_a_long_question_only(fast):
 
 def test_frames_of_any_size(load):
     model = load()
-    model.frames_per_pass = 1
+    model.pipeline.encoder.tower.frames_per_pass = 1
     wide = torch.randint(0, 255, (2, 24, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for mode in ("slowfast", "memory", "append"):
         session = model.open_stream(mode, frames=8)
@@ -359,17 +359,17 @@ def test_frames_of_any_size(load):
 def test_choices_are_asked_behind_the_same_words(load):
     """Vicuna's prompt of multiple choice begins otherwise; what stands before the video is prefilled already."""
     model = load()
-    model.layout = model.layout.only("fast")
+    model = model.with_layout(model.layout.only("fast"))
     session = appended(model, 8, FRAMES[:8])
     answer = session.ask(QUESTION, ["left", "right"], **ASK)
     _, logits = ask_stream(session, QUESTION, choices=["left", "right"])
     assert answer.choices == ["left", "right"]
-    opened, asked = model.prompt(QUESTION), model.prompt(QUESTION, ["left", "right"])
+    opened, asked = model.pipeline.prompts.prompt(QUESTION), model.pipeline.prompts.prompt(QUESTION, ["left", "right"])
     assert opened.before != asked.before
     with torch.inference_mode():
-        words = [model.language.embed_tokens(ids) for ids in (opened.before, asked.after)]
+        words = [model.pipeline.language.embed_tokens(ids) for ids in (opened.before, asked.after)]
         embeds = torch.cat([words[0], *session._held.tokens, words[1]])[None]
-        expected = model.model(inputs_embeds=embeds, logits_to_keep=1).logits[0]
+        expected = model.checkpoint.model(inputs_embeds=embeds, logits_to_keep=1).logits[0]
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
@@ -380,7 +380,7 @@ def test_a_prompt_with_the_question_before_the_video_cannot_be_appended(load):
         "<image>{% endfor %}"
     )
     model = load(options={"prompt": "chat_template"})
-    model.tokenizer, model.checkpoint.__dict__["chat_template"] = tokenizer, None
+    model.pipeline.prompts.tokenizer, model.pipeline.prompts.chat_template = tokenizer, None
     session = appended(model, 8, FRAMES[:2])
     with pytest.raises(InputError, match="words of the question before the video"):
         session.ask(QUESTION, **ASK)
@@ -420,7 +420,7 @@ def test_no_position_lies_beyond_the_context(load):
     """Not even while one frame more than are kept is there."""
     model = load("mistral", text={"max_position_embeddings": 500})
     everything = "pool:each,each,each,max"  # 36 tokens a frame, more than the shortest question
-    words = len(model.shortest_prompt())
+    words = len(model.pipeline.prompts.shortest())
     most = (500 - words - 1) // 36 - 1
     with pytest.raises(ContextError):
         model.open_stream("append", frames=most + 1, layout=everything)
@@ -431,7 +431,7 @@ def test_no_position_lies_beyond_the_context(load):
         positions = named["position_ids"] if "position_ids" in named else arguments[1]
         highest.append(int(positions.max()))
 
-    model.language.core.rotary_emb.register_forward_pre_hook(watch, with_kwargs=True)
+    model.pipeline.language.core.rotary_emb.register_forward_pre_hook(watch, with_kwargs=True)
     push(session, FRAMES[: most + 5], (most + 2, 1))
     session.ask("?", max_new_tokens=1)
     assert words + most * 36 <= max(highest) < 500
@@ -439,13 +439,13 @@ def test_no_position_lies_beyond_the_context(load):
 
 def test_a_scale_left_by_a_longer_prompt_is_forgotten(load):
     model = load(text={"max_position_embeddings": 4096})
-    model.layout = model.layout.only("fast")
+    model = model.with_layout(model.layout.only("fast"))
     session = appended(model, 8, FRAMES[:12])
     expected = ask_stream(session)[1]
-    stretch = model.language.new_cache(1, 4200)
+    stretch = model.pipeline.language.new_cache(1, 4200)
     for use in (lambda: None, lambda: session.push(FRAMES[12:13])):
         with torch.inference_mode():
-            model.language.prefill(stretch, torch.zeros(1, 4150, 32))
+            model.pipeline.language.prefill(stretch, torch.zeros(1, 4150, 32))
         use()
         got = ask_stream(session)[1]
         torch.testing.assert_close(got, expected, **CLOSE)
@@ -457,7 +457,7 @@ def test_layouts_that_pool_over_frames_cannot_be_appended(load):
     for layout in (LAYOUT, "clip:adaptive2,each,each,mean", "slowfast-slow_3frms_concat"):
         with pytest.raises(LayoutError, match="not laid out frame by frame"):
             model.open_stream("append", layout=layout)
-    assert str(model.open_stream("append").model.layout) == "slowfast-fast_2x2"
+    assert str(model.open_stream("append").pipeline.layout) == "slowfast-fast_2x2"
 
 
 def test_settings_that_make_no_stream(load):
@@ -467,7 +467,7 @@ def test_settings_that_make_no_stream(load):
     for mode in ("slowfast", "memory", "append"):
         with pytest.raises(InputError, match="must be an integer of at least 1, not 0"):
             model.open_stream(mode, frames=0)
-    model.language.moves_keys = False
+    model.pipeline.language.moves_keys = False
     with pytest.raises(BackendError, match="take another mode than append"):
         model.open_stream("append")
 
@@ -510,7 +510,7 @@ def test_a_push_that_runs_out_of_memory_leaves_the_stream_as_it_was(load, mode, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.model, "project", fail)
+        patch.setattr(session.pipeline.encoder, "project", fail)
         with pytest.raises(OutOfMemoryError, match=r"in stage projector \(asked for 2.50 GiB\)"):
             session.push(FRAMES[9:12])
     assert session.seen == 9 and torch.equal(ask_stream(session)[1], expected)
@@ -528,7 +528,7 @@ def test_an_append_that_fails_anywhere_leaves_the_session_as_it_was(load, monkey
     model = load(text={"num_hidden_layers": 1})
     session = appended(model, 8, FRAMES[:11])
     assert len(session.frames) == 7
-    expected, plain = ask_stream(session)[1], getattr(model.language, name)
+    expected, plain = ask_stream(session)[1], getattr(model.pipeline.language, name)
     calls = []
 
     def fail(*arguments):
@@ -540,7 +540,7 @@ def test_an_append_that_fails_anywhere_leaves_the_session_as_it_was(load, monkey
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.language, name, fail)
+        patch.setattr(model.pipeline.language, name, fail)
         with pytest.raises((OutOfMemoryError, KeyboardInterrupt)):
             session.push(FRAMES[11:20])
     assert session.seen == 11 and session.frames == list(range(4, 11))
@@ -573,11 +573,11 @@ def test_a_closed_stream_gives_everything_back(load, mode):
         session.push(FRAMES[:9])
         session.ask(QUESTION, **ASK)
         assert session.nbytes > 0
-        assert list(model.sessions) == ([] if mode == "append" else [session])
+        assert list(model.pipeline.sessions) == ([] if mode == "append" else [session])
         gone = weakref.ref(session._held.tokens[0] if mode == "append" else session.stream)
     gc.collect()
     assert gone() is None
-    assert session.closed and session.nbytes == 0 and not list(model.sessions)
+    assert session.closed and session.nbytes == 0 and not list(model.pipeline.sessions)
     for use in (lambda: session.ask(QUESTION), lambda: session.push(FRAMES[:1])):
         with pytest.raises(InputError, match="the session about camera is closed: open the video again"):
             use()

@@ -14,6 +14,7 @@ import clips
 import pytest
 import torch
 
+from sfllava_fast.cli import commands
 from sfllava_fast.cli import main as cli
 from sfllava_fast.embedded import CAVEAT
 from sfllava_fast.engine.watch import time_stamp, watch_live
@@ -125,11 +126,11 @@ def model(monkeypatch):
         loaded.session = Session(*made)
         return loaded.session
 
-    def load(path, **options):
-        loaded.options = {"path": path, **options}
+    def load(path, options):
+        loaded.options = {"path": path, **vars(options)}
         return SimpleNamespace(open_stream=open_stream)
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(commands, "load_model", load)
     return loaded
 
 
@@ -178,7 +179,7 @@ def test_watch_hands_its_options_on(clip, model):
                "--model", "m", "--device", "cpu") == 0  # fmt: skip
     assert model.session.made == ("append", 9, layout, str(clip))
     assert model.session.asked[0][2] == 4
-    assert (model.options["path"], model.options["device"]) == ("m", "cpu") and "layout" not in model.options
+    assert (model.options["path"], model.options["device"]) == ("m", "cpu") and model.options["layout"] is None
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,8 @@ import sys
 sys.path[:0] = {[os.path.dirname(module) for module in (__file__, clips.__file__)]!r}
 from types import SimpleNamespace
 from test_watch import Session
-from sfllava_fast.cli import main as cli
-cli._load = lambda path, **options: SimpleNamespace(open_stream=Session)
+from sfllava_fast.cli import commands, main as cli
+commands.load_model = lambda path, options: SimpleNamespace(open_stream=Session)
 print("ready", flush=True)
 code = cli.main()
 import threading

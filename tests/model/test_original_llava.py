@@ -12,6 +12,7 @@ from tiny_engine import LAYOUT, QUESTION, Clip
 from tiny_llava import GRID, VISION_LAYERS, tiny_config, tiny_model, write_original
 
 from sfllava_fast.engine.slowfast_llava import SlowFastLlava
+from sfllava_fast.engine.video_encoder import VideoEncoder
 from sfllava_fast.errors import CheckpointError
 from sfllava_fast.model import original_llava
 from sfllava_fast.model.checkpoint import config_grid, load_checkpoint, read_config
@@ -79,7 +80,7 @@ def test_logits_and_answers_are_those_of_the_other_layouts(checkpoints, tmp_path
         written = write_original(tmp_path / str(number), family, next_, tower, pickled=number % 2, shards=1 + number)
         paths.append(written)
     models = [SlowFastLlava.from_pretrained(path, LAYOUT) for path in paths]
-    logits = [stages(model.model) for model in models]
+    logits = [stages(model.checkpoint.model) for model in models]
     assert all(torch.equal(a, b) for other in logits[1:] for a, b in zip(logits[0], other))
     answers = [model.answer(Clip(), QUESTION, frames=9, max_new_tokens=24).token_ids for model in models]
     assert answers == answers[:1] * len(answers)
@@ -93,7 +94,7 @@ def test_sessions_and_fingerprints(tmp_path, inside):
     again = SlowFastLlava.from_pretrained(inside, LAYOUT)
     assert again.load_session(session.save(tmp_path / "kept")).ask(QUESTION).text == said
     other = SlowFastLlava.from_pretrained(write_original(tmp_path / "other", next_=True, seed=1), LAYOUT)
-    assert other.fingerprint() != model.fingerprint() == again.fingerprint()
+    assert other.pipeline.fingerprint() != model.pipeline.fingerprint() == again.pipeline.fingerprint()
 
 
 def test_the_stored_tower_wins_over_the_one_that_the_config_names(tmp_path, inside):
@@ -150,7 +151,7 @@ def test_what_the_vision_tower_brings(inside):
     checkpoint = load_checkpoint(inside)
     assert checkpoint.grid == config_grid(inside, read_config(inside)) == (GRID, GRID)
     assert checkpoint.preprocessor["size"] == checkpoint.preprocessor["crop_size"] == 24
-    assert SlowFastLlava(checkpoint).preprocess_spec.size == 24
+    assert VideoEncoder(checkpoint, LAYOUT).preprocess_spec.size == 24
 
 
 def test_the_published_tower_needs_no_other_file(inside, monkeypatch):

@@ -139,7 +139,7 @@ def test_answers_are_the_engines(load, checkpoints, next_):
     model = getattr(transformers, f"{family}ForConditionalGeneration").from_pretrained(checkpoints("vicuna", next_))
     processor = processor_of(family)
     patch_transformers(model.eval(), processor, layout=LAYOUT, frames=9)
-    text = engine.prompt(QUESTION).text.removeprefix("<s>").replace("<image>", "<video>")
+    text = engine.pipeline.prompts.prompt(QUESTION).text.removeprefix("<s>").replace("<image>", "<video>")
     inputs = processor(text=text, videos=clip.pictures.numpy(), return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert ids.tolist() == expected.token_ids and len(set(expected.token_ids)) > 3
@@ -152,7 +152,7 @@ def test_the_embedded_model_answers_rightly():
     patch_transformers(stock, processor)
     asked = list(zip(sample_questions(), sample_answers()))[:3]
     for question, right in asked:
-        text = engine.prompt(question).text.removeprefix("<s>").replace("<image>", "<video>")
+        text = engine.pipeline.prompts.prompt(question).text.removeprefix("<s>").replace("<image>", "<video>")
         inputs = processor(text=text, videos=str(sample_video()), return_tensors="pt")
         ids = stock.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
         assert ids == engine.answer(sample_video(), question, max_new_tokens=8).token_ids

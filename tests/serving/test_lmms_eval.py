@@ -120,9 +120,9 @@ def test_frames_in_memory_are_a_video(make, videos):
 
 def test_published_options_are_asked_in_the_paper_s_prompt_and_answered_by_a_letter(make, videos, monkeypatch, caplog):
     lm = make()
-    prompts = record(monkeypatch, lm.model, "prompt")
+    prompts = record(monkeypatch, lm.model.pipeline.prompts, "prompt")
     replies = iter(["B) a dog", "a dog", "A horse, maybe", "neither"])
-    monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
+    monkeypatch.setattr(lm.model.pipeline.prompts, "text", lambda *_: next(replies))
     # The published rule knows no repeated choice: "a dog" begins with an A.
     assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 4))) == ["B", "A", "A", "neither"]
     assert prompts == [("what is it", CHOICES, ())] * 4
@@ -133,7 +133,7 @@ def test_published_options_are_asked_in_the_paper_s_prompt_and_answered_by_a_let
 def test_options_are_read_by_our_rule_on_request(make, videos, monkeypatch):
     lm = make(option_rule="own")
     replies = iter(["B) a dog", "a dog", "neither"])
-    monkeypatch.setattr(lm.model, "decode_text", lambda *_: next(replies))
+    monkeypatch.setattr(lm.model.pipeline.prompts, "text", lambda *_: next(replies))
     assert texts(lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)] * 3))) == ["B", "B", "neither"]
     with pytest.raises(InputError, match="unknown option_rule 'mine': choose one of published, own"):
         make(option_rule="mine")
@@ -141,21 +141,21 @@ def test_options_are_read_by_our_rule_on_request(make, videos, monkeypatch):
 
 def test_published_open_questions_lose_the_task_s_instruction(make, videos, monkeypatch):
     lm = make()
-    prompts = record(monkeypatch, lm.model, "prompt")
+    prompts = record(monkeypatch, lm.model.pipeline.prompts, "prompt")
     lm.generate_until(requests(lm, [(videos[0], f"Is it red? {PHRASE}")]))
     assert prompts == [("Is it red?", None, ())]
-    text = lm.model.prompt("Is it red?").text
+    text = lm.model.pipeline.prompts.prompt("Is it red?").text
     assert text == TEMPLATES["vicuna"].open_ended.format(question="Is it red?")
 
 
 @pytest.mark.parametrize("prompt", ["auto", "vicuna"])
 def test_the_task_protocol_asks_its_whole_text(make, videos, monkeypatch, prompt):
     lm = make(protocol="task", prompt=prompt)
-    prompts = record(monkeypatch, lm.model, "prompt")
+    prompts = record(monkeypatch, lm.model.pipeline.prompts, "prompt")
     lm.generate_until(requests(lm, [(videos[0], MULTIPLE_CHOICE)]))
     assert prompts == [(MULTIPLE_CHOICE, None, ())]
     frame = "USER: <image>\n{question} ASSISTANT:" if prompt == "auto" else TEMPLATES["vicuna"].open_ended
-    assert lm.model.prompt(MULTIPLE_CHOICE).text == frame.format(question=MULTIPLE_CHOICE)
+    assert lm.model.pipeline.prompts.prompt(MULTIPLE_CHOICE).text == frame.format(question=MULTIPLE_CHOICE)
 
 
 def test_the_longest_answer_is_the_argument_s_the_task_s_or_the_checkpoint_s(make, videos):
@@ -171,7 +171,7 @@ def test_the_longest_answer_is_the_argument_s_the_task_s_or_the_checkpoint_s(mak
 
 def test_until_ends_an_answer(make, videos, monkeypatch):
     lm = make()
-    monkeypatch.setattr(lm.model, "decode_text", lambda *_: "a red circle\n\nand more")
+    monkeypatch.setattr(lm.model.pipeline.prompts, "text", lambda *_: "a red circle\n\nand more")
     rows = [(videos[0], "What is it?")]
     for until, text in [(["\n\n"], "a red circle"), ("circle", "a red "), (["", "x"], "a red circle\n\nand more")]:
         assert texts(lm.generate_until(requests(lm, rows, settings={"until": until}))) == [text]
@@ -209,14 +209,14 @@ def test_a_question_that_does_not_fit_costs_only_its_own_answer(make, videos, ca
 
 def test_an_unexpected_exception_costs_only_its_own_answer(make, videos, caplog, monkeypatch):
     lm = make()
-    method, raised = lm.model.prompt, {"odd": TypeError("a bug"), "worse": RuntimeError("CUDA error")}
+    method, raised = lm.model.pipeline.prompts.prompt, {"odd": TypeError("a bug"), "worse": RuntimeError("CUDA error")}
 
     def prompt(question, *more):
         if question in raised:
             raise raised[question]
         return method(question, *more)
 
-    monkeypatch.setattr(lm.model, "prompt", prompt)
+    monkeypatch.setattr(lm.model.pipeline.prompts, "prompt", prompt)
     rows = [(videos[0], "odd"), (videos[0], "half \ud83d"), (videos[0], "What is it?")]
     odd, half, answer = texts(lm.generate_until(requests(lm, rows)))
     assert (odd, half) == ("", "") and answer and "drawn: a question has no answer: TypeError: a bug" in caplog.messages

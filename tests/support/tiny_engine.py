@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from sfllava_fast.engine.session import Session
+from sfllava_fast.engine.token_sources import FileTokens
 from sfllava_fast.video import FramesVideo
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
@@ -30,9 +31,9 @@ class Unreadable(Clip):
 
 
 def file_session(model, frames):
-    """A session about all of these frames: `open` would sample other ones, so many or not."""
-    plan = model.layout.plan(len(frames), model.checkpoint.grid)
-    return Session(model, "file", FramesVideo(frames), range(len(frames)), plan)
+    """A session about all of these frames: `open` would sample other ones, even as many."""
+    pipeline = model.pipeline
+    return Session(pipeline, "file", FileTokens(pipeline, FramesVideo(frames), range(len(frames))))
 
 
 def count_calls(monkeypatch, owner, name):
@@ -42,11 +43,11 @@ def count_calls(monkeypatch, owner, name):
     return calls
 
 
-def logits_of(model, ask):
+def logits_of(pipeline, ask):
     """The answer, and the logits that its first token was taken from."""
-    seen, plain = [], model.generate
-    model.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
+    seen, plain = [], pipeline.generate
+    pipeline.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
     try:
         return ask().token_ids, seen[0]
     finally:
-        del model.generate
+        del pipeline.generate
