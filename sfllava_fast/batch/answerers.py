@@ -1,4 +1,4 @@
-"""What answers in a worker: a model in its own process, or a server that it asks."""
+"""What a worker asks: a model in its own process, or a server."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 MAX_UPLOAD = 256  # MiB of a video that is sent
 _KEPT = 32 << 20  # characters of a video that are kept for the next question
-_NEW_TOKENS = 128  # as published; what a server takes by itself is much longer
+_NEW_TOKENS = 128  # as published; a server's own default is much longer
 _DECIDE = ("layout", "dtype", "projector", "reduction")  # options that change answers
 
 
 class ModelAnswerer:
-    """A model of this process; questions about the same video, one after another, share its session."""
+    """A model in this process. Consecutive questions about one video share a session."""
 
     def __init__(self, model: SlowFastLlava, videos: Path, max_new_tokens: int | None = None, **opening: Any) -> None:
         self.model, self.videos, self.max_new_tokens, self.opening = model, videos, max_new_tokens, opening
@@ -37,31 +37,40 @@ class ModelAnswerer:
         self.session: Session | None = None
 
     def __call__(self, question: Question) -> dict[str, Any]:
-        if question.video != self.video:
-            self._open(question.video)
-        said = self.session.ask(question.question, question.choices, self.max_new_tokens)
-        told = {name: text for name in ("caveat", "damage") if (text := getattr(said, name))}
+        if self.session is None or question.video != self.video:
+            self.session = self._open(question.video)
+        answer = self.session.ask(question.question, question.choices, self.max_new_tokens)
+        fields = {name: text for name in ("caveat", "damage") if (text := getattr(answer, name))}
         if question.choices is not None and self.model.pipeline.prompts.asks_openly:
-            told["openly"] = True  # letters of the answer name no choice, by no rule
-        return _answer(said.text, question.choices, said.option) | told
+            fields["openly"] = True  # a letter in the answer names no choice
+        return _answer(answer.text, question.choices, answer.option) | fields
 
-    def _open(self, video: str) -> None:
+    def _open(self, video: str) -> Session:
         if self.session is not None:
             self.session.close(spare=True)
         self.video = self.session = None
         path = find_video(self.videos, video)
         try:
-            self.session = self.model.open(path, **self.opening)
+            session = self.model.open(path, **self.opening)
         except SfllavaError:
             raise
-        except Exception as error:  # whatever it is, it is the video's fault and not the question's
+        except Exception as error:  # of any kind: it is the video's fault, not the question's
             raise VideoError(f"{path} cannot be opened ({type(error).__name__}: {first_line(error)})") from error
         self.video = video
+        return session
 
 
 class ServerAnswerer:
-    """A vLLM server. upload: send the video's bytes, for a server that does not see the same files; only videos under
-    `videos` are sent, with `upload_any` others as well, and none of more than `max_upload` MiB."""
+    """A vLLM server.
+
+    Args:
+        chat: The server.
+        videos: Folder of the videos.
+        max_new_tokens: Where an answer is cut.
+        upload: Send the video's bytes, for a server that cannot read the files. Only videos under `videos` are sent.
+        upload_any: Send other videos, too.
+        max_upload: Largest video to send, in MiB.
+    """
 
     def __init__(
         self,
@@ -87,7 +96,7 @@ class ServerAnswerer:
         return _answer(text, question.choices, option)
 
     def _url(self, video: Path) -> str:
-        """How the video is sent; of one that is not large, the bytes are kept for the next question about it."""
+        """The URL that is sent: a file, or the bytes. Those of a small video are kept for the next question about it."""
         if not self._upload:
             return _file_url(video)
         if self._kept[0] == video:
@@ -110,15 +119,24 @@ def model_answerer(
     """A function that makes the answerer of each worker, and the settings that decide its answers."""
     # Workers may run in other folders: actors of a cluster do.
     model = os.path.abspath(model) if model and os.path.exists(model) else model
-    asked = {"frames": frames, "decoder": decoder, "max_new_tokens": max_new_tokens}
-    chosen = {name: getattr(options, name) for name in _DECIDE} | asked
+    chosen = {name: getattr(options, name) for name in _DECIDE}
+    chosen |= {"frames": frames, "decoder": decoder, "max_new_tokens": max_new_tokens}
     settings = {
         "model": model or "embedded",
         **{name: value and str(value) for name, value in chosen.items()},
         "model_files": model and stamp_checkpoint(model),
         "reduction_file": _reduction_file(options.reduction),
     }
-    return partial(make_model, model=model, videos=videos.absolute(), options=options, **asked), settings
+    make = partial(
+        make_model,
+        model=model,
+        videos=videos.absolute(),
+        options=options,
+        frames=frames,
+        decoder=decoder,
+        max_new_tokens=max_new_tokens,
+    )
+    return make, settings
 
 
 def _reduction_file(reduction: object) -> str | None:
@@ -139,12 +157,22 @@ def server_answerer(
     upload_any: bool = False,
     max_upload: int = MAX_UPLOAD,
 ) -> tuple[MakeAnswerer, dict[str, Any]]:
-    """The same for a server; its URL decides nothing, as it may be another one in each job of a cluster. Its model
-    does: a server that is not told which one is asked for the name of its own."""
-    check_access(url)  # rather than in each worker, or not at all where nothing is left to ask
-    decide = {"model": model or Chat(url).model, "max_new_tokens": max_new_tokens or _NEW_TOKENS}
-    send = {"upload": upload, "upload_any": upload_any, "max_upload": max_upload}
-    return partial(make_client, url=url, timeout=timeout, videos=videos, **send, **decide), {"server": True, **decide}
+    """The same for a server. Its URL is no setting: it may differ in each job of a cluster. Its model is one: without
+    `model`, the server is asked for the name of its own."""
+    check_access(url)  # once and early, not in each worker
+    model, most = model or Chat(url).model, max_new_tokens or _NEW_TOKENS
+    make = partial(
+        make_client,
+        url=url,
+        model=model,
+        timeout=timeout,
+        videos=videos,
+        max_new_tokens=most,
+        upload=upload,
+        upload_any=upload_any,
+        max_upload=max_upload,
+    )
+    return make, {"server": True, "model": model, "max_new_tokens": most}
 
 
 def make_model(
@@ -195,16 +223,19 @@ def _file_url(video: Path) -> str:
 
 
 def _data_url(video: Path, folder: Path | None, most: int) -> str:
-    """The bytes of a video in the folder, or with None anywhere. A question file names it, so it may be any file:
-    nothing is sent that is somewhere else, by whatever name or link, that has more than `most` MiB, or is no video."""
+    """The bytes of a video as a data: URL.
+
+    A question file names the video, so it may name any file. Refused are files outside `folder` (None: no limit), also
+    by a link, files of more than `most` MiB, and files that are no video.
+    """
     from ..video import open_video
 
     try:
         file = video.resolve(strict=True)
         inside = folder is None or file.is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        told = getattr(error, "strerror", None) or "no file has that name"
-        raise VideoError(f"{str(video)!a} cannot be read: {told}") from error
+        reason = getattr(error, "strerror", None) or "no file has that name"
+        raise VideoError(f"{str(video)!a} cannot be read: {reason}") from error
     if not inside:
         raise InputError(f"{video} is not under {folder}, so it is not sent: move it there, or give --upload-any")
     if file.is_dir():
@@ -212,8 +243,8 @@ def _data_url(video: Path, folder: Path | None, most: int) -> str:
     try:
         size = file.stat().st_size
         if size > most << 20:
-            told = f"{video} has {size / 2**20:.1f} MiB, and up to {most} are sent"
-            raise InputError(f"{told}: cut or compress it, or raise --max-upload")
+            limit = f"{video} has {size / 2**20:.1f} MiB, and the limit is {most}"
+            raise InputError(f"{limit}: cut or compress it, or raise --max-upload")
         open_video(file)
         with file.open("rb") as opened:
             data = opened.read(size)

@@ -164,13 +164,12 @@ def run_score(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> None:
     """Draw what a layout takes from a video."""
     from ..inspect import render
-    from ..layouts.presets import find_preset
-    from ..layouts.slowfast import SlowFastLayout
+    from ..layouts.presets import choose_layout
 
-    layout, frames, grid = checkpoint_defaults(args.model) if args.model else (SlowFastLayout(), None, None)
-    if args.layout is not None:
-        # A named layout has its own frames, as in `ask`.
-        layout, frames = args.layout, None if find_preset(args.layout) else frames
+    if args.model:
+        layout, frames, grid = checkpoint_defaults(args.model, args.layout)
+    else:
+        (layout, frames), grid = choose_layout(args.layout, None), None
     with progress() as show:
         show("drawing")
         frames = args.frames or frames

@@ -18,23 +18,23 @@ _CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Facts by section, ready to print or to write as JSON; also without torch, which is then what they say."""
+    """Facts by section, for print or JSON. Without torch, the facts that need it are replaced by the reason."""
     try:
         import torch
     except ImportError as error:
         reason = f"torch cannot be imported ({error}): pip install torch"
-        asked_of_torch = {"backends": {"none": reason}, "gpu": {"cuda": "unknown"}, "attention": {"auto takes": "none"}}
+        of_torch = {"backends": {"none": reason}, "gpu": {"cuda": "unknown"}, "attention": {"auto takes": "none"}}
         threads = str(os.cpu_count())
     else:
-        asked_of_torch = {"backends": _backends(), "gpu": _gpus(), "attention": {"auto takes": _attention()}}
+        of_torch = {"backends": _backends(), "gpu": _gpus(), "attention": {"auto takes": _attention()}}
         threads = str(torch.get_num_threads())
     return {
         "sfllava_fast": {"version": __version__, "python": platform.python_version(), "platform": platform.platform()},
-        "backends": asked_of_torch["backends"],
+        "backends": of_torch["backends"],
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": {"features": _cpu_features(), "threads": threads},
-        "gpu": asked_of_torch["gpu"],
-        "attention": asked_of_torch["attention"],
+        "gpu": of_torch["gpu"],
+        "attention": of_torch["attention"],
         "serving": {"vllm": _vllm(), "lmms_eval": _version("lmms_eval"), "ray": _version("ray")},
     }
 
@@ -75,11 +75,11 @@ def _vllm() -> str:
     version = next((found for name in _VLLM if (found := _version(name)) != _ABSENT), None)
     if version is None:
         return _ABSENT
-    return why_unsupported(version) or f"{version}, whose LLaVA models have videos by our plugin"
+    return why_unsupported(version) or f"{version}; our plugin adds videos to its LLaVA models"
 
 
 def _cpu_features() -> str:
-    """Of the features that matter here, those that the processor has."""
+    """The processor's features among those that our kernels or torch's products use."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])

@@ -1,4 +1,4 @@
-"""The layouts that have names, as a table: what `sfllava-fast layouts` prints."""
+"""The named layouts as a table: what `sfllava-fast layouts` prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from textwrap import wrap
 from typing import Any
 
 from ..errors import LayoutError
-from ..layouts.presets import OPTIONS, PRESETS, Preset, find_preset, parse_layout
+from ..layouts.presets import DEFAULT_GRID, OPTIONS, PRESETS, Preset, find_preset, parse_layout
+from ..layouts.sampling import DEFAULT_FRAMES
 
 _WIDTH = 80
 _COLUMNS = "{:<20} {:>6} {:>6} {:>5}  {}"
@@ -16,17 +17,22 @@ _COLUMNS = "{:<20} {:>6} {:>6} {:>5}  {}"
 def rows(
     text: str | None = None, frames: int | None = None, grid: tuple[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each preset, or for the one layout that `text` means, for json.dumps.
+    """A row for each preset, or for one layout, for json.dumps.
 
-    frames, grid: what tokens are counted for; None is what the preset was published with, else 50 and 24 x 24.
-    Raises LayoutError for a text that means no layout.
+    Args:
+        text: A layout, or None for all presets.
+        frames: Frames to count tokens of; None: as published, else 50.
+        grid: Patches of a frame; None: as published, else 24 x 24.
+
+    Raises:
+        LayoutError: For a text that is no layout.
     """
-    presets = list(PRESETS.values()) if text is None else [_preset(text)]
+    presets = [preset for preset in PRESETS.values() if preset] if text is None else [_preset(text)]
     return [_row(preset, frames or preset.frames, grid or preset.grid) for preset in presets]
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The rows as text of 80 columns, what each is below it."""
+    """The rows as text of 80 columns, each with its summary below."""
     lines = [_COLUMNS.format("Layout", "Tokens", "Frames", "Grid", "Source")]
     for row in found:
         tokens = f"{row['tokens']['total']:,}" if row["tokens"] else "none"
@@ -39,11 +45,11 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def _preset(text: str) -> Preset:
-    return find_preset(text) or Preset(text, parse_layout(text), 50, (24, 24), "", "")
+    return find_preset(text) or Preset(text, parse_layout(text), DEFAULT_FRAMES, DEFAULT_GRID, "", "")
 
 
 def _row(preset: Preset, frames: int, grid: tuple[int, int]) -> dict[str, Any]:
-    layout, tokens = preset.layout, None  # None: it leaves none of this grid
+    layout, tokens = preset.layout, None  # None: the layout leaves no token of this grid
     with suppress(LayoutError):
         tokens = layout.plan(layout.count_pictures(frames), grid).tokens
     return {

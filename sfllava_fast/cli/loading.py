@@ -13,6 +13,7 @@ from ..errors import BackendError, InputError
 if TYPE_CHECKING:
     from ..engine.options import ModelOptions
     from ..engine.slowfast_llava import SlowFastLlava
+    from ..layouts.layout import Layout
     from ..video import Video
 
 
@@ -51,14 +52,11 @@ def open_timed(path: str, decoder: str) -> tuple[Video, float]:
     return open_video(path, decoder), time.perf_counter() - start
 
 
-def checkpoint_defaults(model: str) -> tuple[str, int, tuple[int, int]]:
-    """Layout, frames and grid of a checkpoint, from its config alone."""
-    from ..layouts.sampling import DEFAULT_FRAMES
-    from ..layouts.slowfast import SlowFastLayout
+def checkpoint_defaults(model: str, layout: str | None) -> tuple[Layout, int, tuple[int, int]]:
+    """Layout, frames and grid of a checkpoint from its config alone; `layout` replaces its own."""
+    from ..layouts.presets import choose_layout
     from ..model.checkpoint import config_grid, locate, read_config
 
     path = locate(model)
     config = read_config(path)
-    options = config.get("sfllava_fast") or {}
-    layout = options.get("layout", str(SlowFastLayout()))
-    return layout, options.get("frames", DEFAULT_FRAMES), config_grid(path, config)
+    return *choose_layout(layout, config.get("sfllava_fast")), config_grid(path, config)

@@ -32,12 +32,12 @@ def summary(answer: Answer) -> str:
     rate = f"{answer.tokens_per_second:.1f} tokens/s, " if answer.tokens_per_second else ""
     kept = f", {answer.kept:,} kept by {answer.reduction}" if answer.reduction else ""
     slow = f", {len(set(answer.slow_frames))} of them slow" if answer.slow_frames else ""
+    kernels = f"aggregator {answer.backend}, attention {answer.attention}"
     return "\n".join(
         (
             f"frames   {len(answer.frames)}{slow}; tokens: {token_counts(answer)}{kept}",
             f"seconds  {answer.ttft:.3f} to the first token: {stages}",
-            f"ran      {rate}{answer.dtype} on {answer.device}, aggregator {answer.backend}, "
-            f"attention {answer.attention}",
+            f"ran      {rate}{answer.dtype} on {answer.device}, {kernels}",
         )
     )
 

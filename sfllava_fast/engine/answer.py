@@ -1,4 +1,4 @@
-"""An answer and how it came about."""
+"""An answer, and what was measured of it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and how it came about; times in seconds, frames as indices into the video.
+    """An answer to a question about a video.
 
-    option is the index of the choice that the text names (None: none, or no choices were given). tokens counts the
-    video's tokens by pathway. seconds is by stage (`stages.STAGES`): stages that a session had behind it are missing.
-    ttft is from the question to its first token. tokens_per_second is the rate of the generate stage, None where one
-    token was enough. caveat is what a checkpoint has to say about its answers, None for nothing: the embedded one says
-    what it was trained on, with every video but the sample. reduction is its text, None without one; kept is how many
-    of the video's tokens are in the language model's keys and values then, in the layers that hold fewest. damage is
-    what is missing of the video, None for nothing that was noticed.
+    Attributes:
+        text: The answer.
+        video: Path or name of the video.
+        question: The question.
+        model: The checkpoint, as it was named.
+        layout: The layout, as text.
+        frames: Indices of the sampled frames.
+        slow_frames: Indices of the slow pathway's frames.
+        tokens: The video's tokens by pathway, and their total.
+        backend: Of the aggregator.
+        projector: "exact", "commuted" or "auto".
+        attention: The attention kernel.
+        dtype: Of the weights.
+        device: Of the weights.
+        prompt_tokens: Tokens of the prompt without the video.
+        token_ids: Token ids of the answer.
+        seconds: Seconds by stage (`stages.STAGES`); a stage that an earlier question ran is missing.
+        ttft: Seconds from the question to the answer's first token.
+        tokens_per_second: Rate of the stage generate; None for an answer of one token.
+        choices: The choices of a multiple-choice question, else None.
+        option: Index of the choice that the text names; None if it names none.
+        caveat: The checkpoint's caveat about its answers to this video, or None.
+        reduction: The reduction, as text, or None.
+        kept: Video tokens in the layer of the KV cache that holds the fewest.
+        damage: What is missing of a damaged video, or None.
     """
 
     text: str
@@ -50,6 +68,6 @@ class Answer:
         return self.choices[self.option] if self.choices and self.option is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as an object for json.dumps; the text is under "answer", what it chose under "choice"."""
+        """A dict for json.dumps, with the text as "answer" and the named choice as "choice"."""
         fields = asdict(self)
         return {"answer": fields.pop("text"), "choice": self.choice, **fields}

@@ -1,4 +1,4 @@
-"""One thread at a time in a model."""
+"""A lock: one thread at a time runs a model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 from ..errors import InputError
 
-_waiting: dict[int, Exclusive] = {}  # by thread, what it waits for
+_waiting: dict[int, Exclusive] = {}  # thread -> the lock that it waits for
 _watching = threading.Lock()
 
 
 class Exclusive:
-    """A lock that the thread which has it may take again, but for a second answer within an answer.
+    """A re-entrant lock, except that no answer may begin within an answer.
 
-    Sessions of a model share what a forward pass changes for its time: hooks, the attention that is chosen, the scale
-    of rotary embeddings, the frames of a mixture, the spare cache. So it is taken for a whole question.
+    A forward pass changes state that all sessions of a model share: hooks, the attention kernel, the scale of rotary
+    embeddings, the token offsets of a mixture, the spare cache. So the lock is held for a whole question.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,12 @@ class Exclusive:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Other threads wait until it is left. InputError where the wait would never end: the thread that has it waits
-        for one that this thread has, as where `on_token` of either of two models asks the other."""
+        """Hold the lock; other threads wait.
+
+        Raises:
+            InputError: If the wait would never end, because the thread that holds it waits for a lock of this thread:
+                `on_token` of each of two models asks the other model.
+        """
         me = threading.get_ident()
         self._announce(me)
         try:
@@ -43,10 +47,10 @@ class Exclusive:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Like `taken`, and an InputError within itself, as where `on_token` asks."""
+        """`taken` for an answer. Raises InputError within an answer of the same thread, as if `on_token` asks."""
         with self.taken():
             if self._answering:
-                raise InputError("the model is in the middle of an answer: ask or push when that has returned")
+                raise InputError("the model is in the middle of an answer: ask or push after it has returned")
             self._answering = True
             try:
                 yield
@@ -62,7 +66,7 @@ class Exclusive:
                 wanted = _waiting.get(wanted._owner)
             if wanted is not None and wanted._owner == me:
                 raise InputError(
-                    "two threads, each in the middle of an answer, wait for each other's model: ask after the answer has "
-                    "returned, not in on_token"
+                    "two threads, each in the middle of an answer, wait for each other's model: ask after the answer "
+                    "has returned, not in on_token"
                 )
             _waiting[me] = self

@@ -15,9 +15,7 @@ from torch import Tensor
 from ..errors import InputError, check_count
 from ..layouts.layout import Layout
 from ..layouts.plan import Plan
-from ..layouts.presets import preset_frames
-from ..layouts.sampling import DEFAULT_FRAMES
-from ..layouts.slowfast import SlowFastLayout
+from ..layouts.presets import choose_layout
 from ..model.checkpoint import Checkpoint
 from ..model.prompts import Prompt
 from ..model.shipped import is_sample
@@ -75,8 +73,7 @@ class Pipeline:
         from ..model.generation import LanguageModel
         from ..reduction.prefilling import make_prefilling
 
-        own = checkpoint.options or {}
-        layout = options.layout or own.get("layout") or SlowFastLayout()
+        layout, frames = choose_layout(options.layout, checkpoint.options)
         language = LanguageModel(checkpoint.model, checkpoint.attention)
         return cls(
             checkpoint,
@@ -84,14 +81,15 @@ class Pipeline:
             language,
             # A reduction changes the model: everything that can fail comes before it.
             prompts=PromptFormat(checkpoint, options.prompt),
-            frames=preset_frames(layout) or own.get("frames", DEFAULT_FRAMES),
+            frames=frames,
             sessions=SessionPool(options.max_sessions, options.max_session_bytes),
             prefilling=make_prefilling(options.reduction, language, checkpoint.model, checkpoint.context, embedded),
         )
 
     def with_layout(self, layout: str | Layout) -> Pipeline:
         """This pipeline in another layout. Everything else is shared, the sessions too."""
-        return replace(self, encoder=self.encoder.with_layout(layout), frames=preset_frames(layout) or self.frames)
+        encoder = self.encoder.with_layout(layout)
+        return replace(self, encoder=encoder, frames=encoder.layout.frames or self.frames)
 
     @property
     def layout(self) -> Layout:

@@ -38,7 +38,7 @@ class PromptFormat:
 
     def __init__(self, checkpoint: Checkpoint, prompt: str = "auto") -> None:
         self.tokenizer, self.chat_template = checkpoint.tokenizer, checkpoint.chat_template
-        self.rows = checkpoint.model.get_input_embeddings().num_embeddings
+        self.rows = int(checkpoint.model.get_input_embeddings().num_embeddings)
         self.asks_openly = (checkpoint.options or {}).get("choices") == "open"
         if prompt == "auto":
             text_model, vocabulary = checkpoint.model.config.text_config.model_type, self.tokenizer.get_vocab()
@@ -83,7 +83,7 @@ class PromptFormat:
         """Whether an answer ends with the last of these token ids."""
         if ids[-1] in self.stop_ids:
             return True
-        return bool(self.stop_text) and self.stop_text in self._decode(ids[-_STOP_TOKENS:])
+        return self.stop_text is not None and self.stop_text in self._decode(ids[-_STOP_TOKENS:])
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Which sessions have their keys and values in memory."""
+"""LRU pool of the sessions' KV caches, bounded by count and bytes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ class Resident(Protocol):
 
 
 class SessionPool:
-    """The sessions whose keys and values are in memory, the least recently used first.
+    """Sessions whose keys and values are in memory, the least recently used first.
 
-    Beyond `most` of them, or `most_bytes` together, the first are released; they can still be asked. The one in use
-    stays whatever it takes. The spare cache counts among the bytes, and is the first to go.
+    Beyond `most` sessions or `most_bytes`, the first ones are released; they can still be asked. The session in use is
+    never released. The spare cache counts in the bytes, and is dropped first.
+
+    Attributes:
+        spare: The cache of a closed session with its captured CUDA graph, for the next session; or None.
     """
 
     def __init__(self, most: int, most_bytes: int | None) -> None:
         self.most, self.most_bytes = most, most_bytes
-        self.spare: KvCache | None = None  # of a session that is over, with what was captured to decode in it
+        self.spare: KvCache | None = None
         self._sessions: list[weakref.ref[Resident]] = []
 
     def __iter__(self) -> Iterator[Resident]:
         return iter([session for ref in self._sessions if (session := ref()) is not None])
 
     def touch(self, session: Resident, coming: int = 0) -> None:
-        """This session is in use, and about to take so many bytes more."""
+        """Mark a session as in use; it is about to allocate `coming` bytes."""
         self.forget(session)
         self._sessions.append(weakref.ref(session))
         self._bound_spare(coming)
@@ -46,12 +49,12 @@ class SessionPool:
             held.pop(0).release()
 
     def keep_spare(self, cache: KvCache) -> None:
-        """Keep a cache for the next session, if the bytes allow it beside those that are held."""
+        """Keep a cache for the next session if the bytes allow it."""
         self.spare = cache
         self._bound_spare(0)
 
     def take_spare(self, room: int, skipped: Sequence[int]) -> KvCache | None:
-        """The spare cache, if it has room for so many tokens and skips these; else it is dropped."""
+        """The spare cache if it has room for `room` tokens and the same skipped counts; else it is dropped."""
         spare, self.spare = self.spare, None
         if spare is None or spare.capacity < room or spare.skipped != tuple(skipped):
             return None

@@ -1,4 +1,4 @@
-"""The stages of an answer: how long each takes, how it is named in a trace, what to do where its memory runs out."""
+"""The stages of an answer: their times, their names in a trace, and the remedy if one runs out of memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.profiler import record_function
 from ..errors import OutOfMemoryError
 from ..model.out_of_memory import is_out_of_memory
 
-# decode and preprocess go on in the background, so theirs are busy seconds; wait is what the rest then waited.
+# decode and preprocess run in the background: their seconds are busy time, and wait is what the other stages waited.
 STAGES = ("decode", "preprocess", "wait", "vision", "projector", "aggregate", "prefill", "generate")
 
 _DTYPE = "a 16-bit dtype"
 _HELP = {
     "decode": "lower frames",
     "preprocess": "lower frames",
-    "vision": f"lower frames, or take {_DTYPE}",
+    "vision": f"lower frames, or use {_DTYPE}",
     "projector": f"lower frames, take projector='commuted' or {_DTYPE}",
     "aggregate": f"lower frames, take a smaller layout or {_DTYPE}",
     "prefill": f"take a smaller layout, fewer frames or {_DTYPE}, or close other sessions",
@@ -30,7 +30,7 @@ _BYTES = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
 class Stopwatch:
-    """Seconds by stage, measured with the device idle at both ends; a stage is a range of that name in a trace."""
+    """Seconds by stage, with the device synchronized at both ends; in a trace, a stage is a range of its name."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -39,7 +39,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Times a stage; raises OutOfMemoryError in place of torch's own."""
+        """Time a stage. Torch's out-of-memory errors become an OutOfMemoryError with a remedy."""
         start = self._now()
         try:
             with record_function(f"sfllava_fast.{stage}"):

@@ -1,4 +1,4 @@
-"""Answers about a video as it goes on: what `sfllava-fast watch` prints."""
+"""Answers about a video while it comes in: what `sfllava-fast watch` prints."""
 
 from __future__ import annotations
 
@@ -22,20 +22,29 @@ def watch_live(
     max_new_tokens: int | None = None,
     changed_only: bool = False,
 ) -> Iterator[tuple[float, Answer]]:
-    """(seconds, answer) to each question behind the first frame at or after every multiple of `every` seconds, and at
-    the end of the stream if frames came since.
+    """Ask the questions at every multiple of `every` seconds, after the first frame at or after it.
 
-    frames: (seconds, uint8 RGB [H, W, 3]), such as a LiveVideo. session: what `SlowFastLlava.open_stream` makes; each
-    frame is pushed as it comes. changed_only: only answers whose text is another than the last to the same question.
+    They are also asked at the end of the stream if frames came since the last time.
+
+    Args:
+        frames: (seconds, uint8 RGB [H, W, 3]), such as a `LiveVideo`. Each frame is pushed as it comes.
+        session: A session of `SlowFastLlava.open_stream`.
+        questions: Asked in this order.
+        every: Seconds of the stream.
+        max_new_tokens: Where an answer is cut; None: the checkpoint's number.
+        changed_only: Leave out an answer with the same text as the one before to the same question.
+
+    Yields:
+        (seconds, answer).
     """
-    said: dict[str, str] = {}
+    last: dict[str, str] = {}
 
     def answers() -> Iterator[tuple[float, Answer]]:
         for question in questions:
             answer = session.ask(question, max_new_tokens=max_new_tokens)
-            if not changed_only or said.get(question) != answer.text:
+            if not changed_only or last.get(question) != answer.text:
                 yield seconds, answer
-            said[question] = answer.text
+            last[question] = answer.text
 
     passed, unasked = 0, False
     for seconds, frame in frames:
@@ -50,7 +59,7 @@ def watch_live(
 
 
 def time_stamp(seconds: float, decimals: bool = False) -> str:
-    """Seconds as 0:02, 12:34 or 1:02:03, cut to whole ones or, with `decimals`, to tenths."""
+    """Seconds as 0:02, 12:34 or 1:02:03, truncated to seconds, or to tenths with `decimals`."""
     tenths = math.floor(10 * seconds + _ROUNDING)
     minutes, rest = divmod(tenths // 10, 60)
     hours, minutes = divmod(minutes, 60)

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..layouts.layout import Layout
 from ..layouts.pathways import Range
 from ..layouts.plan import PathwayTables, Plan
-from ..layouts.presets import Preset, find_preset, parse_layout
+from ..layouts.presets import DEFAULT_GRID, choose_layout, find_preset
 from ..layouts.sampling import sample_frames
 from ..ops.backends.reference import aggregate
 from ..reduction.pruning import Pruning, places
@@ -195,9 +195,9 @@ def gather(
     kept: Sequence[int] | Pruning | None = None,
 ) -> Report:
     """Sample the video and lay it out; frames, grid and kept as in `render`."""
-    preset = find_preset(layout) or Preset("", parse_layout(layout), 50, (24, 24), "", "")
-    parsed, grid = preset.layout, grid or preset.grid
-    indices = sample_frames(video.total, frames or preset.frames)
+    parsed, own_frames = choose_layout(layout, None)
+    grid, preset = grid or parsed.grid or DEFAULT_GRID, find_preset(parsed.name)
+    indices = sample_frames(video.total, frames or own_frames)
     pictures, numbers, each = video, indices, 1
     if parsed.canvas:
         pictures, each = CanvasVideo(video, indices, *parsed.canvas), parsed.canvas[0] * parsed.canvas[1]
@@ -240,8 +240,8 @@ def gather(
     return Report(
         title=one_line(video.path.name or str(video.path)),  # matplotlib and UTF-8 take no bytes of another encoding
         facts="  \u00b7  ".join(facts),
-        layout=preset.name or str(parsed),
-        source=preset.source,
+        layout=parsed.name or str(parsed),
+        source=preset.source if preset else "",
         notes="  \u00b7  ".join(notes),
         indices=indices,
         times=video.times(indices),

@@ -8,14 +8,18 @@ detail, then every frame pooled hard. presets.py has the field's other layouts b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from ..errors import InputError, LayoutError
 from .pathways import Count, Pathway, Range, Separator, at_least
 from .plan import ByteCache, PathwayTables, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # How many frame bins there are is a multiple of the frames, or a number.
 _AFFINE = ("each", "adaptive", "linspace", "repeat")
@@ -26,13 +30,17 @@ PLANS = ByteCache(64 << 20)
 
 
 class Layout:
-    """What every layout has: `pathways`, and a text form, which `layouts.parse_layout` reads and the op carries.
+    """Pathways, and a text form that `layouts.parse_layout` reads and the op carries.
 
-    interleaved: tokens come frame by frame, those of all pathways together, rather than pathway by pathway.
-    separators: vectors between the tokens, which the caller supplies.
-    stage: whether it pools "after" the projector or "before" it. canvas: (rows, columns) of frames that are put into
-    one picture before the vision tower, None for frames as they are. The op looks at neither: they are for whoever runs
-    the projector and the tower.
+    Attributes:
+        pathways: The pathways, in the order of their tokens.
+        interleaved: Whether tokens come frame by frame, those of all pathways together, not pathway by pathway.
+        separators: Vectors between the tokens, which the caller supplies.
+        stage: Whether it pools "after" or "before" the projector. The op ignores it, as it does `canvas`.
+        canvas: (rows, columns) of frames that become one picture before the vision tower; None: frames as they are.
+        name: The name that it was parsed from, such as "pllava"; None for any other text.
+        frames: Frames that a named layout was published with; None for any other layout.
+        grid: (rows, columns) of patches that a named layout was published with; None for any other layout.
     """
 
     pathways: tuple[Pathway, ...]
@@ -40,6 +48,15 @@ class Layout:
     separators: tuple[Separator, ...] = ()
     stage: Literal["after", "before"] = "after"
     canvas: tuple[int, int] | None = None
+    name: ClassVar[str | None] = None
+    frames: ClassVar[int | None] = None
+    grid: ClassVar[tuple[int, int] | None] = None
+
+    def published_as(self, name: str, frames: int, grid: tuple[int, int]) -> Self:
+        """This layout with a name, and the frames and the grid of its publication; it equals the one without them."""
+        named = copy(self)
+        vars(named).update(name=name, frames=frames, grid=grid)
+        return named
 
     @cached_property
     def class_token(self) -> bool:

@@ -7,14 +7,18 @@ summaries; the tests hold each to float64 arithmetic of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..errors import LayoutError
 from .layout import Layout
 from .pathway_layout import Pathways
+from .sampling import DEFAULT_FRAMES
 from .slowfast import SlowFastLayout
+
+DEFAULT_GRID = (24, 24)  # patches of CLIP ViT-L/14 at 336 pixels
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,33 @@ def _find_preset(text: str) -> Preset | None:
     for name, (options, make) in _FAMILIES.items():
         match = re.fullmatch(name + options, text, re.ASCII)
         if match:
-            return make(text, **{option: value for option, value in match.groupdict().items() if value})
+            preset = make(text, **{option: value for option, value in match.groupdict().items() if value})
+            return replace(preset, layout=preset.layout.published_as(text, preset.frames, preset.grid))
     return None
 
 
-def preset_frames(layout: object) -> int | None:
-    """Frames that the preset of this name samples; None for anything else."""
-    preset = find_preset(layout)
-    return preset.frames if preset else None
+def choose_layout(
+    layout: str | Layout | None, checkpoint: Mapping[str, Any] | None, default: Layout = SlowFastLayout()
+) -> tuple[Layout, int]:
+    """The layout of a model, and the frames that it samples if a call names no number.
+
+    Args:
+        layout: The caller's; its own frames come first.
+        checkpoint: The entry "sfllava_fast" of config.json: its "frames", then the frames of its "layout".
+        default: The layout if neither names one.
+
+    Returns:
+        (layout, frames); frames are 50 if nothing names a number.
+
+    Raises:
+        LayoutError: For a text that is no layout.
+    """
+    options = checkpoint or {}
+    if layout is not None:
+        parsed = parse_layout(layout)
+        return parsed, parsed.frames or options.get("frames", DEFAULT_FRAMES)
+    parsed = parse_layout(options.get("layout", default))
+    return parsed, options.get("frames", parsed.frames or DEFAULT_FRAMES)
 
 
 def _sf_llava(name: str) -> Preset:

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..errors import InputError, PatchError, check_count
 from ..layouts.layout import Layout
-from ..layouts.presets import parse_patches_only, preset_frames
-from ..layouts.sampling import DEFAULT_FRAMES, sample_frames
-from ..layouts.slowfast import SlowFastLayout
+from ..layouts.presets import choose_layout, parse_patches_only
+from ..layouts.sampling import sample_frames
 from ..model.checkpoint import TOWERS
 from ..model.tower import FRAMES_PER_PASS
 from ..model.transformers_release import release
@@ -70,11 +69,11 @@ def patch_transformers(
     check_mode(projector)
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
-    if frames is None:
-        frames = preset_frames(layout) or named.get("frames", preset_frames(named.get("layout")) or DEFAULT_FRAMES)
+    chosen, own_frames = choose_layout(layout, named)
+    frames = own_frames if frames is None else frames
     check_count("frames", frames)
-    layout = layout or named.get("layout") or (SlowFastLayout() if family in _IMAGE_MODELS else None)
-    layout = None if layout is None or not generate else parse_patches_only(layout)
+    is_named = layout is not None or "layout" in named or family in _IMAGE_MODELS
+    layout = parse_patches_only(chosen) if generate and is_named else None
     if processor is not None:
         _check_processor(processor, family, target)
     undo(target)  # what is replaced now, and what it calls, are the stock attributes

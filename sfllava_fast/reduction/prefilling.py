@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ContextError, InputError
 from ..layouts.plan import Plan
@@ -22,6 +22,8 @@ from ..ops.rows import gather_rows
 from .settings import FORMS, CompressionFile, FastV, Mixture, parse_reduction
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..model.generation import LanguageModel
     from ..model.kv_cache import KvCache
     from .compression import Compression
@@ -185,7 +187,9 @@ class PrunedPrefilling(Prefilling):
 class CompressedPrefilling(Prefilling):
     """Compression: learned tokens after the video attend to it, and text attends to them instead of the video."""
 
-    def __init__(self, language: LanguageModel, context: int, compression: Compression, label: str, model: nn.Module):
+    def __init__(
+        self, language: LanguageModel, context: int, compression: Compression, label: str, model: PreTrainedModel
+    ) -> None:
         # Kept keys cannot be computed again: no position may rescale them.
         super().__init__(language, min(context, language.rescales_after or context), label)
         self.compression, self.extra_tokens = compression, len(compression.tokens)
@@ -209,7 +213,11 @@ class CompressedPrefilling(Prefilling):
 
 
 def make_prefilling(
-    reduction: str | Reduction | None, language: LanguageModel, model: nn.Module, context: int, embedded: bool = False
+    reduction: str | Reduction | None,
+    language: LanguageModel,
+    model: PreTrainedModel,
+    context: int,
+    embedded: bool = False,
 ) -> Prefilling:
     """What prefills a model's videos.
 
@@ -249,7 +257,7 @@ def make_prefilling(
     return CompressedPrefilling(language, context, reduction, label, model)
 
 
-def _mix(model: nn.Module, settings: Mixture | FastV, embedded: bool) -> tuple[MixtureOfDepths, str]:
+def _mix(model: PreTrainedModel, settings: Mixture | FastV, embedded: bool) -> tuple[MixtureOfDepths, str]:
     """The wrapped model, and the label of its reduction."""
     from .mixture.wrapper import MixtureOfDepths
 

@@ -7,9 +7,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError, check_count
 from ..layouts.layout import Layout
-from ..layouts.presets import parse_patches_only, preset_frames
-from ..layouts.sampling import DEFAULT_FRAMES
-from ..layouts.slowfast import SlowFastLayout
+from ..layouts.presets import choose_layout, parse_patches_only
 
 _KEYS = {"layout", "frames", "prompt"}
 
@@ -33,8 +31,7 @@ class VideoSettings:
         options = getattr(config, "sfllava_fast", None) or {}
         if not isinstance(options, dict) or set(options) - _KEYS:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
-        layout = options.get("layout", SlowFastLayout())
-        frames = options.get("frames", preset_frames(layout) or DEFAULT_FRAMES)
+        layout, frames = choose_layout(None, options)
         check_count("frames", frames)
         settings = cls(parse_patches_only(layout), frames, _patch_grid(config))
         settings.count_tokens(frames)

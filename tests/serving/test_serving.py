@@ -153,7 +153,7 @@ def test_versions():
 @pytest.mark.parametrize(
     "version, told",
     [
-        ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
+        ("0.32.0", "0.32.0; our plugin adds videos to its LLaVA models"),
         ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31, 0.32 and 0.33"),
         (None, "not installed"),
     ],
