@@ -456,7 +456,7 @@ def test_a_video_that_is_too_large_is_not_read(batch, videos, monkeypatch):
     with serving(lambda body: "yes") as server:
         code, lines = batch(server, [("plain", "x", None), ("real", "x", None)], "--upload", "--max-upload", 1)
         assert code == 1 and len(server.requests) == 1 and lines[1]["ok"] and lines[0]["attempts"] == 1
-        assert "has 1.0 MiB, and up to 1 are sent: cut or compress it, or raise --max-upload" in lines[0]["error"]
+        assert "has 1.0 MiB, and the limit is 1: cut or compress it, or raise --max-upload" in lines[0]["error"]
         assert batch(server, [("plain", "x", None)], "--max-upload", 1)[0] == 2
 
 
