@@ -48,7 +48,9 @@ def run_ask(args: argparse.Namespace) -> None:
 
 def run_watch(args: argparse.Namespace) -> None:
     """Answer questions about a video as it comes."""
+    from ..engine.slowfast_llava import check_stream
     from ..engine.watch import time_stamp, watch_live
+    from ..layouts.presets import parse_layout
     from ..video import open_live
 
     check_questions(args.questions)
@@ -57,6 +59,7 @@ def run_watch(args: argparse.Namespace) -> None:
         raise InputError("--projector: a stream's frames are projected as they come; leave it out")
     if args.mode == "append" and args.reduction:
         raise InputError("--reduction: frames that are appended are not reduced; leave it out, or take another --mode")
+    check_stream(args.mode, None if args.layout is None else parse_layout(args.layout))
     with open_live(args.video, args.rate) as live:
         with progress() as show:
             show("loading the model")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, ContextError, InputError, LayoutError, check_count
+from ..errors import BackendError, ContextError, InputError, check_count
 from ..layouts.layout import Layout
 from ..model.prompts import TEMPLATES, Prompt
 from ..video import as_frames
@@ -24,24 +24,31 @@ _QUESTION = 256
 
 
 class _Held(NamedTuple):
-    """The frames in an appended cache: how many were there before them, and the tokens [n, D] of each; but for the
-    first, with what stands between it and the one before."""
+    """The frames in the cache.
+
+    Attributes:
+        evicted: Number of frames before them.
+        tokens: Tokens [n, D] of each frame; all but the first begin with the separator between frames.
+    """
 
     evicted: int
     tokens: list[Tensor]
 
 
 class AppendSession(Conversation):
-    """A stream whose tokens go into a growing key/value cache as they come (VideoLLM-online, arXiv 2406.11816); made by
+    """A stream whose tokens go into a growing KV cache as they come (VideoLLM-online, arXiv 2406.11816); made by
     `SlowFastLlava.open_stream`.
 
-    A question is answered from what is there, costs its own tokens alone, and is forgotten; a follow-up brings the
-    earlier turns with it. What stands before the video in an open question's prompt stands there in every one.
+    A question costs only its own tokens. It is removed from the cache after its answer, and a follow-up question
+    includes the earlier turns. The text before the video is that of an open-ended prompt, in every question.
 
-    Beyond `most` frames the oldest quarter is evicted: the others move to its place and their keys to its positions, as
-    if the stream had begun with them. The keys and values of the layers behind the first go on remembering it, as they
-    were computed with it in sight. So they cannot be computed again, and `max_sessions` does not release them: their
-    memory is bounded by `most`, and allocated once but for questions longer than any before.
+    Beyond `most` frames the oldest quarter is evicted: the other frames move to its place in the cache, and their keys
+    to its positions. The keys and values of all layers but the first still depend on the evicted frames, because they
+    were computed with them in sight. So they cannot be computed again, and `max_sessions` does not release them. Their
+    memory is bounded by `most`, and is allocated once unless a question is longer than all before.
+
+    Attributes:
+        most: Frames in the cache at most.
     """
 
     def __init__(self, pipeline: Pipeline, most: int | None, name: str) -> None:
@@ -49,8 +56,6 @@ class AppendSession(Conversation):
         if pipeline.prefilling.label:
             raise InputError(f"append takes no reduction, such as {pipeline.prefilling.label}: take another mode")
         layout, context = pipeline.layout, pipeline.checkpoint.context
-        if not _is_frame_by_frame(layout):
-            raise LayoutError(f"{layout} is not laid out frame by frame, each alike: append takes such layouts")
         language, prompt = pipeline.language, pipeline.prompts.shortest()
         if not language.moves_keys:
             raise BackendError("the keys of this language model cannot be moved: take another mode than append")
@@ -66,17 +71,22 @@ class AppendSession(Conversation):
             most = max(1, room // self._per_frame - 1)
         check_count("frames", most)
         self.most = most
-        # As many as there ever are: one more than are kept, before the oldest go.
+        # At most one frame more than is kept, before the oldest are evicted.
         self._most_tokens = (most + 1) * self._per_frame
-        self._evicts = -(-most // 4)  # a key is then moved four times at most, and rounded as often
+        self._evicts = -(-most // 4)  # so a key is moved, and rounded, four times at most
         self._held = _Held(0, [])
-        self._cache: KvCache | None = None  # None: to be prefilled with what is held
+        self._cache: KvCache | None = None  # None: what is held must be prefilled
         self._check_context(prompt, 1)
 
     def push(self, frames: Tensor) -> None:
-        """The next frames, uint8 RGB [t, H, W, 3], one or many; their size may change from push to push.
+        """Add the next frames of the stream. If this fails, the session is as it was.
 
-        Raises InputError or OutOfMemoryError; the session is then as it was.
+        Args:
+            frames: uint8 RGB [t, H, W, 3], one or many; H and W may differ from push to push.
+
+        Raises:
+            InputError: For other frames, or a closed session.
+            OutOfMemoryError: If a stage runs out of memory.
         """
         frames, clock = as_frames(frames), Stopwatch(self.pipeline.device)
         with self.pipeline.exclusive.answering(), torch.inference_mode():
@@ -93,7 +103,7 @@ class AppendSession(Conversation):
 
     @property
     def frames(self) -> list[int]:
-        """Numbers in the stream of the frames in the cache."""
+        """Numbers of the frames in the cache."""
         return list(range(self._held.evicted, self.seen))
 
     @property
@@ -106,12 +116,12 @@ class AppendSession(Conversation):
 
     @property
     def seen(self) -> int:
-        """Frames pushed."""
+        """Frames pushed so far."""
         return self._held.evicted + len(self._held.tokens)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the session holds: keys and values, and the tokens that they were computed from."""
+        """Bytes of the keys and values, and of the tokens that they were computed from."""
         cache = 0 if self._cache is None else self._cache.nbytes
         return cache + sum(tokens.nbytes for tokens in self._held.tokens)
 
@@ -121,7 +131,7 @@ class AppendSession(Conversation):
             self._cache, self._held = None, _Held(self.seen, [])
 
     def _check_context(self, prompt: Prompt, max_new_tokens: int) -> None:
-        # Not the tokens of now: what can be asked does not change as the stream goes on.
+        # For a full cache: whether a question fits must not change while the stream comes in.
         words = len(self._head) + len(prompt.after)
         total = self._most_tokens + words + max_new_tokens
         if total > self._context:
@@ -135,7 +145,7 @@ class AppendSession(Conversation):
         if not self._held.tokens:
             raise InputError("the stream has no frames yet: push some first")
         if prompt.before != self._head and self.pipeline.prompts.family not in TEMPLATES:
-            raise InputError("this prompt has words of the question before the video: append takes them behind it")
+            raise InputError("this prompt has words of the question before the video: append needs them after it")
         with clock("prefill"):
             cache = self._ready(len(prompt.after) + max_new_tokens)
             return cache, self.pipeline.language.extend(cache, self.pipeline.language.embed_tokens(prompt.after)[None])
@@ -146,10 +156,10 @@ class AppendSession(Conversation):
         _, rows = self.pipeline.allocate(0, encoder.plan(count).tokens["total"])
         encoder.write_tokens(encoder.features(frames, clock), rows, clock)
         starts = range(0, count * self._per_frame, self._per_frame)
-        return [rows[start : start + self._alone].clone() for start in starts]  # each is let go by itself
+        return [rows[start : start + self._alone].clone() for start in starts]  # each frame's memory is freed by itself
 
     def _append(self, tokens: list[Tensor]) -> None:
-        """Prefill the tokens of frames, evicting the oldest as the bound is passed."""
+        """Prefill the tokens of frames, and evict the oldest beyond the bound."""
         language, cache = self.pipeline.language, self._ready()
         evicted, held = self._held.evicted, self._held.tokens
         while tokens:
@@ -158,7 +168,7 @@ class AppendSession(Conversation):
             language.prefill(cache, torch.cat(coming)[None])
             held = held + coming
             if len(held) > self.most:
-                self._cache = None  # a push that fails from here on leaves what is held to be prefilled anew
+                self._cache = None  # if this fails, the next question prefills what is held
                 language.drop(cache, len(self._head), self._evicts * self._per_frame)
                 evicted, held = evicted + self._evicts, held[self._evicts :]
                 held[0] = held[0][-self._alone :]
@@ -166,7 +176,7 @@ class AppendSession(Conversation):
         self._cache = cache
 
     def _ready(self, room: int = 0) -> KvCache:
-        """The keys and values of what is held, with room for so many tokens beyond the most that may be."""
+        """The keys and values of what is held, with room for `room` tokens beyond a full cache."""
         language, held = self.pipeline.language, self._held.tokens
         least = len(self._head) + self._most_tokens + room
         if self._cache is None or self._cache.capacity < least:
@@ -180,8 +190,8 @@ class AppendSession(Conversation):
         return self._cache
 
 
-def _is_frame_by_frame(layout: Layout) -> bool:
-    """Whether every frame has tokens of its own, as many as every other, that stand together."""
+def is_frame_by_frame(layout: Layout) -> bool:
+    """Whether every frame has tokens of its own, equally many and contiguous."""
     together = layout.interleaved or len(layout.pathways) == 1
     each = all(path.frames.rule == "each" and not path.pad for path in layout.pathways)
     return together and each and all(separator.where != "end" for separator in layout.separators)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InputError, check_count
+from ..errors import CheckpointError, InputError, check_count
 from ..layouts.layout import Layout
 from ..layouts.presets import parse_layout
 from ..model.attention import resolve_attention
@@ -41,7 +42,7 @@ class ModelOptions:
         reduction: Fewer video tokens in the language model: a text (`reduction.settings.FORMS`) or its settings.
 
     Raises:
-        LayoutError, InputError, BackendError: For a value that no checkpoint can be loaded with.
+        LayoutError, InputError, BackendError, CheckpointError: For a value that no checkpoint can be loaded with.
     """
 
     layout: str | Layout | None = None
@@ -64,8 +65,9 @@ class ModelOptions:
             check_family(self.prompt)
         if self.layout is not None:
             check_commutes(parse_layout(self.layout), self.projector)
-        if isinstance(self.reduction, str):
-            parse_reduction(self.reduction)
+        reduction = parse_reduction(self.reduction) if isinstance(self.reduction, str) else self.reduction
+        if (file := getattr(reduction, "file", None)) and not Path(file).is_file():
+            raise CheckpointError(f"the reduction's file {file} does not exist: check its path")
         self._check_sessions()
         if self.separators is not None and not isinstance(self.separators, Mapping):
             raise InputError(f"separators must be a dict of vectors by name, not a {type(self.separators).__name__}")

@@ -23,7 +23,7 @@ from ..ops.projector import Mode
 from ..ops.stream import SlowFastStream
 from ..video import Source, open_video
 from .answer import Answer
-from .append_session import AppendSession
+from .append_session import AppendSession, is_frame_by_frame
 from .batching import answer_batch
 from .options import ModelOptions
 from .pipeline import Pipeline
@@ -39,6 +39,18 @@ if TYPE_CHECKING:
     from ..reduction.prefilling import Reduction
 
 STREAM_MODES = ("slowfast", "memory", "append")
+
+
+def check_stream(mode: str, layout: Layout | None = None) -> None:
+    """Raise InputError for an unknown mode of a stream, LayoutError for a layout that the mode cannot have."""
+    if mode not in STREAM_MODES:
+        raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
+    if layout is None:
+        return
+    if layout.canvas or (mode == "memory" and layout.stage == "before"):
+        raise LayoutError(f"{layout} is not a layout for {mode} streams: take sf_llava or another")
+    if mode == "append" and not is_frame_by_frame(layout):
+        raise LayoutError(f"{layout} is not laid out frame by frame, each alike: append takes such layouts")
 
 
 class SlowFastLlava:
@@ -176,16 +188,14 @@ class SlowFastLlava:
             InputError, LayoutError, BackendError: For wrong arguments.
             ContextError: If a full stream would leave no room for a question.
         """
-        if mode not in STREAM_MODES:
-            raise InputError(f"unknown mode {mode!r} of a stream: choose one of {', '.join(STREAM_MODES)}")
+        check_stream(mode)
         if frames is not None:
             check_count("frames", frames)
         if layout is None and mode == "append" and isinstance(self.layout, SlowFastLayout) and self.layout.fast_grid:
             layout = self.layout.only("fast")
         pipeline = self.pipeline if layout is None else self.pipeline.with_layout(layout)
         encoder = pipeline.encoder
-        if pipeline.layout.canvas or (mode == "memory" and pipeline.layout.stage == "before"):
-            raise LayoutError(f"{pipeline.layout} is not a layout for {mode} streams: take sf_llava or another")
+        check_stream(mode, pipeline.layout)
         if mode == "append":
             return AppendSession(pipeline, frames, name, **memory)
 
