@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
 MODES = get_args(Mode)
+Projector = Callable[[Tensor], Tensor]  # usually a module
 # auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 8 frames in
 # bfloat16 and float32 on AMD Zen 4, which has bfloat16 products, and with emulated ones. Within it exact took 1.08
 # times commuted's time or more; beyond it commuted took up to 1.3 times exact's.
@@ -60,9 +61,39 @@ _library.define(
 )
 
 
+@overload
 def project_and_aggregate(
     hidden: Tensor,
-    projector: nn.Module,
+    projector: Projector,
+    layout: Layout | str = ...,
+    *,
+    mode: Mode = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: None = None,
+    separators: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def project_and_aggregate(
+    hidden: Tensor,
+    projector: Projector,
+    layout: Layout | str = ...,
+    *,
+    mode: Mode = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: Tensor | Sequence[int],
+    separators: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def project_and_aggregate(
+    hidden: Tensor,
+    projector: Projector,
     layout: Layout | str = SlowFastLayout(),
     *,
     mode: Mode = "exact",
@@ -72,18 +103,29 @@ def project_and_aggregate(
     frame_offsets: Tensor | Sequence[int] | None = None,
     separators: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Tokens [S, D] of the vision tower's features, by default SlowFast-LLaVA's (arXiv 2407.15841, section 3.2, with
-    the projector). A layout whose `stage` is "before" is pooled first, and its tokens are projected, in every mode.
+    """Projects and pools the vision tower's features into the tokens of a layout, by default SlowFast-LLaVA's.
 
-    hidden: [T, N, C], or [B, T, N, C] for tokens [B, S, D], what the projector takes, unit stride over C
-        (`hidden[:, 1:]` as it is, or with the class token where the layout reads it).
-    projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
-    mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
-        means before Linear2, for inference only: its error against float64 is no larger than the published order's.
-        "auto" commutes where that can serve and saves a fifth of Linear2's work or more; traced (torch.compile,
-        torch.export) it is "exact", for the number of frames, which decides that, stays open.
-    The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
-    "commuted" was asked for and cannot serve.
+    Arguments without an entry here are those of `slowfast_aggregate`. See arXiv 2407.15841, section 3.2. A layout whose
+    `stage` is "before" is pooled first, in every mode, and then its tokens are projected.
+
+    Args:
+        hidden: [T, N, C] or [B, T, N, C], the projector's input, with unit stride over C and any other strides, such as
+            `hidden[:, 1:]`, or with the class token if the layout reads it.
+        projector: any module or function in mode "exact"; Linear, exact GELU, Linear in mode "commuted".
+        mode: the order of projection and pooling:
+
+            - "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit.
+            - "commuted" pools means before the second Linear, for inference only. Its error against float64 is no
+              larger than that of the published order.
+            - "auto" is "commuted" if that is possible and saves at least a fifth of the second Linear's work, else
+              "exact". In a trace (torch.compile, torch.export) it is "exact", because the number of frames is open.
+
+    Returns:
+        As `slowfast_aggregate`: tokens [S, D] or [B, S, D], with `frame_offsets` also their offsets.
+
+    Raises:
+        InputError: an argument does not fit, or mode "commuted" is not possible.
+        LayoutError, BackendError: as in `slowfast_aggregate`.
     """
     check_mode(mode)
     if not callable(projector):
@@ -95,16 +137,22 @@ def project_and_aggregate(
     traced = torch.compiler.is_compiling()
     plan = None if traced else resolve_plan(hidden, layout, grid, frame_offsets)
     if mode == "auto":
-        commutes = not traced and _why_not(projector, hidden, layout) is None and _pays(plan, hidden)
+        commutes = plan is not None and _why_not(projector, hidden, layout) is None and _pays(plan, hidden)
         mode = "commuted" if commutes else "exact"
     if mode == "exact":
-        call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": separators}
-        return slowfast_aggregate(projector(hidden), layout, out=out, **call)
+        return slowfast_aggregate(
+            projector(hidden),
+            layout,
+            out=out,
+            backend=backend,
+            grid=grid,
+            frame_offsets=frame_offsets,
+            separators=separators,
+        )
     if reason := _why_not(projector, hidden, layout):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
-    first, _, second = projector.children()
-    first, second = _Layer(first.weight, first.bias), _Layer(second.weight, second.bias)
-    if traced:
+    first, second = _layers(projector)
+    if plan is None:
         return _trace_commuted(hidden, first, second, str(layout), out, backend, grid, frame_offsets)
     shape = token_shape(plan, hidden, len(second.weight))
     if out is None:
@@ -125,16 +173,28 @@ def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 
 
-def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators):
-    """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
+def _aggregate_and_project(
+    hidden: Tensor,
+    projector: Projector,
+    layout: Layout | str,
+    out: Tensor | None,
+    backend: str,
+    grid: tuple[int, int] | None,
+    frame_offsets: Tensor | Sequence[int] | None,
+    separators: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The order of layouts that pool first: zero tokens are projected too, separators are not."""
     names = parse_layout(layout).separators
-    plan = resolve_plan(hidden, layout, grid, frame_offsets) if names else None
-    none = hidden.new_zeros(len(names), hidden.shape[-1]) if names else None
-    call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
-    pooled = slowfast_aggregate(hidden, layout, **call)
-    pooled, *offsets = (pooled,) if frame_offsets is None else pooled
-    tokens = projector(pooled)
+    placeholders = plan = None
     if names:
+        plan = resolve_plan(hidden, layout, grid, frame_offsets)
+        placeholders = hidden.new_zeros(len(names), hidden.shape[-1])
+    pooled = slowfast_aggregate(
+        hidden, layout, backend=backend, grid=grid, frame_offsets=frame_offsets, separators=placeholders
+    )
+    pooled, *offsets = (pooled,) if isinstance(pooled, Tensor) else pooled
+    tokens = projector(pooled)
+    if plan is not None:
         check_separators(separators, str(layout), tokens)
         if hidden.dim() == 4:
             plan = resolve_plan(hidden[0], layout, grid)
@@ -142,7 +202,7 @@ def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_
     if out is not None:
         check_out(out, tokens, tuple(tokens.shape))
         tokens = out.copy_(tokens)
-    return (tokens, *offsets) if offsets else tokens
+    return (tokens, offsets[0]) if offsets else tokens
 
 
 class _Layer(NamedTuple):
@@ -150,6 +210,12 @@ class _Layer(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+def _layers(projector: Projector) -> tuple[_Layer, _Layer]:
+    """The two layers of Linear, GELU, Linear."""
+    first, _, second = cast(nn.Module, projector).children()
+    return tuple(_Layer(layer.weight, layer.bias) for layer in (first, second))
 
 
 def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_offsets):

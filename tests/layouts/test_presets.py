@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from bench.paired.published import LAYOUTS, bilinear, pooled
-from sfllava_fast import slowfast_aggregate
+from sfllava_fast import aggregate_by_pathway, slowfast_aggregate
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts.presets import PRESETS, parse_layout
 from sfllava_fast.ops.backends import aggregate as backends
@@ -202,7 +202,7 @@ def test_class_token_and_patches_are_kept_apart():
 
 def test_parts_apart():
     x = patches("red_villm", 7, (5, 4))
-    parts = slowfast_aggregate(x, "red_villm", grid=(5, 4), apart=True)
+    parts = aggregate_by_pathway(x, "red_villm", grid=(5, 4))
     assert list(parts) == ["temporal", "spatial"]
     torch.testing.assert_close(parts["temporal"][:7], x.mean(1))
     torch.testing.assert_close(parts["spatial"], x.mean(0))

@@ -12,6 +12,7 @@ from sfllava_fast import (
     FusedProjectorAggregator,
     PathwayProjectors,
     SlowFastAggregator,
+    aggregate_by_pathway,
     project_and_aggregate,
     slowfast_aggregate,
 )
@@ -98,7 +99,7 @@ def test_nothing_is_copied():
 def test_a_grid_and_parts():
     x = torch.randn(2, 5, 12, 8)
     assert torch.equal(slowfast_aggregate(x, LAYOUT, grid=(3, 4)), one_by_one(x, grid=(3, 4)))
-    parts = slowfast_aggregate(x, LAYOUT, grid=(3, 4), apart=True)
+    parts = aggregate_by_pathway(x, LAYOUT, grid=(3, 4))
     assert torch.equal(parts["fast"], one_by_one(x, "slowfast-fast_2x2", grid=(3, 4)))
     assert resolve_plan(x, LAYOUT, (3, 4)).lengths == (5, 5)
 
