@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from sfllava_fast.ops.backends.aggregate import refuse_to_be_captured
+from sfllava_fast.ops.backends.registry import refuse_to_be_captured
 
 
 def refuse_to_compile_in_a_capture(device):

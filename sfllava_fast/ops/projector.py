@@ -39,6 +39,7 @@ from .aggregate import (
     token_shape,
 )
 from .backends import aggregate as backends
+from .backends import registry
 from .separators import with_separators
 
 log = logging.getLogger("sfllava_fast")
@@ -442,7 +443,7 @@ class _FusedLayers:
     """Linear1, GELU and pooling in one Triton kernel, so that activations never reach memory; Linear2 in another."""
 
     def __init__(self, first: _Layer, second: _Layer) -> None:
-        self.first, self.second, self.kernels = first, second, backends.triton_kernels()
+        self.first, self.second, self.kernels = first, second, registry.triton_kernels()
 
     def pool(self, hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)

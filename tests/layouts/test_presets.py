@@ -17,7 +17,7 @@ from bench.paired.published import LAYOUTS, bilinear, pooled
 from sfllava_fast import aggregate_by_pathway, slowfast_aggregate
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts.presets import PRESETS, parse_layout
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.video.canvas import compose_canvas
 
 each_layout = pytest.mark.parametrize("text", LAYOUTS)
@@ -151,7 +151,7 @@ def test_ig_vlms_picture():
 
 
 def backend_names() -> list[str]:
-    return ["torch"] + ["cpu"] * (backends.load_library() is None)
+    return ["torch"] + ["cpu"] * (registry.load_library() is None)
 
 
 @each_layout

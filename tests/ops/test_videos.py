@@ -18,7 +18,8 @@ from sfllava_fast import (
 )
 from sfllava_fast.errors import InputError
 from sfllava_fast.ops.aggregate import resolve_plan
-from sfllava_fast.ops.backends import aggregate as backends  # fmt: skip
+from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
 LAYOUTS = [LAYOUT, "llava_next_video-bilinear", "pllava", "llava_video_slowfast-every_2", "video_chatgpt"]
@@ -86,7 +87,7 @@ def test_videos_that_adjoin_are_one_launch_and_no_copy(counted):
 
 
 def test_nothing_is_copied():
-    if reason := backends.load_library():
+    if reason := registry.load_library():
         pytest.skip(reason)
     for hidden in (torch.randn(2, 40, 577, 64)[:, :, 1:], torch.randn(2, 41, 577, 64)[:, 1:, 1:]):
         out = torch.empty(2, 40 + 3 * 288, 64)

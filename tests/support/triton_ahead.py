@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 
 class Target:
@@ -58,7 +58,7 @@ def cases(kernels):
 
 def compile_for(arch):
     driver.set_active(Target(arch))
-    kernels = backends.triton_kernels()
+    kernels = registry.triton_kernels()
     for kernel, dtype, constants, name in cases(kernels):
         compiled = kernels._compile(kernel, dtype, constants, arch)
         yield {

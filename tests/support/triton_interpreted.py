@@ -30,9 +30,9 @@ from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
-from sfllava_fast.ops.backends import reference
+from sfllava_fast.ops.backends import reference, registry
 
-kernels = backends.triton_kernels()
+kernels = registry.triton_kernels()
 CHANNELS = (1, 8, 33)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pools = pytest.mark.parametrize("pool", SLOW_POOLS)
