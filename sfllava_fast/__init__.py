@@ -15,6 +15,7 @@ _HOMES = {
     "SlowFastLlava": "engine.slowfast_llava",
     "SlowFastStream": "ops.stream",
     "SfllavaError": "errors",
+    "aggregate_by_pathway": "ops.aggregate",
     "parse_layout": "layouts",
     "project_and_aggregate": "ops.projector",
     "sample_frames": "layouts",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .layouts.presets import parse_layout as parse_layout
     from .layouts.sampling import sample_frames as sample_frames
     from .layouts.slowfast import SlowFastLayout as SlowFastLayout
+    from .ops.aggregate import aggregate_by_pathway as aggregate_by_pathway
     from .ops.aggregate import slowfast_aggregate as slowfast_aggregate
     from .ops.memory_stream import MemoryStream as MemoryStream
     from .ops.modules import FusedProjectorAggregator as FusedProjectorAggregator

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.ops.backends.plan_table import device_table, plan_table
 
 from ..harness.record import BUILT, ROOT, ResultError, device_name, machine
@@ -224,7 +224,7 @@ def triton_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]
 
 
 def _triton_module() -> ModuleType:
-    return import_module(".tuning", backends.triton_kernels().__name__)
+    return import_module(".tuning", registry.triton_kernels().__name__)
 
 
 @contextmanager

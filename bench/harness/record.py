@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sfllava_fast.errors import BackendError
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/gpu"  # what bench/gpu/carried.py builds on one machine for another
@@ -137,7 +137,7 @@ def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
 def _isa() -> str:
     """The instruction set of the CPU kernels in use."""
     try:
-        return backends.cpu_library().sfllava_isa().decode()
+        return registry.cpu_library().sfllava_isa().decode()
     except BackendError:
         return "no kernels"
 

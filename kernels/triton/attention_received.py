@@ -7,7 +7,7 @@ is a sum of few numbers. The second adds up a key's probabilities over the queri
 import triton
 import triton.language as tl
 
-from .forward import _elements
+from .elements import elements
 
 _NUMBERS = [
     "query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row", "groups", "count", "rows", "tokens",
@@ -20,9 +20,9 @@ def _load_keys(
     keys, key_batch, key_head, key_row, batch, group, key, tokens, channels, DEPTH: tl.constexpr, VECTOR: tl.constexpr
 ):
     depth = tl.arange(0, DEPTH)
-    keys += batch * _elements(key_batch, VECTOR) + group * _elements(key_head, VECTOR)
-    at = keys + key[None, :] * _elements(key_row, VECTOR) + depth[:, None]
-    return tl.load(at, mask=(key < tokens)[None, :] & (depth < _elements(channels, VECTOR))[:, None], other=0.0)
+    keys += batch * elements(key_batch, VECTOR) + group * elements(key_head, VECTOR)
+    at = keys + key[None, :] * elements(key_row, VECTOR) + depth[:, None]
+    return tl.load(at, mask=(key < tokens)[None, :] & (depth < elements(channels, VECTOR))[:, None], other=0.0)
 
 
 @triton.jit
@@ -34,10 +34,10 @@ def _logits(
     depth = tl.arange(0, DEPTH)
     present = row < rows
     head, query = group * (rows // count) + row // count, row % count
-    queries += batch * _elements(query_batch, VECTOR)
-    first = head * _elements(query_head, VECTOR) + query * _elements(query_row, VECTOR)
+    queries += batch * elements(query_batch, VECTOR)
+    first = head * elements(query_head, VECTOR) + query * elements(query_row, VECTOR)
     at = queries + first[:, None] + depth[None, :]
-    inside = present[:, None] & (depth < _elements(channels, VECTOR))[None, :]
+    inside = present[:, None] & (depth < elements(channels, VECTOR))[None, :]
     logits = tl.dot(tl.load(at, mask=inside, other=0.0), block, input_precision="ieee") * scale
     seen = present[:, None] & (key[None, :] <= (tokens - count + query)[:, None])
     return tl.where(seen, logits, float("-inf"))

@@ -7,33 +7,36 @@ does, and rounded once.
 import triton
 import triton.language as tl
 
-from .forward import (
-    _COL_COVER,
-    _COLS,
-    _FIRST_COL,
-    _FIRST_PATCH,
-    _FIRST_ROW,
-    _HEADER,
-    _HEIGHT,
-    _ITEM,
-    _MAX,
-    _MEAN,
-    _PATHWAY,
-    _PITCH,
-    _REDUCE,
-    _ROW_COVER,
-    _ROWS,
-    _WIDTH,
-    _beats,
-    _bin,
-    _channels,
-    _divide,
-    _elements,
-    _halve,
-    _load_strip,
-    _neutral,
-    _second_weight,
-    _weight,
+from .elements import (
+    COL_BINS,
+    COL_COVER,
+    FIRST_COL_BIN,
+    FIRST_PATCH,
+    FIRST_ROW_BIN,
+    FIRST_TOKEN,
+    FRAME_BEGIN,
+    FRAME_END,
+    GRID_HEIGHT,
+    GRID_WIDTH,
+    HEADER_SIZE,
+    ITEM_SIZE,
+    PATHWAY_SIZE,
+    PITCH,
+    REDUCE_MAX,
+    REDUCE_MEAN,
+    REDUCTION,
+    ROW_BINS,
+    ROW_COVER,
+    beats,
+    chunk_channels,
+    divide,
+    element_weight,
+    elements,
+    halve,
+    load_bin,
+    load_strip,
+    neutral,
+    second_weight,
 )
 
 # Columns of a box whose loads are in flight together: the maxima of known layouts are no wider.
@@ -46,7 +49,7 @@ def _wins(
 ):  # fmt: skip
     """In which channels the box's maximum is this patch of this frame: the first of equals, or the last NaN."""
     frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
-    best = _neutral(channel, False)
+    best = neutral(channel, False)
     first = (frame_begin == frame) & (first_patch + row_begin * width + col_begin == patch)
     wins = tl.full(channel.shape, 1, tl.int1) & first  # where all of the box is -inf
     for box_frame in range(frame_begin, frame_end):
@@ -57,7 +60,7 @@ def _wins(
                     at = features + (box_frame * frame_stride + here * patch_stride) * VECTOR + channel
                     inside = present & (first_col + step < col_end)
                     x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-                    better = _beats(x, best)
+                    better = beats(x, best)
                     best = tl.where(better, x, best)
                     wins = tl.where(better, (box_frame == frame) & (here == patch), wins)
     return wins
@@ -82,7 +85,7 @@ def spread_boxes(
     are scarce.
     """
     program = tl.program_id(0)
-    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)
     split, frame = program // chunks % splits, program // chunks // splits
     frame_stride, patch_stride = frame_stride.to(tl.int64), patch_stride.to(tl.int64)
     token_stride, patch_step = token_stride.to(tl.int64), channels.to(tl.int64)
@@ -90,25 +93,29 @@ def spread_boxes(
     reader_begin, reader_end = tl.load(table + frames_at + frame), tl.load(table + frames_at + frame + 1)
     run = tl.cdiv(patches, splits)
     for patch in range(split * run, tl.minimum(split * run + run, patches)):
-        acc = _neutral(channel, True)
+        acc = neutral(channel, True)
         for reader in range(reader_begin, reader_end):
-            item_at = table + items_at + tl.load(table + readers_at + reader) * _ITEM
-            path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
-            frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
-            first_patch, width = tl.load(path_at + _FIRST_PATCH), tl.load(path_at + _WIDTH)
-            first_row, first_col = tl.load(path_at + _FIRST_ROW), tl.load(path_at + _FIRST_COL)
-            reduce, pitch = tl.load(path_at + _REDUCE), tl.load(path_at + _PITCH)
+            item_at = table + items_at + tl.load(table + readers_at + reader) * ITEM_SIZE
+            path_at = table + HEADER_SIZE + tl.load(item_at) * PATHWAY_SIZE
+            frame_begin, frame_end, first_token = (
+                tl.load(item_at + FRAME_BEGIN),
+                tl.load(item_at + FRAME_END),
+                tl.load(item_at + FIRST_TOKEN),
+            )
+            first_patch, width = tl.load(path_at + FIRST_PATCH), tl.load(path_at + GRID_WIDTH)
+            first_row, first_col = tl.load(path_at + FIRST_ROW_BIN), tl.load(path_at + FIRST_COL_BIN)
+            reduce, pitch = tl.load(path_at + REDUCTION), tl.load(path_at + PITCH)
             place = patch - first_patch
-            if (place >= 0) & (place < tl.load(path_at + _HEIGHT) * width):
-                row_begin, row_end = _bin(bins, tl.load(path_at + _ROW_COVER) + place // width)
-                col_begin, col_end = _bin(bins, tl.load(path_at + _COL_COVER) + place % width)
+            if (place >= 0) & (place < tl.load(path_at + GRID_HEIGHT) * width):
+                row_begin, row_end = load_bin(bins, tl.load(path_at + ROW_COVER) + place // width)
+                col_begin, col_end = load_bin(bins, tl.load(path_at + COL_COVER) + place % width)
                 for row in range(row_begin, row_end):
                     for col in range(col_begin, col_end):
-                        top, bottom = _bin(bins, first_row + row)
-                        left, right = _bin(bins, first_col + col)
+                        top, bottom = load_bin(bins, first_row + row)
+                        left, right = load_bin(bins, first_col + col)
                         token = first_token + row * pitch + col
                         share_at = grad + token * token_stride * VECTOR + channel
-                        if reduce == _MAX:
+                        if reduce == REDUCE_MAX:
                             wins = _wins(
                                 features, channel, present, frame, patch,
                                 (frame_begin, frame_end, top, bottom, left, right),
@@ -117,16 +124,16 @@ def spread_boxes(
                             share = tl.where(wins, tl.load(share_at, mask=present).to(tl.float32), 0.0)
                         else:
                             share = tl.load(share_at, mask=present).to(tl.float32)
-                            share = _divide(share, frame_end - frame_begin)
-                            if reduce == _MEAN:
-                                share = _divide(share, bottom - top)
-                                share = _divide(share, right - left)
+                            share = divide(share, frame_end - frame_begin)
+                            if reduce == REDUCE_MEAN:
+                                share = divide(share, bottom - top)
+                                share = divide(share, right - left)
                             else:
-                                height, rows = tl.load(path_at + _HEIGHT), tl.load(path_at + _ROWS)
-                                row_second = _second_weight(row, rows, height, top, bottom)
-                                col_second = _second_weight(col, tl.load(path_at + _COLS), width, left, right)
-                                row_weight = _weight(row_second, place // width - top)
-                                share *= row_weight * _weight(col_second, place % width - left)
+                                height, rows = tl.load(path_at + GRID_HEIGHT), tl.load(path_at + ROW_BINS)
+                                row_second = second_weight(row, rows, height, top, bottom)
+                                col_second = second_weight(col, tl.load(path_at + COL_BINS), width, left, right)
+                                row_weight = element_weight(row_second, place // width - top)
+                                share *= row_weight * element_weight(col_second, place % width - left)
                         acc += share
         to = out + (frame.to(tl.int64) * patches + patch) * patch_step * VECTOR + channel
         tl.store(to, acc.to(out.dtype.element_ty), mask=present)
@@ -139,7 +146,7 @@ def _winner(strip, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.cons
     winner = tl.zeros(best.shape, tl.int32)
     for i in tl.static_range(1, ROWS * COLS):
         x = strip[first + i // COLS * WIDTH + i % COLS].to(tl.float32)
-        better = _beats(x, best)
+        better = beats(x, best)
         best = tl.where(better, x, best)
         winner = tl.where(better, i, winner)
     return winner
@@ -151,8 +158,8 @@ def _load_boxes(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """A strip's patches, where a maximum is to be found, and the gradients of its boxes' tokens in one item."""
-    patches = () if MEAN else _load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
-    return patches, _load_strip(grad_at, present, 0, token_stride, 1, WIDTH // COLS)
+    patches = () if MEAN else load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
+    return patches, load_strip(grad_at, present, 0, token_stride, 1, WIDTH // COLS)
 
 
 @triton.jit
@@ -162,7 +169,7 @@ def _add_shares(sums, grads, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.co
     for box in tl.static_range(len(sums)):
         grad = grads[box].to(tl.float32)
         if MEAN:
-            grad = _halve(_halve(grad, ROWS), COLS)
+            grad = halve(halve(grad, ROWS), COLS)
         added = added + (sums[box] + grad,)
     return added
 
@@ -202,22 +209,22 @@ def spread_tiles(
     one wait after the other, but not across a turn of the loop.
     """
     program = tl.program_id(0)
-    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)
     tile, group = program // chunks % tiles, program // chunks // tiles
-    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
-    token_stride, patch_step = _elements(token_stride, VECTOR), _elements(channels, VECTOR)
+    frame_stride, patch_stride = elements(frame_stride, VECTOR), elements(patch_stride, VECTOR)
+    token_stride, patch_step = elements(token_stride, VECTOR), elements(channels, VECTOR)
     first, last = tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1) - 1
-    last_at = table + items_at + last * _ITEM
-    frame, token = group if EVERY_FRAME else tl.load(last_at + 1), tl.load(last_at + 3) + tile
+    last_at = table + items_at + last * ITEM_SIZE
+    frame, token = group if EVERY_FRAME else tl.load(last_at + FRAME_BEGIN), tl.load(last_at + FIRST_TOKEN) + tile
     fine_row, col = tile // tile_cols * strips, tile % tile_cols * TILE_WIDTH
     line_stride, line_step = patch_stride * width, patch_step * width
     to = out + frame * (patch_step * patches) + fine_row * (line_step * FINE_ROWS) + col * patch_step + channel
     coarse = tl.load(grad + token * token_stride + channel, mask=present).to(tl.float32)
-    coarse = _divide(_divide(coarse, strips * FINE_ROWS), TILE_WIDTH)
+    coarse = divide(divide(coarse, strips * FINE_ROWS), TILE_WIDTH)
     if first < last:
         at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel
         box = fine_row * fine_cols + col // FINE_COLS
-        grad_at = grad + (tl.load(table + items_at + first * _ITEM + 3) + box) * token_stride + channel
+        grad_at = grad + (tl.load(table + items_at + first * ITEM_SIZE + FIRST_TOKEN) + box) * token_stride + channel
         strip, grads = _load_boxes(
             at, grad_at, present, line_stride, patch_stride, token_stride, TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN
         )
@@ -229,11 +236,11 @@ def spread_tiles(
                 TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
             )  # fmt: skip
             # From 0.0 on, as the reference adds: it has no negative zeros.
-            sums = _add_shares((_neutral(channel, True),) * len(grads), grads, FINE_ROWS, FINE_COLS, FINE_MEAN)
+            sums = _add_shares((neutral(channel, True),) * len(grads), grads, FINE_ROWS, FINE_COLS, FINE_MEAN)
             if REPEATS:
                 for item in range(first + 1, last):
-                    token = tl.load(table + items_at + item * _ITEM + 3) + box
-                    more = _load_strip(
+                    token = tl.load(table + items_at + item * ITEM_SIZE + FIRST_TOKEN) + box
+                    more = load_strip(
                         grad + token * token_stride + channel, present, 0, token_stride, 1, TILE_WIDTH // FINE_COLS
                     )
                     sums = _add_shares(sums, more, FINE_ROWS, FINE_COLS, FINE_MEAN)

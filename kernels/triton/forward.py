@@ -8,89 +8,41 @@ and channels are counted in vectors of VECTOR elements, which tells the compiler
 import triton
 import triton.language as tl
 
-# The table's format is in csrc/include/sfllava/plan.h.
-_HEADER = tl.constexpr(8)
-_PATHWAY = tl.constexpr(11)
-_FIRST_PATCH, _HEIGHT, _WIDTH, _REDUCE, _ROWS, _FIRST_ROW, _COLS, _FIRST_COL, _ROW_COVER, _COL_COVER, _PITCH = (
-    tl.constexpr(i) for i in range(11)
+from .elements import (
+    COL_BINS,
+    FIRST_COL_BIN,
+    FIRST_PATCH,
+    FIRST_ROW_BIN,
+    FIRST_TOKEN,
+    FRAME_BEGIN,
+    FRAME_END,
+    GRID_HEIGHT,
+    GRID_WIDTH,
+    HEADER_SIZE,
+    ITEM_SIZE,
+    PATHWAY_SIZE,
+    PITCH,
+    REDUCE_LINEAR,
+    REDUCE_MAX,
+    REDUCE_MEAN,
+    REDUCTION,
+    ROW_BINS,
+    chunk_channels,
+    divide,
+    element_weight,
+    elements,
+    halve,
+    join,
+    load_bin,
+    load_strip,
+    neutral,
+    second_weight,
 )
-_ITEM = tl.constexpr(4)
-_MAX, _MEAN, _LINEAR = (tl.constexpr(i) for i in range(3))
+
 # Columns of a box whose loads are in flight together.
 _COLUMNS = tl.constexpr(4)
 
 _NUMBERS = ["frame_stride", "patch_stride", "token_stride", "channels", "chunks", "groups_at", "items_at"]
-
-
-@triton.jit
-def _beats(x, best):
-    """Where x is the maximum so far: a max keeps the first of equals and passes NaN on."""
-    return (x > best) | (x != x)
-
-
-@triton.jit
-def _join(acc, x, MEAN: tl.constexpr):
-    """One more element of a box."""
-    x = x.to(tl.float32)
-    if MEAN:
-        return acc + x
-    return tl.where(_beats(x, acc), x, acc)
-
-
-@triton.jit
-def _neutral(like, MEAN: tl.constexpr):
-    """What every box starts from: adding 0.0 changes no sum, and nothing is less than -inf."""
-    return tl.full(like.shape, 0.0 if MEAN else float("-inf"), tl.float32)
-
-
-@triton.jit
-def _divide(acc, count):
-    """acc / count rounded as IEEE has it, which `/` is not."""
-    if count != 1:
-        acc = tl.div_rn(acc, tl.full(acc.shape, count, tl.float32))
-    return acc
-
-
-@triton.jit
-def _halve(acc, COUNT: tl.constexpr):
-    """`_divide` by 1 or 2."""
-    return acc * 0.5 if COUNT == 2 else acc
-
-
-@triton.jit
-def _elements(vectors, VECTOR: tl.constexpr):
-    """A stride as a multiple of VECTOR elements: 64 bits, so that what it is multiplied with becomes that too."""
-    return vectors.to(tl.int64) * VECTOR
-
-
-@triton.jit
-def _channels(chunk, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets of a chunk's channels, and which of them there are."""
-    channel = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return channel, channel < _elements(channels, VECTOR)
-
-
-@triton.jit
-def _bin(bins, i):
-    """Start and stop of the table's bin i."""
-    return tl.load(bins + 2 * i), tl.load(bins + 2 * i + 1)
-
-
-@triton.jit
-def _second_weight(i, count, length, start, stop):
-    """The weight of a linear bin's second element, bin i of `count` on an axis of `length`; 0 without one.
-
-    How far the middle of segment i lies past `start`: less than 1, so numbers that wrap on the way do no harm.
-    """
-    past = (2 * i + 1) * length - count - 2 * count * start
-    weight = tl.div_rn(past.to(tl.float32), (2 * count).to(tl.float32))
-    return tl.where(stop - start == 2, weight, 0.0)
-
-
-@triton.jit
-def _weight(second_weight, element):
-    """The weight of a linear bin's element, 0 or 1."""
-    return tl.where(element == 0, 1.0 - second_weight, second_weight)
 
 
 @triton.jit
@@ -100,8 +52,8 @@ def _pool_box(
 ):  # fmt: skip
     """The box reduced to one value a channel; a sum is not divided yet. second_weights: its row's and its column's."""
     frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
-    sums: tl.constexpr = REDUCE != _MAX
-    acc = _neutral(channel, sums)
+    sums: tl.constexpr = REDUCE != REDUCE_MAX
+    acc = neutral(channel, sums)
     for frame in range(frame_begin, frame_end):
         for row in range(row_begin, row_end):
             line = features + frame * frame_stride + (first_patch + row * width) * patch_stride + channel
@@ -110,11 +62,13 @@ def _pool_box(
                     col = first + step
                     inside = present & (col < col_end)
                     x = tl.load(line + col * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
-                    if REDUCE == _LINEAR:
+                    if REDUCE == REDUCE_LINEAR:
                         row_second, col_second = second_weights
-                        weight = _weight(row_second, row - row_begin) * _weight(col_second, col - col_begin)
+                        weight = element_weight(row_second, row - row_begin) * element_weight(
+                            col_second, col - col_begin
+                        )
                         x = x.to(tl.float32) * weight
-                    acc = _join(acc, x, sums)
+                    acc = join(acc, x, sums)
     return acc
 
 
@@ -130,54 +84,48 @@ def pool_boxes(
     Group by group, so that the cache serves the second pathway's read of a frame.
     """
     program = tl.program_id(0)
-    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)
     split, group = program // chunks % splits, program // chunks // splits
-    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
-    token_stride = _elements(token_stride, VECTOR)
+    frame_stride, patch_stride = elements(frame_stride, VECTOR), elements(patch_stride, VECTOR)
+    token_stride = elements(token_stride, VECTOR)
     for item in range(tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1)):
-        item_at = table + items_at + item * _ITEM
-        path_at = table + _HEADER + tl.load(item_at) * _PATHWAY
-        frame_begin, frame_end, first_token = tl.load(item_at + 1), tl.load(item_at + 2), tl.load(item_at + 3)
-        first_patch, width = tl.load(path_at + _FIRST_PATCH), tl.load(path_at + _WIDTH)
-        reduce, pitch = tl.load(path_at + _REDUCE), tl.load(path_at + _PITCH)
-        rows, cols = tl.load(path_at + _ROWS), tl.load(path_at + _COLS)
-        first_row, first_col = tl.load(path_at + _FIRST_ROW), tl.load(path_at + _FIRST_COL)
+        item_at = table + items_at + item * ITEM_SIZE
+        path_at = table + HEADER_SIZE + tl.load(item_at) * PATHWAY_SIZE
+        frame_begin, frame_end, first_token = (
+            tl.load(item_at + FRAME_BEGIN),
+            tl.load(item_at + FRAME_END),
+            tl.load(item_at + FIRST_TOKEN),
+        )
+        first_patch, width = tl.load(path_at + FIRST_PATCH), tl.load(path_at + GRID_WIDTH)
+        reduce, pitch = tl.load(path_at + REDUCTION), tl.load(path_at + PITCH)
+        rows, cols = tl.load(path_at + ROW_BINS), tl.load(path_at + COL_BINS)
+        first_row, first_col = tl.load(path_at + FIRST_ROW_BIN), tl.load(path_at + FIRST_COL_BIN)
         for number in range(split, rows * cols, splits):
             row, col = number // cols, number % cols
-            row_begin, row_end = _bin(table + bins_at, first_row + row)
-            col_begin, col_end = _bin(table + bins_at, first_col + col)
+            row_begin, row_end = load_bin(table + bins_at, first_row + row)
+            col_begin, col_end = load_bin(table + bins_at, first_col + col)
             box = frame_begin, frame_end, row_begin, row_end, col_begin, col_end
-            if reduce == _MAX:
+            if reduce == REDUCE_MAX:
                 acc = _pool_box(
-                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MAX
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, REDUCE_MAX
                 )
-            elif reduce == _MEAN:
+            elif reduce == REDUCE_MEAN:
                 acc = _pool_box(
-                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, _MEAN
+                    features, channel, present, box, (), first_patch, width, frame_stride, patch_stride, REDUCE_MEAN
                 )
-                acc = _divide(acc, frame_end - frame_begin)
-                acc = _divide(acc, row_end - row_begin)
-                acc = _divide(acc, col_end - col_begin)
+                acc = divide(acc, frame_end - frame_begin)
+                acc = divide(acc, row_end - row_begin)
+                acc = divide(acc, col_end - col_begin)
             else:
-                row_second = _second_weight(row, rows, tl.load(path_at + _HEIGHT), row_begin, row_end)
-                col_second = _second_weight(col, cols, width, col_begin, col_end)
+                row_second = second_weight(row, rows, tl.load(path_at + GRID_HEIGHT), row_begin, row_end)
+                col_second = second_weight(col, cols, width, col_begin, col_end)
                 acc = _pool_box(
                     features, channel, present, box, (row_second, col_second), first_patch, width,
-                    frame_stride, patch_stride, _LINEAR,
+                    frame_stride, patch_stride, REDUCE_LINEAR,
                 )  # fmt: skip
-                acc = _divide(acc, frame_end - frame_begin)
+                acc = divide(acc, frame_end - frame_begin)
             token = first_token + row * pitch + col
             tl.store(out + token * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)
-
-
-@triton.jit
-def _load_strip(at, present, line_stride, patch_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """ROWS x COLS patches, row by row: all loads are issued before the first store of the strip can hold one back."""
-    strip = ()
-    for row in tl.static_range(ROWS):
-        for col in tl.static_range(COLS):
-            strip = strip + (tl.load(at + (row * line_stride + col * patch_stride), mask=present),)
-    return strip
 
 
 @triton.jit
@@ -190,9 +138,9 @@ def _store_fine(
         acc = tl.full(present.shape, 0.0 if MEAN else float("-inf"), tl.float32)
         for row in tl.static_range(ROWS):
             for col in tl.static_range(COLS):
-                acc = _join(acc, strip[row * WIDTH + box * COLS + col], MEAN)
+                acc = join(acc, strip[row * WIDTH + box * COLS + col], MEAN)
         if MEAN:
-            acc = _halve(_halve(acc, ROWS), COLS)
+            acc = halve(halve(acc, ROWS), COLS)
         tl.store(to + box * token_stride, acc.to(to.dtype.element_ty), mask=present)
 
 
@@ -212,37 +160,40 @@ def pool_tiles(
     EVERY_FRAME a group's number is its frame's, so that no patch waits for the table.
     """
     program = tl.program_id(0)
-    channel, present = _channels(program % chunks, channels, BLOCK, VECTOR)
+    channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)
     tile, group = program // chunks % tiles, program // chunks // tiles
-    frame_stride, patch_stride = _elements(frame_stride, VECTOR), _elements(patch_stride, VECTOR)
-    token_stride = _elements(token_stride, VECTOR)
+    frame_stride, patch_stride = elements(frame_stride, VECTOR), elements(patch_stride, VECTOR)
+    token_stride = elements(token_stride, VECTOR)
     first, coarse = tl.load(table + groups_at + group), tl.load(table + groups_at + group + 1) - 1
-    coarse_at = table + items_at + coarse * _ITEM
-    frame, coarse_token = group if EVERY_FRAME else tl.load(coarse_at + 1), tl.load(coarse_at + 3) + tile
+    coarse_at = table + items_at + coarse * ITEM_SIZE
+    frame, coarse_token = (
+        group if EVERY_FRAME else tl.load(coarse_at + FRAME_BEGIN),
+        tl.load(coarse_at + FIRST_TOKEN) + tile,
+    )
     fine_row, col = tile // tile_cols * strips, tile % tile_cols * TILE_WIDTH
     line_stride = patch_stride * width
     at = features + frame * frame_stride + fine_row * (line_stride * FINE_ROWS) + col * patch_stride + channel
     box = fine_row * fine_cols + col // FINE_COLS
-    acc = _neutral(channel, True)
+    acc = neutral(channel, True)
     for _ in range(strips):
-        strip = _load_strip(at, present, line_stride, patch_stride, FINE_ROWS, TILE_WIDTH)
+        strip = load_strip(at, present, line_stride, patch_stride, FINE_ROWS, TILE_WIDTH)
         for i in tl.static_range(FINE_ROWS * TILE_WIDTH):
-            acc = _join(acc, strip[i], True)
+            acc = join(acc, strip[i], True)
         if REPEATS:
             for item in range(first, coarse):
-                token = tl.load(table + items_at + item * _ITEM + 3) + box
+                token = tl.load(table + items_at + item * ITEM_SIZE + FIRST_TOKEN) + box
                 _store_fine(
                     strip, out + token * token_stride + channel, present, token_stride,
                     TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
                 )  # fmt: skip
         elif first < coarse:
-            token = tl.load(table + items_at + first * _ITEM + 3) + box
+            token = tl.load(table + items_at + first * ITEM_SIZE + FIRST_TOKEN) + box
             _store_fine(
                 strip, out + token * token_stride + channel, present, token_stride,
                 TILE_WIDTH, FINE_ROWS, FINE_COLS, FINE_MEAN,
             )  # fmt: skip
         at += line_stride * FINE_ROWS
         box += fine_cols
-    acc = _divide(acc, strips * FINE_ROWS)
-    acc = _divide(acc, TILE_WIDTH)
+    acc = divide(acc, strips * FINE_ROWS)
+    acc = divide(acc, TILE_WIDTH)
     tl.store(out + coarse_token * token_stride + channel, acc.to(out.dtype.element_ty), mask=present)

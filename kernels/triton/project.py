@@ -8,7 +8,7 @@ and sums. Every order of addition is fixed all the same: equal calls give equal 
 import triton
 import triton.language as tl
 
-from .forward import _elements
+from .elements import elements
 
 # Sections of the table begin where the table's first numbers say; its format is in gather.py.
 _FRAMES, _PATCHES, _KEPT, _TILES, _SEGMENTS, _TOKENS, _COUNTS = (tl.constexpr(i) for i in range(7))
@@ -87,8 +87,8 @@ def project_tiles(
     present = channel < INNER
     depth = tl.arange(0, DEPTH)
     # Channels past the last repeat it: no mask in the loop, and they are not stored.
-    row = weight + tl.minimum(channel, INNER - 1) * _elements(weight_stride, VECTOR)
-    at = hidden + frame.to(tl.int64) * _elements(frame_stride, VECTOR) + patch * _elements(patch_stride, VECTOR)
+    row = weight + tl.minimum(channel, INNER - 1) * elements(weight_stride, VECTOR)
+    at = hidden + frame.to(tl.int64) * elements(frame_stride, VECTOR) + patch * elements(patch_stride, VECTOR)
     w_at, x_at = row[:, None] + depth[None, :], at[None, :] + depth[:, None]
     acc = tl.zeros([CHANNELS, PATCHES], tl.float32)
     for k in range(0, width, DEPTH):  # a number of the call: a loop of known length is unrolled, and spills
@@ -169,8 +169,8 @@ def project_rows(
     row = tile * ROWS + tl.arange(0, ROWS)
     channel = chunk * CHANNELS + tl.arange(0, CHANNELS)
     depth = tl.arange(0, DEPTH)
-    x_at = pooled + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * _elements(inner, VECTOR) + depth[None, :]
-    w_row = weight + tl.minimum(channel, OUTER - 1) * _elements(weight_stride, VECTOR)
+    x_at = pooled + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * elements(inner, VECTOR) + depth[None, :]
+    w_row = weight + tl.minimum(channel, OUTER - 1) * elements(weight_stride, VECTOR)
     w_at = w_row[None, :] + depth[:, None]
     width = inner * VECTOR
     acc = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -188,5 +188,5 @@ def project_rows(
         w_at += DEPTH
     if BIAS:
         acc += tl.load(bias + channel, mask=channel < OUTER, other=0.0).to(tl.float32)[None, :]
-    to = out + row.to(tl.int64)[:, None] * _elements(out_stride, VECTOR) + channel[None, :]
+    to = out + row.to(tl.int64)[:, None] * elements(out_stride, VECTOR) + channel[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (channel < OUTER)[None, :])

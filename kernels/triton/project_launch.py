@@ -6,7 +6,7 @@ import torch
 
 from sfllava_fast.ops.backends.plan_table import on_device
 
-from .launch import device_of, launch
+from .launch import device_of, is_aligned, launch, vector_of
 from .project import add_parts, project_rows, project_tiles
 from .project_order import gather
 
@@ -55,7 +55,7 @@ def project_pool(hidden, weight, bias, plan, tile=None):
         width, inner = hidden.shape[2], weight.shape[0]
         buffer = torch.empty(order.tokens + order.parts, inner, dtype=torch.float32, device=hidden.device)
         kept = hidden.new_empty(len(order.kept_frames), hidden.shape[1], inner)
-        vector = _vector((hidden, weight), (*hidden.stride()[:2], weight.stride(0), width, inner))
+        vector = vector_of(is_aligned((hidden, weight)), 2, (*hidden.stride()[:2], weight.stride(0), width, inner))
         chunks = -(-inner // tile.channels)
         launch(
             project_tiles, order.tiles * chunks, (hidden, weight, bias, table, buffer, kept),
@@ -84,7 +84,7 @@ def project_pooled(pooled, weight, bias, out, tile=None):
     with device_of(out):
         tile = tile or _tiles(ROWS_TILES, out)[0]
         outer = out.shape[1]
-        vector = _vector((pooled, weight, out), (weight.stride(0), out.stride(0), inner, outer))
+        vector = vector_of(is_aligned((pooled, weight, out)), 2, (weight.stride(0), out.stride(0), inner, outer))
         programs = -(-rows // tile.rows) * -(-outer // tile.channels)
         launch(
             project_rows, programs, (pooled, weight, bias, out),
@@ -103,9 +103,3 @@ def _tiles(tiles, tensor):
 def _pool_tile(hidden, plan):
     first, second, *_ = _tiles(POOL_TILES, hidden)
     return first if gather(plan, first.rows).unit > 1 else second
-
-
-def _vector(tensors, steps):
-    """Elements in 16 bytes of a 16-bit dtype where every address that a kernel forms is a multiple of that; else 1."""
-    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
-    return 8 if aligned and not any(step % 8 for step in steps) else 1

@@ -7,7 +7,7 @@ elements, as in forward.py. No kernel trusts an index: rows outside of a tensor 
 import triton
 import triton.language as tl
 
-from .forward import _elements
+from .elements import elements
 
 _FRAME = tl.constexpr(4)
 _BITS = tl.constexpr(32)
@@ -49,7 +49,7 @@ def select_rows(
 
 @triton.jit
 def _copy_row(source, to, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    width = _elements(channels, VECTOR)
+    width = elements(channels, VECTOR)
     for start in range(0, width, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         tl.store(to + channel, tl.load(source + channel, mask=channel < width), mask=channel < width)
@@ -73,14 +73,14 @@ def copy_rows(
     batch, place = program // places, program % places
     row = tl.load(index + batch * index_batch + place * index_stride)
     if (row >= 0) & (row < tokens):
-        source = from0 + batch * _elements(batch0, VECTOR) + row * _elements(row0, VECTOR)
-        _copy_row(source, to0 + program * _elements(channels0, VECTOR), channels0, BLOCK, VECTOR)
+        source = from0 + batch * elements(batch0, VECTOR) + row * elements(row0, VECTOR)
+        _copy_row(source, to0 + program * elements(channels0, VECTOR), channels0, BLOCK, VECTOR)
         if COUNT > 1:
-            source = from1 + batch * _elements(batch1, VECTOR) + row * _elements(row1, VECTOR)
-            _copy_row(source, to1 + program * _elements(channels1, VECTOR), channels1, BLOCK, VECTOR)
+            source = from1 + batch * elements(batch1, VECTOR) + row * elements(row1, VECTOR)
+            _copy_row(source, to1 + program * elements(channels1, VECTOR), channels1, BLOCK, VECTOR)
         if COUNT > 2:
-            source = from2 + batch * _elements(batch2, VECTOR) + row * _elements(row2, VECTOR)
-            _copy_row(source, to2 + program * _elements(channels2, VECTOR), channels2, BLOCK, VECTOR)
+            source = from2 + batch * elements(batch2, VECTOR) + row * elements(row2, VECTOR)
+            _copy_row(source, to2 + program * elements(channels2, VECTOR), channels2, BLOCK, VECTOR)
 
 
 @triton.jit
@@ -121,12 +121,12 @@ def merge_rows(
     found = present & (place < places)
     found = found & (tl.load(index + place * index_stride, mask=found, other=-1) == token)
     read = present if BLEND else present & (found == 0)
-    hidden += batch * _elements(hidden_batch, VECTOR) + token[:, None] * _elements(hidden_row, VECTOR)
-    rows += batch * _elements(rows_batch, VECTOR) + place[:, None] * _elements(rows_row, VECTOR)
-    out += batch * _elements(out_batch, VECTOR) + token[:, None] * _elements(out_row, VECTOR)
+    hidden += batch * elements(hidden_batch, VECTOR) + token[:, None] * elements(hidden_row, VECTOR)
+    rows += batch * elements(rows_batch, VECTOR) + place[:, None] * elements(rows_row, VECTOR)
+    out += batch * elements(out_batch, VECTOR) + token[:, None] * elements(out_row, VECTOR)
     if BLEND:
         weight = tl.load(weights + batch * places + place, mask=found, other=0.0)[:, None]
-    width = _elements(channels, VECTOR)
+    width = elements(channels, VECTOR)
     for start in range(0, width, BLOCK):
         channel = (start + tl.arange(0, BLOCK))[None, :]
         inside = channel < width
@@ -149,11 +149,11 @@ def put_rows(
     batch, place = (tl.program_id(0) // places).to(tl.int64), tl.program_id(0) % places
     token = tl.load(index + batch * index_batch + place * index_stride)
     if (token >= 0) & (token < tokens):
-        rows += batch * _elements(rows_batch, VECTOR) + place * _elements(rows_row, VECTOR)
-        out += batch * _elements(out_batch, VECTOR) + token * _elements(out_row, VECTOR)
+        rows += batch * elements(rows_batch, VECTOR) + place * elements(rows_row, VECTOR)
+        out += batch * elements(out_batch, VECTOR) + token * elements(out_row, VECTOR)
         if BLEND:
             weight = tl.load(weights + batch * places + place)
-        width = _elements(channels, VECTOR)
+        width = elements(channels, VECTOR)
         for start in range(0, width, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             row = tl.load(rows + channel, mask=channel < width)

@@ -10,7 +10,7 @@ from sfllava_fast.ops.backends.plan_table import on_device
 
 from . import attention_received as attention
 from . import rows as kernels
-from .launch import device_of, launch, vector_of
+from .launch import device_of, is_aligned, launch, vector_of
 
 _TOGETHER = 3  # tensors that a launch copies
 _BLOCK_BYTES = 8192  # of a row, at a time
@@ -50,7 +50,7 @@ def copy_rows(tensors, index, out):
 def _copy_together(pairs, index):
     steps = [(*x.stride()[:2], x.shape[2]) for x, _ in pairs]
     tensors = [tensor for pair in pairs for tensor in pair]
-    vector = vector_of(tensors, [number for step in steps for number in step])
+    vector = vector_of(is_aligned(tensors), tensors[0].element_size(), [number for step in steps for number in step])
     numbers = [number // vector for step in steps for number in step]
     missing = _TOGETHER - len(pairs)
     launch(
@@ -77,7 +77,7 @@ def blend_rows(hidden, index, rows, weights, out):
 def _merge(hidden, index, rows, weights, out):
     batch, tokens, channels = hidden.shape
     steps = (*hidden.stride()[:2], *rows.stride()[:2], *out.stride()[:2], channels)
-    vector = vector_of((hidden, rows, out), steps)
+    vector = vector_of(is_aligned((hidden, rows, out)), hidden.element_size(), steps)
     numbers = (*index.stride(), index.shape[1], tokens, *[step // vector for step in steps])
     tensors = (index, hidden, rows, weights, out)
     blend, block = weights is not None, _block(channels, hidden)
@@ -102,7 +102,7 @@ def receive_attention(queries, keys, scale, out):
     heads, count = queries.shape[1:3]
     rows, blocks = heads // groups * count, -(-tokens // _KEYS)
     steps = (*queries.stride()[:3], *keys.stride()[:3])
-    vector = vector_of((queries, keys), (*steps, channels))
+    vector = vector_of(is_aligned((queries, keys)), keys.element_size(), (*steps, channels))
     numbers = (*[step // vector for step in steps], groups, count, rows, tokens, channels // vector, scale)
     constants = (_QUERIES, _KEYS, max(16, _power_of_two(channels)), vector)
     with device_of(keys):

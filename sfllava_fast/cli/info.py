@@ -43,6 +43,7 @@ def _backends() -> dict[str, str]:
     import torch
 
     from ..ops.backends import aggregate as backends
+    from ..ops.backends import registry
     from ..ops.projector import describe_auto
 
     facts = {}
@@ -50,11 +51,11 @@ def _backends() -> dict[str, str]:
         reason = backend.why_unavailable(None)
         facts[backend.name] = f"not available: {reason}" if reason else "ready"
     try:
-        library = backends.cpu_library()
+        library = registry.cpu_library()
         isa, tuning, processor = (
             name().decode() for name in (library.sfllava_isa, library.sfllava_tuning, library.sfllava_tuned_for)
         )
-        facts["cpu"] += f" ({isa} kernels, prefetch: {tuning}, as for {processor}; {backends.LIBRARY.name})"
+        facts["cpu"] += f" ({isa} kernels, prefetch: {tuning}, as for {processor}; {registry.LIBRARY.name})"
     except BackendError:
         pass
     facts["auto takes"] = backends.choose("auto", torch.empty(1, 1, 1)).name + " for float32 on the CPU"

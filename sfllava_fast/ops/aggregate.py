@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import overload
 
 import numpy as np
 import torch
@@ -46,6 +47,32 @@ _library.define("pool_gpu(Tensor features, Tensor plan, Tensor table, Tensor(a!)
 _library.define("pool_backward_gpu(Tensor grad, Tensor features, Tensor plan, Tensor table, Tensor(a!) out) -> ()")
 
 
+@overload
+def slowfast_aggregate(
+    features: Tensor,
+    layout: Layout | str = ...,
+    *,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: None = None,
+    separators: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def slowfast_aggregate(
+    features: Tensor,
+    layout: Layout | str = ...,
+    *,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: Tensor | Sequence[int],
+    separators: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def slowfast_aggregate(
     features: Tensor,
     layout: Layout | str = SlowFastLayout(),
@@ -55,36 +82,42 @@ def slowfast_aggregate(
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
     separators: Tensor | None = None,
-    apart: bool = False,
-) -> Tensor | dict[str, Tensor] | tuple[Tensor, Tensor]:
-    """Tokens of a video's patch features: selection, pooling, flatten and concatenation in one pass. By default
-    SlowFast-LLaVA's (arXiv 2407.15841, section 3.2).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pools a video's patch features into the tokens of a layout, by default SlowFast-LLaVA's.
 
-    features: [T, N, D], floating, unit stride over D, any other strides (`hidden[:, 1:]` as it is); N = rows *
-        columns of `grid`, row-major, and one more in front where the layout reads the class token (`hidden` as it is).
-        16-bit input is accumulated in float32 and rounded once. [B, T, N, D] are B videos of one length: one launch if
-        they lie one after the other in memory, and so does `out`, else a launch for each; nothing is copied.
-    layout: any layout, or its text: a name of `layouts.PRESETS`, or such as
-        slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4.
-    out: [S, D], or [B, S, D], of the features' dtype and device with unit stride over D, written in place and
-        returned; for example the rows of a language model's `inputs_embeds`. Not differentiable.
-    backend: "auto", or one of `sfllava_fast.ops.backends.aggregate.BACKENDS` by name.
-    grid: (rows, columns); square by default.
-    frame_offsets: [V + 1] integers for V videos packed along T of [T, N, D]: 0, ..., T, as cumulative sequence lengths;
-        a list or on the CPU: values on a GPU are waited for.
-    separators: [K, D] of the features' dtype and device, one for each of the layout's `separators`, such as a learned
-        newline; differentiable.
-    apart: return the pathways' tokens by name, as views of one buffer, for layouts that have them one after the other.
+    Frames are selected, pooled, flattened and concatenated in one pass (arXiv 2407.15841, section 3.2). Differentiable
+    in `features` and `separators` any number of times, in reverse and forward mode. `torch.func.vmap` folds its batch
+    into the channels, which copies the features; [B, T, N, D] does not.
 
-    Returns tokens [S, D], by default all slow tokens (frame, row, column), then all fast ones: 3680 of 50 frames of
-    24x24; [B, S, D] of a batch. With `frame_offsets`, video after video, and the token offsets [V + 1] (int64) as well.
-    Differentiable in features and separators any number of times, in reverse and forward mode; under `torch.func.vmap`
-    the batch is folded into the channels, which copies the features: [B, T, N, D] does not.
-    Raises InputError, LayoutError or BackendError in one line that says what to change.
+    Args:
+        features: [T, N, D], floating point, with unit stride over D and any other strides, such as `hidden[:, 1:]`. N
+            is the rows * columns of `grid`, row-major, and one more at the front if the layout reads the class token.
+            16-bit input is accumulated in float32 and rounded once. [B, T, N, D] is a batch of B videos of one length:
+            one launch if the videos are contiguous in memory, in `out` too, else one launch each. Nothing is copied.
+        layout: a layout or its text, which is a name of `layouts.PRESETS` or, for example,
+            "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4".
+        out: [S, D] or [B, S, D] of the features' dtype and device, with unit stride over D, such as rows of a language
+            model's `inputs_embeds`. It is written in place and returned. Not differentiable.
+        backend: "auto" or a name of `ops.backends.aggregate.BACKENDS`.
+        grid: (rows, columns); None means square.
+        frame_offsets: [V + 1] integers 0, ..., T, the cumulative lengths of V videos packed along T of [T, N, D]. Values
+            on a GPU are read, and waited for, at each call.
+        separators: [K, D] of the features' dtype and device, one for each separator of the layout, such as a learned
+            newline.
+
+    Returns:
+        Tokens [S, D], by default all slow tokens (frame, row, column), then all fast tokens: 3680 of 50 frames of
+        24 x 24 patches. [B, S, D] for a batch. With `frame_offsets`, a tuple of the tokens, video after video, and their
+        int64 offsets [V + 1].
+
+    Raises:
+        InputError: a tensor, the grid or the offsets do not fit.
+        LayoutError: the layout is malformed or does not fit the frames.
+        BackendError: the named backend cannot run this call.
     """
     layout = str(layout)  # the op parses it: a trace holds nothing but the string
     kind = None
-    if frame_offsets is None and separators is None and not apart and _is_plain(features, out) and _is_known_grid(grid):
+    if frame_offsets is None and separators is None and _is_plain(features, out) and _is_known_grid(grid):
         kind = _kind(features, layout, out, backend, grid)
         if plan := _find_checked(kind):
             return _run_checked(features, plan, backend, out)
@@ -110,13 +143,46 @@ def slowfast_aggregate(
     else:
         aggregate = _aggregate if unwatched and not needs_grad else torch.ops.sfllava_fast.aggregate
         tokens = aggregate(features, *call, separators)
-    if apart:
-        return _split(tokens, layout, features.shape[-3], (height, width), offsets)
     if kind:
         _remember_checked(kind, _plan(features, layout, height, width, None))
     if offsets is None:
         return tokens
     return tokens, torch.ops.sfllava_fast.token_offsets(offsets, layout, height, width)
+
+
+def aggregate_by_pathway(
+    features: Tensor,
+    layout: Layout | str = SlowFastLayout(),
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+    grid: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """The tokens of `slowfast_aggregate`, by the name of their pathway.
+
+    Args:
+        features, out, backend, grid: as in `slowfast_aggregate`.
+        layout: a layout whose pathways follow one another, without separators.
+
+    Returns:
+        Each pathway's tokens, [S_i, D] or [B, S_i, D], in the order of the pathways: views of one buffer.
+
+    Raises:
+        InputError: also if the layout interleaves its pathways or has separators.
+        LayoutError, BackendError: as in `slowfast_aggregate`.
+    """
+    layout = parse_layout(layout)
+    check_apart(layout)
+    tokens = slowfast_aggregate(features, layout, out=out, backend=backend, grid=grid)
+    grid = check_grid(grid, features.shape[-2] - layout.class_token)
+    counts = [path.count_frames(features.shape[-3]) * path.tokens_per_frame(grid) for path in layout.pathways]
+    return dict(zip((path.name for path in layout.pathways), tokens.split(counts, dim=-2)))
+
+
+def check_apart(layout: Layout) -> None:
+    """InputError unless each pathway's tokens are one run of rows."""
+    if layout.interleaved or layout.separators:
+        raise InputError(f"{layout} interleaves its pathways or has separators: take a layout that does neither")
 
 
 def is_unwatched(features: Tensor) -> bool:
@@ -427,15 +493,6 @@ def check_separators(separators: Tensor | None, layout: str, features: Tensor) -
     if list(separators.shape) != shape:
         raise InputError(f"separators must be {shape}, not {list(separators.shape)}")
     _check_same_kind(separators, features, "separators")
-
-
-def _split(tokens: Tensor, layout: Layout | str, frames: int, grid: tuple[int, int], offsets: Tensor | None):
-    """Tokens [..., S, D] by pathway, in their order."""
-    layout = parse_layout(layout)
-    if layout.interleaved or layout.separators or offsets is not None:
-        raise InputError("apart= is for one video, and pathways one after the other with no separators: leave it out")
-    counts = [path.count_frames(frames) * path.tokens_per_frame(grid) for path in layout.pathways]
-    return dict(zip((path.name for path in layout.pathways), tokens.split(counts, dim=-2)))
 
 
 def _check_features(features: Tensor) -> None:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..layouts.layout import Layout
 from ..layouts.presets import parse_layout
 from ..layouts.slowfast import SlowFastLayout
-from .aggregate import check_sides, slowfast_aggregate
+from .aggregate import aggregate_by_pathway, check_apart, check_sides, slowfast_aggregate
 from .backends.aggregate import check_name
 from .projector import Mode, check_mode, project_and_aggregate, why_not_commuted
 
@@ -119,10 +119,7 @@ class PathwayProjectors(nn.Module):
         super().__init__()
         _check_settings(backend, grid)
         self.layout, self.backend, self.grid = parse_layout(layout), backend, grid
-        if self.layout.interleaved or self.layout.separators:
-            raise InputError(
-                f"{self.layout} has no pathways one after the other with no separators: take another layout"
-            )
+        check_apart(self.layout)
         names = [path.name for path in self.layout.pathways]
         if not isinstance(projectors, (Mapping, nn.ModuleDict)) or set(projectors) != set(names):
             raise InputError(f"{self.layout} needs a projector for each of {', '.join(names)}, and no other")
@@ -130,7 +127,7 @@ class PathwayProjectors(nn.Module):
         self.projectors = nn.ModuleDict({name: projectors[name] for name in names})
 
     def forward(self, hidden: Tensor) -> Tensor:
-        parts = slowfast_aggregate(hidden, self.layout, backend=self.backend, grid=self.grid, apart=True)
+        parts = aggregate_by_pathway(hidden, self.layout, backend=self.backend, grid=self.grid)
         return torch.cat([self.projectors[name](part) for name, part in parts.items()], dim=-2)
 
     def extra_repr(self) -> str:

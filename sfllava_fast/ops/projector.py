@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +40,15 @@ from .aggregate import (
     token_shape,
 )
 from .backends import aggregate as backends
+from .backends import registry
 from .separators import with_separators
 
 log = logging.getLogger("sfllava_fast")
 
 Mode = Literal["exact", "commuted", "auto"]
-Stage = Callable[[str], AbstractContextManager[None]]  # of a stage's name
 MODES = get_args(Mode)
-
-
-def untimed(stage: str) -> AbstractContextManager[None]:
-    """A Stage that does nothing."""
-    return nullcontext()
-
-
+Projector = Callable[[Tensor], Tensor]  # usually a module
+Stage = Callable[[str], AbstractContextManager[None]]  # of a stage's name
 # auto commutes where Linear2 is left with at most this part of its work: a rule, measured with 1 to 8 frames in
 # bfloat16 and float32 on AMD Zen 4, which has bfloat16 products, and with emulated ones. Within it exact took 1.08
 # times commuted's time or more; beyond it commuted took up to 1.3 times exact's.
@@ -69,9 +64,46 @@ _library.define(
 )
 
 
+def untimed(stage: str) -> AbstractContextManager[None]:
+    """A Stage that does nothing."""
+    return nullcontext()
+
+
+@overload
 def project_and_aggregate(
     hidden: Tensor,
-    projector: nn.Module,
+    projector: Projector,
+    layout: Layout | str = ...,
+    *,
+    mode: Mode = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: None = None,
+    separators: Tensor | None = ...,
+    stage: Stage = ...,
+) -> Tensor: ...
+
+
+@overload
+def project_and_aggregate(
+    hidden: Tensor,
+    projector: Projector,
+    layout: Layout | str = ...,
+    *,
+    mode: Mode = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+    grid: tuple[int, int] | None = ...,
+    frame_offsets: Tensor | Sequence[int],
+    separators: Tensor | None = ...,
+    stage: Stage = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def project_and_aggregate(
+    hidden: Tensor,
+    projector: Projector,
     layout: Layout | str = SlowFastLayout(),
     *,
     mode: Mode = "exact",
@@ -82,19 +114,31 @@ def project_and_aggregate(
     separators: Tensor | None = None,
     stage: Stage = untimed,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Tokens [S, D] of the vision tower's features, by default SlowFast-LLaVA's (arXiv 2407.15841, section 3.2, with
-    the projector). A layout whose `stage` is "before" is pooled first, and its tokens are projected, in every mode.
+    """Projects and pools the vision tower's features into the tokens of a layout, by default SlowFast-LLaVA's.
 
-    hidden: [T, N, C], or [B, T, N, C] for tokens [B, S, D], what the projector takes, unit stride over C
-        (`hidden[:, 1:]` as it is, or with the class token where the layout reads it).
-    projector: any module for "exact"; Linear, exact GELU, Linear for "commuted".
-    mode: "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit. "commuted" pools
-        means before Linear2, for inference only: its error against float64 is no larger than the published order's.
-        "auto" commutes where that can serve and saves a fifth of Linear2's work or more; traced (torch.compile,
-        torch.export) it is "exact", for the number of frames, which decides that, stays open.
-    stage: called with "projector" or "aggregate" for a context manager around that part of the work, such as a stopwatch.
-    The other arguments, what is returned and what is raised are as in `slowfast_aggregate`, and InputError where
-    "commuted" was asked for and cannot serve.
+    Arguments without an entry here are those of `slowfast_aggregate`. See arXiv 2407.15841, section 3.2. A layout whose
+    `stage` is "before" is pooled first, in every mode, and then its tokens are projected.
+
+    Args:
+        hidden: [T, N, C] or [B, T, N, C], the projector's input, with unit stride over C and any other strides, such as
+            `hidden[:, 1:]`, or with the class token if the layout reads it.
+        projector: any module or function in mode "exact"; Linear, exact GELU, Linear in mode "commuted".
+        mode: the order of projection and pooling:
+
+            - "exact" is the published order, equal to `slowfast_aggregate(projector(hidden))` bit for bit.
+            - "commuted" pools means before the second Linear, for inference only. Its error against float64 is no
+              larger than that of the published order.
+            - "auto" is "commuted" if that is possible and saves at least a fifth of the second Linear's work, else
+              "exact". In a trace (torch.compile, torch.export) it is "exact", because the number of frames is open.
+        stage: called with "projector" or "aggregate" for a context manager around that part of the work, such as a
+            stopwatch.
+
+    Returns:
+        As `slowfast_aggregate`: tokens [S, D] or [B, S, D], with `frame_offsets` also their offsets.
+
+    Raises:
+        InputError: an argument does not fit, or mode "commuted" is not possible.
+        LayoutError, BackendError: as in `slowfast_aggregate`.
     """
     check_mode(mode)
     if not callable(projector):
@@ -106,19 +150,25 @@ def project_and_aggregate(
     traced = torch.compiler.is_compiling()
     plan = None if traced else resolve_plan(hidden, layout, grid, frame_offsets)
     if mode == "auto":
-        commutes = not traced and _why_not(projector, hidden, layout) is None and _pays(plan, hidden)
+        commutes = plan is not None and _why_not(projector, hidden, layout) is None and _pays(plan, hidden)
         mode = "commuted" if commutes else "exact"
     if mode == "exact":
-        call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": separators}
         with stage("projector"):
             features = projector(hidden)
         with stage("aggregate"):
-            return slowfast_aggregate(features, layout, out=out, **call)
+            return slowfast_aggregate(
+                features,
+                layout,
+                out=out,
+                backend=backend,
+                grid=grid,
+                frame_offsets=frame_offsets,
+                separators=separators,
+            )
     if reason := _why_not(projector, hidden, layout):
         raise InputError(f"the projector cannot be commuted with pooling: {reason}; use mode='exact'")
-    first, _, second = projector.children()
-    first, second = _Layer(first.weight, first.bias), _Layer(second.weight, second.bias)
-    if traced:
+    first, second = _layers(projector)
+    if plan is None:
         return _trace_commuted(hidden, first, second, str(layout), out, backend, grid, frame_offsets)
     shape = token_shape(plan, hidden, len(second.weight))
     if out is None:
@@ -139,18 +189,31 @@ def _pools_first(layout: str) -> bool:
     return parse_layout(layout).stage == "before"
 
 
-def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_offsets, separators, stage):
-    """The order of layouts that pool before the projector, which zero tokens pass as well; separators do not."""
+def _aggregate_and_project(
+    hidden: Tensor,
+    projector: Projector,
+    layout: Layout | str,
+    out: Tensor | None,
+    backend: str,
+    grid: tuple[int, int] | None,
+    frame_offsets: Tensor | Sequence[int] | None,
+    separators: Tensor | None,
+    stage: Stage,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The order of layouts that pool first: zero tokens are projected too, separators are not."""
     names = parse_layout(layout).separators
-    plan = resolve_plan(hidden, layout, grid, frame_offsets) if names else None
-    none = hidden.new_zeros(len(names), hidden.shape[-1]) if names else None
-    call = {"backend": backend, "grid": grid, "frame_offsets": frame_offsets, "separators": none}
+    placeholders = plan = None
+    if names:
+        plan = resolve_plan(hidden, layout, grid, frame_offsets)
+        placeholders = hidden.new_zeros(len(names), hidden.shape[-1])
     with stage("aggregate"):
-        pooled = slowfast_aggregate(hidden, layout, **call)
-    pooled, *offsets = (pooled,) if frame_offsets is None else pooled
+        pooled = slowfast_aggregate(
+            hidden, layout, backend=backend, grid=grid, frame_offsets=frame_offsets, separators=placeholders
+        )
+    pooled, *offsets = (pooled,) if isinstance(pooled, Tensor) else pooled
     with stage("projector"):
         tokens = projector(pooled)
-    if names:
+    if plan is not None:
         check_separators(separators, str(layout), tokens)
         if hidden.dim() == 4:
             plan = resolve_plan(hidden[0], layout, grid)
@@ -158,7 +221,7 @@ def _aggregate_and_project(hidden, projector, layout, out, backend, grid, frame_
     if out is not None:
         check_out(out, tokens, tuple(tokens.shape))
         tokens = out.copy_(tokens)
-    return (tokens, *offsets) if offsets else tokens
+    return (tokens, offsets[0]) if offsets else tokens
 
 
 class _Layer(NamedTuple):
@@ -166,6 +229,12 @@ class _Layer(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+def _layers(projector: Projector) -> tuple[_Layer, _Layer]:
+    """The two layers of Linear, GELU, Linear."""
+    first, _, second = cast(nn.Module, projector).children()
+    return tuple(_Layer(layer.weight, layer.bias) for layer in (first, second))
 
 
 def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_offsets):
@@ -397,9 +466,9 @@ class _FusedLayers:
     """Linear1, GELU and pooling in one Triton kernel, so that activations never reach memory; Linear2 in another."""
 
     def __init__(self, first: _Layer, second: _Layer) -> None:
-        self.first, self.second, self.kernels = first, second, backends.triton_kernels()
+        self.first, self.second, self.kernels = first, second, registry.triton_kernels()
 
-    def pool(self, hidden: Tensor, plan: Plan, stage: Stage) -> tuple[Tensor, Tensor]:
+    def pool(self, hidden: Tensor, plan: Plan, stage: Stage = untimed) -> tuple[Tensor, Tensor]:
         with stage("projector"):
             return self.kernels.project_pool(hidden, self.first.weight, self.first.bias, plan)
 
@@ -431,7 +500,7 @@ class _TorchLayers:
         self.pooled = torch.float64 if hidden.dtype is torch.float32 else dtype
         self.backend = backend
 
-    def pool(self, hidden: Tensor, plan: Plan, stage: Stage) -> tuple[Tensor, Tensor]:
+    def pool(self, hidden: Tensor, plan: Plan, stage: Stage = untimed) -> tuple[Tensor, Tensor]:
         """(pooled, kept): the means' tokens [M, I] of GELU(Linear1) in float32, and the maxima's frames [F, N, I]."""
         maxima, means = _split(plan)
         frames, patches, inner = len(hidden), hidden.shape[1], len(self.first)
@@ -510,11 +579,11 @@ def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     maxima, means = _split(plan)
     try:
         fused, plain = _FusedLayers(first, second), _TorchLayers(first, second, hidden, "torch")
-        for got, expected in zip(fused.pool(hidden, plan, untimed), plain.pool(hidden, plan, untimed)):
+        for got, expected in zip(fused.pool(hidden, plan), plain.pool(hidden, plan)):
             torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
         tokens = [hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2)]
         for layers, out in zip((fused, plain), tokens):
-            layers.project_pooled(plain.pool(hidden, plan, untimed)[0], out)
+            layers.project_pooled(plain.pool(hidden, plan)[0], out)
         torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
     except Exception as error:  # compilers and drivers fail in many ways; torch's operators serve then
         log.warning("the fused projector is not used on %s: %s", device, first_line(error))

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..errors import InputError
 from .aggregate import is_unwatched, overlap
 from .backends import rows_reference as reference
+from .backends.registry import unfit_dtype
 from .backends.rows import check_backend, find_kernels, frame_table
 from .backends.rows_reference import wide
 from .gradients import OneLevel, apply, below_autograd, is_differentiated, is_transformed
 from .token_offsets import check_frames, check_ratio, kept_of
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = 1 << 14  # of a frame, that a Triton program holds
 
 _library = torch.library.Library("sfllava_fast", "FRAGMENT")
@@ -239,7 +239,7 @@ class _Scatter(OneLevel):
 def _top_per_frame(scores, frames, ratio, nan, backend):
     flag = scores.new_zeros(1, dtype=torch.int32) if nan is None else nan
     longest = max(stop - start for start, stop in zip(frames, frames[1:]))
-    unfit = _unfit_dtype(scores)
+    unfit = unfit_dtype(scores)
     if scores.is_cuda and longest > _MOST_TOKENS:
         unfit = f"a frame has {longest} tokens, more than {_MOST_TOKENS}"
     kernels = find_kernels(backend, scores, unfit)
@@ -273,7 +273,7 @@ def _scatter_rows(hidden, index, rows, weights, backend):
 def _scatter_into(hidden, index, rows, weights, backend, out):
     unfit = _unfit_rows(hidden) or _unfit_rows(rows) or _unfit_rows(out)
     if weights is not None:
-        unfit = unfit or _unfit_dtype(hidden) or _unfit_dtype(weights)
+        unfit = unfit or unfit_dtype(hidden) or unfit_dtype(weights)
     kernels = find_kernels(backend, hidden, unfit)
     if kernels is None:
         out.copy_(reference.scatter_rows(hidden, index, rows, weights))
@@ -284,7 +284,7 @@ def _scatter_into(hidden, index, rows, weights, backend, out):
 
 
 def _attention_received(queries, keys, scale, backend):
-    unfit = _unfit_dtype(keys)
+    unfit = unfit_dtype(keys)
     if queries.shape[3] > 1 and (queries.stride(3) != 1 or keys.stride(3) != 1):
         unfit = "queries and keys need unit stride over channels"
     kernels = find_kernels(backend, keys, unfit)
@@ -385,7 +385,3 @@ def _unfit_rows(tensor: Tensor) -> str | None:
     if tensor.shape[2] > 1 and tensor.stride(2) != 1:
         return "rows need unit stride over channels"
     return f"{tensor.dtype} is wider than 8 bytes" if tensor.element_size() > 8 else None
-
-
-def _unfit_dtype(tensor: Tensor) -> str | None:
-    return None if tensor.dtype in _KERNEL_DTYPES else f"{tensor.dtype} is not float32, bfloat16 or float16"

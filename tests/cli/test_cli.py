@@ -217,7 +217,7 @@ def test_json_is_one_object_alone_on_stdout(folder, engine, capsys):
         (["ask", "{folder}/none.mp4", "what?"], "does not exist"),
         (["ask", "{folder}", "what?", "--layout", "slowest"], "unknown layout 'slowest'"),
         (["ask", "{folder}", "what?", "--decoder", "vlc"], "invalid choice: 'vlc'"),
-        (["ask", "{folder}", "what?", "--backend", "cuda", "--device", "cpu"], "backend cuda cannot serve"),
+        (["ask", "{folder}", "what?", "--backend", "cuda", "--device", "cpu"], "backend cuda cannot run"),
         (["ask", "{folder}", "what?", "--device", "tpu"], "tpu"),
         (["ask", "{folder}", "what?", "--choices", "a"], "2 to 26 texts"),
         (["ask", "{folder}", "--choices", "a", "b", "what"], "put the question before --choices"),

@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from bench.paired.published import LAYOUTS, bilinear, pooled
-from sfllava_fast import slowfast_aggregate
+from sfllava_fast import aggregate_by_pathway, slowfast_aggregate
 from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts.presets import PRESETS, parse_layout
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.video.canvas import compose_canvas
 
 each_layout = pytest.mark.parametrize("text", LAYOUTS)
@@ -151,7 +151,7 @@ def test_ig_vlms_picture():
 
 
 def backend_names() -> list[str]:
-    return ["torch"] + ["cpu"] * (backends.load_library() is None)
+    return ["torch"] + ["cpu"] * (registry.load_library() is None)
 
 
 @each_layout
@@ -202,7 +202,7 @@ def test_class_token_and_patches_are_kept_apart():
 
 def test_parts_apart():
     x = patches("red_villm", 7, (5, 4))
-    parts = slowfast_aggregate(x, "red_villm", grid=(5, 4), apart=True)
+    parts = aggregate_by_pathway(x, "red_villm", grid=(5, 4))
     assert list(parts) == ["temporal", "spatial"]
     torch.testing.assert_close(parts["temporal"][:7], x.mean(1))
     torch.testing.assert_close(parts["spatial"], x.mean(0))

@@ -23,7 +23,7 @@ from sfllava_fast.errors import BackendError, InputError, LayoutError, SfllavaEr
 from sfllava_fast.layouts.slowfast import SLOW_POOLS
 from sfllava_fast.ops import aggregate as ops
 from sfllava_fast.ops.backends import aggregate as backends
-from sfllava_fast.ops.backends import reference
+from sfllava_fast.ops.backends import reference, registry
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
 CONFIG = SlowFastLayout.parse(LAYOUT)
@@ -54,7 +54,7 @@ def test_opcheck(dtype, offsets):
 
 
 def test_opcheck_of_the_kernels_own_op():
-    if reason := backends.load_library():
+    if reason := registry.load_library():
         pytest.skip(reason)
     from sfllava_fast.ops.backends.plan_table import plan_table
 
@@ -333,7 +333,7 @@ def test_views_are_read_where_they_lie(view, dtype):
 
 
 def test_no_hidden_copies():
-    if reason := backends.load_library():
+    if reason := registry.load_library():
         pytest.skip(reason)
     # Two numbers' worth of memory behind 8 GB of view: a copy of the input would show, or fail.
     hidden = torch.randn(1, 577, 256)[:, 1:].expand(14000, 576, 256)
@@ -373,7 +373,7 @@ def test_no_channels():
 def test_backends_by_name():
     x = torch.randn(5, 16, 8)
     assert torch.equal(slowfast_aggregate(x, LAYOUT, backend="torch"), plain(x))
-    if backends.load_library() is None:
+    if registry.load_library() is None:
         assert torch.equal(slowfast_aggregate(x, LAYOUT, backend="cpu"), plain(x))
         assert backends.choose("auto", x).name == "cpu"
     assert backends.choose("auto", x.double()).name == "torch"
@@ -381,9 +381,9 @@ def test_backends_by_name():
 
 
 def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(backends, "LIBRARY", tmp_path / "_C.so")
-    backends.load_library.cache_clear()
-    backends.say_once.cache_clear()
+    monkeypatch.setattr(registry, "LIBRARY", tmp_path / "_C.so")
+    registry.load_library.cache_clear()
+    registry.warn_once.cache_clear()
     try:
         x = torch.randn(5, 16, 8)
         with caplog.at_level(logging.WARNING, "sfllava_fast"):
@@ -396,22 +396,22 @@ def test_without_the_library_auto_falls_back_and_says_so_once(tmp_path, caplog, 
             slowfast_aggregate(x, LAYOUT, backend="cpu")
     finally:
         monkeypatch.undo()
-        backends.load_library.cache_clear()
-        backends.say_once.cache_clear()
+        registry.load_library.cache_clear()
+        registry.warn_once.cache_clear()
 
 
 def test_a_broken_library_is_a_reason_and_not_a_crash(tmp_path, monkeypatch):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(backends, "LIBRARY", broken)
-    backends.load_library.cache_clear()
+    monkeypatch.setattr(registry, "LIBRARY", broken)
+    registry.load_library.cache_clear()
     try:
         with pytest.raises(BackendError, match="could not be loaded") as error:
             slowfast_aggregate(torch.randn(5, 16, 8), LAYOUT, backend="cpu")
         assert "\n" not in str(error.value)
     finally:
         monkeypatch.undo()
-        backends.load_library.cache_clear()
+        registry.load_library.cache_clear()
 
 
 def test_importing_the_package_is_light():
@@ -496,9 +496,9 @@ def test_bad_input_is_one_line_of_the_right_class(call):
 
 
 def test_the_cpu_library_needs_the_library(monkeypatch):
-    monkeypatch.setattr(backends, "load_library", lambda: "not built")
+    monkeypatch.setattr(registry, "load_library", lambda: "not built")
     with pytest.raises(BackendError, match="not built"):
-        backends.cpu_library()
+        registry.cpu_library()
 
 
 def test_other_array_types_are_refused():
@@ -598,7 +598,7 @@ def test_known_calls_are_bounded_and_hold_no_plan(monkeypatch):
     assert all(isinstance(plan, weakref.ref) for plan in ops._checked.values())
 
 
-@pytest.mark.skipif(bool(backends.load_library()), reason="installed without compiled kernels")
+@pytest.mark.skipif(bool(registry.load_library()), reason="installed without compiled kernels")
 def test_a_table_that_is_changed_where_it_lies_is_checked_again():
     x, plan = torch.randn(3, 16, 8), SlowFastLayout(2).plan(3, (4, 4))
     table, out = backends.plan_table(plan).clone(), torch.zeros(plan.offsets[-1], 8)

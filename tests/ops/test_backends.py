@@ -18,6 +18,7 @@ from sfllava_fast.errors import BackendError
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
 from sfllava_fast.ops.backends import plan_table as table
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.ops.backends.plan_table import device_table, plan_table
 
 CONFIG = SlowFastLayout(2)
@@ -29,11 +30,11 @@ ON_GPU = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda",
 def fresh():
     """Reasons are found out once a process: forget them before the test and after it."""
     caches = (
-        backends.load_cuda_library,
-        backends.load_triton,
-        backends._try_on,
+        registry.load_cuda_library,
+        registry.load_triton,
+        registry.try_on,
         backends._fastest_first,
-        backends.say_once,
+        registry.warn_once,
     )
     for cache in caches:
         cache.cache_clear()
@@ -44,19 +45,21 @@ def fresh():
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gpu_backends_refuse_what_they_cannot_read(name):
-    with pytest.raises(BackendError, match=f"backend {name} cannot serve.*features are on cpu, not on a CUDA device"):
+    with pytest.raises(BackendError, match=f"backend {name} cannot run.*features are on cpu, not on a CUDA device"):
         slowfast_aggregate(X, CONFIG, backend=name)
     with pytest.raises(BackendError, match=r"torch\.float64 is not float32, bfloat16 or float16"):
-        backends.choose(name, SimpleNamespace(is_cuda=True, dtype=torch.float64))
+        backends.choose(name, SimpleNamespace(**vars(ON_GPU) | {"dtype": torch.float64}))
 
 
 @pytest.mark.parametrize(
     "failing, serves", [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "torch"), (("triton",), "cuda")]
 )
 def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, failing, serves):
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
-    monkeypatch.setattr(backends, "load_triton", lambda: None)
-    monkeypatch.setattr(backends, "_try_on", lambda name, device: f"it failed on {device}" if name in failing else None)
+    monkeypatch.setattr(registry, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(registry, "load_triton", lambda: None)
+    monkeypatch.setattr(
+        registry, "try_on", lambda _, name, device: f"it failed on {device}" if name in failing else None
+    )
     monkeypatch.setattr(backends, "_time", lambda backend, call: {"cuda": 1.0, "triton": 2.0}[backend.name])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
@@ -65,7 +68,7 @@ def test_auto_on_a_gpu_falls_back_and_says_so_once(fresh, monkeypatch, caplog, f
     messages = [f"backend {name} is not available: it failed on cuda:0; falling back" for name in before]
     assert [record.getMessage() for record in caplog.records] == messages
     for name in failing:
-        with pytest.raises(BackendError, match=f"backend {name} cannot serve this call: it failed on cuda:0"):
+        with pytest.raises(BackendError, match=f"backend {name} cannot run this call: it failed on cuda:0"):
             backends.choose(name, ON_GPU)
 
 
@@ -83,8 +86,8 @@ def timed(fresh, monkeypatch):
         return found[0] if found else math.inf
 
     for load in ("load_cuda_library", "load_triton"):
-        monkeypatch.setattr(backends, load, lambda: None)
-    monkeypatch.setattr(backends, "_try_on", lambda name, device: None)
+        monkeypatch.setattr(registry, load, lambda: None)
+    monkeypatch.setattr(registry, "try_on", lambda *_: None)
     monkeypatch.setattr(backends, "_time", time)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return times, calls
@@ -99,10 +102,10 @@ def test_auto_takes_the_backend_that_was_faster_on_the_device(timed):
         assert [backends.choose("auto", features).name for _ in range(3)] == [name] * 3
     assert len(calls) == 6  # once
     on_cpu = SimpleNamespace(is_cpu=True, is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
-    assert backends.choose("auto", on_cpu).name == ("torch" if backends.load_library() else "cpu")
+    assert backends.choose("auto", on_cpu).name == ("torch" if registry.load_library() else "cpu")
 
 
-@pytest.mark.skipif(not backends.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
+@pytest.mark.skipif(not registry.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 def test_auto_measures_each_kind_of_layout_dtype_and_direction(timed):
     times, calls = timed
@@ -126,7 +129,7 @@ def test_auto_measures_each_kind_of_layout_dtype_and_direction(timed):
     ] * 2
 
 
-@pytest.mark.skipif(not backends.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
+@pytest.mark.skipif(not registry.CUDA_LIBRARY.exists(), reason="installed without CUDA kernels")
 @pytest.mark.parametrize("backward", [False, True])
 def test_layouts_that_are_measured_are_what_they_stand_for(backward):
     for plan, like in ((PAPER, backends._TILED), (THREE, backends._TILED_BY_TRITON), (FIVE, backends._UNTILED)):
@@ -158,60 +161,60 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference(fresh, monkey
 
     forward, backward = backends._run_reference, backends._run_reference_backward
     reasons = {
-        (fail, backward): "it failed on cpu: no kernel image is available",
-        (run_wrongly, backward): "its tokens are wrong on cpu",
-        (forward, spread_wrongly): "its gradients are wrong on cpu",
+        (fail, backward): "its first call failed on cpu: no kernel image is available",
+        (run_wrongly, backward): "self-test failed on cpu: tokens differ from the PyTorch reference",
+        (forward, spread_wrongly): "self-test failed on cpu: gradients differ from the PyTorch reference",
         (forward, backward): None,
     }
     for number, (runs, reason) in enumerate(reasons.items()):
         backend = backends.Backend(str(number), lambda device: None, lambda features: None, *runs)
         monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
-        assert backends._try_on(backend.name, torch.device("cpu")) == reason
+        assert registry.try_on(backends._check, backend.name, torch.device("cpu")) == reason
 
 
 def test_what_a_capture_cannot_do_is_an_error_and_not_a_reason(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(BackendError, match="make it once before you capture a CUDA graph"):
-        backends._try_on("triton", torch.device("cuda", 0))
+    with pytest.raises(BackendError, match="make the call once before you capture a CUDA graph"):
+        registry.try_on(backends._check, "triton", torch.device("cuda", 0))
     monkeypatch.setattr(backends, "_why_no_gpu", lambda *_: None)
-    with pytest.raises(BackendError, match="backend auto has not served such a call on cuda:0 yet"):
+    with pytest.raises(BackendError, match="backend auto has not run such a call on cuda:0 yet"):
         backends.choose("auto", ON_GPU)
     with pytest.raises(BackendError, match="make it once before the capture"):
         table._upload(CONFIG.plan(4, (4, 4)), torch.device("cuda", 0))
 
 
 def test_cuda_library_reasons(fresh, monkeypatch, tmp_path):
-    monkeypatch.setattr(backends, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    monkeypatch.setattr(registry, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is not built for CUDA" in backends.load_cuda_library()
-    backends.load_cuda_library.cache_clear()
+    assert "is not built for CUDA" in registry.load_cuda_library()
+    registry.load_cuda_library.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "without _C_cuda.so (no nvcc, or SFLLAVA_FAST_CUDA=0): " in backends.load_cuda_library()
-    backends.load_cuda_library.cache_clear()
+    assert "without _C_cuda.so (no nvcc, or SFLLAVA_FAST_CUDA=0): " in registry.load_cuda_library()
+    registry.load_cuda_library.cache_clear()
     (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
-    reason = backends.load_cuda_library()
+    reason = registry.load_cuda_library()
     assert reason.startswith("_C_cuda.so could not be loaded: ") and "\n" not in reason
 
 
 def test_triton_reasons(fresh, monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "triton", None)
-        assert backends.load_triton() == "triton is not installed"
+        assert registry.load_triton() == "triton is not installed"
     pytest.importorskip("triton")
-    backends.load_triton.cache_clear()
-    assert backends.load_triton() is None
-    backends.load_triton.cache_clear()
+    registry.load_triton.cache_clear()
+    assert registry.load_triton() is None
+    registry.load_triton.cache_clear()
 
     def fail():
         raise AttributeError("no such thing\nin this version")
 
-    monkeypatch.setattr(backends, "triton_kernels", fail)
-    assert backends.load_triton() == "the Triton kernels could not be imported: no such thing"
+    monkeypatch.setattr(registry, "triton_kernels", fail)
+    assert registry.load_triton() == "the Triton kernels could not be imported: no such thing"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reason_is_that(fresh, monkeypatch):
-    monkeypatch.setattr(backends, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(registry, "load_cuda_library", lambda: None)
     assert backends.BACKENDS["cuda"].why_unavailable(None) == "no CUDA device was found"
 
 

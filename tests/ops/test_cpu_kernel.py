@@ -32,14 +32,13 @@ from sfllava_fast.errors import LayoutError
 from sfllava_fast.layouts.pathway_layout import Pathways
 from sfllava_fast.layouts.plan import Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
-from sfllava_fast.ops.backends import aggregate as backends
-from sfllava_fast.ops.backends import reference
+from sfllava_fast.ops.backends import reference, registry
 from sfllava_fast.ops.backends.plan_table import plan_table
 
-if reason := backends.load_library():
+if reason := registry.load_library():
     pytest.skip(reason, allow_module_level=True)
 
-LIBRARY = backends.cpu_library()
+LIBRARY = registry.cpu_library()
 CHANNELS = (1, 7, 15, 16, 31, 32, 33, 64, 65, 127, 256, 1024)
 PAPER = SlowFastLayout()
 

@@ -15,6 +15,7 @@ from sfllava_fast import (
     SlowFastLayout,
     SlowFastLlava,
     SlowFastStream,
+    aggregate_by_pathway,
     project_and_aggregate,
     slowfast_aggregate,
 )
@@ -68,6 +69,9 @@ CALLS = {
     "slowfast_aggregate": (slowfast_aggregate, OP),
     "slowfast_aggregate of separators": (
         slowfast_aggregate, OP | {"layout": "llava_next_video-newline_grid", "separators": torch.zeros(1, 8)}
+    ),
+    "aggregate_by_pathway": (
+        aggregate_by_pathway, {name: OP[name] for name in ("features", "layout", "out", "backend", "grid")}
     ),
     "resolve_plan": (resolve_plan, {name: OP[name] for name in ("features", "layout", "grid", "frame_offsets")}),
     "project_and_aggregate": (

@@ -253,5 +253,5 @@ def test_modes_are_checked_where_they_are_given(mode):
 
 
 def test_interleaved_pathways_have_no_parts():
-    with pytest.raises(InputError, match="no pathways one after the other"):
+    with pytest.raises(InputError, match="interleaves its pathways"):
         PathwayProjectors({name: nn.Identity() for name in ("class", "pool")}, "videollm_online")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+from sfllava_fast.errors import BackendError
 from sfllava_fast.layouts.presets import parse_layout
 from sfllava_fast.layouts.slowfast import SlowFastLayout
-from sfllava_fast.ops.backends.plan_table import plan_table
+from sfllava_fast.ops.backends.plan_table import HEADER, ITEM, PATHWAY, REDUCE, VERSION, find_sections, plan_table
 
 
 def read(table: list[int]) -> dict:
@@ -123,6 +126,26 @@ def test_every_token_is_written_once_and_frames_are_read_together():
     grouped = [starts[a:b] for a, b in zip(edges, edges[1:])]
     assert all(group.count(group[0]) == len(group) for group in grouped)
     assert len(grouped) == len({tuple(start) for start in starts}) == 11
+
+
+def test_the_format_is_that_of_the_c_header():
+    header = (Path(__file__).parents[2] / "csrc/include/sfllava/plan.h").read_text()
+    constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)", header)}
+    sizes = {"kPlanVersion": VERSION, "kHeader": len(HEADER), "kPathway": len(PATHWAY), "kItem": len(ITEM)}
+    assert constants == sizes | {f"k{name.capitalize()}": value for name, value in REDUCE.items()}
+    text = " ".join(re.findall(r"^// ?(.*)", header, flags=re.M))
+    for fields in (HEADER, PATHWAY, ("pathway", "first frame", "past the last frame", "first token")):
+        assert re.search(r",\s+".join(fields), text)
+
+
+def test_sections():
+    plan = SlowFastLayout(1, "spatial_1d_max_pool", (1, 2)).plan(2, (2, 4))
+    table = plan_table(plan)
+    assert find_sections(table) == (2, 30, 33, 45, 48, 51)
+    wrong = table.clone()
+    wrong[0] += 1
+    with pytest.raises(BackendError, match="the plan's table is of version 4, and the kernels read 3"):
+        find_sections(wrong)
 
 
 def test_tables_are_cached():

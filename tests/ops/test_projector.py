@@ -12,6 +12,7 @@ from sfllava_fast import SlowFastLayout, slowfast_aggregate
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts.slowfast import SLOW_POOLS
 from sfllava_fast.ops import projector as projector_module
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.ops.projector import project_and_aggregate
 
 C, INNER, D = 24, 64, 40
@@ -324,7 +325,7 @@ def test_fused_kernels_must_agree_with_torch_before_they_serve(monkeypatch, capl
             raise RuntimeError("no compiler\nand more")
         return StandIn(off)
 
-    monkeypatch.setattr(projector_module.backends, "triton_kernels", kernels)
+    monkeypatch.setattr(registry, "triton_kernels", kernels)
     fits = projector_module._fused_works.__wrapped__(torch.device("cpu"), torch.bfloat16)
     assert fits is works
     assert ("the fused projector is not used on cpu" in caplog.text) is not works
@@ -339,7 +340,7 @@ def test_what_the_fused_kernels_make_is_put_in_its_place(monkeypatch, layout, of
     arguments = {"mode": "commuted", "frame_offsets": offsets}
     expected = project_and_aggregate(hidden, projector, layout, **arguments)
     monkeypatch.setattr(projector_module, "_is_fused", lambda *_: True)
-    monkeypatch.setattr(projector_module.backends, "triton_kernels", lambda: StandIn())
+    monkeypatch.setattr(registry, "triton_kernels", lambda: StandIn())
     got = project_and_aggregate(hidden, projector, layout, **arguments)
     if offsets:
         assert torch.equal(got[1], expected[1])

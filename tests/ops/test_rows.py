@@ -11,12 +11,11 @@ from kernel_cases import DTYPES, GuardedRows, assert_same, normal
 from rows_cases import best_tokens, check_received, choices, merged, merges, received, taken
 
 from sfllava_fast.errors import BackendError, InputError
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry, rows_reference
 from sfllava_fast.ops.backends import rows as rows_backends
-from sfllava_fast.ops.backends import rows_reference
 from sfllava_fast.ops.rows import attention_received, gather_many, gather_rows, scatter_rows, top_per_frame
 
-NEEDS_LIBRARY = pytest.mark.skipif(bool(backends.load_library()), reason="installed without compiled kernels")
+NEEDS_LIBRARY = pytest.mark.skipif(bool(registry.load_library()), reason="installed without compiled kernels")
 both = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=NEEDS_LIBRARY), "torch"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INDEX = torch.tensor([[0, 2, 5]])
@@ -341,7 +340,7 @@ def test_backends_by_name():
     x = torch.zeros(1, 6, 8)
     with pytest.raises(BackendError, match="unknown backend 'cuda' for rows"):
         gather_rows(x, INDEX, backend="cuda")
-    with pytest.raises(BackendError, match="backend triton cannot serve this call: tensors are on cpu"):
+    with pytest.raises(BackendError, match="backend triton cannot run this call: tensors are on cpu"):
         gather_rows(x, INDEX, backend="triton")
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(BackendError, match="rows need unit stride over channels"):
@@ -351,15 +350,15 @@ def test_backends_by_name():
     assert torch.equal(gather_rows(apart, INDEX), taken(apart, INDEX))
 
 
-def test_a_library_without_these_kernels(monkeypatch, caplog):
-    backends.say_once.cache_clear()
-    monkeypatch.setattr(rows_backends, "_why_no_library", lambda: "_C.so was built before it had kernels for rows")
+def test_without_the_library_auto_falls_back_with_a_warning(monkeypatch, caplog):
+    registry.warn_once.cache_clear()
+    monkeypatch.setattr(registry, "load_library", lambda: "_C.so was not found")
     x = torch.randn(1, 6, 8)
     assert torch.equal(gather_rows(x, INDEX), taken(x, INDEX))
-    assert "built before" in caplog.text
-    with pytest.raises(BackendError, match="built before"):
+    assert "_C.so was not found; falling back" in caplog.text
+    with pytest.raises(BackendError, match="_C.so was not found"):
         gather_rows(x, INDEX, backend="cpu")
-    backends.say_once.cache_clear()
+    registry.warn_once.cache_clear()
 
 
 @NEEDS_LIBRARY
@@ -368,7 +367,7 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference():
     right = {name: getattr(torch.ops.sfllava_fast, name) for name in names}
     device = torch.device("cpu")
     assert rows_backends._compare(SimpleNamespace(**right), device) is None
-    for name, wrong in zip(names, ("choice", "rows", "blended rows", "attention")):
+    for name, wrong in zip(names, ("top_per_frame", "gather_rows", "scatter_rows", "attention_received")):
 
         def run(*arguments, name=name):
             right[name](*arguments)
@@ -381,7 +380,7 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference():
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("isa", [b"generic", b"avx2", b"avx512"])
 def test_every_instruction_set(isa):
-    library = backends.cpu_library()
+    library = registry.cpu_library()
     if not library.sfllava_force_isa(isa):
         pytest.skip("this processor lacks it")
     try:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
-LIBRARY = backends.LIBRARY
+LIBRARY = registry.LIBRARY
 REPOSITORY = Path(__file__).parents[2]
 INCLUDE = Path(torch.__file__).parent / "include"
 SHIMS = [INCLUDE / "torch/csrc/inductor/aoti_torch/c/shim.h", INCLUDE / "torch/csrc/stable/c/shim.h"]

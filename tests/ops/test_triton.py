@@ -14,7 +14,7 @@ from sfllava_fast.layouts.pathway_layout import Pathways
 from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SlowFastLayout
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -102,7 +102,7 @@ def tiling(plan: Plan):
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels():
-    return backends.triton_kernels()
+    return registry.triton_kernels()
 
 
 def test_the_default_layout_is_tiled():

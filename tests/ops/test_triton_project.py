@@ -16,7 +16,7 @@ from triton_process import HERE, in_registers, interpret, run
 
 from sfllava_fast.layouts.plan import Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -33,7 +33,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels():
-    return backends.triton_kernels()
+    return registry.triton_kernels()
 
 
 def order_of(plan: Plan, size: int = 256):

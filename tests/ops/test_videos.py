@@ -12,12 +12,14 @@ from sfllava_fast import (
     FusedProjectorAggregator,
     PathwayProjectors,
     SlowFastAggregator,
+    aggregate_by_pathway,
     project_and_aggregate,
     slowfast_aggregate,
 )
 from sfllava_fast.errors import InputError
 from sfllava_fast.ops.aggregate import resolve_plan
-from sfllava_fast.ops.backends import aggregate as backends  # fmt: skip
+from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 LAYOUT = "slowfast-slow_3frms_spatial_1d_max_pool-fast_2x2"
 LAYOUTS = [LAYOUT, "llava_next_video-bilinear", "pllava", "llava_video_slowfast-every_2", "video_chatgpt"]
@@ -85,7 +87,7 @@ def test_videos_that_adjoin_are_one_launch_and_no_copy(counted):
 
 
 def test_nothing_is_copied():
-    if reason := backends.load_library():
+    if reason := registry.load_library():
         pytest.skip(reason)
     for hidden in (torch.randn(2, 40, 577, 64)[:, :, 1:], torch.randn(2, 41, 577, 64)[:, 1:, 1:]):
         out = torch.empty(2, 40 + 3 * 288, 64)
@@ -98,7 +100,7 @@ def test_nothing_is_copied():
 def test_a_grid_and_parts():
     x = torch.randn(2, 5, 12, 8)
     assert torch.equal(slowfast_aggregate(x, LAYOUT, grid=(3, 4)), one_by_one(x, grid=(3, 4)))
-    parts = slowfast_aggregate(x, LAYOUT, grid=(3, 4), apart=True)
+    parts = aggregate_by_pathway(x, LAYOUT, grid=(3, 4))
     assert torch.equal(parts["fast"], one_by_one(x, "slowfast-fast_2x2", grid=(3, 4)))
     assert resolve_plan(x, LAYOUT, (3, 4)).lengths == (5, 5)
 

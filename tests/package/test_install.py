@@ -19,13 +19,13 @@ CHECK = """
 import importlib.util, sys, torch, sfllava_fast
 from sfllava_fast import slowfast_aggregate
 from sfllava_fast.cli.info import report
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 assert sfllava_fast.__file__.startswith(sys.argv[1]), sfllava_fast.__file__
 features = torch.randn(6, 577, 40)[:, 1:]
 tokens = slowfast_aggregate(features, backend=sys.argv[2])
 assert torch.equal(tokens, slowfast_aggregate(features, backend="torch"))
 assert importlib.util.find_spec("sfllava_fast._triton").origin.startswith(sys.argv[1])
-assert not importlib.util.find_spec("triton") or backends.load_triton() is None, backends.load_triton()
+assert not importlib.util.find_spec("triton") or registry.load_triton() is None, registry.load_triton()
 print(report()["backends"]["cpu"])
 """
 # What is benchmarked is what is installed; the folder bench of a source tree is not needed.
@@ -126,7 +126,7 @@ def test_a_source_tree_in_front_of_an_installation_is_named(sdist):
     """`pip install .`, then Python started in the clone: its own folder is imported, which has no library."""
     told = run_in(
         sdist.parent / "source",
-        "from sfllava_fast.ops.backends import aggregate as backends; print(backends.load_library())",
+        "from sfllava_fast.ops.backends import registry; print(registry.load_library())",
     ).stdout
     assert told.startswith(f"the source tree {sdist.parent / 'source'} was imported, and _C.so is not built in it")
 

@@ -17,6 +17,7 @@ from bench.harness import timers
 from bench.op import run as op
 from bench.op import works
 from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 
 class FakeGraph:
@@ -122,7 +123,7 @@ def _small(work: works.Work) -> works.Work:
 
 
 def _lab() -> op.Lab:
-    ours = ("cuda",) if backends.load_triton() else ("cuda", "triton")
+    ours = ("cuda",) if registry.load_triton() else ("cuda", "triton")
     both = {"copy_": copies.torch_copy, copies.KERNEL: copies.torch_copy}
     timer = timers.CudaTimer(FakeCuda(l2=1 << 12))  # two sets of everything
     return op.Lab("cpu", works.CUDA_WORKS, ours, (), timer, compile_mode="default", copies=both)
@@ -136,7 +137,7 @@ def _run_variant(variant: tune.Variant, work: works.Work, features, tokens, grad
 
 
 def _on_the_cpu() -> backends.Backend:
-    return backends.BACKENDS["torch" if backends.load_library() else "cpu"]
+    return backends.BACKENDS["torch" if registry.load_library() else "cpu"]
 
 
 def _small_calls(main: Callable[[str, bool], int], device: str, main_works: bool) -> int:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 
 class Target:
@@ -36,7 +36,8 @@ class Target:
 
 def cases(kernels):
     """Each kernel with the constants between the plan's numbers and (block, vector)."""
-    layouts = {  # tile width, rows and columns of a fine box, whether it is a mean, frames repeat, every frame has tiles
+    # Tile width, rows and columns of a fine box, whether it is a mean, frames repeat, every frame has tiles.
+    layouts = {
         "the default layout": (6, 1, 2, False, False, True),
         "repeated frames": (6, 1, 2, False, True, True),
         "2x2 means": (6, 2, 2, True, False, True),
@@ -58,9 +59,10 @@ def cases(kernels):
 
 def compile_for(arch):
     driver.set_active(Target(arch))
-    kernels = backends.triton_kernels()
-    for kernel, dtype, constants, name in cases(kernels):
-        compiled = kernels._compile(kernel, dtype, constants, arch)
+    kernels = registry.triton_kernels()
+    for kernel, dtype, constants, name in cases(kernels.pool_launch):
+        dtypes = kernels.pool_launch.dtypes_of(kernel, dtype)
+        compiled = kernels.launch.compile_kernel(kernel, dtypes, constants, arch, num_warps=1, enable_fp_fusion=False)
         yield {
             "kernel": kernel.fn.__name__,
             "name": name,

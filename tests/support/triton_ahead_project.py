@@ -11,7 +11,7 @@ import torch
 from triton.runtime.driver import driver
 from triton_ahead import Target, resources
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 INNER = 4096
 # Whether patches are kept, units are tokens, some units are no whole box; patches of a unit; the dtype.
@@ -39,7 +39,7 @@ def cases(launch, major):
 
 def compile_for(arch):
     driver.set_active(Target(arch))
-    kernels = backends.triton_kernels()
+    kernels = registry.triton_kernels()
     for kernel, name, dtypes, constants, tile, place in cases(kernels.project_launch, arch // 10):
         constants = (*constants, *tile[:3], 8)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -11,7 +11,7 @@ from torch import bfloat16, float32, int16, int32, int64
 from triton.runtime.driver import driver
 from triton_ahead import Target, resources
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
 
 def cases(kernels):
@@ -33,7 +33,7 @@ def cases(kernels):
 
 def compile_for(arch):
     driver.set_active(Target(arch))
-    kernels = backends.triton_kernels()
+    kernels = registry.triton_kernels()
     for kernel, name, dtypes, constants, options in cases(kernels):
         compiled = kernels.launch.compile_kernel(kernel, dtypes, constants, arch, **options)
         yield {

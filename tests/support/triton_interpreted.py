@@ -30,9 +30,10 @@ from sfllava_fast.layouts.pathways import AxisRule, Pathway
 from sfllava_fast.layouts.plan import PathwayTables, Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
-from sfllava_fast.ops.backends import reference
+from sfllava_fast.ops.backends import reference, registry
 
-kernels = backends.triton_kernels()
+kernels = registry.triton_kernels()
+launches = kernels.pool_launch
 CHANNELS = (1, 8, 33)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pools = pytest.mark.parametrize("pool", SLOW_POOLS)
@@ -54,7 +55,7 @@ def check(x: torch.Tensor, plan: Plan, left: int = 3, right: int = 2) -> None:
 
 
 def kernel_of(plan: Plan) -> object:
-    return kernels._work(plan, backends.plan_table(plan), 1)[0]
+    return launches.forward_work(plan, backends.plan_table(plan), 1)[0]
 
 
 @dtypes
@@ -62,7 +63,7 @@ def kernel_of(plan: Plan) -> object:
 @sources
 def test_tiles(dtype, pool, make):
     plan = SlowFastLayout(1, pool, (2, 2)).plan(2, (4, 4))
-    assert kernel_of(plan) is kernels.pool_tiles
+    assert kernel_of(plan) is launches.pool_tiles
     check(make((2, 16, 20), dtype), plan)
 
 
@@ -70,7 +71,7 @@ def test_tiles(dtype, pool, make):
 @pools
 def test_tiles_of_fewer_frames_than_slow_ones(dtype, pool):
     plan = SlowFastLayout(5, pool, (1, 2)).plan(2, (2, 4))
-    assert kernel_of(plan) is kernels.pool_tiles
+    assert kernel_of(plan) is launches.pool_tiles
     check(normal((2, 8, 5), dtype), plan)
 
 
@@ -79,7 +80,7 @@ def test_tiles_of_fewer_frames_than_slow_ones(dtype, pool):
 @sources
 def test_boxes(dtype, pool, make):
     plan = SlowFastLayout(2, pool, (2, 2)).plan(2, (3, 4))
-    assert kernel_of(plan) is kernels.pool_boxes
+    assert kernel_of(plan) is launches.pool_boxes
     check(make((2, 12, 20), dtype), plan)
 
 
@@ -94,7 +95,7 @@ def test_views(dtype, view, grid):
 @pytest.mark.parametrize("width", range(1, 10))
 def test_tiles_of_every_width(width):
     plan = SlowFastLayout(1, "concat", (1, 2)).plan(1, (2, 2 * width))
-    assert kernel_of(plan) is kernels.pool_tiles
+    assert kernel_of(plan) is launches.pool_tiles
     check(normal((1, 4 * width, 3), torch.float32), plan)
 
 
@@ -108,7 +109,7 @@ def test_chunks_of_channels(dtype, grid, left, vectors):
     plan = SlowFastLayout(1, "spatial_1d_max_pool", (1, 1)).plan(2, grid)
     rows = GuardedRows(plan.offsets[-1], channels, dtype, left, 8).rows
     aligned = (x.data_ptr() | rows.data_ptr()) % 16 == 0
-    width = kernels._vector(aligned, (*x.stride()[:2], rows.stride(0), channels), x.element_size())
+    width = kernels.launch.vector_of(aligned, x.element_size(), (*x.stride()[:2], rows.stride(0), channels))
     assert width == (16 // x.element_size() if vectors else 1)
     check(x, plan, left, 8)
 
@@ -143,7 +144,7 @@ def field_call(name: str, dtype: torch.dtype, make=normal) -> tuple[torch.Tensor
 @field
 def test_layouts_of_the_field(dtype, name):
     x, plan = field_call(name, dtype)
-    assert kernel_of(plan) is (kernels.pool_tiles if "nested" in name else kernels.pool_boxes)
+    assert kernel_of(plan) is (launches.pool_tiles if "nested" in name else launches.pool_boxes)
     check(x, plan)
 
 
@@ -220,7 +221,7 @@ def gradient_of(x: torch.Tensor, plan: Plan, make=normal) -> torch.Tensor:
 
 
 def backward_kernel_of(plan: Plan) -> object:
-    return kernels._backward_work(plan, backends.plan_table(plan), 1)[0]
+    return launches.backward_work(plan, backends.plan_table(plan), 1)[0]
 
 
 @dtypes
@@ -229,7 +230,7 @@ def backward_kernel_of(plan: Plan) -> object:
 @pytest.mark.parametrize("slow", [1, 5], ids=["some frames", "repeated frames"])
 def test_backward_of_tiles(dtype, pool, make, slow):
     plan, x = SlowFastLayout(slow, pool, (2, 2)).plan(2, (4, 4)), make((2, 16, 5), dtype)
-    assert backward_kernel_of(plan) is kernels.spread_tiles
+    assert backward_kernel_of(plan) is launches.spread_tiles
     check_backward(x, plan, gradient_of(x, plan, make))
 
 
@@ -239,7 +240,7 @@ def test_backward_of_tiles(dtype, pool, make, slow):
 def test_backward_of_boxes(dtype, pool, make):
     """A repeated frame, overlapping boxes, patches that a pathway leaves over."""
     plan, x = SlowFastLayout(2, pool, (1, 2)).plan(1, (2, 3)), make((1, 6, 5), dtype)
-    assert backward_kernel_of(plan) is kernels.spread_boxes
+    assert backward_kernel_of(plan) is launches.spread_boxes
     check_backward(x, plan, gradient_of(x, plan, make))
 
 
@@ -277,7 +278,7 @@ def test_backward_of_views(view):
 @field
 def test_backward_of_layouts_of_the_field(dtype, name):
     x, plan = field_call(name, dtype)
-    assert backward_kernel_of(plan) is (kernels.spread_tiles if "nested" in name else kernels.spread_boxes)
+    assert backward_kernel_of(plan) is (launches.spread_tiles if "nested" in name else launches.spread_boxes)
     check_backward(x, plan, gradient_of(x, plan))
 
 
@@ -307,9 +308,9 @@ def test_backward_past_2_to_the_31(grid):
 
 def test_programs_that_share_few_parts(monkeypatch):
     """More boxes and patches than programs: a run of them each, the last one's shorter or empty."""
-    monkeypatch.setattr(kernels, "_MOST_SPLITS", 4)
+    monkeypatch.setattr(launches, "_MOST_SPLITS", 4)
     plan, x = SlowFastLayout(1, fast_grid=(2, 2)).plan(1, (2, 3)), normal((1, 6, 3), torch.float32)
     plan = Plan(plan.lengths, plan.grid, plan.pathways)  # not cached with other splits
-    assert backward_kernel_of(plan) is kernels.spread_boxes
+    assert backward_kernel_of(plan) is launches.spread_boxes
     check(x, plan)
     check_backward(x, plan, gradient_of(x, plan))

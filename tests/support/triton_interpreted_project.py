@@ -20,9 +20,9 @@ from triton_repairs import repaired_interpreter as repaired_interpreter
 from sfllava_fast.layouts.plan import Plan
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops import projector
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 
-kernels = backends.triton_kernels()
+kernels = registry.triton_kernels()
 POOL_TILE = kernels.project_launch.Tile(rows=64, channels=64, depth=16, warps=4, stages=1)
 ROWS_TILE = kernels.project_launch.Tile(rows=16, channels=32, depth=16, warps=4, stages=1)
 DTYPES = (torch.bfloat16, torch.float16)

@@ -12,10 +12,10 @@ from kernel_cases import DTYPES, GuardedRows, assert_same, normal
 from rows_cases import best_tokens, check_received, choices, merged, merges, taken
 from triton_repairs import repaired_interpreter as repaired_interpreter
 
-from sfllava_fast.ops.backends import aggregate as backends
+from sfllava_fast.ops.backends import registry
 from sfllava_fast.ops.backends.rows import frame_table
 
-kernels = backends.triton_kernels()
+kernels = registry.triton_kernels()
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

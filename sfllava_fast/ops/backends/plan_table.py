@@ -1,4 +1,4 @@
-"""A plan as the int32 table that kernels read; its format is in csrc/include/sfllava/plan.h."""
+"""The int32 table of a plan, which kernels read, and its format; csrc/include/sfllava/plan.h explains the fields."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,25 @@ from ...errors import BackendError
 from ...layouts.pathways import Range
 from ...layouts.plan import Item, PathwayTables, Plan, kept_with_plan
 
-_VERSION = 3
-_REDUCE = {"max": 0, "mean": 1, "linear": 2}
+VERSION = 3
+HEADER = ("version", "patches", "frames", "tokens", "pathways", "groups", "items", "readers")
+PATHWAY = (
+    "first patch", "height", "width", "reduce", "rows", "first row bin", "cols", "first column bin", "first row cover",
+    "first column cover", "pitch",
+)  # fmt: skip
+ITEM = Item._fields
+REDUCE = {"max": 0, "mean": 1, "linear": 2}
+
+
+class Sections(NamedTuple):
+    """Where the sections of a table begin, and how many groups it has."""
+
+    groups: int
+    groups_at: int
+    items_at: int
+    frames_at: int
+    readers_at: int
+    bins_at: int
 
 
 @kept_with_plan
@@ -26,17 +44,27 @@ def plan_table(plan: Plan) -> Tensor:
     groups = [i for i, item in enumerate(items) if i == 0 or items[i - 1][1:3] != item[1:3]]
     readers = _readers(items, sum(plan.lengths))
     firsts = accumulate(map(len, readers), initial=0)
-    bins, pathways = [], []
+    bins: list[Range] = []
+    pathways = []
     for path in plan.pathways:
         pathways.append(_pathway(path, first_bin=len(bins)))
         bins += [*path.rows, *path.cols, *_covers(path.rows, path.shape[0]), *_covers(path.cols, path.shape[1])]
     header = [
-        _VERSION, plan.patches, len(readers), plan.offsets[-1],
+        VERSION, plan.patches, len(readers), plan.offsets[-1],
         len(pathways), len(groups), len(items), sum(map(len, readers)),
     ]  # fmt: skip
     groups.append(len(items))
     numbers = chain(header, *pathways, groups, *items, firsts, *readers, *bins)
     return host_table([*numbers], torch.int32)
+
+
+def find_sections(table: Tensor) -> Sections:
+    """The sections of `plan_table`. BackendError for a table of another version."""
+    version, _, frames, _, pathways, groups, items, readers = table[: len(HEADER)].tolist()
+    if version != VERSION:
+        raise BackendError(f"the plan's table is of version {version}, and the kernels read {VERSION}: make it anew")
+    sizes = groups + 1, len(ITEM) * items, frames + 1, readers
+    return Sections(groups, *accumulate(sizes, initial=len(HEADER) + len(PATHWAY) * pathways))
 
 
 def host_table(numbers: Sequence, dtype: torch.dtype) -> Tensor:
@@ -92,7 +120,7 @@ def _pathway(path: PathwayTables, first_bin: int) -> list[int]:
     rows, cols = len(path.rows), len(path.cols)
     cover = first_bin + rows + cols
     where = [first_bin, cols, first_bin + rows, cover, cover + path.shape[0]]
-    return [path.first_patch, *path.shape, _REDUCE[path.reduce], rows, *where, path.pitch]
+    return [path.first_patch, *path.shape, REDUCE[path.reduce], rows, *where, path.pitch]
 
 
 def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
@@ -105,7 +133,7 @@ def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
 
 def _readers(items: Sequence[Item], frames: int) -> list[list[int]]:
     """The items that read each frame, in the order of their tokens."""
-    readers = [[] for _ in range(frames)]
+    readers: list[list[int]] = [[] for _ in range(frames)]
     for index in sorted(range(len(items)), key=lambda index: items[index].first_token):
         for frame in range(items[index].frame_begin, items[index].frame_end):
             readers[frame].append(index)

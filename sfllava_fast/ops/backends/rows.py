@@ -1,100 +1,92 @@
-"""Who moves rows: the C++ kernels on a CPU, Triton's on a GPU, the reference where they cannot."""
+"""Backends of the row ops: C++ kernels on a CPU, Triton's on a GPU, else the PyTorch reference."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import BackendError, first_line
 from ...layouts.plan import ByteCache
 from ..token_offsets import kept_of
-from . import aggregate as backends
+from . import registry
 from . import rows_reference as reference
 from .plan_table import host_table
 
-NAMES = ("auto", "cpu", "triton", "torch")
-_DEVICES = {"cpu": "cpu", "triton": "cuda"}
+
+@dataclass(frozen=True)
+class _Backend(registry.Backend):
+    """kernels: an object with the kernels as functions, or None for the reference, which runs every call."""
+
+    device_type: str | None
+    kernels: Callable[[], Any]
+
+
+def _why_no_triton(device: torch.device | None) -> str | None:
+    return registry.load_triton() or (registry.try_on(_check, "triton", device) if device else None)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        _Backend("cpu", lambda device: registry.load_library(), "cpu", lambda: torch.ops.sfllava_fast),
+        _Backend("triton", _why_no_triton, "cuda", lambda: registry.triton_kernels()),
+        _Backend("torch", lambda device: None, None, lambda: None),
+    )
+}
+NAMES = ("auto", *BACKENDS)
 
 
 def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
-    """What has the kernels for this tensor as functions; None where the reference serves.
+    """The kernels for a call on this tensor's device as functions; None for the reference.
 
-    unfit: why no kernel can serve the call. "auto" falls back to the reference, and says once where kernels are
-    missing; a backend asked for by name serves, or BackendError says why not.
+    unfit: why no kernel can run the call, or None. BackendError if the named backend cannot run it.
     """
     check_backend(name)
-    if name == "torch":
-        return None
-    wanted = name if name != "auto" else {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type)
-    if wanted is None or (name == "auto" and unfit):
-        return None
-    if tensor.device.type != _DEVICES[wanted]:
-        unfit = f"tensors are on {tensor.device}"
-    reason = unfit or _why_unavailable(wanted, tensor.device)
-    if not reason:
-        return torch.ops.sfllava_fast if wanted == "cpu" else backends.triton_kernels()
-    if name == "auto":
-        backends.say_once(wanted, reason)
-        return None
-    raise BackendError(f"backend {name} cannot serve this call: {reason}; use backend='auto'")
+
+    def why_unfit(backend: _Backend) -> str | None:
+        if backend.device_type is None:
+            return None
+        return unfit if tensor.device.type == backend.device_type else f"tensors are on {tensor.device}"
+
+    order = BACKENDS.values() if name == "auto" else (BACKENDS[name],)
+    return registry.choose(name, order, why_unfit, tensor.device).kernels()
 
 
 def check_backend(name: object) -> None:
-    if not isinstance(name, str) or name not in NAMES:
-        raise BackendError(f"unknown backend {name!r} for rows: choose one of {', '.join(NAMES)}")
+    registry.check_name(name, NAMES, " for rows")
 
 
-def frame_table(frames: tuple[int, ...], ratio: float) -> Tensor:
-    """What `select_rows` reads, int32 [F, 4] on the CPU: start, tokens, how many are kept, and where in the result."""
-    if (kept_table := _tables.find((frames, ratio))) is not None:
+def frame_table(token_offsets: tuple[int, ...], ratio: float) -> Tensor:
+    """The table of `top_per_frame`, int32 [F, 4] on the CPU: start, tokens, tokens kept, first place in the result."""
+    if (kept_table := _tables.find((token_offsets, ratio))) is not None:
         return kept_table
     table, first = [], 0
-    for start, stop in zip(frames, frames[1:]):
+    for start, stop in zip(token_offsets, token_offsets[1:]):
         kept = kept_of(ratio, stop - start)
         table.append((start, stop - start, kept, first))
         first += kept
     # An offset is an object of the key and 16 bytes of the table, here and on a device.
-    return _tables.keep((frames, ratio), host_table(table, torch.int32), 256 + 80 * len(frames))
+    return _tables.keep((token_offsets, ratio), host_table(table, torch.int32), 256 + 80 * len(token_offsets))
 
 
 _tables = ByteCache(4 << 20)
 
 
-def _why_unavailable(name: str, device: torch.device) -> str | None:
-    if name == "cpu":
-        return _why_no_library()
-    return backends.load_triton() or _try_on(device)
-
-
-@cache
-def _why_no_library() -> str | None:
-    if reason := backends.load_library():
-        return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("sfllava_fast::copy_rows", "CPU"):
-        return f"{backends.LIBRARY.name} was built before it had kernels for rows: install the package again"
-    return None
-
-
-@cache
-def _try_on(device: torch.device) -> str | None:
-    """Why Triton's kernels fail on a GPU, from their first, small calls there."""
-    backends.refuse_to_be_captured("triton", device)
-    try:
-        return _compare(backends.triton_kernels(), device)
-    except Exception as error:  # compilers and drivers fail in many ways, and auto has to live with all
-        return f"it failed on {device}: {first_line(error)}"
+def _check(name: str, device: torch.device) -> str | None:
+    return _compare(registry.triton_kernels(), device)
 
 
 def _compare(kernels: Any, device: torch.device) -> str | None:
-    frames = (2, 7, 9)
+    """Which of the kernels differs from the reference; None if none does."""
+    offsets = (2, 7, 9)
     hidden = torch.arange(12 * 40, dtype=torch.float32, device=device).view(1, 12, 40)
     scores = (hidden[:, 2:9, 0] - 99).square()
-    index = reference.top_per_frame(scores, frames, 0.5)
+    index = reference.top_per_frame(scores, offsets, 0.5)
     kept, nan = torch.empty_like(index), torch.zeros(1, dtype=torch.int32, device=device)
-    kernels.select_rows(scores, frame_table(frames, 0.5), kept, nan)
+    kernels.select_rows(scores, frame_table(offsets, 0.5), kept, nan)
     taken, put = reference.gather_rows(hidden, index), torch.empty_like(hidden)
     rows, weights = torch.empty_like(taken), scores[:, : index.shape[1]].contiguous() / 7
     kernels.copy_rows([hidden], index, [rows])
@@ -103,10 +95,10 @@ def _compare(kernels: Any, device: torch.device) -> str | None:
     kernels.receive_attention(heads[:, :, 10:], heads, 0.1, received)
     expected = reference.attention_received(heads[:, :, 10:], heads, 0.1)
     right = {
-        "choice": torch.equal(kept, index) and not nan.item(),
-        "rows": torch.equal(rows, taken),
-        "blended rows": torch.equal(put, reference.scatter_rows(hidden, index, -taken, weights)),
-        "attention": torch.allclose(received, expected, rtol=1e-4, atol=1e-6),
+        "top_per_frame": torch.equal(kept, index) and not nan.item(),
+        "gather_rows": torch.equal(rows, taken),
+        "scatter_rows": torch.equal(put, reference.scatter_rows(hidden, index, -taken, weights)),
+        "attention_received": torch.allclose(received, expected, rtol=1e-4, atol=1e-6),
     }
     wrong = [name for name, fine in right.items() if not fine]
-    return f"its {wrong[0]} would be wrong on {device}" if wrong else None
+    return f"self-test failed on {device}: {wrong[0]} differs from the PyTorch reference" if wrong else None
