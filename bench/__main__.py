@@ -1,35 +1,42 @@
-"""python -m bench: the aggregator against its peers, the pipeline against the plain one; results compared; pictures."""
+"""python -m bench: the kernels and the pipeline against their peers; results compared and drawn."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sfllava_fast.cli.options import add_bench_options
 from sfllava_fast.errors import SfllavaError
 
 from .gpu import carried, sanitize, tune
 from .gpu import run as gpu
-from .gpu.copies import KERNEL
-from .harness.compare import compare
-from .harness.record import ROOT, ResultError, device_name, passes, read_result, write_json
+from .harness import compare, tables
+from .harness.record import ROOT, ResultError, passes, read_result, write_json
+from .op import report as op_report
+from .op import roofline
 from .op import run as op
-from .op.roofline import plot
-from .op.run import BEST_PEER, COPY, FAIREST
 from .op.works import PEERS, capped
 from .paired import dropins, layouts, projector
 
 _ROUNDS = {"cpu": 15, "cuda": 31}
+# Modules that draw a result of their kind; all other results are drawn as rooflines.
+_PLOTS = {
+    "pipeline": "pipeline.report",
+    "stream": "stream",
+    "reduction": "reduction.cost",
+    "pruning": "reduction.pruning_accuracy",
+}
 
 
 def main() -> int:
+    """Runs a command; its exit code is 1 if something failed or missed the gate, 2 for bad usage."""
     args = _parser().parse_args()
     try:
         return args.run(args)
@@ -41,123 +48,110 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("op", help="measure; exit 1 where something failed")
-    command.set_defaults(run=_op)
-    option = command.add_argument
-    option("--device", choices=op.LABS, default="cpu", help="cpu (the default, one thread) or cuda")
-    option("--rounds", type=int, metavar="N", help="paired rounds (default 15, on a GPU 31)")
-    _add_only(command)
-    option("--peers", choices=PEERS, default="all", help="no more peers than these: eager leaves torch.compile out")
-    option("--slow-peers", action="store_true", help="also time the reference, and on the CPU the plain eager form")
-    option("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-    option("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses MARGIN times its bar")
-
-    command = commands.add_parser("projector", help="with the aggregator: the commuted order against the exact one")
-    command.set_defaults(run=_projector)
-    _add_paired_options(command)
-
-    command = commands.add_parser("dropins", help="methods of other code bases, as published and patched")
-    command.set_defaults(run=_dropins)
-    _add_paired_options(command)
-
-    command = commands.add_parser("layouts", help="the field's layouts, as published and as our op")
-    command.set_defaults(run=_layouts)
-    _add_paired_options(command)
-
-    command = commands.add_parser("pipeline", help="video and question to answer; exit 1 where the answers differ")
-    command.set_defaults(run=_pipeline)
-    add_bench_options(command)
-
-    command = commands.add_parser("stream", help="an hour of a stream at a frame a second: does it stay flat?")
-    command.set_defaults(run=_stream)
-    command.add_argument("--minutes", type=int, default=60, metavar="N", help="of the stream (default 60)")
-    command.add_argument("--only", default="", metavar="TEXT", help="only the modes whose names contain it")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
-
-    command = commands.add_parser("reduction", help="mixture of depths: what a prefill takes; its kernels")
-    command.set_defaults(run=_reduction)
-    _add_paired_options(command, rounds=5)
-
-    command = commands.add_parser("pruning", help="how right the embedded model is with fewer video tokens")
-    command.set_defaults(run=_pruning)
-    command.add_argument("--clips", type=int, default=60, metavar="N", help="16 questions each (default 60)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-
-    command = commands.add_parser("compare", help="exit 1 where a ratio is worse in NEW beyond noise")
-    command.set_defaults(run=_compare)
-    command.add_argument("old", type=Path, metavar="OLD.json")
-    command.add_argument("new", type=Path, metavar="NEW.json")
-    command.add_argument("--margin", type=float, default=0.1, help="what is noise in any case (default 0.1)")
-
-    command = commands.add_parser("plot", help="rooflines, stages of a pipeline, the course of a stream")
-    command.set_defaults(run=_plot)
-    command.add_argument("results", type=Path, nargs="+", metavar="FILE.json")
-    command.add_argument("--out", type=Path, default=Path("roofline.png"), metavar="PNG")
-
-    command = commands.add_parser("tune", help="every tuning of the GPU's tile kernels: bits, then times")
-    command.set_defaults(run=_tune)
-    command.add_argument("--rounds", type=int, default=_ROUNDS["cuda"], metavar="N", help="paired rounds (default 31)")
-    _add_only(command)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-
-    command = commands.add_parser("small-calls", help="every GPU kernel, for compute-sanitizer; exit 1 if one is wrong")
-    command.add_argument("--main-works", action="store_true", help="instead: the main works once each, for ncu")
-    command.set_defaults(run=lambda args: sanitize.main("cuda", args.main_works))
-
-    command = commands.add_parser("gpu-build", help="build what a machine with a GPU is to be brought: build/gpu")
-    command.set_defaults(run=_gpu_build)
-    command.add_argument("--arch", default="90", help="of the GPU, such as 90 (the default: H100, H200)")
-    command.add_argument("--install", action="store_true", help="put the libraries into the package, too")
-
-    command = commands.add_parser("gpu-pick", help="make the best tunings of bench tune the default, in the sources")
-    command.set_defaults(run=_gpu_pick)
-    command.add_argument("result", type=Path, metavar="TUNE.json")
-
-    command = commands.add_parser("gpu", help="test, sanitize, tune and measure on this machine's GPU")
-    command.set_defaults(run=lambda args: gpu.run(args.out, args.part, args.seconds))
-    command.add_argument("--seconds", type=float, default=520, metavar="N", help="that it may take (default 520)")
-    command.add_argument("--part", choices=gpu.PARTS, default="op", help="the aggregator (default), or all around it")
-    command.add_argument("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
+    for command in COMMANDS:
+        added = commands.add_parser(command.name, help=command.help, description=command.help, epilog=command.example)
+        added.set_defaults(run=command.run)
+        command.add_options(added)
     return parser
-
-
-def _add_paired_options(command: argparse.ArgumentParser, rounds: int = 9) -> None:
-    command.add_argument("--device", choices=op.LABS, default="cpu", help="cpu (the default, all threads) or cuda")
-    command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"paired rounds (default {rounds})")
-    _add_only(command)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, as they come")
-    command.add_argument("--gate", type=float, metavar="MARGIN", help="exit 1 where a ratio misses it times its bar")
-
-
-def _add_only(command: argparse.ArgumentParser) -> None:
-    text = "only works of these names, or whose names contain them"
-    command.add_argument("--only", nargs="+", default=(), metavar="TEXT", help=text)
 
 
 def _op(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         torch.set_num_threads(1)
-    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
+    setup = op.SETUPS[args.device]()
+    setup = replace(setup, works=tuple(capped(work, args.peers) for work in setup.works))
     rounds = args.rounds or _ROUNDS[args.device]
-    lab = op.LABS[args.device]()
-    lab = replace(lab, works=tuple(capped(work, args.peers) for work in lab.works))
-    result = op.run(lab, rounds, args.slow_peers, args.only, save)
-    _print(result)
-    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
+    return _report(args, op.run(setup, rounds, args.slow_peers, args.only, _saver(args)), op_report.show)
+
+
+def _projector(args: argparse.Namespace) -> int:
+    return _pairs(args, projector)
+
+
+def _dropins(args: argparse.Namespace) -> int:
+    return _pairs(args, dropins)
+
+
+def _layouts(args: argparse.Namespace) -> int:
+    return _pairs(args, layouts)
+
+
+def _reduction(args: argparse.Namespace) -> int:
+    from .reduction import cost  # imports transformers
+
+    return _pairs(args, cost)
+
+
+def _pairs(args: argparse.Namespace, module: Any) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ResultError("no CUDA device was found")
+    return _report(args, module.run(args.device, args.rounds, args.only, _saver(args)), module.show)
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    from .pipeline.report import main  # imports transformers
+
+    return main(args)
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from . import stream  # imports transformers
+
+    return _report(args, stream.run(args.minutes, args.only, _saver(args)), stream.show)
+
+
+def _pruning(args: argparse.Namespace) -> int:
+    from .reduction import pruning_accuracy  # imports transformers
+
+    return _report(args, pruning_accuracy.run(args.clips, _saver(args)), pruning_accuracy.show)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
-    result = tune.run(op.LABS["cuda"](), args.rounds, args.only, save)
-    tune.show(result)
-    return 1 if result["errors"] or any(figures["wrong"] for figures in result["works"].values()) else 0
+    result = tune.run(op.SETUPS["cuda"](), args.rounds, args.only, _saver(args))
+    status = _report(args, result, tune.show)
+    return 1 if any(figures["wrong"] for figures in result["works"].values()) else status
+
+
+def _saver(args: argparse.Namespace) -> Callable[[dict], None]:
+    def save(result: dict) -> None:
+        if args.json:
+            write_json(args.json, result)
+
+    return save
+
+
+def _report(args: argparse.Namespace, result: dict, show: Callable[[dict, Any], None]) -> int:
+    show(result, tables.make_console())
+    gate = getattr(args, "gate", None)
+    return 1 if result["errors"] or (gate is not None and not passes(result, gate)) else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    changes = compare.compare(read_result(args.old), read_result(args.new), args.margin)
+    compare.show(changes, tables.make_console())
+    return 1 if any(change.regressed for change in changes) else 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    results = [read_result(path) for path in args.results]
+    modules = [_PLOTS[result["kind"]] for result in results if result.get("kind") in _PLOTS]
+    if modules and len(results) > 1:
+        raise ResultError("only rooflines are drawn together; a result of pipeline, stream, reduction or pruning alone")
+    if modules:
+        import_module(f".{modules[0]}", __package__).plot(results[0], args.out)
+    else:
+        roofline.plot(results, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _small_calls(args: argparse.Namespace) -> int:
+    return sanitize.main("cuda", args.main_works)
 
 
 def _gpu_build(args: argparse.Namespace) -> int:
     carried.build(args.arch)
-    print(f"{carried.BUILT} is ready to be carried to a machine with a GPU of sm_{args.arch}")
+    print(f"{carried.BUILT} is ready for a machine with a GPU of sm_{args.arch}")
     if args.install:
         print(f"installed: {', '.join(carried.install()) or 'nothing was missing'}")
     return 0
@@ -168,205 +162,158 @@ def _gpu_pick(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pipeline(args: argparse.Namespace) -> int:
-    from .pipeline.report import main  # imports transformers, which nothing else here needs
-
-    return main(args)
+def _gpu(args: argparse.Namespace) -> int:
+    return gpu.run(args.out, args.part, args.seconds)
 
 
-def _projector(args: argparse.Namespace) -> int:
-    return _measure_pairs(args, projector.run, _print_projector)
+@dataclass(frozen=True)
+class Command:
+    """A command of `python -m bench`."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    example: str | None = None
 
 
-def _dropins(args: argparse.Namespace) -> int:
-    return _measure_pairs(args, dropins.run, _print_dropins)
+def _option(*names: str, **settings: Any) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(*names, **settings)
+
+    return add
 
 
-def _stream(args: argparse.Namespace) -> int:
-    from . import stream  # imports transformers
+def _options(*options: Callable[[argparse.ArgumentParser], None]) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        for option in options:
+            option(parser)
 
-    if args.minutes < stream.LEAST_MINUTES:
-        raise ResultError(f"{args.minutes} minutes have no quarters: give --minutes {stream.LEAST_MINUTES} or more")
-    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
-    result = stream.run(args.minutes, args.only, save)
-    _print_stream(result)
-    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
+    return add
 
 
-def _print_stream(result: dict) -> None:
-    facts = result["machine"]
-    console = Console(width=110, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    table = Table(title=f"{result['minutes']} minutes at a frame a second; second quarter / last", title_justify="left")
-    for name in ("mode", "ms for a frame", *next(iter(result["works"].values()), {"bars": {}})["bars"]):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    for mode, figures in result["works"].items():
-        bars = (f"{bar['ratio']:.3f} of {bar['bar']}" for bar in figures["bars"].values())
-        table.add_row(mode, f"{figures['providers']['stream']['p50_ms']:.4g}", *bars)
-    console.print(table)
-    for name, reason in result["errors"].items():
-        console.print(f"error: {name}: {reason}")
+_JSON = _option("--json", type=Path, metavar="FILE", help="write the result here after each work")
+_GATE = _option("--gate", type=float, metavar="MARGIN", help="exit 1 if a ratio is below MARGIN times its target")
+_ONLY = _option("--only", nargs="+", default=(), metavar="TEXT", help="only works with these names or parts of names")
+_TUNE_ROUNDS = _option("--rounds", type=int, default=_ROUNDS["cuda"], metavar="N", help="paired rounds (default 31)")
 
 
-def _layouts(args: argparse.Namespace) -> int:
-    return _measure_pairs(args, layouts.run, _print_layouts)
+def _paired_options(rounds: int = 9) -> Callable[[argparse.ArgumentParser], None]:
+    return _options(
+        _option("--device", choices=op.SETUPS, default="cpu", help="cpu (default, all threads) or cuda"),
+        _option("--rounds", type=int, default=rounds, metavar="N", help=f"paired rounds (default {rounds})"),
+        _ONLY,
+        _JSON,
+        _GATE,
+    )
 
 
-def _reduction(args: argparse.Namespace) -> int:
-    from .reduction import run as reduction  # imports transformers
-
-    return _measure_pairs(args, reduction.run, reduction.show)
-
-
-def _pruning(args: argparse.Namespace) -> int:
-    from .reduction import pruning  # imports transformers
-
-    if args.clips < 1:
-        raise ResultError(f"{args.clips} clips ask nothing: give --clips 1 or more")
-    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
-    pruning.show(pruning.run(args.clips, save))
-    return 0
-
-
-def _measure_pairs(args: argparse.Namespace, run: Callable[..., dict], show: Callable[[dict], None]) -> int:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ResultError("no CUDA device was found")
-    save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
-    result = run(args.device, args.rounds, args.only, save)
-    show(result)
-    return 1 if result["errors"] or (args.gate is not None and not passes(result, args.gate)) else 0
-
-
-def _print_projector(result: dict) -> None:
-    facts = result["machine"]
-    console = Console(width=110, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    table = Table(title="projector and aggregator, 50 frames of 24x24 patches, 1024 -> 4096", title_justify="left")
-    for name in ("work", "exact ms", "commuted ms", "exact / commuted", "bar", "error / exact's: slow", "fast"):
-        table.add_column(name, justify="left" if name == "work" else "right")
-    for work, figures in result["works"].items():
-        times = (f"{figures['providers'][mode]['p50_ms']:.4g}" for mode in (projector.EXACT, projector.COMMUTED))
-        (bar,), errors = figures["bars"].values(), figures["error_over_exact"]
-        asked = f"{bar['bar']:.2f}" if bar["bar"] else ""
-        table.add_row(work, *times, f"{bar['ratio']:.2f}", asked, f"{errors['slow']:.3f}", f"{errors['fast']:.3f}")
-    console.print(table)
-    for name, reason in result["errors"].items():
-        console.print(f"error: {name}: {reason}")
-
-
-def _print_dropins(result: dict) -> None:
-    title = "drop-ins, 50 frames of 24x24 patches of 4096"
-    same_bits = "same bits", lambda figures: "yes" if figures["same_bits"] else "no"
-    _print_pairs(result, title, dropins.PUBLISHED, dropins.PATCHED, same_bits)
-
-
-def _print_layouts(result: dict) -> None:
-    title = "layouts at their published frames and grids"
-    rate = "GB/s", lambda figures: f"{figures['gb_per_s']:.1f}"
-    _print_pairs(result, title, layouts.PUBLISHED, layouts.OURS, rate)
-
-
-def _print_pairs(result: dict, title: str, peer: str, ours: str, last: tuple[str, Callable[[dict], str]]) -> None:
-    """A row for each work: milliseconds of both forms, their ratio, and a last column (name, text of the figures)."""
-    facts = result["machine"]
-    console = Console(width=130, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
-    table = Table(title=title, title_justify="left")
-    for name in ("work", f"{peer} ms", f"{ours} ms", f"{peer} / {ours}", last[0]):
-        table.add_column(name, justify="left" if name == "work" else "right")
-    for work, figures in result["works"].items():
-        rows = figures["providers"]
-        times = (f"{rows[form]['p50_ms']:.4g}" for form in (peer, ours))
-        table.add_row(work, *times, f"{rows[peer]['ratio']:.2f}", last[1](figures))
-    console.print(table)
-    for name, reason in result["errors"].items():
-        console.print(f"error: {name}: {reason}")
-
-
-def _compare(args: argparse.Namespace) -> int:
-    changes = compare(read_result(args.old), read_result(args.new), args.margin)
-    table = Table(title="ratios, higher is better", title_justify="left")
-    for name in ("figure", "old", "new", "tolerance", ""):
-        table.add_column(name, justify="left" if name == "figure" else "right")
-    for change in changes:
-        new = "missing" if change.new is None else f"{change.new:.3f}"
-        word = "REGRESSED" if change.regressed else ""
-        table.add_row(change.name, f"{change.old:.3f}", new, f"{change.tolerance:.0%}", word)
-    Console(width=130).print(table)
-    return 1 if any(change.regressed for change in changes) else 0
-
-
-def _plot(args: argparse.Namespace) -> int:
-    results = [read_result(path) for path in args.results]
-    kinds = {result.get("kind") for result in results} & {"pipeline", "stream", "reduction", "pruning"}
-    if kinds and len(results) > 1:
-        raise ResultError("results of the pipeline, of streams, reductions and pruning are drawn alone: name one")
-    if "pipeline" in kinds:
-        from .pipeline import report
-
-        report.plot(results[0], args.out)
-    elif "stream" in kinds:
-        from . import stream
-
-        stream.plot(results[0], args.out)
-    elif "reduction" in kinds:
-        from .reduction import run as reduction
-
-        reduction.plot(results[0], args.out)
-    elif "pruning" in kinds:
-        from .reduction import pruning
-
-        pruning.plot(results[0], args.out)
-    else:
-        plot(results, args.out)
-    print(f"wrote {args.out}")
-    return 0
-
-
-def _print(result: dict) -> None:
-    console = Console(width=140, highlight=False)
-    facts = result["machine"]
-    console.print(f"{device_name(result)}, torch {facts['torch']}, commit {facts['commit']}; medians, caches cold")
-    for work, figures in result["works"].items():
-        console.print(_table(work, figures, result.get("large_copy_gb_per_s")))
-        for name, bar in figures["bars"].items():
-            if bar["bar"] is not None:
-                console.print("  " + _verdict(name, bar, figures))
-    for name, row in result.get("host", {"providers": {}})["providers"].items():
-        console.print(f"host time of a call, {name}: {row['p50_ms'] * 1e3:.1f} us")
-    for name, figure in result.get("sweep", {}).items():
-        console.print(f"T = 8 ... 4096: {name} {figure:.3f}")
-    for kind in ("unavailable", "skipped", "errors"):
-        for name, reason in result[kind].items():
-            console.print(f"{kind}: {name}: {reason}", markup=False)
-
-
-def _table(work: str, figures: dict, large_copy: float | None) -> Table:
-    """large_copy: GB/s of a copy of gigabytes."""
-    title = f"{work}: {figures['bytes'] / 1e6:.0f} MB, {figures['gb_per_s']:.1f} GB/s"
-    table = Table(title=title, title_justify="left")
-    rows = figures["providers"]
-    copies = [name for name in (COPY, KERNEL) if name in rows]
-    large = ["% of a large copy"] if large_copy else []
-    heads = ("provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", *(f"% of {copy}" for copy in copies), *large)
-    for name in (*heads, "time / ours"):
-        table.add_column(name, justify="left" if name == "provider" else "right")
-    for name, row in rows.items():
-        label = name if row.get("graph", True) else f"{name} (no graph)"
-        rate = figures["bytes"] / row["p50_ms"] / 1e6
-        times = (f"{row[key]:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
-        shares = [f"{rows[copy]['ratio'] / row['ratio']:.0%}" for copy in copies]
-        of_large = [f"{rate / large_copy:.0%}"] if large_copy else []
-        table.add_row(label, *times, f"{rate:.1f}", *shares, *of_large, f"{row['ratio']:.2f}")
-    return table
-
-
-def _verdict(name: str, bar: dict, figures: dict) -> str:
-    word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
-    stretch = f" (hoped for {bar['stretch']:.2f})" if "stretch" in bar else ""
-    name = name.replace(BEST_PEER, str(figures["best_peer"]))
-    name = name.replace(FAIREST, f"{FAIREST}, {figures.get('fairest_copy')}")
-    return f"against {name}: {bar['ratio']:.2f} of {bar['bar']:.2f}{stretch}, {word}"
+COMMANDS = (
+    Command(
+        "op",
+        _op,
+        "time the aggregation against its peers; exit 1 if a value is wrong",
+        _options(
+            _option("--device", choices=op.SETUPS, default="cpu", help="cpu (default, one thread) or cuda"),
+            _option("--rounds", type=int, metavar="N", help="paired rounds (default 15, on a GPU 31)"),
+            _ONLY,
+            _option("--peers", choices=PEERS, default="all", help="peers to time; eager is all without torch.compile"),
+            _option("--slow-peers", action="store_true", help="also time the reference and, on the CPU, plain eager"),
+            _JSON,
+            _GATE,
+        ),
+        "example: python -m bench op --only 'bfloat16 D=4096' --rounds 5 --peers eager",
+    ),
+    Command("projector", _projector, "time the commuted projector against the exact order", _paired_options()),
+    Command("dropins", _dropins, "time methods of other code bases, as published and patched", _paired_options()),
+    Command("layouts", _layouts, "time the named layouts, as published and as our op", _paired_options()),
+    Command(
+        "pipeline",
+        _pipeline,
+        "time video and question to answer against the plain pipeline; exit 1 if the answers differ",
+        add_bench_options,
+        "example: python -m bench pipeline --config small --rounds 5 --json pipeline.json",
+    ),
+    Command(
+        "stream",
+        _stream,
+        "watch a stream at 1 frame per second and check that time and memory do not grow",
+        _options(
+            _option("--minutes", type=int, default=60, metavar="N", help="length of the stream (default 60)"),
+            _option("--only", default="", metavar="TEXT", help="only modes with this text in their name"),
+            _JSON,
+            _GATE,
+        ),
+    ),
+    Command(
+        "reduction",
+        _reduction,
+        "time, FLOP and memory of a prefill with fewer video tokens, and of its kernels",
+        _paired_options(rounds=5),
+    ),
+    Command(
+        "pruning",
+        _pruning,
+        "accuracy of the embedded model with fewer video tokens",
+        _options(_option("--clips", type=int, default=60, metavar="N", help="16 questions each (default 60)"), _JSON),
+    ),
+    Command(
+        "compare",
+        _compare,
+        "compare two results of one device; exit 1 if a ratio in NEW is worse beyond noise",
+        _options(
+            _option("old", type=Path, metavar="OLD.json"),
+            _option("new", type=Path, metavar="NEW.json"),
+            _option("--margin", type=float, default=0.1, help="least tolerance, as a share (default 0.1)"),
+        ),
+    ),
+    Command(
+        "plot",
+        _plot,
+        "draw results: rooflines, the stages of a pipeline, a stream over time, reductions",
+        _options(
+            _option("results", type=Path, nargs="+", metavar="FILE.json"),
+            _option("--out", type=Path, default=Path("roofline.png"), metavar="PNG"),
+        ),
+    ),
+    Command(
+        "tune",
+        _tune,
+        "check and time every tuning of the GPU's tile kernels",
+        _options(_TUNE_ROUNDS, _ONLY, _JSON),
+    ),
+    Command(
+        "small-calls",
+        _small_calls,
+        "run every GPU kernel once on small inputs, for compute-sanitizer; exit 1 if a value is wrong",
+        _option("--main-works", action="store_true", help="run the main works once each instead, for ncu"),
+    ),
+    Command(
+        "gpu-build",
+        _gpu_build,
+        "build into build/gpu what a machine with a GPU needs",
+        _options(
+            _option("--arch", default="90", help="compute capability (default 90: H100, H200)"),
+            _option("--install", action="store_true", help="also copy the libraries into the package"),
+        ),
+    ),
+    Command(
+        "gpu-pick",
+        _gpu_pick,
+        "write the best tunings of `bench tune` into the sources as the default",
+        _option("result", type=Path, metavar="TUNE.json"),
+    ),
+    Command(
+        "gpu",
+        _gpu,
+        "test, sanitize, tune and measure on this machine's GPU",
+        _options(
+            _option("--seconds", type=float, default=520, metavar="N", help="time limit in seconds (default 520)"),
+            _option("--part", choices=gpu.PARTS, default="op", help="op (default) or the whole pipeline"),
+            _option("--out", type=Path, default=ROOT / "bench/results", metavar="FOLDER", help="where results go"),
+        ),
+    ),
+)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from rich.console import Console
 
 from sfllava_fast import SlowFastLlava
 from sfllava_fast.embedded.scenes import CANVAS, draw_scene, frame_times, render
 from sfllava_fast.engine.slowfast_llava import STREAM_MODES
 from sfllava_fast.video import open_live
 
-from .harness.record import first_line, machine
+from .harness.progress import progress
+from .harness.record import ResultError, guarded, machine
+from .harness.tables import make_table, show_machine, show_notes
 
 QUESTION = "what number is on the sign?"
 _SCENE_SECONDS = 24
@@ -48,18 +51,32 @@ def write_stream(path: Path, seconds: int) -> None:
 
 
 def run(minutes: int, only: str, save: Callable[[dict], None]) -> dict:
-    """Every mode whose name contains `only`; `save` gets the result as it grows."""
-    result = {"kind": "stream", "minutes": minutes, "machine": machine("cpu"), "works": {}, "errors": {}}
+    """Every mode whose name contains `only`; `save` gets the result after each. ResultError below 4 minutes."""
+    if minutes < LEAST_MINUTES:
+        raise ResultError(f"{minutes} minutes have no quarters: give --minutes {LEAST_MINUTES} or more")
+    result: dict = {"kind": "stream", "minutes": minutes, "machine": machine("cpu"), "works": {}, "errors": {}}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "stream.mp4"
         write_stream(path, minutes * _MINUTE)
-        for mode in (mode for mode in STREAM_MODES if only in mode):
-            try:
-                result["works"][mode] = _figures(watch(path, mode))
-            except Exception as error:  # one mode must not lose the others
-                result["errors"][mode] = first_line(error)
+
+        def add(mode: str) -> None:
+            result["works"][mode] = _figures(watch(path, mode))
+
+        for mode in progress([mode for mode in STREAM_MODES if only in mode]):
+            guarded(mode, result["errors"], lambda mode=mode: add(mode))
             save(result)
     return result
+
+
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
+    title = f"{result['minutes']} minutes at a frame a second; second quarter / last"
+    table = make_table(title, ("mode", "ms for a frame", *BARS))
+    for mode, figures in result["works"].items():
+        bars = (f"{bar['ratio']:.3f} of {bar['bar']}" for bar in figures["bars"].values())
+        table.add_row(mode, f"{figures['providers']['stream']['p50_ms']:.4g}", *bars)
+    console.print(table)
+    show_notes(result, console)
 
 
 def watch(path: Path, mode: str) -> dict[str, np.ndarray]:

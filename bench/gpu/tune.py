@@ -16,18 +16,19 @@ from types import ModuleType
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from sfllava_fast.ops.backends import registry
 from sfllava_fast.ops.backends.plan_table import device_table, plan_table
 
-from ..harness.record import BUILT, ROOT, ResultError, device_name, machine
+from ..harness.progress import progress
+from ..harness.record import BUILT, ROOT, ResultError, guarded, machine
+from ..harness.tables import make_table, show_machine, show_notes
 from ..harness.timers import Run, Sample, median_ratio, summary
 from ..op import works
-from ..op.run import Lab, check, guarded, run_backward, run_forward
-from ..op.works import Work
-from .copies import c_function, large_copy, raise_reason
+from ..op.run import DeviceSetup, check, run_backward, run_forward
+from ..op.works import OpWork
+from .copies import Copy, c_function, large_copy, raise_reason
 
 FORWARD, BACKWARD = "forward", "backward"
 CUDA_FILE, TRITON_FILE = ROOT / "csrc/cuda/tuning.h", ROOT / "kernels/triton/tuning.py"
@@ -102,7 +103,7 @@ class Variant:
         sizes = ["pointer", "int64", "int64", "pointer", "pointer", "int64", "int64"]
         return c_function(self.library, "sfllava_variant", ["pointer", "pointer", *sizes, "pointer"])
 
-    def run(self, work: Work, features: Tensor, tokens: Tensor, gradient: Tensor | None) -> None:
+    def run(self, work: OpWork, features: Tensor, tokens: Tensor, gradient: Tensor | None) -> None:
         """tokens: filled, or of a backward the tokens' gradient, for which `gradient` is filled."""
         plan = work.plan
         grad, out = (None, tokens) if gradient is None else (tokens.data_ptr(), gradient)
@@ -148,44 +149,47 @@ def _changed(base: Tuning, change: dict[str, object]) -> Tuning:
 # --- the sweep
 
 
-def run(lab: Lab, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+def run(setup: DeviceSetup, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
     """Times every tuning on works.MAIN; `save` gets what there is after each."""
-    result = {"kind": "tune", "machine": machine(lab.device), "unavailable": lab.unavailable}
+    result = {"kind": "tune", "machine": machine(setup.device), "unavailable": setup.unavailable}
     result |= {"works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
-    guarded("a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(lab.timer, lab.device)))
-    for work in works.chosen(works.MAIN, only):
-        guarded(str(work), errors, lambda work=work: result["works"].update({str(work): _measure(work, lab, rounds)}))
+    guarded("a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(setup.timer, setup.device)))
+    for work in progress(works.chosen(works.MAIN, only)):
+        guarded(str(work), errors, lambda work=work: result["works"].update({str(work): _measure(work, setup, rounds)}))
         save(result)
     result["best"] = {direction: best_over(result["works"], direction) for direction in (FORWARD, BACKWARD)}
     save(result)
     return result
 
 
-def _measure(work: Work, lab: Lab, rounds: int) -> dict:
+def _measure(work: OpWork, setup: DeviceSetup, rounds: int) -> dict:
     size, wrong = work.bytes_moved(), {}
-    count = lab.timer.sets(size)
-    if reason := lab.timer.why_no_room(((2 + len(lab.copies)) * count + 8) * size):
+    count = setup.timer.sets(size)
+    if reason := setup.timer.why_no_room(((2 + len(setup.copies)) * count + 8) * size):
         raise RuntimeError(reason)
-    generator = torch.Generator(lab.device).manual_seed(0)
-    sets = [work.make_set(lab.device, generator) for _ in range(count)]
+    generator = torch.Generator(setup.device).manual_seed(0)
+    sets = [work.make_set(setup.device, generator) for _ in range(count)]
     expected, samples = work.expected(*sets[0]), {}
 
     def prepare(name: str, contender: Run) -> None:
         check(name, contender, expected, work, exact=True)
-        samples[name] = lab.timer.prepare(contender, count)
+        samples[name] = setup.timer.prepare(contender, count)
 
     contenders = cuda_runs(work, sets)
-    if "triton" in lab.ours:
+    if "triton" in setup.ours:
         contenders |= triton_runs(work, sets)
     for name, contender in contenders.items():
         guarded(name, wrong, partial(prepare, name, contender))
     copies: dict[str, Sample] = {}
-    for name, copy in lab.copies.items():
-        ready = partial(lab.timer.prepare, sets=count)
-        guarded(name, wrong, lambda: copies.update({name: ready(copy(size, count, lab.device))}))
+
+    def prepare_copy(name: str, copy: Copy) -> None:
+        copies[name] = setup.timer.prepare(copy(size, count, setup.device), count)
+
+    for name, copy in setup.copies.items():
+        guarded(name, wrong, partial(prepare_copy, name, copy))
     samples |= copies
-    times = lab.timer.times(samples, rounds)
+    times = setup.timer.times(samples, rounds)
     rows = {name: _row(name, times, size, copies) | {"graph": sample.graph} for name, sample in samples.items()}
     best = {kind: _fastest(rows, kind) for kind in ("cuda", "triton")}
     return {"bytes": size, "providers": rows, "wrong": wrong, "best": best, "best_peer": None, "bars": {}}
@@ -197,7 +201,7 @@ def _row(name: str, times: dict[str, list[float]], size: int, copies: Sequence[s
     return row | {"tb_per_s": size / row["p50_ms"] / 1e9, "of": shares}
 
 
-def cuda_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
+def cuda_runs(work: OpWork, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
     """The variants that were built, as "cuda {...}"."""
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) if work.backward else None for x, _ in sets]
 
@@ -210,7 +214,7 @@ def cuda_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
     return {f"cuda {variant.tuning}": partial(run, variant) for variant in ready}
 
 
-def triton_runs(work: Work, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
+def triton_runs(work: OpWork, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
     """As "triton Tuning(...)"."""
     untuned = run_backward(work, sets, "triton") if work.backward else partial(run_forward, work, sets, "triton")
     direction, kind = direction_of(work), _triton_module().Tuning
@@ -237,7 +241,7 @@ def _triton_tuning(direction: str, tuning: object) -> Iterator[None]:
         table[direction] = before
 
 
-def direction_of(work: Work) -> str:
+def direction_of(work: OpWork) -> str:
     return BACKWARD if work.backward else FORWARD
 
 
@@ -255,17 +259,15 @@ def best_over(measured: dict[str, dict], direction: str) -> dict[str, str]:
     return {kind: name for kind, name in found.items() if name}
 
 
-def show(result: dict) -> None:
-    console = Console(width=120, highlight=False, markup=False)
-    facts, large = result["machine"], result.get("large_copy_gb_per_s")
-    console.print(f"{device_name(result)}, torch {facts['torch']}, commit {facts['commit']}")
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
+    large = result.get("large_copy_gb_per_s")
     if large:
         console.print(f"copy_ of gigabytes: {large / 1e3:.2f} TB/s")
     for work, figures in result["works"].items():
         copies = list(next(iter(figures["providers"].values()))["of"])
-        table = Table(title=f"{work}: {figures['bytes'] / 1e6:.0f} MB", title_justify="left")
-        for column in ("tuning", "us", "TB/s", *(f"% of {copy}" for copy in copies), "% of the large copy"):
-            table.add_column(column, justify="left" if column == "tuning" else "right")
+        columns = ("tuning", "us", "TB/s", *(f"% of {copy}" for copy in copies), "% of the large copy")
+        table = make_table(f"{work}: {figures['bytes'] / 1e6:.0f} MB", columns)
         for name, row in sorted(figures["providers"].items(), key=lambda item: item[1]["p50_ms"]):
             shares = (f"{share:.1%}" for share in row["of"].values())
             of_large = f"{row['tb_per_s'] * 1e3 / large:.1%}" if large else ""
@@ -274,11 +276,9 @@ def show(result: dict) -> None:
         for name, reason in figures["wrong"].items():
             console.print(f"left out: {name}: {reason}")
     for direction, found in result["best"].items():
-        for kind, name in found.items():
+        for name in found.values():
             console.print(f"best {direction} over its works: {name}")
-    for kind in ("unavailable", "errors"):
-        for name, reason in result[kind].items():
-            console.print(f"{kind}: {name}: {reason}")
+    show_notes(result, console)
 
 
 # --- the choice

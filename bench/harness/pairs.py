@@ -1,4 +1,4 @@
-"""Works whose two forms are timed in pairs: the loop over them, and what its result is."""
+"""Works whose two forms are timed in pairs: the loop over them, and its result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..op.works import chosen
-from .record import first_line, machine
+from .progress import progress
+from .record import guarded, machine
 from .timers import CpuTimer, CudaTimer
 
 Measure = Callable[[Any, str, CpuTimer | CudaTimer, int], dict]
@@ -21,14 +22,15 @@ def run(
     only: Sequence[str],
     save: Callable[[dict], None],
 ) -> dict:
-    """The result of every work chosen by `only`; `save` gets what there is after each."""
+    """Measures every work chosen by `only`; `save` gets the result after each."""
     timer = CudaTimer() if device == "cuda" else CpuTimer(warm_up=1)
-    result = {"kind": kind, "machine": machine(device, outputs="made by every call")}
+    result: dict[str, Any] = {"kind": kind, "machine": machine(device, outputs="made by every call")}
     result |= {"unavailable": {}, "skipped": {}, "works": {}, "errors": {}}
-    for work in chosen(works, only):
-        try:
-            result["works"][str(work)] = measure(work, device, timer, rounds)
-        except Exception as error:  # no failure may cost the figures of the others
-            result["errors"][str(work)] = first_line(error)
+
+    def add(work: Any) -> None:
+        result["works"][str(work)] = measure(work, device, timer, rounds)
+
+    for work in progress(chosen(works, only)):
+        guarded(str(work), result["errors"], lambda work=work: add(work))
         save(result)
     return result

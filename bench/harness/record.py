@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
+def guarded(name: str, errors: dict[str, str], measure: Callable[[], None]) -> None:
+    """Calls `measure`; if it fails, notes why in `errors`, so that the figures of other works are not lost."""
+    try:
+        measure()
+    except Exception as error:
+        errors[name] = first_line(error)
+
+
 def write_json(path: Path, result: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -70,7 +79,7 @@ def read_result(path: Path) -> dict:
     except OSError as error:
         raise ResultError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise ResultError(f"{path} is not a result of python -m bench op") from error
+        raise ResultError(f"{path} is not a result of python -m bench") from error
     return result
 
 

@@ -155,10 +155,18 @@ class CudaTimer:
         return self._cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile, in milliseconds."""
+def summary(times: list[float], tokens: int = 0) -> dict[str, float]:
+    """20th, 50th and 80th percentile in milliseconds; for a call that makes tokens, its tokens per second."""
     points = statistics.quantiles(times, n=10, method="inclusive")
-    return {"p20_ms": points[1] * 1e3, "p50_ms": points[4] * 1e3, "p80_ms": points[7] * 1e3}
+    row = {"p20_ms": points[1] * 1e3, "p50_ms": points[4] * 1e3, "p80_ms": points[7] * 1e3}
+    if tokens:
+        row["tokens_per_s"] = tokens / points[4]
+    return row
+
+
+def paired_rows(times: dict[str, list[float]], base: str, tokens: int = 0) -> dict[str, dict[str, float]]:
+    """The summary of each contender, and `ratio`: the median over rounds of its time over that of `base`."""
+    return {name: summary(t, tokens) | {"ratio": median_ratio(t, times[base])} for name, t in times.items()}
 
 
 def median_ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sfllava_fast import SlowFastLayout
 
-from .works import GRID, PATCHES, Work
+from .works import GRID, PATCHES, OpWork
 
 Fill = Callable[[Tensor, Tensor], None]
 
 
-def peers(work: Work, device: str, compile_mode: str | None) -> dict[str, Fill]:
+def peers(work: OpWork, device: str, compile_mode: str | None) -> dict[str, Fill]:
     """The peers of a work by name; all but the plain form know the default layout alone."""
     if work.peers == "none":
         return {}
@@ -34,7 +34,7 @@ def peers(work: Work, device: str, compile_mode: str | None) -> dict[str, Fill]:
     return found
 
 
-def plain_eager(work: Work, slow_frames: Tensor) -> Fill:
+def plain_eager(work: OpWork, slow_frames: Tensor) -> Fill:
     tokens = plain_tokens(work.layout, slow_frames, GRID)
     return lambda features, out: out.copy_(tokens(features))
 

@@ -16,11 +16,12 @@ from sfllava_fast import SlowFastLayout, slowfast_aggregate
 from sfllava_fast.ops.backends import aggregate as backends
 
 from ..gpu.copies import Copy, gpu_copies, large_copy, torch_copy
-from ..harness.record import ResultError, first_line, machine
-from ..harness.timers import CpuTimer, CudaTimer, Run, Sample, median_ratio, summary
+from ..harness.progress import progress
+from ..harness.record import ResultError, guarded, machine
+from ..harness.timers import CpuTimer, CudaTimer, Run, Sample, median_ratio, paired_rows, summary
 from . import works
 from .peers import peers
-from .works import Work
+from .works import OpWork
 
 COPY, PLAIN, BEST_PEER, FAIREST = "copy_", "plain eager", "best peer", "fairest copy"
 # Of these the fastest is the best peer; the copies are the memory's own speed.
@@ -32,11 +33,11 @@ _Sets = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Lab:
+class DeviceSetup:
     """A device: what is measured there, whose bars they are, and by which clock."""
 
     device: str
-    works: tuple[Work, ...]
+    works: tuple[OpWork, ...]
     ours: tuple[str, ...]
     slow: tuple[str, ...]  # tens of times slower than ours: few rounds, where asked for, tell enough
     timer: CpuTimer | CudaTimer
@@ -45,11 +46,11 @@ class Lab:
     copies: dict[str, Copy] = field(default_factory=lambda: {COPY: torch_copy})  # bars are held against the fastest
 
 
-def cpu_lab() -> Lab:
-    return Lab("cpu", works.CPU_WORKS, ("cpu",), (PLAIN, _REFERENCE), CpuTimer())
+def cpu_setup() -> DeviceSetup:
+    return DeviceSetup("cpu", works.CPU_WORKS, ("cpu",), (PLAIN, _REFERENCE), CpuTimer())
 
 
-def cuda_lab() -> Lab:
+def cuda_setup() -> DeviceSetup:
     """Raises ResultError where there is no GPU, or no backend for it."""
     if not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
@@ -60,96 +61,96 @@ def cuda_lab() -> Lab:
         raise ResultError("; ".join(f"{name}: {reason}" for name, reason in unavailable.items()))
     mode = "max-autotune-no-cudagraphs"  # the timer captures graphs, for every contender alike
     copies, why_not = gpu_copies()
-    return Lab("cuda", works.CUDA_WORKS, ours, (_REFERENCE,), CudaTimer(), mode, unavailable | why_not, copies)
+    return DeviceSetup("cuda", works.CUDA_WORKS, ours, (_REFERENCE,), CudaTimer(), mode, unavailable | why_not, copies)
 
 
-LABS = {"cpu": cpu_lab, "cuda": cuda_lab}
+SETUPS = {"cpu": cpu_setup, "cuda": cuda_setup}
 
 
-def run(lab: Lab, rounds: int, slow_peers: bool, only: Sequence[str], save: Callable[[dict], None]) -> dict:
+def run(setup: DeviceSetup, rounds: int, slow_peers: bool, only: Sequence[str], save: Callable[[dict], None]) -> dict:
     """Times every provider on the works chosen by `only` (works.chosen), host overhead first; `save` gets what there
     is after each."""
-    chosen, result = works.chosen(lab.works, only), {"machine": machine(lab.device)}
-    result |= {"unavailable": lab.unavailable, "works": {}, "skipped": {}, "errors": {}}
+    chosen, result = works.chosen(setup.works, only), {"machine": machine(setup.device)}
+    result |= {"unavailable": setup.unavailable, "works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
-    guarded("host overhead", errors, lambda: result.update(host=host_overhead(lab)))
-    if isinstance(lab.timer, CudaTimer):
-        guarded("a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(lab.timer, lab.device)))
+    guarded("host overhead", errors, lambda: result.update(host=host_overhead(setup)))
+    if isinstance(setup.timer, CudaTimer):
+        guarded(
+            "a large copy", errors, lambda: result.update(large_copy_gb_per_s=large_copy(setup.timer, setup.device))
+        )
     save(result)
-    for work in chosen:
-        guarded(str(work), errors, partial(_measure, work, lab, rounds, slow_peers, result))
+    for work in progress(chosen):
+        guarded(str(work), errors, partial(_measure, work, setup, rounds, slow_peers, result))
         save(result)
     guarded("works compared", errors, lambda: _compare_works(result))
     save(result)
     return result
 
 
-def guarded(name: str, errors: dict[str, str], measure: Callable[[], None]) -> None:
-    try:
-        measure()
-    except Exception as error:  # no failure may cost the figures of the others
-        errors[name] = first_line(error)
-
-
-def _measure(work: Work, lab: Lab, rounds: int, slow_peers: bool, result: dict) -> None:
+def _measure(work: OpWork, setup: DeviceSetup, rounds: int, slow_peers: bool, result: dict) -> None:
     size = work.bytes_moved()
-    count = lab.timer.sets(size)
-    if reason := lab.timer.why_no_room(((1 + len(lab.copies)) * count + 8) * size):  # 8: what the reference takes
+    count = setup.timer.sets(size)
+    if reason := setup.timer.why_no_room(((1 + len(setup.copies)) * count + 8) * size):  # 8: what the reference takes
         result["skipped"][str(work)] = reason
         return
-    generator = torch.Generator(lab.device).manual_seed(0)  # its own: a failed capture breaks the default one
-    sets = [work.make_set(lab.device, generator) for _ in range(count)]
-    samples = _samples(work, lab, sets, result["errors"])
-    ours = tuple(name for name in lab.ours if name in samples)
+    generator = torch.Generator(setup.device).manual_seed(0)  # its own: a failed capture breaks the default one
+    sets = [work.make_set(setup.device, generator) for _ in range(count)]
+    samples = _samples(work, setup, sets, result["errors"])
+    ours = tuple(name for name in setup.ours if name in samples)
     if not ours:
         raise RuntimeError("none of our backends computes it")
-    slow = {name: samples.pop(name) for name in lab.slow if name in samples}
-    times = lab.timer.times(samples, rounds)
-    rows = {name: _row(samples[name], t, times[ours[0]]) for name, t in times.items()}
+    slow = {name: samples.pop(name) for name in setup.slow if name in samples}
+    times = setup.timer.times(samples, rounds)
+
+    def makes(name: str) -> int:
+        return 0 if name in setup.copies else work.tokens
+
+    rows = {name: _row(samples[name], t, times[ours[0]], makes(name)) for name, t in times.items()}
     for name, sample in slow.items():
         if not slow_peers and name not in work.bars:
             continue
-        pair = lab.timer.times({name: sample, ours[0]: samples[ours[0]]}, _SLOW_ROUNDS)
-        rows[name] = _row(sample, pair[name], pair[ours[0]])
+        pair = setup.timer.times({name: sample, ours[0]: samples[ours[0]]}, _SLOW_ROUNDS)
+        rows[name] = _row(sample, pair[name], pair[ours[0]], makes(name))
     contested = [name for name in _CONTESTED if name in times]
     best = min(contested, key=lambda name: rows[name]["p50_ms"], default=None)
-    fairest = min(lab.copies.keys() & times.keys(), key=lambda name: rows[name]["p50_ms"], default=None)
+    fairest = min(setup.copies.keys() & times.keys(), key=lambda name: rows[name]["p50_ms"], default=None)
     result["works"][str(work)] = {
         "bytes": size,
+        "tokens": work.tokens,
         "gb_per_s": size / rows[ours[0]]["p50_ms"] / 1e6,
         "providers": rows,
         "best_peer": best,
         "fairest_copy": fairest,
-        "bars": (bars := _bars(work, lab, ours, times, best, fairest)),
+        "bars": (bars := _bars(work, setup, ours, times, best, fairest)),
     }
     if _REFERENCE in rows and _REFERENCE in work.bars:
         bars[_REFERENCE] = _bar(rows[_REFERENCE]["ratio"], *work.bars[_REFERENCE])
     for backend in ours if not work.backward else ():
-        measure_memory = partial(_measure_memory, work, lab, backend, sets[0][0], bars)
+        measure_memory = partial(_measure_memory, work, setup, backend, sets[0][0], bars)
         guarded(f"{work}: memory of {backend}", result["errors"], measure_memory)
 
 
-def _samples(work: Work, lab: Lab, sets: _Sets, errors: dict[str, str]) -> dict[str, Sample]:
+def _samples(work: OpWork, setup: DeviceSetup, sets: _Sets, errors: dict[str, str]) -> dict[str, Sample]:
     """Every provider that computes the right tokens, ready to be timed."""
-    runs = {name: partial(_fill, fill, sets) for name, fill in peers(work, lab.device, lab.compile_mode).items()}
-    reference = (_REFERENCE,) if _REFERENCE in lab.slow and (work.peers == "all" or _REFERENCE in work.bars) else ()
-    for name in (*reference, *lab.ours):
+    runs = {name: partial(_fill, fill, sets) for name, fill in peers(work, setup.device, setup.compile_mode).items()}
+    reference = (_REFERENCE,) if _REFERENCE in setup.slow and (work.peers == "all" or _REFERENCE in work.bars) else ()
+    for name in (*reference, *setup.ours):
         runs[name] = run_backward(work, sets, name) if work.backward else partial(run_forward, work, sets, name)
     samples: dict[str, Sample] = {}
     expected = work.expected(*sets[0])
 
     def prepare(name: str, run: Run) -> None:
-        if name not in lab.copies:
+        if name not in setup.copies:
             check(name, run, expected, work)
         # The reference copies from the host, which no graph captures.
-        samples[name] = lab.timer.prepare(run, len(sets), capture=name != _REFERENCE)
+        samples[name] = setup.timer.prepare(run, len(sets), capture=name != _REFERENCE)
 
     def prepare_copy(name: str, copy: Copy) -> None:
-        prepare(name, copy(work.bytes_moved(), len(sets), lab.device))
+        prepare(name, copy(work.bytes_moved(), len(sets), setup.device))
 
     for name, run in runs.items():
         guarded(f"{work}: {name}", errors, partial(prepare, name, run))
-    for name, copy in lab.copies.items():
+    for name, copy in setup.copies.items():
         guarded(f"{work}: {name}", errors, partial(prepare_copy, name, copy))
     return samples
 
@@ -159,13 +160,13 @@ def _fill(fill: Callable[[Tensor, Tensor], None], sets: _Sets, number: int) -> T
     return sets[number][1]
 
 
-def run_forward(work: Work, sets: _Sets, backend: str, number: int) -> Tensor:
+def run_forward(work: OpWork, sets: _Sets, backend: str, number: int) -> Tensor:
     features, out = sets[number]
     slowfast_aggregate(features, work.layout, out=out, backend=backend, frame_offsets=work.frame_offsets)
     return out
 
 
-def run_backward(work: Work, sets: _Sets, backend: str) -> Run:
+def run_backward(work: OpWork, sets: _Sets, backend: str) -> Run:
     gradients = [torch.empty_like(features, memory_format=torch.contiguous_format) for features, _ in sets]
 
     def run(number: int) -> Tensor:
@@ -176,7 +177,7 @@ def run_backward(work: Work, sets: _Sets, backend: str) -> Run:
     return run
 
 
-def check(name: str, run: Run, expected: Tensor, work: Work, exact: bool = False) -> None:
+def check(name: str, run: Run, expected: Tensor, work: OpWork, exact: bool = False) -> None:
     """Ours must equal the reference bit for bit (exact: whatever its name); peers may round elsewhere, within two units
     of the last place."""
     run(0).fill_(math.nan)  # or what another one wrote would be taken for its own
@@ -189,15 +190,20 @@ def check(name: str, run: Run, expected: Tensor, work: Work, exact: bool = False
         raise AssertionError("computes other values than the reference")
 
 
-def _row(sample: Sample, times: list[float], ours: list[float]) -> dict:
-    row = summary(times) | {"ratio": median_ratio(times, ours)}
+def _row(sample: Sample, times: list[float], ours: list[float], tokens: int) -> dict:
+    row = summary(times, tokens) | {"ratio": median_ratio(times, ours)}
     return row if sample.graph is None else row | {"graph": sample.graph}
 
 
 def _bars(
-    work: Work, lab: Lab, ours: tuple[str, ...], times: dict[str, list[float]], best: str | None, fairest: str | None
+    work: OpWork,
+    setup: DeviceSetup,
+    ours: tuple[str, ...],
+    times: dict[str, list[float]],
+    best: str | None,
+    fairest: str | None,
 ) -> dict[str, dict]:
-    copy = {FAIREST: fairest} if isinstance(lab.timer, CudaTimer) else {COPY: COPY}
+    copy = {FAIREST: fairest} if isinstance(setup.timer, CudaTimer) else {COPY: COPY}
     against = copy | {BEST_PEER: best, PLAIN: PLAIN}
     return {
         _bar_name(backend, what): _bar(median_ratio(times[name], times[backend]), *work.bars.get(what, ()))
@@ -207,12 +213,12 @@ def _bars(
     }
 
 
-def _measure_memory(work: Work, lab: Lab, backend: str, features: Tensor, bars: dict[str, dict]) -> None:
+def _measure_memory(work: OpWork, setup: DeviceSetup, backend: str, features: Tensor, bars: dict[str, dict]) -> None:
     """Adds the bytes of the tokens over all that a call allocates: 1 where that is the tokens alone."""
-    tokens = work.plan.offsets[-1] * work.channels * work.dtype.itemsize
+    size = work.tokens * work.channels * work.dtype.itemsize
     call = partial(slowfast_aggregate, features, work.layout, backend=backend, frame_offsets=work.frame_offsets)
-    if growth := lab.timer.memory_growth(call):
-        bars[_bar_name(backend, "memory")] = _bar(tokens / growth, 0.99)
+    if growth := setup.timer.memory_growth(call):
+        bars[_bar_name(backend, "memory")] = _bar(size / growth, 0.99)
 
 
 def _bar(ratio: float, bar: float | None = None, stretch: float | None = None) -> dict:
@@ -223,25 +229,25 @@ def _bar_name(backend: str, against: str) -> str:
     return against if backend == "cpu" else f"{backend}: {against}"
 
 
-def host_overhead(lab: Lab) -> dict:
+def host_overhead(setup: DeviceSetup) -> dict:
     """Host time of a call on tiny features, nothing waited for; copy_, one bare operator of torch, for comparison."""
     layout = SlowFastLayout(1, fast_grid=(2, 2))
-    features, out = torch.ones(2, 16, 8, device=lab.device), torch.zeros(16, 8, device=lab.device)
+    features, out = torch.ones(2, 16, 8, device=setup.device), torch.zeros(16, 8, device=setup.device)
     source = torch.ones_like(out)
-    runs = {name: partial(slowfast_aggregate, features, layout, out=out, backend=name) for name in lab.ours}
+    runs = {name: partial(slowfast_aggregate, features, layout, out=out, backend=name) for name in setup.ours}
     runs[COPY] = partial(out.copy_, source)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(_HOST_ROUNDS + 2):
         for name, call in runs.items():
-            lab.timer.synchronize()
+            setup.timer.synchronize()
             start = time.perf_counter()
             for _ in range(_HOST_CALLS):
                 call()
             if round_ >= 2:
                 times[name].append((time.perf_counter() - start) / _HOST_CALLS)
-    rows = {name: summary(t) | {"ratio": median_ratio(t, times[lab.ours[0]])} for name, t in times.items()}
-    ratios = {name: _HOST_BAR_US / rows[name]["p50_ms"] / 1e3 for name in lab.ours}
-    bar = (None,) if lab.device == "cpu" else (1, _HOST_BAR_US / _HOST_STRETCH_US)  # there the kernel's time is in it
+    rows = paired_rows(times, setup.ours[0])
+    ratios = {name: _HOST_BAR_US / rows[name]["p50_ms"] / 1e3 for name in setup.ours}
+    bar = (None,) if setup.device == "cpu" else (1, _HOST_BAR_US / _HOST_STRETCH_US)  # there the kernel's time is in it
     bars = {_bar_name(name, f"{_HOST_BAR_US} us"): _bar(ratio, *bar) for name, ratio in ratios.items()}
     return {"providers": rows, "best_peer": None, "bars": bars}
 

@@ -25,7 +25,7 @@ PEERS = ("none", "plain", "eager", "all")
 
 
 @dataclass(frozen=True)
-class Work:
+class OpWork:
     """Calls of one kind; by default T=50 frames of 24 x 24 patches in the default layout.
 
     bars: what is measured against -> the ratio to reach and, where there is one, the ratio to hope for.
@@ -59,6 +59,10 @@ class Work:
         return self.layout.plan(self.frames, GRID)
 
     @property
+    def tokens(self) -> int:
+        return self.plan.offsets[-1]
+
+    @property
     def frame_offsets(self) -> list[int] | None:
         return np.cumsum([0, *self.frames]).tolist() if isinstance(self.frames, tuple) else None
 
@@ -67,7 +71,7 @@ class Work:
         plan, skip = self.plan, int(self.cls_token)
         kind = {"dtype": self.dtype, "device": device}
         features = torch.randn(sum(plan.lengths), PATCHES + skip, self.channels, generator=generator, **kind)[:, skip:]
-        shape = plan.offsets[-1], self.channels
+        shape = self.tokens, self.channels
         if self.backward:
             return features, torch.randn(shape, generator=generator, **kind)
         return features, torch.zeros(shape, **kind)
@@ -109,13 +113,13 @@ def _chooses(path: PathwayTables) -> bool:
 
 
 CPU_WORKS = (
-    Work(torch.float32, 4096, False, {"best peer": (1.4,), "copy_": (0.88,)}),
-    Work(torch.bfloat16, 4096, False, {"best peer": (1.8,), "copy_": (0.82,)}),
-    Work(torch.float16, 4096, False, {"best peer": (1.8,), "copy_": (0.82,)}),
-    Work(torch.bfloat16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
-    Work(torch.float16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
+    OpWork(torch.float32, 4096, False, {"best peer": (1.4,), "copy_": (0.88,)}),
+    OpWork(torch.bfloat16, 4096, False, {"best peer": (1.8,), "copy_": (0.82,)}),
+    OpWork(torch.float16, 4096, False, {"best peer": (1.8,), "copy_": (0.82,)}),
+    OpWork(torch.bfloat16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
+    OpWork(torch.float16, 1024, True, {"best peer": (2.2,), "copy_": (0.90,)}),
     *(
-        Work(dtype, channels, cls, {"torch": (3.0,), "copy_": (0.60,)}, peers="none", backward=True)
+        OpWork(dtype, channels, cls, {"torch": (3.0,), "copy_": (0.60,)}, peers="none", backward=True)
         for dtype, channels, cls in (
             (torch.float32, 4096, False),
             (torch.bfloat16, 4096, False),
@@ -132,11 +136,11 @@ _BEHIND_CLS = {"fairest copy": (0.85, 0.90), **_AGAINST_PEERS}
 _BACKWARD = {"fairest copy": (0.88, 0.92)}
 _BACKWARD_BEHIND_CLS = {"fairest copy": (0.85, 0.90)}
 
-SWEEP = tuple(Work(torch.bfloat16, 1024, peers="none", frames=2**n) for n in range(3, 13))
-VIDEOS = Work(torch.bfloat16, 1024, peers="none", frames=tuple(8 + 37 * i % 57 for i in range(32)))
+SWEEP = tuple(OpWork(torch.bfloat16, 1024, peers="none", frames=2**n) for n in range(3, 13))
+VIDEOS = OpWork(torch.bfloat16, 1024, peers="none", frames=tuple(8 + 37 * i % 57 for i in range(32)))
 
 
-def _one_video_like(work: Work) -> Work:
+def _one_video_like(work: OpWork) -> OpWork:
     """One video that moves as many bytes, but for half a frame's."""
     short, longer = (replace(work, frames=frames).bytes_moved() for frames in (100, 101))
     return replace(work, frames=100 + round((work.bytes_moved() - short) / (longer - short)))
@@ -152,27 +156,27 @@ _LAYOUTS = (  # the last one's bins overlap
 )
 # The works of the bars, and of the sweep of tunings.
 MAIN = (
-    Work(torch.bfloat16, 4096, False, _PROJECTED),
-    Work(torch.bfloat16, 1024, True, _BEHIND_CLS),
-    Work(torch.bfloat16, 4096, False, _BACKWARD, peers="none", backward=True),
-    Work(torch.bfloat16, 1024, True, _BACKWARD_BEHIND_CLS, peers="none", backward=True),
+    OpWork(torch.bfloat16, 4096, False, _PROJECTED),
+    OpWork(torch.bfloat16, 1024, True, _BEHIND_CLS),
+    OpWork(torch.bfloat16, 4096, False, _BACKWARD, peers="none", backward=True),
+    OpWork(torch.bfloat16, 1024, True, _BACKWARD_BEHIND_CLS, peers="none", backward=True),
 )
 # In the order of what would be missed most if time ran out.
 CUDA_WORKS = (
     *MAIN,
-    Work(torch.float16, 4096, False, _PROJECTED),
-    Work(torch.float16, 1024, True, _BEHIND_CLS),
-    Work(torch.float16, 4096, False, _BACKWARD, peers="none", backward=True),
+    OpWork(torch.float16, 4096, False, _PROJECTED),
+    OpWork(torch.float16, 1024, True, _BEHIND_CLS),
+    OpWork(torch.float16, 4096, False, _BACKWARD, peers="none", backward=True),
     VIDEOS,
     ONE_VIDEO,
     *SWEEP,
-    Work(torch.float32, 4096, peers="eager"),
-    Work(torch.float32, 1024, True, peers="eager"),
-    *(Work(torch.bfloat16, 1024, True, peers="plain", layout=SlowFastLayout.parse(name)) for name in _LAYOUTS),
+    OpWork(torch.float32, 4096, peers="eager"),
+    OpWork(torch.float32, 1024, True, peers="eager"),
+    *(OpWork(torch.bfloat16, 1024, True, peers="plain", layout=SlowFastLayout.parse(name)) for name in _LAYOUTS),
 )
 
 
-def capped(work: Work, most: str) -> Work:
+def capped(work: OpWork, most: str) -> OpWork:
     """The work with no more peers than `most`, one of PEERS: without those that it asks for there is no best peer."""
     if PEERS.index(work.peers) <= PEERS.index(most):
         return work

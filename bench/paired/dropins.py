@@ -13,27 +13,30 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from sfllava_fast import SlowFastLayout
 from sfllava_fast.patch import Patch, patch_llava_next, patch_slowfast_llava
 
 from ..harness import pairs
-from ..harness.timers import CpuTimer, CudaTimer, median_ratio, summary
+from ..harness.tables import make_table, pair_cells, pair_columns, show_machine, show_notes
+from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 
 PATCHED, PUBLISHED = "patched", "published"
 FRAMES, GRID, CHANNELS = 50, (24, 24), 4096
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+_POOLS = {
+    "spatial_2d_avg_pool": lambda planes: F.avg_pool2d(planes, 2),
+    "spatial_temporal_pool": lambda planes: F.adaptive_avg_pool3d(planes, (16, 12, 12)),
+}
+_POOLS_1D = {"spatial_1d_max_pool": F.max_pool1d, "spatial_1d_avg_pool": F.avg_pool1d}
+
+
 class SlowFastCode:
     """The interface of the published SF-LLaVA code, and the order of its axes: [D, T, rows, columns]."""
-
-    _POOLS = {
-        "spatial_2d_avg_pool": lambda planes: F.avg_pool2d(planes, 2),
-        "spatial_temporal_pool": lambda planes: F.adaptive_avg_pool3d(planes, (16, 12, 12)),
-    }
-    _POOLS_1D = {"spatial_1d_max_pool": F.max_pool1d, "spatial_1d_avg_pool": F.avg_pool1d}
 
     def prepare_slowfast(self, image_features: Tensor, temporal_aggregation: str) -> Tensor:
         layout = SlowFastLayout.parse(temporal_aggregation)
@@ -43,9 +46,9 @@ class SlowFastCode:
         return torch.cat((slow, self._rows(fast)), dim=1)
 
     def temporal_aggregation(self, image_features: Tensor, temporal_aggregation: str) -> Tensor:
-        if temporal_aggregation in self._POOLS:
-            return self._rows(self._POOLS[temporal_aggregation](self._planes(image_features)))
-        pooled = self._POOLS_1D[temporal_aggregation](image_features.transpose(1, 2), 2, 2)
+        if temporal_aggregation in _POOLS:
+            return self._rows(_POOLS[temporal_aggregation](self._planes(image_features)))
+        pooled = _POOLS_1D[temporal_aggregation](image_features.transpose(1, 2), 2, 2)
         return pooled.transpose(1, 2).reshape(1, -1, image_features.shape[2])
 
     def _planes(self, features: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class NextCode:
 
 
 @dataclass(frozen=True)
-class Work:
+class DropinCall:
     """A method of one of the two, or two of them in a row, called with `name`."""
 
     method: str
@@ -120,7 +123,7 @@ _CALLS = (
     (_POOL, "max"),
     (_POOL, "bilinear"),
 )
-WORKS = tuple(Work(*call, dtype) for call in _CALLS for dtype in (torch.float32, torch.bfloat16))
+WORKS = tuple(DropinCall(*call, dtype) for call in _CALLS for dtype in (torch.float32, torch.bfloat16))
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
@@ -128,8 +131,18 @@ def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], No
     return pairs.run("dropins", WORKS, _measure, device, rounds, only, save)
 
 
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
+    title = "drop-ins, 50 frames of 24x24 patches of 4096"
+    table = make_table(title, (*pair_columns(PUBLISHED, PATCHED), "same bits"))
+    for work, figures in result["works"].items():
+        table.add_row(work, *pair_cells(figures, PUBLISHED, PATCHED), "yes" if figures["same_bits"] else "no")
+    console.print(table)
+    show_notes(result, console)
+
+
 @torch.inference_mode()
-def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
+def _measure(work: DropinCall, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
     generator = torch.Generator(device).manual_seed(0)
     shape = FRAMES, math.prod(GRID), CHANNELS
     features = torch.randn(shape, generator=generator, device=device).to(work.dtype)
@@ -138,16 +151,18 @@ def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) 
     tokens = {form: work.call(model, features) for form, model in models.items()}
     tolerance = _CLOSE[work.dtype]
     torch.testing.assert_close(*tokens.values(), rtol=tolerance, atol=tolerance)
-    same_bits, size = torch.equal(*tokens.values()), tokens.pop(PATCHED).nbytes
+    same_bits, size = torch.equal(*tokens.values()), tokens[PATCHED].nbytes
+    count = tokens[PATCHED].numel() // CHANNELS
     tokens.clear()
     samples = {
         form: timer.prepare(partial(work.call, model, features), 1, capture=False) for form, model in models.items()
     }
     times = timer.times(samples, rounds)
-    rows = {form: summary(found) | {"ratio": median_ratio(found, times[PATCHED])} for form, found in times.items()}
+    rows = paired_rows(times, PATCHED, count)
     moved = features.nbytes + size
     return {
         "bytes": moved,
+        "tokens": count,
         "gb_per_s": moved / rows[PATCHED]["p50_ms"] / 1e6,
         "same_bits": same_bits,
         "providers": rows,

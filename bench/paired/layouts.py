@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sfllava_fast import slowfast_aggregate
 from sfllava_fast.layouts.presets import Preset, find_preset
 
 from ..harness import pairs
-from ..harness.timers import CpuTimer, CudaTimer, median_ratio, summary
+from ..harness.tables import make_table, pair_cells, pair_columns, show_machine, show_notes
+from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 from .published import LAYOUTS
 
 OURS, PUBLISHED = "op", "published"
@@ -32,7 +34,9 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
-class Work:
+class PresetCall:
+    """A named layout on random features of its published frames and grid."""
+
     name: str
     dtype: torch.dtype
 
@@ -52,7 +56,7 @@ class Work:
         return features, separators if len(separators) else None
 
 
-WORKS = tuple(Work(name, dtype) for name in _NAMES for dtype in (torch.float32, torch.bfloat16))
+WORKS = tuple(PresetCall(name, dtype) for name in _NAMES for dtype in (torch.float32, torch.bfloat16))
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
@@ -60,8 +64,17 @@ def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], No
     return pairs.run("layouts", WORKS, _measure, device, rounds, only, save)
 
 
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
+    table = make_table("layouts at their published frames and grids", (*pair_columns(PUBLISHED, OURS), "GB/s"))
+    for work, figures in result["works"].items():
+        table.add_row(work, *pair_cells(figures, PUBLISHED, OURS), f"{figures['gb_per_s']:.1f}")
+    console.print(table)
+    show_notes(result, console)
+
+
 @torch.inference_mode()
-def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
+def _measure(work: PresetCall, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
     sets = [work.make(device)]
     grid, published = work.preset.grid, LAYOUTS[work.name]
 
@@ -76,14 +89,15 @@ def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) 
     forms = {OURS: ours, PUBLISHED: theirs}
     tokens, tolerance = [call(0) for call in forms.values()], _CLOSE[work.dtype]
     torch.testing.assert_close(*tokens, rtol=tolerance, atol=tolerance)
-    moved = sets[0][0].nbytes + tokens[0].nbytes
+    moved, count = sets[0][0].nbytes + tokens[0].nbytes, len(tokens[0])
     tokens.clear()
     sets += [work.make(device) for _ in range(timer.sets(moved) - 1)]
     samples = {form: timer.prepare(call, len(sets)) for form, call in forms.items()}
     times = timer.times(samples, rounds)
-    rows = {form: summary(found) | {"ratio": median_ratio(found, times[OURS])} for form, found in times.items()}
+    rows = paired_rows(times, OURS, count)
     return {
         "bytes": moved,
+        "tokens": count,
         "gb_per_s": moved / rows[OURS]["p50_ms"] / 1e6,
         "providers": rows,
         "best_peer": PUBLISHED,

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from sfllava_fast import SlowFastLayout
 from sfllava_fast.ops.projector import project_and_aggregate
 
 from ..harness import pairs
-from ..harness.timers import CpuTimer, CudaTimer, median_ratio, summary
+from ..harness.tables import make_table, pair_cells, pair_columns, show_machine, show_notes
+from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 
 EXACT, COMMUTED = "exact", "commuted"
 FRAMES, GRID, VISION, LANGUAGE = 50, (24, 24), 1024, 4096
@@ -26,7 +28,7 @@ _SLOW_ROUNDS = 3  # where 16-bit products are emulated a call takes a minute
 
 
 @dataclass(frozen=True)
-class Work:
+class ProjectorCall:
     """The paper's layout with one of the slow poolings, on LLaVA-NeXT-7B's projector.
 
     bars: by device, the ratio to reach.
@@ -45,10 +47,10 @@ class Work:
 
 _MAX, _MEAN = "spatial_1d_max_pool", "spatial_1d_avg_pool"
 WORKS = (
-    Work(torch.bfloat16, _MAX, {"cpu": 1.95, "cuda": 2.1}),
-    Work(torch.bfloat16, _MEAN, {"cpu": 2.0, "cuda": 2.7}),
-    Work(torch.float32, _MAX, {}),
-    Work(torch.float32, _MEAN, {}),
+    ProjectorCall(torch.bfloat16, _MAX, {"cpu": 1.95, "cuda": 2.1}),
+    ProjectorCall(torch.bfloat16, _MEAN, {"cpu": 2.0, "cuda": 2.7}),
+    ProjectorCall(torch.float32, _MAX, {}),
+    ProjectorCall(torch.float32, _MEAN, {}),
 )
 
 
@@ -57,8 +59,22 @@ def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], No
     return pairs.run("projector", WORKS, _measure, device, rounds, only, save)
 
 
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
+    title = "projector and aggregator, 50 frames of 24x24 patches, 1024 -> 4096"
+    columns = (*pair_columns(EXACT, COMMUTED), "bar", "error / exact's: slow", "fast")
+    table = make_table(title, columns)
+    for work, figures in result["works"].items():
+        (bar,), errors = figures["bars"].values(), figures["error_over_exact"]
+        target = f"{bar['bar']:.2f}" if bar["bar"] else ""
+        cells = [*pair_cells(figures, EXACT, COMMUTED), target, f"{errors['slow']:.3f}", f"{errors['fast']:.3f}"]
+        table.add_row(work, *cells)
+    console.print(table)
+    show_notes(result, console)
+
+
 @torch.inference_mode()
-def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
+def _measure(work: ProjectorCall, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
     projector = make_projector(work.dtype, device)
     errors = _errors(work, projector, device)
     if max(errors.values()) > _MOST_ERROR:
@@ -70,12 +86,13 @@ def _measure(work: Work, device: str, timer: CpuTimer | CudaTimer, rounds: int) 
     }
     slow = device == "cpu" and work.dtype is not torch.float32
     times = timer.times(samples, min(rounds, _SLOW_ROUNDS) if slow else rounds)
-    ours = times[COMMUTED]
-    rows = {mode: summary(found) | {"ratio": median_ratio(found, ours)} for mode, found in times.items()}
+    tokens = work.layout(FRAMES).count_tokens(FRAMES, GRID)
+    rows = paired_rows(times, COMMUTED, tokens)
     patches = FRAMES * math.prod(GRID)
     return {
         "flop": 2 * patches * LANGUAGE * (VISION + LANGUAGE),
         "bytes": hidden.nbytes,
+        "tokens": tokens,
         "gb_per_s": hidden.nbytes / rows[COMMUTED]["p50_ms"] / 1e6,
         "error_over_exact": errors,
         "providers": rows,
@@ -101,7 +118,7 @@ def _hidden(frames: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, generator=generator, device=device).to(dtype)[:, 1:]
 
 
-def _errors(work: Work, projector: nn.Sequential, device: str) -> dict[str, float]:
+def _errors(work: ProjectorCall, projector: nn.Sequential, device: str) -> dict[str, float]:
     """By pathway, the commuted order's root mean square error over the exact one's, both against float64."""
     hidden = _hidden(_CHECKED_FRAMES, work.dtype, device)
     layout = work.layout(_CHECKED_FRAMES)

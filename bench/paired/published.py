@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
-Layout = Callable[[Tensor, Grid, Tensor | None], Tensor]
+MakeTokens = Callable[[Tensor, Grid, Tensor | None], Tensor]
 Pool = Callable[..., Tensor]
 
 
@@ -35,7 +36,7 @@ def pooled(x: Tensor, grid: Grid, pool: Pool) -> Tensor:
     return pool(x.transpose(1, 2).unflatten(2, grid)).permute(0, 2, 3, 1)
 
 
-def slowfast(slow: int, pool: str, fast: Grid | None) -> Layout:
+def slowfast(slow: int, pool: str, fast: Grid | None) -> MakeTokens:
     """SlowFast-LLaVA (apple/ml-slowfast-llava): slow frames by linspace, then the fast pathway."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
@@ -55,7 +56,7 @@ def slowfast(slow: int, pool: str, fast: Grid | None) -> Layout:
     return tokens
 
 
-def each_frame(pool: Pool, newline: str = "no_token") -> Layout:
+def each_frame(pool: Pool, newline: str = "no_token") -> MakeTokens:
     """LLaVA-NeXT-Video (LLaVA-VL/LLaVA-NeXT): every frame pooled, newlines where mm_newline_position says."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
@@ -70,14 +71,14 @@ def each_frame(pool: Pool, newline: str = "no_token") -> Layout:
     return tokens
 
 
-def slow_or_fast(pool: Pool, every: int, newline: bool) -> Layout:
+def slow_or_fast(pool: Pool, every: int, newline: bool) -> MakeTokens:
     """LLaVA-Video's add_faster_video: every k-th frame slow, the others pooled by twice the stride. The last separator
     stands behind each frame; the first, a newline, behind each row (in its code base always)."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
         parts = []
         for t in range(len(x)):
-            frame = pooled(x[t : t + 1], grid, lambda x: pool(x, stride=4 if t % every else 2))[0]
+            frame = pooled(x[t : t + 1], grid, partial(pool, stride=4 if t % every else 2))[0]
             frame = behind_rows(frame, separators[0]) if newline else frame
             parts += [frame.flatten(0, 1), separators[-1:]]
         return torch.cat(parts)
@@ -104,7 +105,7 @@ def means(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
     return torch.cat([temporal, padding, x.mean(0)])
 
 
-def class_and_grid(interval: bool) -> Layout:
+def class_and_grid(interval: bool) -> MakeTokens:
     """VideoLLM-online (showlab/videollm-online): the class token and 3 x 3 patches, a separator between frames."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:

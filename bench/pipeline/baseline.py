@@ -65,23 +65,23 @@ class Baseline:
     def answer(self, video: Path | Video, question: str, frames: int, max_new_tokens: int) -> PlainAnswer:
         prompt = self.ours.pipeline.prompts.prompt(question)
         seconds: dict[str, float] = {}
-        with self._timed("decode", seconds):
+        with self.timed("decode", seconds):
             clip = open_video(video) if isinstance(video, Path) else video
             pictures = clip.frames(sample_frames(clip.total, frames))
-        with self._timed("preprocess", seconds):
+        with self.timed("preprocess", seconds):
             pixels = self.preprocess(pictures)
-        with self._timed("vision", seconds):
+        with self.timed("vision", seconds):
             patches = self.encode(pixels)
-        with self._timed("projector", seconds):
+        with self.timed("projector", seconds):
             features = self.model.model.multi_modal_projector(patches)
-        with self._timed("aggregate", seconds):
+        with self.timed("aggregate", seconds):
             tokens = self.aggregate(features)
         self._forget_length()
-        with self._timed("prefill", seconds):
+        with self.timed("prefill", seconds):
             embeds = self.embed(prompt, tokens)
             output = self.model(inputs_embeds=embeds, use_cache=True)
             ids = [int(output.logits[0, -1].argmax())]
-        with self._timed("generate", seconds):
+        with self.timed("generate", seconds):
             cache = cache_argument(self.model, cache_in(output))
             while not self.ends(ids, max_new_tokens):
                 step = torch.tensor([ids[-1:]], device=self.device)
@@ -140,7 +140,7 @@ class Baseline:
             language_model.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
 
     @contextmanager
-    def _timed(self, stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    def timed(self, stage: str, seconds: dict[str, float]) -> Iterator[None]:
         start = self._now()
         yield
         seconds[stage] = self._now() - start

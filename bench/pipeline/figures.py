@@ -11,6 +11,7 @@ from . import costs
 from .costs import Cost, Job
 
 OURS, PLAIN = "ours", "plain"
+COMPILED = "torch.compile"  # of the plain aggregation alone
 # Ours decodes and preprocesses in the background: busy seconds there, and "wait" is what the tower waited for pixels.
 STAGES = ("preprocess", "vision", "projector", "aggregate", "prefill", "generate")
 TO_FIRST_TOKEN = ("decode", "wait", *STAGES[:-1])
@@ -53,15 +54,15 @@ BARS = {
 class Times:
     """Seconds of each round; the same place in every list is the same round."""
 
-    stages: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
-    first: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {OURS: {}, PLAIN: {}})
+    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    first: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add_stages(self, who: str, seconds: dict[str, float]) -> None:
         for stage, value in seconds.items():
-            self.stages[who].setdefault(stage, []).append(value)
+            self.stages.setdefault(who, {}).setdefault(stage, []).append(value)
 
     def add_first(self, who: str, what: str, seconds: float) -> None:
-        self.first[who].setdefault(what, []).append(seconds)
+        self.first.setdefault(who, {}).setdefault(what, []).append(seconds)
 
 
 def figures(
@@ -73,15 +74,18 @@ def figures(
         PLAIN: costs.plain(replace(job, new_tokens=steps[PLAIN] + 1)),
     }
     gemm, copy = statistics.median(ceilings.gemm), statistics.median(ceilings.copy)
-    works = {stage: _work(stage, times.stages, counted) for stage in ("decode", "wait", *STAGES)}
-    works |= {name: _work(name, times.first, {}) for name in (FROM_FRAMES, WITH_DECODING, SECOND)}
+    video_tokens = job.plan.offsets[-1]
+    tokens = {"aggregate": video_tokens, "prefill": job.tokens}
+    works = {stage: _work(stage, times.stages, counted, tokens.get(stage, 0)) for stage in ("decode", "wait", *STAGES)}
+    works |= {name: _work(name, times.first, {}, video_tokens) for name in (FROM_FRAMES, WITH_DECODING)}
+    works[SECOND] = _work(SECOND, times.first, {})
     if steps[OURS] and steps[PLAIN]:
         works[STEP] = _step(steps, times, counted, copy)
     second, prefill = _ours_ms(works[SECOND]), _ours_ms(works["prefill"])
     works[SECOND] |= {"share": second / _ours_ms(works[FROM_FRAMES]), "five_over_one": 1 + 4 * second / prefill}
     set_bars(works, bars, memory)
     measured = {"gemm_flop_per_s": gemm, "copy_bytes_per_s": copy}
-    return {"ceilings": measured, "works": works, "rates": _rates(job, works), "memory": memory}
+    return {"ceilings": measured, "works": works, "rates": _rates(works), "memory": memory}
 
 
 def _step(steps: dict[str, int], times: Times, counted: dict[str, dict[str, Cost]], copy: float) -> dict:
@@ -89,20 +93,20 @@ def _step(steps: dict[str, int], times: Times, counted: dict[str, dict[str, Cost
     seconds = {who: {STEP: [t / count for t in times.stages[who]["generate"]]} for who, count in steps.items()}
     totals = {who: counted[who]["generate"] for who in steps}
     mean = {who: {STEP: Cost(total.flop // steps[who], total.bytes // steps[who])} for who, total in totals.items()}
-    work, floor_ms = _work(STEP, seconds, mean), mean[OURS][STEP].bytes / copy * 1e3
+    work, floor_ms = _work(STEP, seconds, mean, tokens=1), mean[OURS][STEP].bytes / copy * 1e3
     return work | {"floor_ms": floor_ms, "over_floor": _ours_ms(work) / floor_ms}
 
 
-def _rates(job: Job, works: dict[str, dict]) -> dict[str, dict[str, float]]:
+def _rates(works: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Tokens per second by pipeline, from the medians."""
-    counts = {
-        "visual tokens/s of the aggregator": ("aggregate", job.plan.offsets[-1]),
-        "prefill tokens/s": ("prefill", job.tokens),
-        "decode tokens/s": (STEP, 1),
+    names = {
+        "visual tokens/s of the aggregator": "aggregate",
+        "prefill tokens/s": "prefill",
+        "decode tokens/s": STEP,
     }
     return {
-        name: {who: count / row["p50_ms"] * 1e3 for who, row in works[work]["providers"].items()}
-        for name, (work, count) in counts.items()
+        name: {who: row["tokens_per_s"] for who, row in works[work]["providers"].items()}
+        for name, work in names.items()
         if work in works
     }
 
@@ -111,14 +115,17 @@ def _ours_ms(work: dict) -> float:
     return work["providers"][OURS]["p50_ms"]
 
 
-def _work(name: str, seconds: dict[str, dict[str, list[float]]], counted: dict[str, dict[str, Cost]]) -> dict:
-    """Times by pipeline with what they were spent on, and the ratio of paired rounds."""
+def _work(
+    name: str, seconds: dict[str, dict[str, list[float]]], counted: dict[str, dict[str, Cost]], tokens: int = 0
+) -> dict:
+    """Times by pipeline with their FLOP, bytes and tokens per second, and the ratios of paired rounds."""
     found = {who: by_name[name] for who, by_name in seconds.items() if name in by_name}
-    providers = {who: summary(times) for who, times in found.items()}
+    providers = {who: summary(times, tokens) for who, times in found.items()}
     for who, row in providers.items():
         if cost := counted.get(who, {}).get(name):
             row |= asdict(cost)
-    bars = {f"{OURS}: {PLAIN}": _bar(median_ratio(found[PLAIN], found[OURS]))} if PLAIN in found else {}
+    peers = [who for who in found if who != OURS]
+    bars = {f"{OURS}: {who}": _bar(median_ratio(found[who], found[OURS])) for who in peers}
     return {"providers": providers, "best_peer": None, "bars": bars}
 
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..harness.record import device_name, passes, write_json
+from ..harness.tables import make_console, make_table, show_bars, show_machine, token_rate
 from . import run as pipeline
-from .figures import FROM_FRAMES, OURS, PLAIN, SECOND, STEP, TO_FIRST_TOKEN, WITH_DECODING
+from .figures import COMPILED, FROM_FRAMES, OURS, PLAIN, SECOND, STEP, TO_FIRST_TOKEN, WITH_DECODING
 
 
 def main(args: argparse.Namespace) -> int:
@@ -20,25 +21,25 @@ def main(args: argparse.Namespace) -> int:
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
     settings = pipeline.Settings(**settings, questions=tuple(args.question or ()))
     result = pipeline.run(settings, save, args.trace)
-    show(result)
+    show(result, make_console())
     if args.plot:
         plot(result, args.plot)
     return int(bool(result["errors"]) or (args.gate is not None and not passes(result, args.gate)))
 
 
-def show(result: dict) -> None:
-    console = Console(width=120, highlight=False, markup=False)
-    facts, settings = result["machine"], result["settings"]
+def show(result: dict, console: Console) -> None:
+    """Prints the settings, whether the answers agree, a row for each stage, ceilings, memory and targets."""
+    show_machine(result, console)
+    settings = result["settings"]
     weights = ", random weights" if settings["random_weights"] else ""
     size = "x".join(map(str, settings["frame_size"][::-1]))
-    console.print(
-        f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, commit {facts['commit']}"
-    )
     console.print(
         f"{settings['model']}{weights}, {settings['dtype']}, attention {settings['attention']}, aggregator "
         f"{settings['backend']}; {settings['frames']} frames of {size}, {settings['video_tokens']} video tokens + "
         f"{settings['prompt_tokens']} of prompt"
     )
+    for name, reason in result["unavailable"].items():
+        console.print(f"unavailable: {name}: {reason}")
     for question, error in result["errors"].items():
         console.print(f"WRONG: {question}: {error}")
     ties = sum(answer["near_ties"] for answer in result["answers"])
@@ -51,18 +52,20 @@ def show(result: dict) -> None:
 
 
 def _table(result: dict) -> Table:
-    table = Table(title=f"medians of {result['settings']['rounds']} paired rounds", title_justify="left")
-    names = ("p20 ms", "p50 ms", "p80 ms", "plain ms", "plain / ours", "GFLOP", "MB", "% of GEMM", "% of copy")
-    table.add_column("stage")
-    for name in names:
-        table.add_column(name, justify="right")
+    columns = ("stage", "p20 ms", "p50 ms", "p80 ms", "plain ms", "plain / ours", "tokens/s", "plain tokens/s")
+    title = f"medians of {result['settings']['rounds']} paired rounds"
+    table = make_table(title, (*columns, "GFLOP", "MB", "% of GEMM", "% of copy"))
     ceilings = result["ceilings"]
     for name, work in result["works"].items():
         ours, plain = work["providers"][OURS], work["providers"].get(PLAIN)
         ratio = f"{work['bars'][f'{OURS}: {PLAIN}']['ratio']:.2f}" if plain else ""
         times = (f"{ours[key]:.4g}" for key in ("p20_ms", "p50_ms", "p80_ms"))
-        cells = [*times, f"{plain['p50_ms']:.4g}" if plain else "", ratio, *_costs(ours, ceilings)]
-        table.add_row(name, *cells, end_section=name == "generate")
+        cells = [*times, f"{plain['p50_ms']:.4g}" if plain else "", ratio, token_rate(ours), token_rate(plain or {})]
+        table.add_row(name, *cells, *_costs(ours, ceilings), end_section=name == "generate")
+        if compiled := work["providers"].get(COMPILED):
+            ratio = f"{work['bars'][f'{OURS}: {COMPILED}']['ratio']:.2f}"
+            cells = ["", "", "", f"{compiled['p50_ms']:.4g}", ratio, "", token_rate(compiled)]
+            table.add_row(f"{name}, {COMPILED}", *cells)
     return table
 
 
@@ -80,8 +83,6 @@ def _show_figures(console: Console, result: dict) -> None:
         f"ceilings measured in between: {ceilings['gemm_flop_per_s'] / 1e9:.4g} GFLOP/s of GEMM, "
         f"{ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s of copy_"
     )
-    for name, rates in result["rates"].items():
-        console.print(f"{name}: " + ", ".join(f"{who} {rate:,.0f}" for who, rate in rates.items()))
     second = works[SECOND]
     console.print(
         f"{SECOND}: {second['share']:.1%} of the first's; five questions take "
@@ -94,13 +95,7 @@ def _show_figures(console: Console, result: dict) -> None:
         )
     memory = result["memory"]
     console.print("peak memory: " + ", ".join(f"{who} {_memory(row)}" for who, row in memory.items()))
-    for name, work in works.items():
-        for against, bar in work["bars"].items():
-            if bar["bar"] is not None:
-                word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
-                word += f" (hoped for {bar['stretch']:.2f})" if "stretch" in bar else ""
-                what = against.removeprefix(f"{OURS}: ")
-                console.print(f"  {name}, against {what}: {bar['ratio']:.2f} of {bar['bar']:.2f}, {word}")
+    show_bars(works, console)
 
 
 def _memory(row: dict) -> str:

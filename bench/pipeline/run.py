@@ -31,11 +31,12 @@ from sfllava_fast.video import Video, open_video
 
 from ..harness import peak_memory as memory
 from ..harness.ceilings import Ceilings
-from ..harness.record import folder_name, machine
+from ..harness.progress import progress
+from ..harness.record import folder_name, guarded, machine
 from . import clip, costs
 from .baseline import Baseline, PlainAnswer
 from .dummy import NAMES, dummy_checkpoint
-from .figures import BARS, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, WITH_DECODING, Bars, Times, figures
+from .figures import BARS, COMPILED, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, WITH_DECODING, Bars, Times, figures
 
 DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
 # Of 16-bit random weights many logits are nearly equal: so many units of the last place are a tie.
@@ -75,15 +76,16 @@ class Settings:
 def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, trace: Path | None = None) -> dict:
     """Measures; where an answer differs from the plain pipeline's the result says so in "errors"."""
     with _video(settings) as path:
-        lab = Lab.set_up(settings, path)
-        result = {"kind": "pipeline", "machine": machine(lab.device.type), "settings": lab.describe()}
+        pair = PipelinePair.set_up(settings, path)
+        result = {"kind": "pipeline", "machine": machine(pair.device.type), "settings": pair.describe()}
         result |= {"unavailable": {}, "skipped": {}, "errors": {}, "works": {}}
-        result["answers"], result["errors"] = lab.compare_answers()
+        guarded(COMPILED, result["unavailable"], pair.compile_aggregation)
+        result["answers"], result["errors"] = pair.compare_answers()
         save(result)
-        result |= figures(lab.job(), lab.steps, lab.rounds(), lab.ceilings, lab.memory(), lab.bars())
+        result |= figures(pair.job(), pair.steps, pair.rounds(), pair.ceilings, pair.memory(), pair.bars())
         save(result)
         if trace:
-            lab.trace(trace)
+            pair.trace(trace)
     return result
 
 
@@ -116,7 +118,7 @@ def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
 
 
 @dataclass
-class Lab:
+class PipelinePair:
     """Both pipelines on one device, the same video before them."""
 
     settings: Settings
@@ -127,9 +129,10 @@ class Lab:
     questions: tuple[str, ...]
     ceilings: Ceilings
     steps: dict[str, int] = field(default_factory=dict)
+    compiled: Callable[[], torch.Tensor] | None = None
 
     @classmethod
-    def set_up(cls, settings: Settings, path: Path) -> Lab:
+    def set_up(cls, settings: Settings, path: Path) -> PipelinePair:
         if settings.layout is not None and not isinstance(parse_layout(settings.layout), SlowFastLayout):
             raise InputError(f"the plain pipeline has no layout {settings.layout}: name sf_llava or a slowfast-... one")
         video = open_video(path)
@@ -228,7 +231,9 @@ class Lab:
     def rounds(self) -> Times:
         """Who begins alternates; one more round before the first is warm-up."""
         times, turns = Times(), [self._time_ours, self._time_plain]
-        for round_ in range(-1, self.settings.rounds):
+        if self.compiled:
+            turns.append(self._time_compiled)
+        for round_ in progress(range(-1, self.settings.rounds)):
             kept = times if round_ >= 0 else Times()
             for turn in turns if round_ % 2 else turns[::-1]:
                 turn(kept)
@@ -250,6 +255,24 @@ class Lab:
         times.add_stages(PLAIN, answer.seconds)
         times.add_first(PLAIN, WITH_DECODING, answer.ttft)
         times.add_first(PLAIN, FROM_FRAMES, answer.ttft - answer.seconds["decode"])
+
+    @torch.inference_mode()
+    def compile_aggregation(self) -> None:
+        """Compiles the plain aggregation for features of the run's shape. AssertionError if its tokens differ."""
+        grid, config = self.ours.checkpoint.grid, self.ours.checkpoint.model.config.text_config
+        shape = len(self.indices), grid[0] * grid[1], config.hidden_size
+        features = torch.randn(shape, device=self.device).to(self.ours.dtype)
+        compiled = torch.compile(self.plain.aggregate, dynamic=False)
+        near = 4 * torch.finfo(self.ours.dtype).eps
+        torch.testing.assert_close(compiled(features), self.plain.aggregate(features), rtol=near, atol=near)
+        self.compiled = lambda: compiled(features)
+
+    @torch.inference_mode()
+    def _time_compiled(self, times: Times) -> None:
+        seconds: dict[str, float] = {}
+        with self.plain.timed("aggregate", seconds):
+            self.compiled()
+        times.add_stages(COMPILED, seconds)
 
     def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
         settings = self.settings

@@ -29,11 +29,14 @@ from bench.gpu import carried, copies, sanitize, tune
 from bench.gpu import run as gpu
 from bench.harness import record, timers
 from bench.harness.compare import compare
+from bench.harness.compare import show as show_changes
 from bench.harness.record import ROOT, ResultError, folder_name, processor, read_result
+from bench.harness.tables import make_console
 from bench.op import peers, works
+from bench.op import report as op_report
 from bench.op import roofline as plot
 from bench.op import run as op
-from bench.op.works import Work
+from bench.op.works import OpWork
 from bench.paired import dropins, layouts, projector
 
 COMMITTED = ROOT / "bench/results/cpu-amd-epyc-milan/op.json"
@@ -46,20 +49,23 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "work, expected",
     [
-        (Work(BFLOAT16, 4096), 266_076_160),
-        (Work(BFLOAT16, 1024, True), 66_519_040),
-        (Work(torch.float32, 4096), 532_152_320),
+        (OpWork(BFLOAT16, 4096), 266_076_160),
+        (OpWork(BFLOAT16, 1024, True), 66_519_040),
+        (OpWork(torch.float32, 4096), 532_152_320),
         # 3680 tokens' gradients, 10 frames that a max chose from, 50 frames of gradient
-        (Work(BFLOAT16, 4096, peers="none", backward=True), (3680 + 10 * 576 + 50 * 576) * 8192),
+        (OpWork(BFLOAT16, 4096, peers="none", backward=True), (3680 + 10 * 576 + 50 * 576) * 8192),
         # at T=4 the ten slow frames are four, whose patches are read once
-        (Work(BFLOAT16, 1024, frames=4), (4 * 576 + 2880 + 64) * 2048),
-        (Work(BFLOAT16, 1024, frames=4, peers="none", backward=True), (2880 + 64 + 4 * 576 + 4 * 576) * 2048),
-        (Work(BFLOAT16, 1024, frames=(4, 50)), (54 * 576 + 2 * 2880 + 54 * 16) * 2048),
-        (Work(BFLOAT16, 1024, layout=SlowFastLayout.parse("slowfast-slow_10frms_concat")), 2 * 5760 * 2048),
+        (OpWork(BFLOAT16, 1024, frames=4), (4 * 576 + 2880 + 64) * 2048),
+        (OpWork(BFLOAT16, 1024, frames=4, peers="none", backward=True), (2880 + 64 + 4 * 576 + 4 * 576) * 2048),
+        (OpWork(BFLOAT16, 1024, frames=(4, 50)), (54 * 576 + 2 * 2880 + 54 * 16) * 2048),
+        (OpWork(BFLOAT16, 1024, layout=SlowFastLayout.parse("slowfast-slow_10frms_concat")), 2 * 5760 * 2048),
         # neither a mean nor a single patch has to be seen again for its gradient
-        (Work(BFLOAT16, 1, layout=SlowFastLayout(10, "concat"), peers="none", backward=True), (5760 + 800 + 28800) * 2),
         (
-            Work(BFLOAT16, 1, layout=SlowFastLayout(10, "spatial_2d_avg_pool"), peers="none", backward=True),
+            OpWork(BFLOAT16, 1, layout=SlowFastLayout(10, "concat"), peers="none", backward=True),
+            (5760 + 800 + 28800) * 2,
+        ),
+        (
+            OpWork(BFLOAT16, 1, layout=SlowFastLayout(10, "spatial_2d_avg_pool"), peers="none", backward=True),
             (1440 + 800 + 28800) * 2,
         ),
     ],
@@ -102,7 +108,7 @@ def test_fewer_peers_have_no_best_one():
     eager = works.capped(work, "eager")
     assert eager.peers == "eager" and eager.bars.keys() == {"fairest copy", "plain eager"} and str(eager) == str(work)
     with pytest.raises(AssertionError):  # a peer writes tokens where a backward has their gradient
-        Work(BFLOAT16, 8, backward=True, peers="plain")
+        OpWork(BFLOAT16, 8, backward=True, peers="plain")
 
 
 def test_the_committed_result_names_the_works_of_the_cpu():
@@ -121,7 +127,7 @@ def test_the_committed_result_names_the_works_of_the_cpu():
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 def test_every_peer_computes_the_tokens(monkeypatch, frames, dtype):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    work = Work(dtype, 8, True, frames=frames)
+    work = OpWork(dtype, 8, True, frames=frames)
     features, out = work.make_set("cpu", torch.Generator().manual_seed(1))
     found = peers.peers(work, "cpu", None)
     assert set(found) == {"plain eager", "best eager", "compiled plain", "compiled best"}
@@ -131,7 +137,7 @@ def test_every_peer_computes_the_tokens(monkeypatch, frames, dtype):
 
 @pytest.mark.parametrize("layout", ["concat", "spatial_1d_avg_pool", "spatial_2d_max_pool", "spatial_2d_avg_pool"])
 def test_the_plain_form_of_other_layouts(layout):
-    work = Work(torch.float32, 8, peers="plain", frames=14, layout=SlowFastLayout(8, layout, (5, 3)))
+    work = OpWork(torch.float32, 8, peers="plain", frames=14, layout=SlowFastLayout(8, layout, (5, 3)))
     features, out = work.make_set("cpu", torch.Generator().manual_seed(1))
     [(name, fill)] = peers.peers(work, "cpu", None).items()
     op.check(name, lambda _: (fill(features, out), out)[1], work.expected(features, out), work)
@@ -188,42 +194,48 @@ def test_what_cannot_be_captured_is_timed_without_a_graph():
     assert called == [0, 1] * 4
 
 
-def fake_lab(fake, *some_works, ours=("cpu", "torch"), **options):
+def fake_setup(fake, *some_works, ours=("cpu", "torch"), **options):
     for name in ours:
         assert backends.BACKENDS[name].why_unavailable(None) is None
-    lab = {"device": "cpu", "works": some_works, "ours": ours, "slow": (), "timer": timers.CudaTimer(fake)}
-    return op.Lab(**lab | options)
+    setup = {"device": "cpu", "works": some_works, "ours": ours, "slow": (), "timer": timers.CudaTimer(fake)}
+    return op.DeviceSetup(**setup | options)
 
 
-def measure(lab, save=lambda result: None, slow_peers=False):
-    return op.run(lab, 5, slow_peers, (), save)
+def measure(setup, save=lambda result: None, slow_peers=False):
+    return op.run(setup, 5, slow_peers, (), save)
 
 
-TINY = Work(torch.float32, 8, True, {"fairest copy": (0.5, 0.9)}, peers="eager", frames=3)
+TINY = OpWork(torch.float32, 8, True, {"fairest copy": (0.5, 0.9)}, peers="eager", frames=3)
 COPIES = {"copy_": copies.torch_copy, copies.KERNEL: copies.torch_copy}
 
 
 def test_the_whole_way_of_a_gpu(monkeypatch):
     monkeypatch.setattr(op, "machine", lambda device: {"gpu": "Fake 1", "cpu": "x", "torch": "1", "commit": "0"})
-    many, one = (Work(torch.float32, 8, peers="none", frames=frames) for frames in ((2, 1), 3))
-    sweep = (Work(torch.float32, 8, peers="none", frames=4), Work(torch.float32, 8, peers="none", frames=8))
+    many, one = (OpWork(torch.float32, 8, peers="none", frames=frames) for frames in ((2, 1), 3))
+    sweep = (OpWork(torch.float32, 8, peers="none", frames=4), OpWork(torch.float32, 8, peers="none", frames=8))
     monkeypatch.setattr(works, "VIDEOS", many)
     monkeypatch.setattr(works, "ONE_VIDEO", one)
     monkeypatch.setattr(works, "SWEEP", sweep)
     fake = FakeCuda(l2=1 << 18)
     fake.requested = TINY.plan.offsets[-1] * 8 * 4
-    backward = Work(torch.float32, 8, backward=True, peers="none", frames=3)
-    plain = Work(torch.float32, 8, peers="plain", frames=3, layout=SlowFastLayout(2, "concat", (5, 5)))
-    lab = fake_lab(fake, TINY, backward, plain, many, one, *sweep, copies=COPIES)
+    backward = OpWork(torch.float32, 8, backward=True, peers="none", frames=3)
+    plain = OpWork(torch.float32, 8, peers="plain", frames=3, layout=SlowFastLayout(2, "concat", (5, 5)))
+    setup = fake_setup(fake, TINY, backward, plain, many, one, *sweep, copies=COPIES)
     saved = []
-    result = measure(lab, lambda result: saved.append(list(result["works"])))
+    result = measure(setup, lambda result: saved.append(list(result["works"])))
     assert not result["errors"] and not result["skipped"]
-    assert len(saved) == len(lab.works) + 2 and saved[0] == [] and "host" in result  # which comes first
+    assert len(saved) == len(setup.works) + 2 and saved[0] == [] and "host" in result  # which comes first
     tiny = result["works"][str(TINY)]
     assert set(tiny["providers"]) == {"plain eager", "best eager", "cpu", "torch", "copy_", "copy kernel"}
     assert {name for name, row in tiny["providers"].items() if not row["graph"]} == {"torch"}
     fairest = min(COPIES, key=lambda name: tiny["providers"][name]["p50_ms"])
     assert tiny["fairest_copy"] == fairest and tiny["bars"]["torch: fairest copy"]["bar"] == 0.5
+    for name, row in tiny["providers"].items():
+        assert ("tokens_per_s" in row) == (name not in COPIES)
+    assert tiny["tokens"] == TINY.plan.offsets[-1]
+    assert tiny["providers"]["cpu"]["tokens_per_s"] == pytest.approx(
+        tiny["tokens"] / tiny["providers"]["cpu"]["p50_ms"] * 1e3
+    )
     assert tiny["bars"]["fairest copy"].keys() == {"bar", "stretch", "ratio"} and result["large_copy_gb_per_s"] > 0
     assert tiny["bars"]["torch: memory"] == {"bar": 0.99, "ratio": 1.0}
     assert set(result["works"][str(backward)]["bars"]) == {"fairest copy", "torch: fairest copy"}
@@ -232,7 +244,7 @@ def test_the_whole_way_of_a_gpu(monkeypatch):
     assert set(result["host"]["bars"]) == {"10 us", "torch: 10 us"}
     assert result["host"]["bars"]["10 us"]["bar"] is None  # of a GPU alone
     assert json.loads(json.dumps(result)) == result
-    cli._print(result)
+    op_report.show(result, make_console())
 
 
 def test_what_fails_costs_nothing_else(monkeypatch):
@@ -241,9 +253,9 @@ def test_what_fails_costs_nothing_else(monkeypatch):
 
     wrong = {"best eager": lambda features, out: out.zero_(), "plain eager": fails}
     monkeypatch.setattr(op, "peers", lambda *_: wrong)
-    breaking = Work(torch.float32, 8, frames=2, layout=SlowFastLayout(2, fast_grid=(2, 2)))
-    monkeypatch.setattr(Work, "make_set", boom_for(breaking))
-    result = measure(fake_lab(FakeCuda(), breaking, TINY))
+    breaking = OpWork(torch.float32, 8, frames=2, layout=SlowFastLayout(2, fast_grid=(2, 2)))
+    monkeypatch.setattr(OpWork, "make_set", boom_for(breaking))
+    result = measure(fake_setup(FakeCuda(), breaking, TINY))
     assert set(result["works"]) == {str(TINY)}
     assert set(result["works"][str(TINY)]["providers"]) == {"cpu", "torch", "copy_"}
     assert result["errors"] == {
@@ -253,7 +265,7 @@ def test_what_fails_costs_nothing_else(monkeypatch):
     }
 
 
-def boom_for(breaking, make_set=Work.make_set):
+def boom_for(breaking, make_set=OpWork.make_set):
     def make(self, *arguments):
         if self == breaking:
             raise ValueError("boom")
@@ -264,7 +276,7 @@ def boom_for(breaking, make_set=Work.make_set):
 
 def test_a_backend_of_ours_that_is_one_bit_off_has_no_figures(monkeypatch):
     monkeypatch.setattr(op, "run_forward", nearly)
-    result = measure(fake_lab(FakeCuda(), TINY))
+    result = measure(fake_setup(FakeCuda(), TINY))
     assert set(result["errors"]) == {f"{TINY}: cpu"} and "cpu" not in result["works"][str(TINY)]["providers"]
 
 
@@ -284,17 +296,17 @@ def nearly(work, sets, backend, number, aggregate=op.run_forward):
 
 
 def test_a_work_that_does_not_fit_is_skipped_with_a_reason():
-    result = measure(fake_lab(FakeCuda(free=1000), TINY))
+    result = measure(fake_setup(FakeCuda(free=1000), TINY))
     assert not result["works"] and "0.0 GB are free" in result["skipped"][str(TINY)]
 
 
 def test_the_cpu_is_timed_as_before():
-    work = Work(torch.float32, 8, True, {"best peer": (0.1,), "copy_": (0.1,)}, peers="eager")
-    lab = fake_lab(None, work, ours=("cpu",), timer=timers.CpuTimer(), slow=("plain eager", "torch"))
-    [figures] = measure(lab, slow_peers=True)["works"].values()
+    work = OpWork(torch.float32, 8, True, {"best peer": (0.1,), "copy_": (0.1,)}, peers="eager")
+    setup = fake_setup(None, work, ours=("cpu",), timer=timers.CpuTimer(), slow=("plain eager", "torch"))
+    [figures] = measure(setup, slow_peers=True)["works"].values()
     assert list(figures["providers"]) == ["best eager", "cpu", "copy_", "plain eager"]
     assert set(figures["bars"]) == {"best peer", "copy_"} and figures["best_peer"] == "best eager"
-    assert set(figures["providers"]["cpu"]) == {"p20_ms", "p50_ms", "p80_ms", "ratio"}
+    assert set(figures["providers"]["cpu"]) == {"p20_ms", "p50_ms", "p80_ms", "tokens_per_s", "ratio"}
 
 
 def test_sanitizers_calls_are_right_and_would_say_if_not(monkeypatch):
@@ -332,6 +344,15 @@ def result_of(device="NVIDIA H200", ratio=0.9, spread=0.01):
 def test_compare_sees_a_regression_beyond_noise(old, new, margin, regressed):
     [change] = compare(old, new, margin)
     assert change.regressed == regressed
+
+
+def test_compare_shows_tokens_per_second_where_a_result_has_them(capsys):
+    old, new = result_of(), result_of()
+    new["works"]["bfloat16 D=4096"]["providers"]["cuda"] |= {"tokens_per_s": 3_680_000.0}
+    [change] = changes = compare(old, new, 0.1)
+    assert change.tokens_per_s == (None, 3_680_000.0)
+    show_changes(changes, make_console())
+    assert "3,680,000" in capsys.readouterr().out
 
 
 def test_compare_misses_what_was_not_measured_again():
@@ -793,7 +814,10 @@ def test_drop_ins_are_measured_after_their_tokens(small_dropins, tmp_path, monke
     for name, figures in result["works"].items():
         assert set(figures["providers"]) == {"patched", "published"}
         assert figures["same_bits"] or "spatial_temporal_pool bfloat16" in name
-    assert "published / patched" in capsys.readouterr().out
+        for row in figures["providers"].values():
+            assert row["tokens_per_s"] == pytest.approx(figures["tokens"] / row["p50_ms"] * 1e3)
+    out = capsys.readouterr().out
+    assert "published / patched" in out and "patched tokens/s" in out
 
 
 def test_drop_ins_of_other_tokens_are_not_timed(small_dropins, monkeypatch, capsys):
@@ -801,7 +825,7 @@ def test_drop_ins_of_other_tokens_are_not_timed(small_dropins, monkeypatch, caps
         right = model.prepare_slowfast
         model.prepare_slowfast = lambda *call: right(*call) + 1
 
-    monkeypatch.setattr(dropins.Work, "patch", patch)
+    monkeypatch.setattr(dropins.DropinCall, "patch", patch)
     assert main(monkeypatch, "dropins", "--rounds", "2", "--only", "prepare_slowfast") == 1
     assert "error: prepare_slowfast" in capsys.readouterr().out
 
@@ -817,7 +841,10 @@ def test_layouts_are_measured_after_their_tokens(small_layouts, tmp_path, monkey
     result = read_result(written)
     assert list(result["works"]) == [str(work) for work in layouts.WORKS if "float32" in str(work)]
     assert not result["errors"] and all(f["providers"]["published"]["ratio"] > 0 for f in result["works"].values())
-    assert "pllava float32" in capsys.readouterr().out
+    for row in result["works"]["pllava float32"]["providers"].values():
+        assert row["tokens_per_s"] == pytest.approx(2304 / row["p50_ms"] * 1e3)
+    out = capsys.readouterr().out
+    assert "pllava float32" in out and "op tokens/s" in out
 
 
 def test_layouts_on_a_gpu_go_round_the_cache_in_a_graph(small_layouts):

@@ -21,8 +21,8 @@ from bench.harness.record import passes, read_result
 from bench.pipeline import clip, costs, dummy, figures
 from bench.pipeline import run as pipeline
 from bench.pipeline.baseline import PlainAnswer
-from bench.pipeline.figures import FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
-from bench.pipeline.run import Lab, Settings
+from bench.pipeline.figures import COMPILED, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, STEP, WITH_DECODING, Bars
+from bench.pipeline.run import PipelinePair, Settings
 from sfllava_fast import SlowFastLayout, slowfast_aggregate
 from sfllava_fast.cli import main as cli
 from sfllava_fast.engine.session import Session
@@ -35,6 +35,11 @@ from sfllava_fast.video import open_video
 from sfllava_fast.video.preprocess import preprocess
 
 FRAMES, NEW_TOKENS = 12, 5
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +55,8 @@ def settings(video):
 
 
 @pytest.fixture(scope="module")
-def lab(settings, video):
-    return Lab.set_up(settings, video)
+def pair(settings, video):
+    return PipelinePair.set_up(settings, video)
 
 
 @pytest.fixture
@@ -196,17 +201,17 @@ def test_dummies_have_the_real_shapes(name, billions, family):
     assert tokenizer.decode(prompt.after).endswith("In the video,")
 
 
-def test_a_dummys_answer_hangs_on_question_and_video(lab, monkeypatch):
+def test_a_dummys_answer_hangs_on_question_and_video(pair, monkeypatch):
     """Else equal tokens would show nothing."""
-    answers = [lab._ask_plain(question).token_ids for question in lab.questions]
-    right = lab.plain.aggregate
-    monkeypatch.setattr(lab.plain, "aggregate", lambda features: right(features.roll(1, 0)))
-    answers += [lab._ask_plain(question).token_ids for question in lab.questions]
+    answers = [pair._ask_plain(question).token_ids for question in pair.questions]
+    right = pair.plain.aggregate
+    monkeypatch.setattr(pair.plain, "aggregate", lambda features: right(features.roll(1, 0)))
+    answers += [pair._ask_plain(question).token_ids for question in pair.questions]
     assert len({tuple(ids) for ids in answers}) == 6 and all(len(set(ids)) > 2 for ids in answers)
 
 
-def test_the_weights_are_shared_and_the_modules_are_not(lab):
-    ours, plain = lab.ours.checkpoint.model.model, lab.plain.model.model
+def test_the_weights_are_shared_and_the_modules_are_not(pair):
+    ours, plain = pair.ours.checkpoint.model.model, pair.plain.model.model
     assert ours.language_model is not plain.language_model
     theirs = {weight.data_ptr() for weight in plain.parameters()}
     assert all(weight.data_ptr() in theirs for weight in ours.parameters())
@@ -226,26 +231,26 @@ def test_a_checkpoints_whole_tower_is_loaded_for_the_plain_pipeline(tmp_path, se
 # --- the plain pipeline
 
 
-def test_the_plain_pipeline_says_what_stock_generate_says(lab):
-    answer = lab._ask_plain("What is it?")
+def test_the_plain_pipeline_says_what_stock_generate_says(pair):
+    answer = pair._ask_plain("What is it?")
     mask = torch.ones(answer.embeds.shape[:2], dtype=torch.long)
-    stock = lab.plain.model.generate(
+    stock = pair.plain.model.generate(
         inputs_embeds=answer.embeds, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
     )
     assert answer.token_ids == stock[0].tolist() and len(set(answer.token_ids)) > 2
     assert list(answer.seconds) == ["decode", *STAGES]
-    logits = lab.plain.logits(answer, answer.token_ids)
+    logits = pair.plain.logits(answer, answer.token_ids)
     assert logits.argmax(dim=1).tolist() == answer.token_ids
 
 
-def test_the_plain_pipeline_stops_where_ours_does(lab, monkeypatch):
-    ids = lab._ask_plain("What is it?").token_ids
-    monkeypatch.setattr(lab.ours.pipeline.prompts, "stop_ids", frozenset({ids[2]}))
-    assert lab._ask_plain("What is it?").token_ids == ids[: ids.index(ids[2]) + 1]
+def test_the_plain_pipeline_stops_where_ours_does(pair, monkeypatch):
+    ids = pair._ask_plain("What is it?").token_ids
+    monkeypatch.setattr(pair.ours.pipeline.prompts, "stop_ids", frozenset({ids[2]}))
+    assert pair._ask_plain("What is it?").token_ids == ids[: ids.index(ids[2]) + 1]
 
 
-def test_the_plain_stages_compute_what_ours_do(lab):
-    plain, ours, pictures = lab.plain, lab.ours, lab.decoded.frames(lab.indices)
+def test_the_plain_stages_compute_what_ours_do(pair):
+    plain, ours, pictures = pair.plain, pair.ours, pair.decoded.frames(pair.indices)
     with torch.inference_mode():
         pixels = plain.preprocess(pictures)
         last = 1 / 255 / 0.26
@@ -258,11 +263,11 @@ def test_the_plain_stages_compute_what_ours_do(lab):
         torch.testing.assert_close(tokens, slowfast_aggregate(patches.contiguous(), ours.layout))
 
 
-def test_the_plain_tower_runs_whole_on_all_frames_at_once(lab):
+def test_the_plain_tower_runs_whole_on_all_frames_at_once(pair):
     seen = []
-    layers = core(lab.plain.model.model.vision_tower).encoder.layers
+    layers = core(pair.plain.model.model.vision_tower).encoder.layers
     handle = layers[-1].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    lab._ask_plain("What is it?")
+    pair._ask_plain("What is it?")
     handle.remove()
     assert seen == [FRAMES]
 
@@ -287,11 +292,17 @@ def test_a_whole_run(tmp_path, options, capsys, monkeypatch):
     assert {FROM_FRAMES, WITH_DECODING, SECOND, STEP} <= set(result["works"])
     for name, work in result["works"].items():
         assert name.split(",")[0][:10] in out
-        assert set(work["providers"]) == ({OURS} if name in ("wait", SECOND) else {OURS, PLAIN})
+        peers = {"wait": set(), SECOND: set(), "aggregate": {PLAIN, COMPILED}}.get(name, {PLAIN})
+        assert set(work["providers"]) == {OURS} | peers
+        assert set(work["bars"]) >= {f"{OURS}: {peer}" for peer in peers}
         assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in work["providers"].values())
     rows = result["works"]["prefill"]["providers"]
     assert rows[PLAIN]["flop"] > rows[OURS]["flop"] > 0
     assert result["ceilings"]["gemm_flop_per_s"] > 0 and result["ceilings"]["copy_bytes_per_s"] > 0
+    for name, tokens in {"aggregate": 512, FROM_FRAMES: 512, STEP: 1}.items():
+        for row in result["works"][name]["providers"].values():
+            assert row["tokens_per_s"] == pytest.approx(tokens / row["p50_ms"] * 1e3)
+    assert "tokens/s" in out and f"aggregate, {COMPILED}" in out
     assert set(result["rates"]) == {"visual tokens/s of the aggregator", "prefill tokens/s", "decode tokens/s"}
     assert result["memory"][PLAIN]["weights_bytes"] > result["memory"][OURS]["weights_bytes"] > 0
     assert not any(change.regressed for change in compare(result, result, 0.1))
@@ -333,7 +344,7 @@ def test_a_wrong_answer_fails_before_anything_is_timed(tmp_path, options, capsys
     assert len(result["errors"]) == 3 and FROM_FRAMES in result["works"]  # marked, and timed all the same
 
 
-def test_near_ties_count_only_for_random_weights_of_16_bits(lab, settings, monkeypatch):
+def test_near_ties_count_only_for_random_weights_of_16_bits(pair, settings, monkeypatch):
     """Logits of 4 and 4 less one or more units: in bfloat16 a unit is 1/128 of the logit."""
     plain = SimpleNamespace(token_ids=[5, 6])
     ours = SimpleNamespace(dtype=torch.bfloat16)
@@ -343,7 +354,7 @@ def test_near_ties_count_only_for_random_weights_of_16_bits(lab, settings, monke
         logits[0, 5] = logits[-1, 6] = 4
         logits[0, 7] = 4 - gap
         baseline = SimpleNamespace(logits=lambda answer, ids: logits, ends=lambda ids, most: len(ids) == new_tokens)
-        own = replace(lab, ours=options.get("ours", ours), plain=baseline, settings=options.get("settings", settings))
+        own = replace(pair, ours=options.get("ours", ours), plain=baseline, settings=options.get("settings", settings))
         return own._difference(plain, ids)
 
     assert difference([5, 6], 0) == (None, 0)
@@ -375,15 +386,15 @@ def test_the_plain_first_token_comes_when_its_stages_end():
 # --- bars
 
 
-def test_the_bars_are_those_asked_for(lab, settings):
+def test_the_bars_are_those_asked_for(pair, settings):
     assert figures.BARS[("cpu", "embedded")] == Bars(from_frames=2.5, with_decoding=1.6)
     assert figures.BARS[("cpu", "small")] == Bars(five_questions=1.4)
     asked = {"second_share": 0.1, "five_questions": 1.4, "step_over_floor": 1.4, "extra_gb": 4}
     assert figures.BARS[("nvidia-h200", "7b")] == Bars(first_token_ms=138, first_token_hoped_ms=115, **asked)
     usual = Settings(device="cpu")
-    assert replace(lab, settings=usual).bars() == Bars(from_frames=2.5, with_decoding=1.6)
+    assert replace(pair, settings=usual).bars() == Bars(from_frames=2.5, with_decoding=1.6)
     for other in (replace(usual, frames=8), replace(usual, config="tiny"), replace(usual, video=settings.video)):
-        assert replace(lab, settings=other).bars() == Bars()
+        assert replace(pair, settings=other).bars() == Bars()
 
 
 def test_limits_become_ratios_of_which_one_is_asked():

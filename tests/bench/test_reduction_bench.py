@@ -21,10 +21,9 @@ from bench.harness.compare import compare
 from bench.harness.record import passes, read_result, write_json
 from bench.harness.timers import CpuTimer, CudaTimer
 from bench.pipeline import costs, dummy
-from bench.reduction import mixture, question, rows
-from bench.reduction import run as reduction
-from bench.reduction.mixture import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, prefill_mixed
-from bench.reduction.question import Question, ask
+from bench.reduction import cost, first_logits, mixture_prefill, row_kernels
+from bench.reduction.first_logits import FirstLogits, ask
+from bench.reduction.mixture_prefill import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, MixturePrefill, prefill_mixed
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
 from sfllava_fast.ops.rows import gather_many, scatter_rows, top_per_frame
@@ -39,12 +38,12 @@ HELD = f"{SWEPT} {RATIO}"  # whose bars are the issue's
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(mixture, "GRID", (8, 8))
-    monkeypatch.setattr(mixture, "FRAMES", 10)
-    monkeypatch.setitem(reduction.PREFILLS, "cpu", Prefill("tiny", TINY, torch.float32))
-    monkeypatch.setitem(reduction.QUESTIONS, "cpu", Question("tiny", torch.float32))
-    monkeypatch.setattr(rows, "WIDTH", 64)
-    monkeypatch.setattr(rows, "HEADS", 4)
+    monkeypatch.setattr(mixture_prefill, "GRID", (8, 8))
+    monkeypatch.setattr(mixture_prefill, "FRAMES", 10)
+    monkeypatch.setitem(cost.PREFILLS, "cpu", MixturePrefill("tiny", TINY, torch.float32))
+    monkeypatch.setitem(cost.QUESTIONS, "cpu", FirstLogits("tiny", torch.float32))
+    monkeypatch.setattr(row_kernels, "WIDTH", 64)
+    monkeypatch.setattr(row_kernels, "HEADS", 4)
 
 
 def main(monkeypatch, *arguments):
@@ -69,7 +68,9 @@ OWN = {torch.ops.sfllava_fast.attention_received: lambda q, k, *_, out_shape: 2 
 def test_flop_by_torchs_own_counter(mixed, kv_heads):
     """The counter knows the CPU's fused attention not at all (it counts 0), and of the unfused one the whole square; of
     our own op it has to be told."""
-    decoder = mixture.dummy_decoder(TINY | {"num_key_value_heads": kv_heads}, torch.device("cpu"), torch.float32)
+    decoder = mixture_prefill.dummy_decoder(
+        TINY | {"num_key_value_heads": kv_heads}, torch.device("cpu"), torch.float32
+    )
     embeds = torch.randn(1, TOKENS, 64)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=OWN) as counter:
         _, cache = prefill_mixed(*mixed.wrap(decoder), embeds, FRAMES)
@@ -79,19 +80,19 @@ def test_flop_by_torchs_own_counter(mixed, kv_heads):
     causal = sum(square * (n + 1) // (2 * n) for square, n in zip(squares, lengths))
     angles = sum(counts.get("LlamaModel.rotary_emb", {}).values())
     expected = {"products": counter.get_total_flops() - sum(squares) - angles, "attention": causal}
-    assert mixture.flop(decoder.config, mixed, FRAMES, TOKENS) == expected
+    assert mixture_prefill.flop(decoder.config, mixed, FRAMES, TOKENS) == expected
 
 
 def test_the_flop_asked_for_is_a_matter_of_shapes(monkeypatch):
     """SF-LLaVA's prompt in the shapes that are measured, by every scorer: FLOP over those of the plain model."""
-    for work in (reduction.PREFILLS["cpu"], reduction.PREFILLS["cuda"]):
+    for work in (cost.PREFILLS["cpu"], cost.PREFILLS["cuda"]):
         text = LlamaConfig(**work.shape if isinstance(work.shape, dict) else dummy._SHAPES[work.shape][1])
         frames = token_frames(SlowFastLayout().plan(50, (24, 24)), 35)
         tokens = frames[-1] + 25
         assert tokens == 3740 and frames[-1] - frames[0] == 3680
-        whole = sum(mixture.flop(text, Mixed(SWEPT, 1.0), frames, tokens).values())
+        whole = sum(mixture_prefill.flop(text, Mixed(SWEPT, 1.0), frames, tokens).values())
         assert whole == costs.prefill(text, tokens, 0, 4).flop
-        shares = [sum(mixture.flop(text, mixed, frames, tokens).values()) / whole for mixed in MIXED]
+        shares = [sum(mixture_prefill.flop(text, mixed, frames, tokens).values()) / whole for mixed in MIXED]
         assert all(share <= 0.65 for share, mixed in zip(shares, MIXED) if mixed.ratio == RATIO)
         assert shares[: len(RATIOS)] == sorted(shares[: len(RATIOS)], reverse=True)
 
@@ -125,8 +126,8 @@ def test_a_wrong_mixture_is_not_timed(tiny, monkeypatch, capsys, name):
 
 
 def test_all_tokens_must_be_the_plain_models_bits(tiny, monkeypatch, capsys):
-    right = mixture.prefill_mixed
-    monkeypatch.setattr(mixture, "prefill_mixed", lambda *a: (right(*a)[0] * (1 + 1e-6), right(*a)[1]))
+    right = mixture_prefill.prefill_mixed
+    monkeypatch.setattr(mixture_prefill, "prefill_mixed", lambda *a: (right(*a)[0] * (1 + 1e-6), right(*a)[1]))
     assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "prefill") == 1
     assert "learned 1.0 differs from the plain model" in capsys.readouterr().out
 
@@ -138,13 +139,13 @@ def test_a_question_with_other_logits_is_not_timed(tiny, monkeypatch, capsys, re
         spoils = (prefilling.label or PLAIN).startswith(reduction.removesuffix(":4"))
         return logits + 1e-2 * spoils, cache
 
-    monkeypatch.setattr(question, "ask", spoiled)
+    monkeypatch.setattr(first_logits, "ask", spoiled)
     assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "question") == 1
     assert f"error: question tiny float32: AssertionError: {reduction}: logits are off" in capsys.readouterr().out
 
 
 def test_kernels_of_other_rows_are_not_timed(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(rows.rows, "gather_rows", lambda hidden, index: hidden[:, : index.shape[1]])
+    monkeypatch.setattr(row_kernels.rows, "gather_rows", lambda hidden, index: hidden[:, : index.shape[1]])
     assert main(monkeypatch, "reduction", "--rounds", "2", "--only", "gather_rows") == 1
     assert capsys.readouterr().out.count("error: gather_rows") == 2
 
@@ -158,7 +159,7 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, "reduction", "--rounds", "2", "--json", written) == 0
     out, result = capsys.readouterr().out, read_result(written)
     assert result["kind"] == "reduction" and result["machine"]["commit"] and not result["errors"]
-    assert list(result["works"]) == ["prefill tiny float32", "question tiny float32", *map(str, rows.WORKS)]
+    assert list(result["works"]) == ["prefill tiny float32", "question tiny float32", *map(str, row_kernels.WORKS)]
     work = result["works"]["prefill tiny float32"]
     assert (work["tokens"], work["vision_tokens"]) == (540, 10 * 32 + 10 * 16)
     assert list(work["providers"]) == [PLAIN, *map(str, MIXED)]
@@ -175,7 +176,7 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
         rows_ms = spent.pop("choosing and moving rows")
         assert (rows_ms > 0) == (name == HELD and compiled) and set(spent) == {"products", "attention", "rest"}
         assert min(spent.values()) > 0
-    assert all(f"{scorer} 0.2: 0.75 of plain's time" in work["bars"] for scorer in (SWEPT, *mixture.OTHERS))
+    assert all(f"{scorer} 0.2: 0.75 of plain's time" in work["bars"] for scorer in (SWEPT, *mixture_prefill.OTHERS))
     asked = {name: row["cache_bytes"] for name, row in result["works"]["question tiny float32"]["providers"].items()}
     assert asked["plain"] == 2 * 540 * a_token and asked["mixture:0.2:norm"] == (540 + kept) * a_token
     assert asked["prune:0.2"] == asked["prune:0.2:attention"] == 2 * (60 + 96) * a_token
@@ -191,10 +192,10 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_the_work_on_a_gpus_clock(tiny, monkeypatch):
-    monkeypatch.setattr(mixture, "MIXED", (Mixed(SWEPT, 1.0), Mixed(SWEPT, RATIO)))
+    monkeypatch.setattr(mixture_prefill, "MIXED", (Mixed(SWEPT, 1.0), Mixed(SWEPT, RATIO)))
     monkeypatch.setattr(CudaTimer, "_WARM_UP", 0)
     fake = FakeCuda()
-    found = reduction.PREFILLS["cpu"].measure("cpu", CudaTimer(fake), 3)
+    found = cost.PREFILLS["cpu"].measure("cpu", CudaTimer(fake), 3)
     assert fake.log.count("event") == 2 * 3 * (3 + 0)
     assert set(found["providers"]) == {PLAIN, f"{SWEPT} 1.0", HELD}
 
@@ -203,7 +204,7 @@ def test_on_a_gpu_it_is_a_step_of_the_pipelines_part(tmp_path):
     found = {step.name: step for step in gpu.PARTS["pipeline"](tmp_path, "90", 4)}["reduction"]
     args = cli._parser().parse_args(found.command[3:])
     assert args.device == "cuda" and args.json == tmp_path / "reduction.json" and args.run is cli._reduction
-    work = reduction.PREFILLS["cuda"]
+    work = cost.PREFILLS["cuda"]
     assert (work.shape, work.dtype) == ("7b", torch.bfloat16)
 
 
@@ -229,7 +230,7 @@ def rows_of(ratio, flop, peak):
     ],
 )
 def test_bars(ratio, flop, peak, reached):
-    found = mixture.bars(rows_of(ratio, flop, peak), mixture.BARS["cpu"])
+    found = mixture_prefill.bars(rows_of(ratio, flop, peak), mixture_prefill.BARS["cpu"])
     asked = ("0.75 of plain's time", "0.65 of plain's FLOP", "0.8 of plain's peak memory")
     assert list(found) == [f"{HELD}: {limit}" for limit in asked]
     assert tuple(bar["ratio"] >= bar["bar"] for bar in found.values()) == reached

@@ -95,7 +95,7 @@ def rehearse(set_: Set, set_item: Set) -> None:
         set_item(backends.BACKENDS, name, replace(_on_the_cpu(), name=name))
     set_(tune.Variant, "built", True)
     set_(tune.Variant, "run", _run_variant)
-    set_item(op.LABS, "cuda", _lab)
+    set_item(op.SETUPS, "cuda", _setup)
     set_(sanitize, "main", partial(_small_calls, sanitize.main))
 
 
@@ -115,21 +115,21 @@ def pretend_a_device(set_: Set) -> None:
 def _make_works_small(set_: Set) -> None:
     for name in _NAMES:
         found = getattr(works, name)
-        set_(works, name, _small(found) if isinstance(found, works.Work) else tuple(map(_small, found)))
+        set_(works, name, _small(found) if isinstance(found, works.OpWork) else tuple(map(_small, found)))
 
 
-def _small(work: works.Work) -> works.Work:
+def _small(work: works.OpWork) -> works.OpWork:
     return replace(work, channels=work.channels // _SMALLER)
 
 
-def _lab() -> op.Lab:
+def _setup() -> op.DeviceSetup:
     ours = ("cuda",) if registry.load_triton() else ("cuda", "triton")
     both = {"copy_": copies.torch_copy, copies.KERNEL: copies.torch_copy}
     timer = timers.CudaTimer(FakeCuda(l2=1 << 12))  # two sets of everything
-    return op.Lab("cpu", works.CUDA_WORKS, ours, (), timer, compile_mode="default", copies=both)
+    return op.DeviceSetup("cpu", works.CUDA_WORKS, ours, (), timer, compile_mode="default", copies=both)
 
 
-def _run_variant(variant: tune.Variant, work: works.Work, features, tokens, gradient) -> None:
+def _run_variant(variant: tune.Variant, work: works.OpWork, features, tokens, gradient) -> None:
     if gradient is None:
         _on_the_cpu().run(features, work.plan, tokens)
     else:

@@ -41,13 +41,13 @@ def make_small(command: str) -> None:
     for name, value in {"FRAMES": 6, "GRID": (8, 8), "VISION": 32, "LANGUAGE": 64, "_CHECKED_FRAMES": 3}.items():
         setattr(projector, name, value)
     if command == "reduction":  # it imports transformers
-        from bench.reduction import mixture, question, rows
-        from bench.reduction import run as reduction
+        from bench.reduction import cost, first_logits, mixture_prefill, row_kernels
 
         shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=8)
-        mixture.GRID, mixture.FRAMES, rows.WIDTH, rows.HEADS = (8, 8), 10, 64, 4
-        reduction.PREFILLS["cpu"] = mixture.Prefill("tiny", shape, torch.float32)
-        reduction.QUESTIONS["cpu"] = question.Question("tiny", torch.float32)
+        mixture_prefill.GRID, mixture_prefill.FRAMES = (8, 8), 10
+        row_kernels.WIDTH, row_kernels.HEADS = 64, 4
+        cost.PREFILLS["cpu"] = mixture_prefill.MixturePrefill("tiny", shape, torch.float32)
+        cost.QUESTIONS["cpu"] = first_logits.FirstLogits("tiny", torch.float32)
 
 
 def _why_no_report(report: Path, needed: tuple[str, ...], why_no_proof=gpu.why_no_proof) -> str | None:

@@ -22,7 +22,7 @@ from sfllava_fast.reduction.mixture.wrapper import MixtureOfDepths
 from sfllava_fast.reduction.scorers import LayerInput
 
 from ..harness import peak_memory as memory
-from ..harness.timers import CpuTimer, CudaTimer, Sample, median_ratio, summary
+from ..harness.timers import CpuTimer, CudaTimer, Sample, paired_rows
 from ..pipeline import costs
 from ..pipeline.dummy import dummy_decoder, on_the_same_weights
 
@@ -58,7 +58,7 @@ MIXED = (*(Mixed(SWEPT, ratio) for ratio in RATIOS), *(Mixed(scorer, RATIO) for 
 
 
 @dataclass(frozen=True)
-class Prefill:
+class MixturePrefill:
     """Prefills of SF-LLaVA's prompt. shape: as `dummy_decoder` takes it."""
 
     name: str
@@ -83,10 +83,8 @@ class Prefill:
         times = timer.times({name: Sample(call) for name, call in calls.items()}, rounds)
         counted = {str(mixed): flop(decoder.config, mixed, frames, embeds.shape[1]) for mixed in MIXED}
         counted[PLAIN] = costs.mixture_of_depths(decoder.config, embeds.shape[1], 0, 0)
-        rows = {
-            name: summary(found) | {"ratio": median_ratio(found, times[PLAIN]), "flop": counted[name]} | held[name]
-            for name, found in times.items()
-        }
+        rows = paired_rows(times, PLAIN)
+        rows = {name: row | {"flop": counted[name]} | held[name] for name, row in rows.items()}
         for name in (PLAIN, str(Mixed(SWEPT, RATIO))):
             rows[name]["parts_ms"] = parts(calls[name], device)
         return {

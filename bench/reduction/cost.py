@@ -11,26 +11,28 @@ from rich.table import Table
 
 from ..harness import pairs
 from ..harness.record import ResultError, device_name
-from . import rows
-from .mixture import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, Prefill, shares
-from .question import Question
-from .rows import OURS, TORCH
+from ..harness.tables import make_table, show_bars, show_machine, show_notes
+from . import row_kernels
+from .first_logits import FirstLogits
+from .mixture_prefill import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, MixturePrefill, shares
+from .row_kernels import OURS, TORCH
 
 # 16-bit products would be emulated on many a CPU.
-PREFILLS = {"cpu": Prefill("mid-size", MID_SIZE, torch.float32), "cuda": Prefill("7b", "7b", torch.bfloat16)}
-QUESTIONS = {"cpu": Question("small", torch.float32), "cuda": Question("7b", torch.bfloat16)}
+PREFILLS = {
+    "cpu": MixturePrefill("mid-size", MID_SIZE, torch.float32),
+    "cuda": MixturePrefill("7b", "7b", torch.bfloat16),
+}
+QUESTIONS = {"cpu": FirstLogits("small", torch.float32), "cuda": FirstLogits("7b", torch.bfloat16)}
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
     """Every work chosen by `only`; `save` gets what there is after each."""
-    works = PREFILLS[device], QUESTIONS[device], *rows.WORKS
+    works = PREFILLS[device], QUESTIONS[device], *row_kernels.WORKS
     return pairs.run("reduction", works, lambda work, *how: work.measure(*how), device, rounds, only, save)
 
 
-def show(result: dict) -> None:
-    facts = result["machine"]
-    console = Console(width=120, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['threads']} threads, {facts['commit']}")
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console)
     for name, work in result["works"].items():
         if name.startswith("prefill"):
             console.print(_prefills(name, work), _parts(work), sep="\n")
@@ -38,18 +40,13 @@ def show(result: dict) -> None:
             console.print(_questions(name, work))
     if kernels := {name: work for name, work in result["works"].items() if work["best_peer"] == TORCH}:
         console.print(_kernels(kernels))
-    for name, work in result["works"].items():
-        for against, bar in work["bars"].items():
-            word = "reached" if bar["ratio"] >= bar["bar"] else "NOT reached"
-            console.print(f"  {name}, {against}: {bar['ratio']:.2f} of {bar['bar']:.2f}, {word}")
-    for name, reason in result["errors"].items():
-        console.print(f"error: {name}: {reason}")
+    show_bars(result["works"], console)
+    show_notes(result, console)
 
 
 def _prefills(name: str, work: dict) -> Table:
-    table = Table(title=f"{name}, {work['tokens']} tokens; shares of the plain model's", title_justify="left")
-    for column in ("scorer, r", "p50 ms", "cache MB", "peak MB", "time", "FLOP", "cache", "peak memory"):
-        table.add_column(column, justify="left" if column == "scorer, r" else "right")
+    columns = ("scorer, r", "p50 ms", "cache MB", "peak MB", "time", "FLOP", "cache", "peak memory")
+    table = make_table(f"{name}, {work['tokens']} tokens; shares of the plain model's", columns)
     for contender, row in work["providers"].items():
         held = (f"{row[key] / 1e6:.1f}" for key in ("cache_bytes", "peak_bytes"))
         of_plain = (f"{share:.3f}" for share in shares(work["providers"], contender).values())
@@ -58,9 +55,8 @@ def _prefills(name: str, work: dict) -> Table:
 
 
 def _questions(name: str, work: dict) -> Table:
-    table = Table(title=f"{name}, {work['tokens']} tokens: video prefilled and first logits", title_justify="left")
-    for column in ("reduction", "p50 ms", "of plain's", "cache MB", "of plain's"):
-        table.add_column(column, justify="left" if column == "reduction" else "right")
+    title = f"{name}, {work['tokens']} tokens: video prefilled and first logits"
+    table = make_table(title, ("reduction", "p50 ms", "of plain's", "cache MB", "of plain's"))
     whole = work["providers"][PLAIN]["cache_bytes"]
     for reduction, row in work["providers"].items():
         held = row["cache_bytes"]
@@ -70,11 +66,10 @@ def _questions(name: str, work: dict) -> Table:
 
 
 def _parts(work: dict) -> Table:
-    """Where the time of the plain model and of the one that the bars are about goes, beside the FLOP."""
+    """Time by part of the plain model and of the mixed one that the bars are about, beside the FLOP."""
     plain, mixed = (work["providers"][name] for name in (PLAIN, str(Mixed(SWEPT, RATIO))))
-    table = Table(title="where it goes, profiled once", title_justify="left")
-    for column in ("", "plain ms", "mixed ms", "mixed / plain", "FLOP, mixed / plain"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("part", "plain ms", "mixed ms", "mixed / plain", "FLOP, mixed / plain")
+    table = make_table("time by part, profiled once", columns)
     for part, spent in plain["parts_ms"].items():
         flop = f"{mixed['flop'][part] / plain['flop'][part]:.3f}" if part in plain["flop"] else ""
         less = mixed["parts_ms"][part]
@@ -83,9 +78,7 @@ def _parts(work: dict) -> Table:
 
 
 def _kernels(works: dict[str, dict]) -> Table:
-    table = Table(title="kernels, 3680 tokens of 4096", title_justify="left")
-    for column in ("kernel", "torch ms", "ours ms", "torch / ours"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
+    table = make_table("kernels, 3680 tokens of 4096", ("kernel", "torch ms", "ours ms", "torch / ours"))
     for name, work in works.items():
         ours, torch_ = (work["providers"][form] for form in (OURS, TORCH))
         table.add_row(name, f"{torch_['p50_ms']:.4g}", f"{ours['p50_ms']:.4g}", f"{torch_['ratio']:.2f}")
@@ -103,15 +96,15 @@ def plot(result: dict, path: Path) -> None:
     if name is None:
         raise ResultError("no prefill is in this result: run bench reduction without --only")
     work, swept = result["works"][name], [str(Mixed(SWEPT, ratio)) for ratio in RATIOS]
-    rows_, figure = work["providers"], Figure(figsize=(10, 3.6), layout="constrained")
+    rows, figure = work["providers"], Figure(figsize=(10, 3.6), layout="constrained")
     of_plain, megabytes = figure.subplots(1, 2)
     for what, style in {"time": "o-", "FLOP": "s--", "cache": "^:"}.items():
-        [line] = of_plain.plot(RATIOS, [shares(rows_, contender)[what] for contender in swept], style, label=what)
+        [line] = of_plain.plot(RATIOS, [shares(rows, contender)[what] for contender in swept], style, label=what)
         if (limit := BARS["cuda" if "gpu" in result["machine"] else "cpu"].get(what)) is not None:
             of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
     of_plain.set(ylabel="of the plain model's prefill", ylim=(0, None))
     for key, label in {"peak_bytes": "tensors at the peak of a prefill", "cache_bytes": "key/value cache"}.items():
-        megabytes.plot(RATIOS, [rows_[contender][key] / 1e6 for contender in swept], "o-", label=label)
+        megabytes.plot(RATIOS, [rows[contender][key] / 1e6 for contender in swept], "o-", label=label)
     megabytes.set(ylabel="MB", ylim=(0, None))
     for axes in (of_plain, megabytes):
         axes.set(xlabel="r, share of vision tokens kept in every other layer")

@@ -18,10 +18,10 @@ from sfllava_fast.ops.token_offsets import token_frames
 from sfllava_fast.reduction.compression import Compression
 from sfllava_fast.reduction.prefilling import Place, Prefilling, make_prefilling
 
-from ..harness.timers import CpuTimer, CudaTimer, Sample, median_ratio, summary
+from ..harness.timers import CpuTimer, CudaTimer, Sample, paired_rows
 from ..pipeline.dummy import dummy_checkpoint, on_the_same_weights
-from . import mixture
-from .mixture import AFTER, BEFORE, PLAIN
+from . import mixture_prefill
+from .mixture_prefill import AFTER, BEFORE, PLAIN
 
 COMPRESSED = 4  # tokens
 REDUCTIONS = (None, "mixture:0.2:norm", "prune:0.2", "prune:0.2:attention", f"compress:{COMPRESSED}")
@@ -30,7 +30,7 @@ _SHORT = SlowFastLayout(2), 3, (6, 6)  # a layout, frames and grid whose masks a
 
 
 @dataclass(frozen=True)
-class Question:
+class FirstLogits:
     """SF-LLaVA's prompt in two parts: the video with the text before it, the text behind it, of which the last token
     has its logits. shape: one of dummy.NAMES."""
 
@@ -44,7 +44,7 @@ class Question:
     def measure(self, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
         checkpoint, _ = dummy_checkpoint(self.shape, device, self.dtype, "sdpa")
         _check(checkpoint)
-        video, question, place = _prompt(checkpoint, SlowFastLayout(), mixture.FRAMES, mixture.GRID)
+        video, question, place = _prompt(checkpoint, SlowFastLayout(), mixture_prefill.FRAMES, mixture_prefill.GRID)
         calls = {
             reduction or PLAIN: partial(ask, _prefilling(checkpoint, reduction), video, question, place)
             for reduction in REDUCTIONS
@@ -52,10 +52,7 @@ class Question:
         held = {name: call()[1].nbytes for name, call in calls.items()}
         timer = CpuTimer(warm_up=0) if isinstance(timer, CpuTimer) else timer  # that was it
         times = timer.times({name: Sample(call) for name, call in calls.items()}, rounds)
-        rows = {
-            name: summary(found) | {"ratio": median_ratio(found, times[PLAIN]), "cache_bytes": held[name]}
-            for name, found in times.items()
-        }
+        rows = {name: row | {"cache_bytes": held[name]} for name, row in paired_rows(times, PLAIN).items()}
         return {"tokens": place.token_offsets[-1] + AFTER, "providers": rows, "best_peer": PLAIN, "bars": {}}
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
-from bench.reduction.pruning import Examinee
+from bench.reduction.pruning_accuracy import Examinee
 from sfllava_fast.embedded.training.batches import IGNORE
 
 

@@ -12,7 +12,7 @@ from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops import rows
 from sfllava_fast.ops.token_offsets import kept_of, token_frames
 
-from ..harness.timers import CpuTimer, CudaTimer, median_ratio, summary
+from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 
 OURS, TORCH = "ours", "torch"
 WIDTH, HEADS, QUERIES, RATIO = 4096, 32, 32, 0.2
@@ -21,7 +21,7 @@ _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # PyTorch's logits are roun
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowKernel:
     """One of `reduction.rows` on SF-LLaVA's 3680 vision tokens, of a 7B model's width."""
 
     name: str
@@ -38,7 +38,7 @@ class Rows:
         torch.testing.assert_close(*results, rtol=_CLOSE[self.dtype] if sums else 0, atol=0)
         samples = {name: timer.prepare(lambda _, call=call: call(), 1, capture=False) for name, call in forms.items()}
         times = timer.times(samples, _ROUNDS * rounds)
-        found = {name: summary(spent) | {"ratio": median_ratio(spent, times[OURS])} for name, spent in times.items()}
+        found = paired_rows(times, OURS)
         bar = {"bar": 1.0, "ratio": found[TORCH]["ratio"]}
         return {"providers": found, "best_peer": TORCH, "bars": {f"{OURS}: {TORCH}": bar}}
 
@@ -94,4 +94,4 @@ def _kept(make: Callable[..., Tensor], frames: Sequence[int]) -> Tensor:
 
 _FORMS = {"top_per_frame": _top, "gather_rows": _gather, "scatter_rows": _scatter, "attention_received": _received}
 _FLOAT32, _BOTH = (torch.float32,), (torch.float32, torch.bfloat16)
-WORKS = tuple(Rows(name, dtype) for name in _FORMS for dtype in (_FLOAT32 if name == "top_per_frame" else _BOTH))
+WORKS = tuple(RowKernel(name, dtype) for name in _FORMS for dtype in (_FLOAT32 if name == "top_per_frame" else _BOTH))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,7 +22,9 @@ from sfllava_fast.model.transformers_release import cache_argument
 from sfllava_fast.ops.rows import gather_rows
 from sfllava_fast.reduction.pruning import SCORERS, Pruning, layer_input, prune_tokens
 
-from ..harness.record import device_name, machine
+from ..harness.progress import progress
+from ..harness.record import ResultError, machine
+from ..harness.tables import make_table, show_machine
 
 KEPT = (144, 96, 64, 48, 32, 16, 8)
 RANDOM, IN_PLACE = "random", "question, in place"
@@ -38,7 +39,7 @@ _CHOSEN_BY = {
 }
 
 
-class Clip(NamedTuple):
+class ExamClip(NamedTuple):
     """tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
 
     number: int
@@ -62,13 +63,13 @@ class Examinee:
         self.decoder, self.head = language.core, language.head
         self.before = language.embed_tokens(self.model.pipeline.prompts.shortest().before)
 
-    def draw(self, number: int) -> Clip:
+    def draw(self, number: int) -> ExamClip:
         model, encoder = self.model, self.model.pipeline.encoder
         batch = clip_batch(model.checkpoint.tokenizer, "pruning exam", 0, number, 1, model.frames)
         tokens = slowfast_aggregate(encoder.project(encoder.encode(batch.pixels)), model.layout)
-        return Clip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
+        return ExamClip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
 
-    def scores(self, clip: Clip, scorer: str) -> Tensor:
+    def scores(self, clip: ExamClip, scorer: str) -> Tensor:
         """Of each token [S]; [Q, S] where questions differ."""
         if scorer == RANDOM:  # other tokens of every clip
             return torch.rand(len(clip.tokens), generator=torch.Generator().manual_seed(clip.number))
@@ -77,7 +78,7 @@ class Examinee:
         each = [pruning.scores(clip.tokens, self.plan, self.decoder, self.before, question) for question in asked]
         return torch.stack(each) if pruning.needs_question else each[0]
 
-    def answer(self, clip: Clip, kept: Tensor) -> Tensor:
+    def answer(self, clip: ExamClip, kept: Tensor) -> Tensor:
         """Which questions are answered right, bool [Q], where tokens `kept`, [k] or [Q, k], go in."""
         count, start = len(clip.ids), len(self.before)
         kept = kept.expand(count if kept.dim() == 2 else 1, -1)
@@ -91,7 +92,7 @@ class Examinee:
         hidden = self.decoder(input_ids=clip.ids, position_ids=behind, use_cache=True, **held)
         return self._is_right(clip, hidden.last_hidden_state)
 
-    def enter(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(self, clip: ExamClip) -> tuple[Tensor, Tensor, Tensor]:
         """What enters the first layer that is pruned in place [Q, n, D], and its rotary cos and sin."""
         visual = torch.cat([self.before, clip.tokens]).expand(len(clip.ids), -1, -1)
         embeds = torch.cat([visual, self.decoder.embed_tokens(clip.ids)], dim=1)
@@ -99,7 +100,7 @@ class Examinee:
         turns = (part.expand(len(embeds), -1, -1) for part in entered.arguments["position_embeddings"])
         return entered.hidden, *turns
 
-    def answer_in_place(self, clip: Clip, entered: tuple[Tensor, Tensor, Tensor], kept: Tensor) -> Tensor:
+    def answer_in_place(self, clip: ExamClip, entered: tuple[Tensor, Tensor, Tensor], kept: Tensor) -> Tensor:
         """The same, where all tokens went through the first layers (FastV, arXiv 2403.06764)."""
         start, text = len(self.before), clip.ids.shape[1]
         stays = torch.ones(entered[0].shape[:2], dtype=torch.bool)
@@ -110,18 +111,20 @@ class Examinee:
             hidden = layer(hidden, position_embeddings=(cos, sin))
         return self._is_right(clip, self.decoder.norm(hidden)[:, -text:])
 
-    def _is_right(self, clip: Clip, hidden: Tensor) -> Tensor:
+    def _is_right(self, clip: ExamClip, hidden: Tensor) -> Tensor:
         return ((self.head(hidden).argmax(-1) == clip.targets) | (clip.targets == IGNORE)).all(1)
 
 
 @torch.inference_mode()
 def run(clips: int, save: Callable[[dict], None]) -> dict:
-    """Every scorer at every number of tokens kept; `save` gets the result as it grows."""
+    """Every scorer at every number of tokens kept; `save` gets the result after each clip."""
+    if clips < 1:
+        raise ResultError(f"{clips} clips ask nothing: give --clips 1 or more")
     examinee = Examinee()
     total = examinee.plan.tokens["total"]
     result = {"kind": "pruning", "machine": machine("cpu"), "clips": 0, "tokens": total, "asked": [0] * len(TYPES)}
     result |= {"types": TYPES, "works": {}, "errors": {}}
-    for number in range(clips):
+    for number in progress(range(clips)):
         clip = examinee.draw(number)
         result["clips"] += 1
         result["asked"] = (torch.tensor(result["asked"]) + clip.types.bincount(minlength=len(TYPES))).tolist()
@@ -134,7 +137,7 @@ def run(clips: int, save: Callable[[dict], None]) -> dict:
     return result
 
 
-def _examine(examinee: Examinee, clip: Clip):
+def _examine(examinee: Examinee, clip: ExamClip):
     """(scorer, how many are kept, which questions are answered right)."""
     yield "all", len(clip.tokens), examinee.answer(clip, torch.arange(len(clip.tokens)))
     entered = examinee.enter(clip)
@@ -147,13 +150,10 @@ def _examine(examinee: Examinee, clip: Clip):
                 yield IN_PLACE, count, examinee.answer_in_place(clip, entered, kept)
 
 
-def show(result: dict) -> None:
-    facts, asked = result["machine"], f"{result['clips']} clips, {sum(result['asked'])} questions"
-    console = Console(width=130, highlight=False, markup=False)
-    console.print(f"{device_name(result)}, torch {facts['torch']}, {facts['commit']}; {asked}")
-    table = Table(title="per cent right, by how many video tokens are kept", title_justify="left")
-    for name in ("chosen by", result["tokens"], *KEPT):
-        table.add_column(str(name), justify="left" if name == "chosen by" else "right")
+def show(result: dict, console: Console) -> None:
+    show_machine(result, console, f"; {result['clips']} clips, {sum(result['asked'])} questions")
+    columns = ("chosen by", str(result["tokens"]), *map(str, KEPT))
+    table = make_table("per cent right, by how many video tokens are kept", columns)
     whole = _percent(result["works"]["all"]["providers"][str(result["tokens"])])
     for name, label in _CHOSEN_BY.items():
         rows = result["works"][name]["providers"]
