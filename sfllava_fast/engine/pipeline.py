@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ContextError, InputError, RenumberedError, check_count
 from ..layouts.layout import Layout
 from ..layouts.plan import Plan
-from ..layouts.presets import parse_layout, preset_frames
+from ..layouts.presets import parse_layout
 from ..layouts.sampling import DEFAULT_FRAMES
 from ..layouts.slowfast import SlowFastLayout
 from ..model.checkpoint import Checkpoint
@@ -142,7 +142,7 @@ class Pipeline:
             if reason:
                 raise InputError(f"this model's projector cannot be commuted with pooling: {reason}; use exact or auto")
         self.separators = find_separators(self.layout.separators, self.checkpoint, separators)
-        self.frames = preset_frames(layout) or self.frames
+        self.frames = self.layout.frames or self.frames
 
     def close(self) -> None:
         """Put the transformers model back as it was without the reduction. A closed model can be asked nothing."""

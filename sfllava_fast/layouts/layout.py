@@ -33,6 +33,8 @@ class Layout:
     stage: whether it pools "after" the projector or "before" it. canvas: (rows, columns) of frames that are put into
     one picture before the vision tower, None for frames as they are. The op looks at neither: they are for whoever runs
     the projector and the tower.
+    frames: number of frames that a layout with a name of PRESETS was published with; None for any other. It is part of
+    neither the text nor equality.
     """
 
     pathways: tuple[Pathway, ...]
@@ -40,6 +42,7 @@ class Layout:
     separators: tuple[Separator, ...] = ()
     stage: Literal["after", "before"] = "after"
     canvas: tuple[int, int] | None = None
+    frames: int | None = None
 
     @cached_property
     def class_token(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -38,6 +38,7 @@ class Pathways(Layout):
     separators: tuple[Separator, ...] = ()
     stage: Literal["after", "before"] = "after"
     canvas: tuple[int, int] | None = None
+    frames: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for path in self.pathways:

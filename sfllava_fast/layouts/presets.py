@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..errors import LayoutError
@@ -76,14 +76,9 @@ def _find_preset(text: str) -> Preset | None:
     for name, (options, make) in _FAMILIES.items():
         match = re.fullmatch(name + options, text, re.ASCII)
         if match:
-            return make(text, **{option: value for option, value in match.groupdict().items() if value})
+            preset = make(text, **{option: value for option, value in match.groupdict().items() if value})
+            return replace(preset, layout=replace(preset.layout, frames=preset.frames))
     return None
-
-
-def preset_frames(layout: object) -> int | None:
-    """Frames that the preset of this name samples; None for anything else."""
-    preset = find_preset(layout)
-    return preset.frames if preset else None
 
 
 def _sf_llava(name: str) -> Preset:

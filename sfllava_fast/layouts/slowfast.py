@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -40,6 +40,7 @@ class SlowFastLayout(Layout):
     slow_frames: int = 10
     slow_pool: str = "spatial_1d_max_pool"
     fast_grid: tuple[int, int] | None = (4, 4)
+    frames: int | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not is_count(self.slow_frames, least=0):
@@ -71,7 +72,8 @@ class SlowFastLayout(Layout):
         """This layout with one of its pathways alone."""
         if name not in ("slow", "fast"):
             raise LayoutError(f"no pathway {name!r}: choose slow or fast")
-        return replace(self, fast_grid=None) if name == "slow" else replace(self, slow_frames=0)
+        other = {"fast_grid": None} if name == "slow" else {"slow_frames": 0}
+        return replace(self, frames=None, **other)
 
     @cached_property
     def pathways(self) -> tuple[Pathway, ...]:

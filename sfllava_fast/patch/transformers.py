@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError, PatchError, check_count
+from ..errors import InputError, PatchError
 from ..layouts.layout import Layout
-from ..layouts.presets import parse_patches_only, preset_frames
-from ..layouts.sampling import DEFAULT_FRAMES, sample_frames
+from ..layouts.presets import parse_patches_only
+from ..layouts.sampling import choose_frames, sample_frames
 from ..layouts.slowfast import SlowFastLayout
 from ..model.checkpoint import TOWERS
 from ..model.tower import FRAMES_PER_PASS
@@ -70,9 +70,7 @@ def patch_transformers(
     check_mode(projector)
     family, base = _find(target)
     named = {} if isinstance(target, type) else getattr(target.config, "sfllava_fast", None) or {}
-    if frames is None:
-        frames = preset_frames(layout) or named.get("frames", preset_frames(named.get("layout")) or DEFAULT_FRAMES)
-    check_count("frames", frames)
+    frames = choose_frames(frames, layout, named)
     layout = layout or named.get("layout") or (SlowFastLayout() if family in _IMAGE_MODELS else None)
     layout = None if layout is None or not generate else parse_patches_only(layout)
     if processor is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError, InputError, check_count
+from ..errors import CheckpointError, InputError
 from ..layouts.layout import Layout
-from ..layouts.presets import parse_patches_only, preset_frames
-from ..layouts.sampling import DEFAULT_FRAMES
+from ..layouts.presets import parse_patches_only
+from ..layouts.sampling import choose_frames
 from ..layouts.slowfast import SlowFastLayout
 
 _KEYS = {"layout", "frames", "prompt"}
@@ -34,8 +34,7 @@ class VideoSettings:
         if not isinstance(options, dict) or set(options) - _KEYS:
             raise InputError(f"the config's sfllava_fast must be an object of layout and frames, not {options!r}")
         layout = options.get("layout", SlowFastLayout())
-        frames = options.get("frames", preset_frames(layout) or DEFAULT_FRAMES)
-        check_count("frames", frames)
+        frames = choose_frames(None, None, options)
         settings = cls(parse_patches_only(layout), frames, _patch_grid(config))
         settings.count_tokens(frames)
         return settings

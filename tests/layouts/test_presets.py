@@ -15,8 +15,10 @@ from torch.library import opcheck
 
 from bench.paired.published import LAYOUTS, bilinear, pooled
 from sfllava_fast import slowfast_aggregate
-from sfllava_fast.errors import LayoutError
+from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts.presets import PRESETS, parse_layout
+from sfllava_fast.layouts.sampling import choose_frames
+from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
 from sfllava_fast.video.canvas import compose_canvas
 
@@ -331,3 +333,38 @@ def test_export_with_dynamic_frames(text):
     for frames in (1, 15, 101):
         x = patches(text, frames, (9, 7), 4, torch.float32)
         assert torch.equal(program.module()(x), module(x))
+
+
+def test_a_presets_layout_has_its_frames():
+    """Of a name alone: neither the text nor equality has them."""
+    for name, preset in PRESETS.items():
+        layout = parse_layout(name)
+        assert layout.frames == preset.frames == PUBLISHED[name][0]
+        assert parse_layout(str(layout)).frames is None
+        assert layout == parse_layout(str(layout)) and hash(layout) == hash(parse_layout(str(layout)))
+        assert layout.plan(20, (16, 16)) is parse_layout(str(layout)).plan(20, (16, 16))
+    assert SlowFastLayout().frames is None and parse_layout("sf_llava").only("slow").frames is None
+
+
+@pytest.mark.parametrize(
+    ("given", "layout", "options", "frames"),
+    [
+        (7, "pllava", {"frames": 9, "layout": "uniform"}, 7),
+        (None, "pllava", {"frames": 9, "layout": "uniform"}, 16),
+        (None, parse_layout("pllava"), {"frames": 9}, 16),
+        (None, None, {"frames": 9, "layout": "uniform"}, 9),
+        (None, SlowFastLayout(), {"frames": 9, "layout": "uniform"}, 9),
+        (None, "slowfast-fast_4x4", {"layout": "uniform"}, 6),
+        (None, None, {"layout": "slowfast-fast_4x4"}, 50),
+        (None, None, {}, 50),
+    ],
+)
+def test_which_number_of_frames(given, layout, options, frames):
+    assert choose_frames(given, layout, options) == frames
+
+
+@pytest.mark.parametrize("frames", [0, "8", True, 2.5])
+def test_no_number_of_frames(frames):
+    for number, options in ((frames, {}), (None, {"frames": frames})):
+        with pytest.raises(InputError, match="frames must be an integer of at least 1"):
+            choose_frames(number, None, options)

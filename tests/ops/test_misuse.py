@@ -19,7 +19,7 @@ from sfllava_fast import (
     slowfast_aggregate,
 )
 from sfllava_fast.errors import InputError, SfllavaError
-from sfllava_fast.layouts.presets import parse_layout, parse_patches_only, preset_frames
+from sfllava_fast.layouts.presets import parse_layout, parse_patches_only
 from sfllava_fast.ops.aggregate import resolve_plan
 from sfllava_fast.ops.projector import why_not_commuted
 from sfllava_fast.ops.rows import attention_received, gather_many, gather_rows, scatter_rows, top_per_frame
@@ -91,7 +91,6 @@ CALLS = {
     ),
     "parse_layout": (parse_layout, {"layout": LAYOUT}),
     "parse_patches_only": (parse_patches_only, {"layout": LAYOUT}),
-    "preset_frames": (preset_frames, {"layout": "sf_llava"}),
     "Layout.plan": (SlowFastLayout().plan, {"frames": 2, "grid": (4, 4)}),
     "top_per_frame": (
         top_per_frame, {"scores": torch.randn(1, 6), "frames": (0, 3, 6), "ratio": 0.5, "nan": None, "backend": "auto"}
