@@ -1,4 +1,4 @@
-"""What tokens a video becomes, as data. Imports numpy alone."""
+"""Layouts: which frames, rows and columns of a video are pooled into which tokens. Imports numpy alone."""
 
 from .layout import Layout
 from .pathway_layout import Pathways

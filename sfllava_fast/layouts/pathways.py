@@ -1,4 +1,4 @@
-"""What layouts are made of: bins that cut an axis, pathways that pool boxes of bins, separators between tokens."""
+"""The parts of layouts: rules that cut an axis into bins, pathways that pool boxes of bins, separators."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import Any, Literal
 import numpy as np
 
 Range = tuple[int, int]
-Count = Any  # a number (int), one that a trace leaves open (SymInt), or one of each video (Tensor)
+Count = Any  # int, SymInt while torch traces, or a tensor [V] with the count of each video
+Rule = Literal["each", "stride", "adaptive", "linear", "linspace", "repeat", "every", "others"]
+Reduction = Literal["max", "mean"]
+Place = Literal["row", "frame", "between", "end"]
 
 
 @dataclass(frozen=True)
 class AxisRule:
     """A rule that cuts an axis of length n into half-open ranges [start, stop).
 
-    each      n bins of one element.
-    stride    floor(n / size) bins of `size` elements; what is left over is dropped.
-    adaptive  `size` bins, bin i = [floor(i n / size), ceil((i + 1) n / size)), as adaptive pooling cuts.
-    linear    ceil(n / size) bins: the one or two elements around the middle of equal segments, between which a bilinear
-              resize interpolates (align_corners=False, no antialias). Of rows and columns.
-    linspace  `size` single elements at int32(torch.linspace(0, n, size + 1))[:-1], in float32.
-    repeat    `size` bins: adaptive, but fewer than `size` elements are repeated as PLLaVA repeats frames: bin i is
-              element i // (size // n + 1), which leaves the last ones out where n does not divide `size`.
-    every     elements 0, size, 2 size, ...; others: all but those. Of frames.
+    - each: n bins of one element.
+    - stride: floor(n / size) bins of `size` elements; elements that are left over are dropped.
+    - adaptive: `size` bins as in adaptive pooling, bin i = [floor(i n / size), ceil((i + 1) n / size)).
+    - linear: ceil(n / size) bins of one or two elements, those around the middles of equal segments, between which a
+      bilinear resize interpolates (align_corners=False, no antialias). For rows and columns only.
+    - linspace: `size` single elements at int32(torch.linspace(0, n, size + 1))[:-1], in float32.
+    - repeat: `size` bins, adaptive if n >= size. Otherwise elements are repeated as PLLaVA repeats frames: bin i is
+      element i // (size // n + 1), so the last elements are dropped if n does not divide `size`.
+    - every: the elements 0, size, 2 size, ... For frames only.
+    - others: all elements except those of `every`. For frames only.
     """
 
-    rule: Literal["each", "stride", "adaptive", "linear", "linspace", "repeat", "every", "others"]
+    rule: Rule
     size: int = 1
 
     def count(self, n: Count) -> Count:
@@ -65,39 +69,48 @@ class AxisRule:
 
 
 def linear_rests(n: int, count: int) -> list[int]:
-    """The weight of each of `count` linear bins' second element, on an axis of length n, in parts of 2 count; the first
-    element has the rest."""
+    """The weight of the second element of `count` linear bins on an axis of length n, in units of 1 / (2 count).
+
+    The first element has the remaining weight.
+    """
     return [rest for _, rest in _middles(n, count)]
 
 
 @dataclass(frozen=True)
 class Pathway:
-    """Separable box pooling of [T, H, W, D] patches; tokens come out frame by frame, row by row.
+    """Separable box pooling of [T, H, W, D] patches. Tokens are ordered by frame bin, then by row bin.
 
-    A mean is sum / frames / rows / columns of its box, between linear bins the sum of its elements by their weights; a
-    max passes NaN on and keeps the first of equals.
-    flat: pools the H*W patches of a frame as one row, so that column bins may straddle the rows of the grid.
-    class_token: reads the token before the patches, and no patch.
-    pad: zero tokens make up for frame bins lacking to so many.
+    A mean is the sum of a box divided by its frames, then its rows, then its columns. With linear bins it is the sum of
+    elements times weights. A max propagates NaN and takes the first of equal elements.
+
+    Attributes:
+        name: Unique in a layout.
+        frames: Rule that cuts the frames.
+        rows: Rule that cuts the rows of the grid.
+        cols: Rule that cuts the columns of the grid.
+        reduce: "max" or "mean".
+        flat: Whether the H * W patches of a frame are one row, so that column bins may span two rows of the grid.
+        class_token: Whether the pathway reads the token before the patches, and no patch.
+        pad: Minimum number of frame bins; zero tokens replace those that are missing.
     """
 
     name: str
     frames: AxisRule
     rows: AxisRule
     cols: AxisRule
-    reduce: Literal["max", "mean"]
+    reduce: Reduction
     flat: bool = False
     class_token: bool = False
     pad: int = 0
 
     def shape(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The H x W on which this pathway cuts its rows and columns."""
+        """The (height, width) whose rows and columns this pathway cuts."""
         height, width = grid
         if self.class_token:
             return 1, 1
         if not self.flat:
             return grid
-        # Flattened pairs that never straddle a row are 1 x 2 boxes on the grid itself; other bins cut the whole row.
+        # Flattened bins that never span two rows are boxes of one row on the grid itself.
         on_grid = self.rows.rule == "each" and self.cols.rule in ("each", "stride") and width % self.cols.size == 0
         return grid if on_grid else (1, height * width)
 
@@ -106,46 +119,52 @@ class Pathway:
         return self.rows.rule == "linear"
 
     def count_frames(self, frames: Count) -> Count:
-        """Frame bins, and those that zeros stand for."""
+        """Number of frame bins, with those that zeros replace."""
         bins = self.frames.count(frames)
         return at_least(bins, self.pad) if self.pad else bins
 
     def tokens_per_frame(self, grid: tuple[int, int], separators: int = 0) -> int:
-        """Tokens of a frame bin, with so many separators behind each row of them."""
+        """Number of tokens of a frame bin, with `separators` separators after each row."""
         height, width = self.shape(grid)
         return self.rows.count(height) * (self.cols.count(width) + separators)
 
     def __str__(self) -> str:
-        parts = [self.frames, self.rows, self.cols, self.reduce]
-        parts += ["flat"] * self.flat + ["class"] * self.class_token + [f"pad{self.pad}"] * (self.pad > 0)
-        return f"{self.name}:{','.join(map(str, parts))}"
+        parts = [str(self.frames), str(self.rows), str(self.cols), self.reduce]
+        if self.flat:
+            parts.append("flat")
+        if self.class_token:
+            parts.append("class")
+        if self.pad > 0:
+            parts.append(f"pad{self.pad}")
+        return f"{self.name}:{','.join(parts)}"
 
 
 @dataclass(frozen=True)
 class Separator:
-    """A vector that the caller supplies, such as a learned newline, and where it stands.
+    """A vector that the caller supplies, such as a learned newline.
 
-    where: behind every "row" of tokens, behind every "frame" (bin), "between" frames, or at the "end" of a video.
+    Attributes:
+        name: Unique in a layout.
+        where: After every "row" of tokens, after every "frame" (bin), "between" frames, or at the "end" of a video.
     """
 
     name: str
-    where: Literal["row", "frame", "between", "end"]
+    where: Place
 
     def __str__(self) -> str:
         return f"{self.name}@{self.where}"
 
 
 def _middles(n: int, count: int) -> list[tuple[int, int]]:
-    """((2 i + 1) n - count) / (2 count), the middle of segment i in elements, as its floor and what is left in parts of
-    2 count."""
+    """Floor and remainder of ((2 i + 1) n - count) / (2 count), the middle of segment i, for each segment."""
     return [divmod((2 * i + 1) * n - count, 2 * count) for i in range(count)]
 
 
 def _linspace(stop: int, steps: int) -> list[int]:
     """int32(torch.linspace(0, stop, steps + 1)) in float32, as torch computes it with AVX2, on every machine.
 
-    The first half counts up from 0, the second down from `stop`, each with one rounding (torch's path without
-    AVX2 rounds twice). i * stop // steps differs by one at e.g. (stop, steps) = (8, 14).
+    The first half counts up from 0, the second half down from `stop`, both with one rounding; torch without AVX2 rounds
+    twice. i * stop // steps differs by one at e.g. (stop, steps) = (8, 14).
     """
     step = np.float64(np.float32(stop) / np.float32(steps))
     up = np.arange((steps + 1) // 2)
@@ -153,7 +172,8 @@ def _linspace(stop: int, steps: int) -> list[int]:
     return np.concatenate([step * up, stop - step * down]).astype(np.float32).astype(np.int32).tolist()
 
 
-def at_least(count: Any, least: int) -> Any:
+def at_least(count: Count, least: int) -> Count:
+    """max(count, least), also while torch traces and for tensors."""
     if isinstance(count, int):
         return max(count, least)
     import torch

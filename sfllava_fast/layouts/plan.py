@@ -1,4 +1,4 @@
-"""What a layout does to given videos: every bin as a range, and the row of every token."""
+"""A layout applied to videos of given lengths: every bin as a range, and the row of every token."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ from functools import cached_property, wraps
 from itertools import groupby
 from math import prod
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from .pathways import Pathway, Range, Separator
+from .pathways import Pathway, Place, Range, Separator
 
 
 @dataclass(frozen=True)
 class PathwayTables:
-    """A pathway cut for one plan: bins as ranges; frame bins of all videos, numbered in the packed frames.
+    """The bins of a pathway in one plan.
 
-    shape: the grid that it cuts, which begins at patch `first_patch`. separators: that stand behind each row of tokens.
+    Attributes:
+        pathway: The pathway.
+        shape: (height, width) that it cuts.
+        frames: The frame bins of each video, as ranges of the packed frames.
+        rows: The row bins.
+        cols: The column bins.
+        first_patch: Patch at which the grid begins: 1 after a class token.
+        separators: Number of separators after each row of tokens.
     """
 
     pathway: Pathway
     shape: tuple[int, int]
-    frames: tuple[tuple[Range, ...], ...]  # by video
+    frames: tuple[tuple[Range, ...], ...]
     rows: tuple[Range, ...]
     cols: tuple[Range, ...]
     first_patch: int = 0
@@ -30,7 +37,7 @@ class PathwayTables:
 
     @property
     def reduce(self) -> str:
-        """max, mean or linear."""
+        """The reduction that kernels compute: max, mean or linear."""
         return "linear" if self.pathway.is_linear else self.pathway.reduce
 
     @property
@@ -39,12 +46,12 @@ class PathwayTables:
 
     @property
     def pitch(self) -> int:
-        """Rows of the output from one row of a frame's tokens to the next."""
+        """Number of output rows from one row of a frame's tokens to the next."""
         return len(self.cols) + self.separators
 
 
 class Item(NamedTuple):
-    """One frame bin of a pathway, and where its tokens begin."""
+    """One frame bin of a pathway, and the output row of its first token."""
 
     pathway: int
     frame_begin: int
@@ -53,29 +60,30 @@ class Item(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What stands in which rows of the output."""
+    """The contents of the output's rows."""
 
     items: list[Item]
     zeros: list[int]
-    separators: list[tuple[int, int]]  # row, which separator
+    separators: list[tuple[int, int]]  # row, number of the separator
     offsets: tuple[int, ...]
 
 
 class ByteCache:
-    """Values by key. The oldest are dropped while all take more than `most` bytes; the newest is always kept."""
+    """A thread-safe FIFO cache that is limited to `most` bytes, but always keeps the newest value."""
 
     def __init__(self, most: int) -> None:
         self.most, self.nbytes = most, 0
         self._values: dict[Hashable, Any] = {}
         self._sizes: dict[Hashable, int] = {}
         self._lock = Lock()
-        self.find = self._values.get  # of a key its value, or None; every call of the op waits for it
+        # The dict's own method, not one in Python around it: every call of the op waits for it.
+        self.find = self._values.get
 
     def __len__(self) -> int:
         return len(self._values)
 
     def keep(self, key: Hashable, value: Any, nbytes: int) -> Any:
-        """Keeps a value that takes so many bytes, and returns it."""
+        """Add a value of `nbytes` bytes, and return it."""
         with self._lock:
             self._drop(key)
             self._values[key], self._sizes[key] = value, nbytes
@@ -95,7 +103,7 @@ class ByteCache:
 
 
 def kept_with_plan(make: Callable) -> Callable:
-    """Caches make(plan, *others) for as long as the plan lives, so that it is dropped with the plan."""
+    """Decorator that caches make(plan, *others) in the plan, so that results are freed with the plan."""
 
     @wraps(make)
     def find(plan: Plan, *others: Hashable) -> Any:
@@ -112,14 +120,20 @@ def kept_with_plan(make: Callable) -> Callable:
     return find
 
 
-_MOST_KEPT = 64  # results of one function of one plan
+_MOST_KEPT = 64  # results of one function for one plan
 
 
-@dataclass(frozen=True, eq=False)  # one plan per (layout, frames, grid): identity is equality, and hashing is free
+@dataclass(frozen=True, eq=False)  # hashed by identity: plans are cached, and comparing tables would be slow
 class Plan:
-    """What a layout does to videos of `lengths` frames on `grid`: the tables that kernels read.
+    """A layout applied to videos of `lengths` frames on `grid`: the tables that kernels read.
 
-    kept: what `kept_with_plan` has cached.
+    Attributes:
+        lengths: Number of frames of each video.
+        grid: (rows, columns) of a frame's patches.
+        pathways: The bins of each pathway.
+        interleaved: As in `Layout`.
+        separators: As in `Layout`.
+        kept: The results that `kept_with_plan` has cached.
     """
 
     lengths: tuple[int, ...]
@@ -131,7 +145,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """About how many bytes of the host's memory it takes, with all that is kept with it."""
+        """Approximate bytes of host memory of the plan and the results that are cached in it."""
         bins = sum(len(path.rows) + len(path.cols) + sum(path.shape) for path in self.pathways)
         reads = sum(item.frame_end - item.frame_begin for item in self.items)
         rows = len(self.separator_rows) + len(self.zeros)
@@ -139,32 +153,32 @@ class Plan:
 
     @property
     def patches(self) -> int:
-        """Patches of a frame, the class token among them where it is read."""
+        """Number of patches of a frame, including the class token if it is read."""
         return prod(self.grid) + any(path.pathway.class_token for path in self.pathways)
 
     @property
     def items(self) -> list[Item]:
-        """The frame bins, in the order of their tokens."""
+        """Frame bins, in the order of their tokens."""
         return self._rows.items
 
     @property
     def zeros(self) -> list[int]:
-        """Rows of the output that are zero."""
+        """Output rows that are zero."""
         return self._rows.zeros
 
     @property
     def separator_rows(self) -> list[tuple[int, int]]:
-        """(row of the output, which separator) of every separator."""
+        """(output row, index in `separators`) of every separator."""
         return self._rows.separators
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Row at which each video's tokens begin, and the number of rows: [videos + 1]."""
+        """Output row at which each video's tokens begin, then the number of rows: [videos + 1]."""
         return self._rows.offsets
 
     @cached_property
     def tokens(self) -> dict[str, int]:
-        """Tokens by pathway and separator, and their total; a padded pathway's with its zeros."""
+        """Number of tokens by name of pathway and separator, and "total". Zero tokens of `pad` are included."""
         counts = {
             path.pathway.name: path.tokens_per_frame * sum(max(len(bins), path.pathway.pad) for bins in path.frames)
             for path in self.pathways
@@ -172,18 +186,22 @@ class Plan:
         for _, which in self.separator_rows:
             name = self.separators[which].name
             counts[name] = counts.get(name, 0) + 1
-        either = {"slow": 0, "fast": 0} if set(counts) <= {"slow", "fast"} else {}
-        return either | counts | {"total": self.offsets[-1]}
+        if counts.keys() <= {"slow", "fast"}:
+            counts = {"slow": 0, "fast": 0} | counts
+        return counts | {"total": self.offsets[-1]}
 
     @cached_property
     def slow_frames(self) -> list[int]:
-        """Frames of the slow pathway, numbered in the packed frames; empty without one."""
+        """Packed frames that the pathway "slow" reads; empty without one."""
         return [start for p in self.pathways if p.pathway.name == "slow" for v in p.frames for start, _ in v]
 
     @cached_property
     def _rows(self) -> _Rows:
-        at, items, zeros, separators, offsets = 0, [], [], [], [0]
-        behind = {where: [k for k, s in enumerate(self.separators) if s.where == where] for where in _PLACES}
+        items: list[Item] = []
+        zeros: list[int] = []
+        separators: list[tuple[int, int]] = []
+        at, offsets = 0, [0]
+        at_place = {place: [k for k, s in enumerate(self.separators) if s.where == place] for place in get_args(Place)}
         for video in range(len(self.lengths)):
             blocks = list(self._blocks(video))
             for number, (bins, lacking) in enumerate(blocks):
@@ -192,21 +210,21 @@ class Plan:
                     items.append(Item(index, start, stop, at))
                     for _ in path.rows:
                         at += len(path.cols)
-                        separators += enumerate(behind["row"], at)
+                        separators += enumerate(at_place["row"], at)
                         at += path.separators
-                last = behind["between"] if number < len(blocks) - 1 else []
-                for which in (*behind["frame"], *last) if bins else ():
+                between = at_place["between"] if number < len(blocks) - 1 else []
+                for which in (*at_place["frame"], *between) if bins else ():
                     separators.append((at, which))
                     at += 1
                 zeros += range(at, at + lacking)
                 at += lacking
-            separators += enumerate(behind["end"], at)
-            at += len(behind["end"])
+            separators += enumerate(at_place["end"], at)
+            at += len(at_place["end"])
             offsets.append(at)
         return _Rows(items, zeros, separators, tuple(offsets))
 
     def _blocks(self, video: int) -> Iterator[tuple[list[tuple[int, Range]], int]]:
-        """The frame bins, as (pathway, range), whose tokens adjoin, and how many zeros stand behind them."""
+        """Groups of frame bins, as (pathway, range), whose tokens are contiguous, and the zeros after each group."""
         bins = [[(index, frames) for frames in path.frames[video]] for index, path in enumerate(self.pathways)]
         if self.interleaved:
             by_frame = sorted((bin for path in bins for bin in path), key=lambda bin: bin[1])
@@ -218,6 +236,3 @@ class Plan:
                 yield [bin], 0
             if lacking := max(0, path.pathway.pad - len(of_path)) * path.tokens_per_frame:
                 yield [], lacking
-
-
-_PLACES = ("row", "frame", "between", "end")

@@ -1,7 +1,7 @@
-"""The video token layouts of the field by name, and the layout that any text means.
+"""Published video token layouts by name, and the parser of any layout's text.
 
-Every one is pathways (config.py), so that all come from the same op. What was published, with where it pools, is in the
-summaries; the tests hold each to float64 arithmetic of its own.
+All of them are lists of pathways (layout.py), which the same op computes. The tests compare each with an independent
+implementation in float64.
 """
 
 from __future__ import annotations
@@ -23,27 +23,38 @@ DEFAULT_GRID = (24, 24)  # patches of CLIP ViT-L/14 at 336 pixels
 
 @dataclass(frozen=True)
 class Preset:
-    """A layout with the frames and the grid that it was published with.
+    """A layout with the number of frames and the grid that it was published with.
 
-    frames: sampled of a video. grid: patches of a frame, (rows, columns). source: paper, or repository.
+    Attributes:
+        name: The layout's text, with its options.
+        layout: The layout.
+        frames: Number of frames that are sampled from a video.
+        grid: (rows, columns) of a frame's patches.
+        source: Paper or repository.
+        summary: One line about its tokens.
     """
 
     name: str
-    layout: Layout
+    layout: SlowFastLayout | Pathways
     frames: int
     grid: tuple[int, int]
     source: str
     summary: str
 
     def count_tokens(self, frames: int | None = None, grid: tuple[int, int] | None = None) -> int:
-        """Tokens of so many sampled frames; None is what was published."""
+        """Number of tokens of `frames` sampled frames on `grid`; None stands for the published value."""
         return self.layout.plan(self.layout.count_pictures(frames or self.frames), grid or self.grid).tokens["total"]
 
 
 def parse_layout(layout: str | Layout) -> Layout:
-    """The layout that a text means: a name of PRESETS with its options, `slowfast-...`, or pathways (`Pathways`).
+    """The layout of a text.
 
-    A layout comes back as it is. Raises LayoutError in a line that says what can be written.
+    Args:
+        layout: A name in PRESETS with its options, a text of `SlowFastLayout`, or a text of `Pathways`. A layout is
+            returned unchanged.
+
+    Raises:
+        LayoutError: If it is none of these.
     """
     if isinstance(layout, Layout):
         return layout
@@ -59,19 +70,20 @@ def parse_layout(layout: str | Layout) -> Layout:
 
 
 def parse_patches_only(layout: str | Layout) -> Layout:
-    """A layout whose tokens are pooled patches of frames as they are, for code that brings nothing else.
+    """`parse_layout` for code that has only patches: no class token, separators or canvas.
 
-    Raises LayoutError for one that needs the class token, separators, or several frames in a picture.
+    Raises:
+        LayoutError: If the text is not a layout, or if the layout needs one of these.
     """
     parsed = parse_layout(layout)
     needs = {"the class token": parsed.class_token, "separators": parsed.separators, "a canvas": parsed.canvas}
     if lacking := [name for name, needed in needs.items() if needed]:
-        raise LayoutError(f"{layout} needs {' and '.join(lacking)}: use SlowFastLlava, or take another layout")
+        raise LayoutError(f"{layout} needs {' and '.join(lacking)}: use SlowFastLlava or another layout")
     return parsed
 
 
 def find_preset(text: object) -> Preset | None:
-    """The preset of this name and these options; None for any other text."""
+    """The preset with this name and these options; None for any other text, and for a layout."""
     return _find_preset(text) if isinstance(text, str) else None
 
 
@@ -144,7 +156,7 @@ def _llava_next_video(name: str, pool: str = "avg", newline: str = "none") -> Pr
     rule, reduce = _POOLS[pool]
     layout = Pathways.parse(f"pool:each,{rule}2,{rule}2,{reduce}{_NEWLINES[newline]}")
     how = {"avg": "averaged over 2x2 patches", "max": "the maximum of 2x2 patches", "bilinear": "resized by half"}[pool]
-    where = {"none": "", "grid": ", a newline behind each row", "frame": ", a newline behind each frame"}
+    where = {"none": "", "grid": ", a newline after each row", "frame": ", a newline after each frame"}
     summary = f"every frame {how}{where.get(newline, ', a newline at the end')}"
     return Preset(name, layout, 32, (24, 24), "github.com/LLaVA-VL/LLaVA-NeXT", summary)
 
@@ -155,8 +167,8 @@ def _llava_video_slowfast(
     (rule, reduce), fast = _POOLS[pool], 2 * int(stride)
     slow = f"slow:every{every},{rule}{stride},{rule}{stride},{reduce}"
     text = f"{slow}+fast:others{every},{rule}{fast},{rule}{fast},{reduce}{_NEWLINES[newline]}"
-    rows = ", as in its code a newline behind each row" if newline == "grid" else ""
-    summary = f"frame by frame, every {every}th by stride {stride}, the others by {fast}, a separator behind each{rows}"
+    rows = ", as in its code a newline after each row" if newline == "grid" else ""
+    summary = f"frame by frame, every {every}th by stride {stride}, the others by {fast}, a separator after each{rows}"
     layout = Pathways.parse(f"{text};separator@frame;interleaved")
     return Preset(name, layout, 64, (27, 27), "LLaVA-Video, arXiv 2410.02713", summary)
 
@@ -191,7 +203,7 @@ def _ig_vlm(name: str) -> Preset:
 
 _POOL, _NEWLINE = r"(?:-(?P<pool>avg|max|bilinear))?", r"(?:-newline_(?P<newline>grid|frame|one|none))?"
 _STRIDES = r"(?:-every_(?P<every>[1-9]\d{0,4}))?(?:-stride_(?P<stride>[1-9]\d{0,2}))?"
-_FAMILIES: dict[str, tuple[str, Callable[..., Preset]]] = {  # name -> its options, what they make
+_FAMILIES: dict[str, tuple[str, Callable[..., Preset]]] = {  # name -> pattern of its options, their preset
     "sf_llava": ("", _sf_llava),
     "sf_llava_34b": ("", _sf_llava),
     "slow_only": ("", _slow_only),
@@ -206,8 +218,8 @@ _FAMILIES: dict[str, tuple[str, Callable[..., Preset]]] = {  # name -> its optio
     "videollm_online": ("(?:-(?P<interval>interval))?", _videollm_online),
     "ig_vlm": ("", _ig_vlm),
 }
-PRESETS = {name: find_preset(name) for name in _FAMILIES}
-OPTIONS = {  # as they are written behind a name, in this order
+PRESETS = {name: preset for name in _FAMILIES if (preset := find_preset(name))}
+OPTIONS = {  # written after a name, in this order
     "llava_next_video": "-avg|max|bilinear -newline_grid|frame|one|none",
     "llava_video_slowfast": "-avg|max|bilinear -every_10 -stride_2 -newline_grid|none",
     "videollm_online": "-interval",

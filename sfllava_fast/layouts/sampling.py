@@ -10,10 +10,20 @@ DEFAULT_FRAMES = 50
 
 
 def sample_frames(total: int, count: int) -> list[int]:
-    """Uniform sampling as published: the middles of `count` equal segments of `total` frames.
+    """The middles of `count` equal segments of `total` frames, as published with SlowFast-LLaVA.
 
-    n = min(total, count), seg = (total - 1) / n, frame i = (round(seg i) + round(seg (i + 1))) // 2 with
-    numpy's round half to even. Raises InputError unless both are at least 1.
+    n = min(total, count), seg = (total - 1) / n, frame i = (round(seg i) + round(seg (i + 1))) // 2, rounded half to
+    even.
+
+    Args:
+        total: Number of frames of the video.
+        count: Number of frames to sample.
+
+    Returns:
+        n indices, ascending.
+
+    Raises:
+        InputError: If `total` or `count` is less than 1.
     """
     if total < 1 or count < 1:
         raise InputError(f"cannot sample {count} frames of {total}: both must be at least 1")

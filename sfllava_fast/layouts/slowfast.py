@@ -1,19 +1,19 @@
-"""SlowFast-LLaVA's layout, and the strings that its code base names it by."""
+"""SlowFast-LLaVA's layout, and the strings that its code base calls it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from ..errors import LayoutError
 from .layout import MAX_COUNT, Layout, is_count
-from .pathways import AxisRule, Pathway
+from .pathways import AxisRule, Pathway, Reduction
 
 _EACH, _PAIRS = AxisRule("each"), AxisRule("stride", 2)
-_SLOW_POOLS = {  # name -> rows, columns, reduction, flat
+_SLOW_POOLS: dict[str, tuple[AxisRule, AxisRule, Reduction, bool]] = {  # name -> rows, columns, reduction, flat
     "concat": (_EACH, _EACH, "max", False),
     "spatial_1d_max_pool": (_EACH, _PAIRS, "max", True),
     "spatial_1d_avg_pool": (_EACH, _PAIRS, "mean", True),
@@ -28,18 +28,25 @@ _EXAMPLE = "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4"
 
 @dataclass(frozen=True)
 class SlowFastLayout(Layout):
-    """The SlowFast-LLaVA layout; the defaults are the paper's (3680 tokens from 50 frames of 24 x 24).
+    """The SlowFast-LLaVA layout (arXiv 2407.15841, section 3.2).
 
-    slow_frames: frames of the slow pathway; 0 leaves it out.
-    slow_pool: one of SLOW_POOLS; 1-D pools run over pairs of flattened patches, 2-D ones over 2 x 2, floored.
-    fast_grid: (rows, columns) every frame is averaged to; None leaves the fast pathway out.
+    The defaults are the paper's: 3680 tokens from 50 frames of 24 x 24 patches.
 
-    Raises LayoutError for anything else.
+    Attributes:
+        slow_frames: Number of frames of the slow pathway; 0 omits the pathway.
+        slow_pool: One of SLOW_POOLS. 1-D pools reduce pairs of flattened patches, 2-D pools 2 x 2 patches; patches that
+            are left over are dropped.
+        fast_grid: (rows, columns) that every frame is averaged to; None omits the fast pathway.
+
+    Raises:
+        LayoutError: If a value is none of these, or if both pathways are omitted.
     """
 
     slow_frames: int = 10
     slow_pool: str = "spatial_1d_max_pool"
     fast_grid: tuple[int, int] | None = (4, 4)
+    pathways: tuple[Pathway, ...] = field(init=False, compare=False, repr=False)
+    _string: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not is_count(self.slow_frames, least=0):
@@ -50,14 +57,21 @@ class SlowFastLayout(Layout):
             object.__setattr__(self, "fast_grid", _grid(self.fast_grid))
         if not self.slow_frames and self.fast_grid is None:
             raise LayoutError("the layout has neither a slow nor a fast pathway: set slow_frames or fast_grid")
-        # Kept, not formatted on demand: torch.compile(dynamic=True) makes the numbers symbolic.
+        # Formatted here, not on demand: torch.compile(dynamic=True) makes the numbers symbolic.
         slow = f"-slow_{self.slow_frames}frms_{self.slow_pool}" if self.slow_frames else ""
         fast = "-fast_{}x{}".format(*self.fast_grid) if self.fast_grid else ""
         object.__setattr__(self, "_string", f"slowfast{slow}{fast}")
+        object.__setattr__(self, "pathways", self._make_pathways())
 
     @classmethod
     def parse(cls, layout: str | SlowFastLayout) -> SlowFastLayout:
-        """The config that a published layout string names; a config comes back as it is."""
+        """The layout of a published string such as slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4.
+
+        A SlowFastLayout is returned unchanged.
+
+        Raises:
+            LayoutError: If `layout` is anything else.
+        """
         if isinstance(layout, cls):
             return layout
         if not isinstance(layout, str):
@@ -68,21 +82,21 @@ class SlowFastLayout(Layout):
         return self._string
 
     def only(self, name: Literal["slow", "fast"]) -> SlowFastLayout:
-        """This layout with one of its pathways alone."""
+        """This layout with only its slow or only its fast pathway. Raises LayoutError for any other name."""
         if name not in ("slow", "fast"):
             raise LayoutError(f"no pathway {name!r}: choose slow or fast")
-        return replace(self, fast_grid=None) if name == "slow" else replace(self, slow_frames=0)
+        if name == "slow":
+            return replace(self, fast_grid=None)
+        return replace(self, slow_frames=0)
 
-    @cached_property
-    def pathways(self) -> tuple[Pathway, ...]:
-        """The layout as data, in token order."""
+    def _make_pathways(self) -> tuple[Pathway, ...]:
         paths = []
         if self.slow_frames:
             rows, cols, reduce, flat = _SLOW_POOLS[self.slow_pool]
             paths.append(Pathway("slow", AxisRule("linspace", self.slow_frames), rows, cols, reduce, flat))
         if self.fast_grid:
-            rows, cols = (AxisRule("adaptive", n) for n in self.fast_grid)
-            paths.append(Pathway("fast", AxisRule("each"), rows, cols, "mean"))
+            height, width = (AxisRule("adaptive", n) for n in self.fast_grid)
+            paths.append(Pathway("fast", _EACH, height, width, "mean"))
         return tuple(paths)
 
 
@@ -94,7 +108,7 @@ def _parse(layout: str) -> SlowFastLayout:
     slow, pool, height, width = match.groups()
     grid = (int(height), int(width)) if height else None
     if slow and not int(slow):
-        raise LayoutError(f"layout {layout!r} has 0 slow frames: leave the slow part out or ask for at least 1")
+        raise LayoutError(f"layout {layout!r} has 0 slow frames: omit the slow part or write at least 1 frame")
     return SlowFastLayout(int(slow or 0), pool or "spatial_1d_max_pool", grid)
 
 

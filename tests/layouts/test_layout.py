@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import tracemalloc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -13,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sfllava_fast
 from sfllava_fast.errors import InputError, LayoutError
 from sfllava_fast.layouts.layout import PLANS, square_grid
 from sfllava_fast.layouts.pathway_layout import Pathways
@@ -413,3 +417,22 @@ def test_bad_pathways(text):
 def test_a_layout_needs_a_pathway():
     with pytest.raises(LayoutError):
         Pathways(())
+
+
+def test_layouts_need_numpy_alone(tmp_path):
+    """In a process that cannot import torch: presets, plans, counts, sampling."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.modules['torch'] = None\n"
+        "from sfllava_fast import SlowFastLayout, layouts, sample_frames\n"
+        "for name, preset in layouts.PRESETS.items():\n"
+        "    layout = layouts.parse_layout(name)\n"
+        "    pictures = layout.count_pictures(len(sample_frames(1000, layout.frames)))\n"
+        "    plan = layout.plan(pictures, preset.grid)\n"
+        "    assert plan.tokens['total'] == layout.count_tokens(pictures, preset.grid) == preset.count_tokens()\n"
+        "print(SlowFastLayout().count_tokens(50, (24, 24)))"
+    )
+    root = str(Path(sfllava_fast.__file__).parents[1])
+    command = [sys.executable, script]
+    done = subprocess.run(command, env={"PYTHONPATH": root}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3680\n", "")

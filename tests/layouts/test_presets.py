@@ -331,3 +331,14 @@ def test_export_with_dynamic_frames(text):
     for frames in (1, 15, 101):
         x = patches(text, frames, (9, 7), 4, torch.float32)
         assert torch.equal(program.module()(x), module(x))
+
+
+def test_a_presets_layout_has_its_frames():
+    """Of a name alone: neither the text nor equality has them."""
+    for name, preset in PRESETS.items():
+        layout = parse_layout(name)
+        assert layout.frames == preset.frames == PUBLISHED[name][0]
+        assert parse_layout(str(layout)).frames is None
+        assert layout == parse_layout(str(layout)) and hash(layout) == hash(parse_layout(str(layout)))
+        assert layout.plan(20, (16, 16)) is parse_layout(str(layout)).plan(20, (16, 16))
+    assert parse_layout("sf_llava").only("slow").frames is None

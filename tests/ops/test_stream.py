@@ -302,7 +302,7 @@ def test_a_layout_may_need_more_frames_than_the_first_push_brings():
     layout, x = "pool:stride2,each,each,mean", torch.randn(4, 16, 6)
     stream = SlowFastStream(layout)
     stream.push(x[:1])
-    with pytest.raises(LayoutError, match="give it more of them"):
+    with pytest.raises(LayoutError, match="give it more frames"):
         stream.tokens()
     stream.push(x[1:])
     assert torch.equal(stream.tokens(), slowfast_aggregate(x, layout))

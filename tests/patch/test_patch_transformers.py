@@ -653,6 +653,26 @@ def test_layouts_of_the_field(layout):
     torch.testing.assert_close(seen[0][0][places], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("entry", "layout", "frames", "sampled"),
+    [
+        (None, None, None, 50),
+        ({"layout": "llava_next_image"}, None, None, 32),
+        ({"layout": "llava_next_image", "frames": 5}, None, None, 5),
+        ({"layout": "llava_next_image", "frames": 5}, "uniform", None, 6),
+        ({"layout": "llava_next_image", "frames": 5}, "slowfast-fast_2x2", None, 5),
+        ({"layout": "llava_next_image", "frames": 5}, "uniform", 4, 4),
+    ],
+)
+def test_frames_of_the_caller_of_its_layout_then_of_the_config(entry, layout, frames, sampled):
+    model, processor = make("Llava"), processor_of("Llava")
+    if entry:
+        model.config.sfllava_fast = entry
+    patch_transformers(model, processor, layout=layout, frames=frames)
+    inputs = processor(text=TEXT, videos=Clip(60).pictures, return_tensors="pt")
+    assert len(inputs["pixel_values_videos"][0]) == sampled
+
+
 def test_layouts_that_need_more_than_patches_are_refused():
     with pytest.raises(LayoutError, match="needs separators: use SlowFastLlava"):
         patch_transformers(make("Llava"), layout="llava_video_slowfast")

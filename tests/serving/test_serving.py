@@ -113,6 +113,7 @@ def test_placeholders_by_the_published_arithmetic():
     named = VideoSettings.from_config(served(layout="pllava"))
     assert (named.frames, named.count_tokens(named.frames)) == (16, 2304)
     assert VideoSettings.from_config(served(layout="llava_next_image", frames=4)).frames == 4
+    assert VideoSettings.from_config(served(layout="slowfast-fast_4x4")).frames == 50
 
 
 @pytest.mark.parametrize(
