@@ -1,8 +1,9 @@
-"""The examples, each in a process of its own."""
+"""The examples, and the Python blocks of README and docs that need nothing else, each in a process of its own."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = "README.md", "docs/op.md", "docs/layouts.md", "docs/engine.md", "docs/streams.md", "docs/videos.md"
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    )
+]
+SAMPLE = ROOT / "sfllava_fast" / "embedded" / "sample.mp4"
+# Blocks that need something that is not here, by a text in them.
+NEEDS = {"LlavaNextForConditionalGeneration": "a checkpoint from the hub", "rtsp://": "a camera"}
 PRINTED = {
     "batch": "scored: 0",
     "drop_in_transformers": "answer: 60",
@@ -36,3 +48,12 @@ def test_every_example_is_expected_to_print_something():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
     assert PRINTED[path.stem] in run(str(path), folder=tmp_path)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(block, tmp_path):
+    for text, needed in NEEDS.items():
+        if text in block:
+            pytest.skip(f"needs {needed}")
+    (tmp_path / "clip.mp4").symlink_to(SAMPLE)
+    run("-c", block, folder=tmp_path)
