@@ -94,7 +94,13 @@ def test_wheel_from_sdist_has_kernels_for_every_python(sdist, tmp_path):
     assert "sfllava_fast/_C.so" in names
     assert "sfllava_fast/_triton/forward.py" in names
     assert "sfllava_fast/_bench/pipeline/report.py" in names
-    parts = "batch/run.py", "patch/transformers.py", "serving/vllm_model.py", "serving/templates/vicuna.jinja"
+    parts = (
+        "py.typed",
+        "batch/run.py",
+        "patch/transformers.py",
+        "serving/vllm_model.py",
+        "serving/templates/vicuna.jinja",
+    )
     assert {f"sfllava_fast/{part}" for part in parts} <= {*names}
     assert not [name for name in names if name.startswith("sfllava_fast/_bench/") and "/results/" in name]
     assert not [name for name in names if name.startswith("sfllava_fast/_bench/test_")]
