@@ -126,7 +126,7 @@ class MixedPrefilling(Prefilling):
         return [*self.mixture.parameters(), *self.mixture.weights.values()]
 
     def _computing(self, place: Place) -> AbstractContextManager[None]:
-        return self.mixture.frames(place.frames)
+        return self.mixture.on_frames(place.frames)
 
 
 class PrunedPrefilling(Prefilling):

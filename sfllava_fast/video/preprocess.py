@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 
-Mode = Literal["stretch", "crop", "pad"]
+ResizeMode = Literal["stretch", "crop", "pad"]
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _SERIAL = 32767  # elements: torch starts threads for an operation on more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,13 +45,13 @@ class PreprocessSpec:
     crop: tuple[int, int] | None = (336, 336)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    mode: Mode = "stretch"
+    mode: ResizeMode = "stretch"
     rescale: float = 1 / 255
     resample: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
+        if self.mode not in get_args(ResizeMode):
+            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(ResizeMode))}")
         if self.resample not in _RESAMPLES.values():
             raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
         for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
@@ -66,7 +66,7 @@ class PreprocessSpec:
             raise InputError(f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size")
 
     @classmethod
-    def from_processor(cls, processor: Any, mode: Mode = "stretch") -> PreprocessSpec:
+    def from_processor(cls, processor: Any, mode: ResizeMode = "stretch") -> PreprocessSpec:
         """The spec of a transformers image processor of the CLIP kind, or of its config as a dict.
 
         A size of {"height", "width"} is stretched to whatever `mode` is, as transformers does, except "pad".
