@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, dtype_name
 from ..layouts.plan import Plan
 from ..model.prompts import Prompt, Turn
 from ..ops.token_offsets import token_frames
@@ -121,7 +121,7 @@ class Conversation:
             backend=model.backend,
             projector=self.projector,
             attention=model.checkpoint.attention.describe(),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
             device=str(model.device),
             prompt_tokens=len(prompt),
             token_ids=ids,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..errors import InputError, dtype_name
 
 ResizeMode = Literal["stretch", "crop", "pad"]
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -134,7 +134,7 @@ def preprocess(
     Raises InputError for frames of another shape or dtype, or smaller than the crop.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
-        raise InputError(f"frames must be uint8 [n, H, W, 3], not {_name(frames.dtype)} {list(frames.shape)}")
+        raise InputError(f"frames must be uint8 [n, H, W, 3], not {dtype_name(frames.dtype)} {list(frames.shape)}")
     out = empty_pixels(len(frames), *spec.made(*frames.shape[1:3]), dtype, device)
     workers = min(torch.get_num_threads(), len(frames)) if out.device.type == "cpu" else 1
     if workers < 2:
@@ -246,7 +246,3 @@ def _read_size(size: Any) -> int | tuple[int, int]:
     elif isinstance(size, Sequence) and len(size) == 2:
         return tuple(size)
     raise InputError(f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

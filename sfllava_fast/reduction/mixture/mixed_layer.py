@@ -101,7 +101,12 @@ def run_on_selection(
 
 
 def _cut(
-    arguments: dict[str, Any], number: int, total: int, hidden: Tensor, spans: list[KeptSpan], index: Tensor | None = None
+    arguments: dict[str, Any],
+    number: int,
+    total: int,
+    hidden: Tensor,
+    spans: list[KeptSpan],
+    index: Tensor | None = None,
 ) -> Tensor | None:
     """The attention mask of the keys that the layer's cache holds, and of the queries `index`."""
     mask = arguments.get("attention_mask")
