@@ -62,6 +62,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def dtype_name(dtype: object) -> str:
+    """The name of a torch or NumPy dtype: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_count(name: str, count: object) -> None:
     """InputError unless it is a whole number of at least 1, that counts something."""
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 1 << 31:

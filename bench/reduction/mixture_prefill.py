@@ -108,7 +108,7 @@ def prefill(decoder: nn.Module, embeds: Tensor) -> tuple[Tensor, Any]:
 def prefill_mixed(
     decoder: nn.Module, mixture: MixtureOfDepths, embeds: Tensor, frames: Sequence[int]
 ) -> tuple[Tensor, Any]:
-    with mixture.frames(frames):
+    with mixture.on_frames(frames):
         return prefill(decoder, embeds)
 
 

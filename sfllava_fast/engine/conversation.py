@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, dtype_name
 from ..model.prompts import Prompt, Turn
 from ..ops.projector import Mode
 from .answer import Answer
@@ -141,7 +141,7 @@ class Conversation:
             backend=encoder.backend,
             projector=self.projector,
             attention=pipeline.checkpoint.attention.describe(),
-            dtype=str(encoder.dtype).removeprefix("torch."),
+            dtype=dtype_name(encoder.dtype),
             device=str(encoder.device),
             prompt_tokens=len(prompt),
             token_ids=ids,

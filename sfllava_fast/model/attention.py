@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import BackendError, first_line
+from ..errors import BackendError, dtype_name, first_line
 
 log = logging.getLogger("sfllava_fast")
 
@@ -89,7 +89,7 @@ def flash_attn_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cuda":
         return f"it needs a CUDA GPU and the model is on {device.type}"
     if dtype not in _SIXTEEN_BIT:
-        return f"it needs float16 or bfloat16 and the model is {str(dtype).removeprefix('torch.')}"
+        return f"it needs float16 or bfloat16 and the model is {dtype_name(dtype)}"
     import transformers.utils
 
     is_available = getattr(transformers.utils, f"is_flash_attn_{name[-1]}_available", None)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import BackendError, CheckpointError, InputError
+from ..errors import BackendError, CheckpointError, InputError, dtype_name
 from . import files as checkpoint_files
 from . import original_llava
 from .attention import Attention, resolve_attention
-from .files import check_sizes, locate, one_line, read_json, refuse_outer, refuse_part
+from .config_sizes import head_width, tower_grid
+from .files import as_checkpoint_error, check_sizes, locate, read_json, refuse_outer, refuse_part
 from .weights import HUGGING_FACE_NAMES, load_weights, stored_tensors
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def load_checkpoint(
     config = stock_config(path, raw)
     depths = feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     text = config.text_config
-    with one_line(f"{path}: config.json is not usable"):
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        context = _stretch_context(text)
-    chosen = resolve_attention(attention, device, dtype, head_dim)
+    with as_checkpoint_error(f"{path}: config.json is not usable"):
+        width, context = head_width(text), _stretch_context(text)
+    chosen = resolve_attention(attention, device, dtype, width)
     tokenizer = load_tokenizer(path, raw)
     preprocessor = read_preprocessor(path, raw)
     model = load_model(path, raw, config, dtype, device, chosen.implementation, max(depths))
@@ -126,7 +126,7 @@ def read_config(path: Path) -> dict[str, Any]:
         refuse_part(path)
         refuse_outer(path)
         raise CheckpointError(f"{path} has no config.json: give the directory of a LLaVA checkpoint")
-    with one_line(f"{path}: config.json is not usable"):
+    with as_checkpoint_error(f"{path}: config.json is not usable"):
         _check_config(path, config)
     return config
 
@@ -156,7 +156,7 @@ def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    with one_line(f"{path}: config.json is not usable"):
+    with as_checkpoint_error(f"{path}: config.json is not usable"):
         config = AutoConfig.from_pretrained(path)
         tower, text = config.vision_config, config.text_config
         if tower.model_type not in TOWERS:
@@ -177,7 +177,7 @@ def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:
     """(rows, columns) of a frame's patches, from config.json alone."""
     original = original_llava.is_original(raw)
     vision = original_llava.tower_config(path, raw) if original else raw.get("vision_config") or {}
-    with one_line(f"{path}: config.json is not usable"):
+    with as_checkpoint_error(f"{path}: config.json is not usable"):
         side = vision.get("image_size", 336) // vision.get("patch_size", 14)
         if not 1 <= side <= _WIDEST_GRID:
             raise ValueError(f"its pictures are {side} patches wide")
@@ -208,7 +208,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: 
         dtype = DTYPES[dtype]
     if dtype is None:
         stored = config.get("dtype") or config.get("torch_dtype")
-        stored = DTYPES.get(str(stored).removeprefix("torch."), torch.float32)
+        stored = DTYPES.get(dtype_name(stored), torch.float32)
         if device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if stored is torch.float32 else stored
@@ -247,14 +247,14 @@ def load_model(
 
     original = original_llava.is_original(raw)
     stored = original_llava.tensors(path, raw) if original else stored_tensors(path, HUGGING_FACE_NAMES)
-    with one_line(f"{path}: config.json is not usable"), torch.device("meta"):
+    with as_checkpoint_error(f"{path}: config.json is not usable"), torch.device("meta"):
         stock = getattr(transformers, CLASSES[config.model_type])
         model = stock._from_config(config, dtype=dtype, attn_implementation=attention)
     if depth is not None:
         cut_tower(model.model.vision_tower, depth)
     load_weights(model, stored, path, config.vision_config.num_hidden_layers, device)
     if (path / "generation_config.json").is_file():
-        with one_line(f"{path / 'generation_config.json'} is not usable"):
+        with as_checkpoint_error(f"{path / 'generation_config.json'} is not usable"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.requires_grad_(False).eval()
 
@@ -276,15 +276,15 @@ def _core(tower: torch.nn.Module) -> torch.nn.Module:
 
 def patch_grid(tower: torch.nn.Module, config: Any, drops_first: bool) -> tuple[int, int]:
     """(rows, columns) of a frame's patches. CheckpointError where the features are not exactly those."""
-    side = config.image_size // config.patch_size
+    rows, columns = tower_grid(config)
     extra = int(hasattr(_core(tower).embeddings, "class_embedding")) - int(drops_first)
     if extra:
         chosen, other = ("default", "full") if drops_first else ("full", "default")
         raise CheckpointError(
-            f"vision_feature_select_strategy {chosen!r} leaves {side * side + extra} vision tokens, "
-            f"not the {side}x{side} grid that is pooled: set it to {other!r} in config.json"
+            f"vision_feature_select_strategy {chosen!r} leaves {rows * columns + extra} vision tokens, "
+            f"not the {rows}x{columns} grid that is pooled: set it to {other!r} in config.json"
         )
-    return side, side
+    return rows, columns
 
 
 def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -294,7 +294,7 @@ def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}): download the checkpoint again")
     kind = original_llava.tokenizer_class(path) if original_llava.is_original(raw) else AutoTokenizer
-    with one_line(f"{path}: the tokenizer cannot be loaded"):
+    with as_checkpoint_error(f"{path}: the tokenizer cannot be loaded"):
         return kind.from_pretrained(path)
 
 

@@ -34,7 +34,7 @@ def locate(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"no checkpoint directory {name}: give a directory or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
 
-    with one_line(f"{name} is neither a directory here nor a checkpoint that the hub gives out"):
+    with as_checkpoint_error(f"{name} is neither a directory here nor a checkpoint that the hub gives out"):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
         if not any(path.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=_HUB_PICKLES)
@@ -66,7 +66,7 @@ def refuse_part(path: Path) -> None:
 
 def refuse_outer(path: Path) -> None:
     """CheckpointError for a directory in whose folders, such as checkpoint-500, a checkpoint or a part of one is."""
-    with one_line(f"{path} cannot be listed"):
+    with as_checkpoint_error(f"{path} cannot be listed"):
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     for folder in folders:
         refuse_part(folder)
@@ -78,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     if not file.is_file():
         return None
-    with one_line(f"{file} is not readable JSON"):
+    with as_checkpoint_error(f"{file} is not readable JSON"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a checkpoint, of sizes that `check_sizes` lets pass; None if it has none."""
     file = folder / "config.json"
     config = read_json(file)
-    with one_line(f"{file} is not usable"):
+    with as_checkpoint_error(f"{file} is not usable"):
         check_sizes(file, config)
     return config
 
@@ -116,7 +116,7 @@ def check_sizes(file: Path, value: Any, name: str = "") -> None:
 
 
 @contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
+def as_checkpoint_error(what: str) -> Iterator[None]:
     """Turn whatever a loader raises into one line; a device out of memory is no fault of the checkpoint."""
     try:
         yield

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .config_sizes import head_width
+
 
 class Filled(Exception):
     """Raised out of a forward pass once the last layer's keys and values are written: nothing after them is wanted."""
@@ -35,7 +37,7 @@ class KvCache(Cache):
         skipped: Sequence[int] | None = None,
     ) -> None:
         super().__init__(layers=[])
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = head_width(config)
         self.skipped = tuple(skipped or [0] * config.num_hidden_layers)
         # Zeros, since a masked value still enters a product, and 0 * NaN is NaN.
         self.buffers = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, CheckpointError
-from .files import locate, one_line, read_config, read_json
+from .files import as_checkpoint_error, locate, read_config, read_json
 from .weights import Renaming, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def stock_config(path: Path, config: dict[str, Any]) -> PreTrainedConfig:
     text_class = getattr(transformers, ARCHITECTURES[config["architectures"][0]])
     text = {key: config[key] for key in _TEXT_KEYS if key in config}
     newline = "unpad" in (config.get("mm_patch_merge_type") or "")
-    with one_line(f"{path}: config.json is not usable"):
+    with as_checkpoint_error(f"{path}: config.json is not usable"):
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
         rope = {**scaling, "rope_theta": config.get("rope_theta", 10000.0)}
         return (transformers.LlavaNextConfig if newline else transformers.LlavaConfig)(

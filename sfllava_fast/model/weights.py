@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import one_line, read_json
+from .files import as_checkpoint_error, read_json
 from .transformers_release import release
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _weight_files(path: Path) -> list[Path]:
         index = read_json(path / index_name)
         if index is None:
             continue
-        with one_line(f"{path / index_name} is no index of weights: download it again"):
+        with as_checkpoint_error(f"{path / index_name} is no index of weights: download it again"):
             names = sorted(set(map(Path, index["weight_map"].values())))
         for name in names:
             if name.is_absolute() or ".." in name.parts:
@@ -83,7 +83,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _open(file: Path, names: Sequence[Renaming]) -> list[StoredTensor]:
-    with one_line(f"{file} is corrupt or truncated: download it again"):
+    with as_checkpoint_error(f"{file} is corrupt or truncated: download it again"):
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -115,7 +115,7 @@ def load_weights(
     matched = _match(model, tensors, path, layers)
     own, dtype = model.state_dict(keep_vars=True), model.dtype
     values: dict[int, Tensor] = {}  # by the model's tensor: tied weights are one
-    with one_line(f"{path}: the weights cannot be read"):
+    with as_checkpoint_error(f"{path}: the weights cannot be read"):
         for name, tensor in matched.items():
             # A copy: the files may change while the model is in use.
             value = tensor.read().to(device, dtype, copy=True)

@@ -35,7 +35,7 @@ def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tupl
     if not bool(found[:, start:stop].all()):
         raise InputError(
             "input_ids have several runs of vision tokens, or rows with theirs at different places: "
-            "give one run a prompt and batch prompts of one form, or say `with mixture.frames(offsets)`"
+            "give one run a prompt and batch prompts of one form, or say `with mixture.on_frames(offsets)`"
         )
     return start, stop
 

@@ -24,6 +24,7 @@ from ..layouts.layout import Layout
 from ..layouts.presets import choose_layout, parse_patches_only
 from ..layouts.sampling import sample_frames
 from ..model.checkpoint import TOWERS
+from ..model.config_sizes import tower_grid
 from ..model.tower import FRAMES_PER_PASS
 from ..model.transformers_release import release
 from ..ops.aggregate import slowfast_aggregate
@@ -153,7 +154,7 @@ class _Tokens:
     placeholder: str  # what the config calls the id that they take the place of
 
     def count(self, model: Any, video: Tensor) -> int:
-        return self.layout.count_tokens(len(video), _grid(model.config))
+        return self.layout.count_tokens(len(video), tower_grid(model.config.vision_config))
 
     def places(self, model: Any, input_ids: Tensor) -> Tensor:
         """Where the placeholders are, a mask like input_ids."""
@@ -173,16 +174,11 @@ class _Tokens:
             mode=self.projector,
             out=out,
             backend=self.backend,
-            grid=_grid(base.config),
+            grid=tower_grid(base.config.vision_config),
             frame_offsets=torch.tensor(offsets),
         )
         ends = ends.tolist()
         return [tokens[start:stop] for start, stop in zip(ends, ends[1:])]
-
-
-def _grid(config: Any) -> tuple[int, int]:
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return side, side
 
 
 def _patches(base: Any, pixels: Tensor, vision_feature_layer: Any, vision_feature_select_strategy: Any) -> Tensor:
@@ -372,7 +368,7 @@ def _pool(self, stock, backend: str, image_features: Tensor) -> Tensor:
 
 def _halve(self, stock, image_features: Tensor) -> Tensor:
     """Bilinear [F, N, C] to half the sides, rounded up, without the two copies that NCHW takes."""
-    height, width = _grid(self.config)
+    height, width = tower_grid(self.config.vision_config)
     patches = image_features.view(len(image_features), height, width, -1).permute(0, 3, 1, 2)
     size = (math.ceil(height / 2), math.ceil(width / 2))
     return F.interpolate(patches, size=size, mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.files import one_line
+from ..model.config_sizes import head_width
+from ..model.files import as_checkpoint_error
 from ..model.transformers_release import cache_argument
 from ..patching import Patch
 from ..tensor_file import load_tensors, save_tensors
@@ -142,8 +143,8 @@ def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[S
 
 def cache_bytes(config: Any, tokens: int, dtype: torch.dtype = torch.float16) -> int:
     """Bytes of so many tokens' keys and values, by the shapes in a decoder's transformers config."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * tokens * dtype.itemsize
+    values = config.num_hidden_layers * config.num_key_value_heads * head_width(config)
+    return 2 * values * tokens * dtype.itemsize
 
 
 class Compression(nn.Module):
@@ -163,7 +164,7 @@ class Compression(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> Compression:
         """From a safetensors file: `tokens`, and the weights by their names. Raises CheckpointError for any other."""
-        with one_line(f"{path} holds no compression tokens"):
+        with as_checkpoint_error(f"{path} holds no compression tokens"):
             tensors, _ = load_tensors(path)
             return cls(tensors.pop("tokens"), tensors)
 

@@ -150,7 +150,7 @@ class MixedPrefilling(Prefilling):
         return [*self.mixture.parameters(), *self.mixture.weights.values()]
 
     def _computing(self, place: Place) -> AbstractContextManager[None]:
-        return self.mixture.frames(place.token_offsets)
+        return self.mixture.on_frames(place.token_offsets)
 
 
 class PrunedPrefilling(Prefilling):

@@ -8,6 +8,7 @@ layers, and their keys and values, shrink too; by attention, that costs the firs
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from ..ops.token_offsets import check_ratio, kept_of
 from .scorers import LayerInput, queries_and_keys
 
 SCORERS = ("similarity", "attention", "question", "norm")
-Scorer = Callable[[Tensor, Plan], Tensor]
+TokenScorer = Callable[[Tensor, Plan], Tensor]
 
 
 class Pruned(NamedTuple):
@@ -49,7 +50,7 @@ class Pruning:
     """
 
     keep: int | float | None = None
-    scorer: str | Scorer = "similarity"
+    scorer: str | TokenScorer = "similarity"
     below: float | None = None
     layer: int = 1
     queries: int = 64
@@ -258,9 +259,8 @@ def layer_input(decoder: nn.Module, embeds: Tensor, start: int, stop: int, numbe
 
     handle = layer.register_forward_pre_hook(stop_here, with_kwargs=True)
     try:
-        decoder(inputs_embeds=embeds, use_cache=False)
-    except _Reached:
-        pass
+        with contextlib.suppress(_Reached):
+            decoder(inputs_embeds=embeds, use_cache=False)
     finally:
         handle.remove()
     return LayerInput(seen.pop("hidden"), start, stop, layer, seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class LayerInput:
 
 
 Score = Callable[[LayerInput], Tensor]
-Scorer = Union[str, Score, Mapping[int, str | Score]]
+Scorer = str | Score | Mapping[int, str | Score]
 
 
 class Norm(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, dtype_name
 
 
 def weight_replacements(
@@ -24,7 +24,7 @@ def weight_replacements(
     swaps: dict[nn.Parameter, nn.Parameter] = {}
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape or not weight.is_floating_point():
-            given = f"{list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+            given = f"{list(weight.shape)} {dtype_name(weight.dtype)}"
             raise InputError(f"this model has no {name} {given}, which the reduction brings")
         # A copy: memory of a file is not aligned, by which kernels may round otherwise.
         put = nn.Parameter(weight.to(own[name], copy=True), own[name].requires_grad)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError, check_count
 from ..layouts.layout import Layout
 from ..layouts.presets import choose_layout, parse_patches_only
+from ..model.config_sizes import tower_grid
 
 _KEYS = {"layout", "frames", "prompt"}
 
@@ -50,5 +51,4 @@ def _patch_grid(config: Any) -> tuple[int, int]:
             f"vision_feature_select_strategy {strategy!r} does not give a {vision.model_type}'s patches and no more: "
             f"set it to {'default' if has_class_token else 'full'!r}"
         )
-    side = vision.image_size // vision.patch_size
-    return side, side
+    return tower_grid(vision)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
-from ..errors import BackendError, InputError, VideoError
+from ..errors import BackendError, InputError, VideoError, dtype_name
 from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package, is_url
 from .decord import DecordVideo
 from .folder import FolderVideo
@@ -66,7 +66,7 @@ def as_frames(frames: Tensor | np.ndarray) -> Tensor:
 def _check_frames(frames: object) -> None:
     if not isinstance(frames, np.ndarray) and not _is_tensor(frames):
         raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {type(frames).__name__}")
-    dtype = str(frames.dtype).removeprefix("torch.")
+    dtype = dtype_name(frames.dtype)
     if dtype != "uint8" or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {dtype} {list(frames.shape)}")
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..errors import InputError, dtype_name
 
-Mode = Literal["stretch", "crop", "pad"]
+ResizeMode = Literal["stretch", "crop", "pad"]
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _SERIAL = 32767  # elements: torch starts threads for an operation on more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,13 +45,13 @@ class PreprocessSpec:
     crop: tuple[int, int] | None = (336, 336)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    mode: Mode = "stretch"
+    mode: ResizeMode = "stretch"
     rescale: float = 1 / 255
     resample: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
+        if self.mode not in get_args(ResizeMode):
+            raise InputError(f"unknown preprocess mode {self.mode!r}: choose one of {', '.join(get_args(ResizeMode))}")
         if self.resample not in _RESAMPLES.values():
             raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
         for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
@@ -66,7 +66,7 @@ class PreprocessSpec:
             raise InputError(f"cannot crop {self.crop} out of frames resized to {self.size}: lower crop or raise size")
 
     @classmethod
-    def from_processor(cls, processor: Any, mode: Mode = "stretch") -> PreprocessSpec:
+    def from_processor(cls, processor: Any, mode: ResizeMode = "stretch") -> PreprocessSpec:
         """The spec of a transformers image processor of the CLIP kind, or of its config as a dict.
 
         A size of {"height", "width"} is stretched to whatever `mode` is, as transformers does, except "pad".
@@ -134,7 +134,7 @@ def preprocess(
     Raises InputError for frames of another shape or dtype, or smaller than the crop.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
-        raise InputError(f"frames must be uint8 [n, H, W, 3], not {_name(frames.dtype)} {list(frames.shape)}")
+        raise InputError(f"frames must be uint8 [n, H, W, 3], not {dtype_name(frames.dtype)} {list(frames.shape)}")
     out = empty_pixels(len(frames), *spec.made(*frames.shape[1:3]), dtype, device)
     workers = min(torch.get_num_threads(), len(frames)) if out.device.type == "cpu" else 1
     if workers < 2:
@@ -246,7 +246,3 @@ def _read_size(size: Any) -> int | tuple[int, int]:
     elif isinstance(size, Sequence) and len(size) == 2:
         return tuple(size)
     raise InputError(f"cannot read the image processor's size {size!r}: expected shortest_edge, or height and width")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -606,7 +606,7 @@ def test_packed_questions_get_what_mixed_layers_would_give_them_alone(packed_pai
     mixtures = [MixtureOfDepths(model, 0.2, "norm") for model in (plain, packed)]
     where = batch.targets != batches.IGNORE
     before = packing.packed_logits(packed, features, batch.ids, where, 4)
-    with mixtures[0].frames(frames), mixtures[1].frames(frames):
+    with mixtures[0].on_frames(frames), mixtures[1].on_frames(frames):
         mixed = packing.packed_logits(packed, features, batch.ids, where, 4)
         alone = [alone_logits(plain, prefix[clip], range(prefix.shape[1] + 1), batch, clip) for clip in range(2)]
     torch.testing.assert_close(mixed, torch.cat(alone), atol=2e-5, rtol=1e-4)
@@ -782,7 +782,7 @@ def test_shipped_mixture_keeps_its_accuracy(plain_scores):
     mixture = MixtureOfDepths(model, mixing.RATIO, "learned")
     mixture.load_state_dict(scorers)
     scores = evaluate.examine_packed(
-        model, clips=40, seed=11, around=lambda plan: mixture.frames(token_frames(plan, start=1))
+        model, clips=40, seed=11, around=lambda plan: mixture.on_frames(token_frames(plan, start=1))
     )
     assert percent(scores) >= percent(plain_scores) - 2, (scores, plain_scores)
 

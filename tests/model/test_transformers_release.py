@@ -118,7 +118,7 @@ def rename_cache(model, monkeypatch):
 
 def mixed(model):
     ids = torch.arange(4, 34)[None]
-    with MixtureOfDepths(model, 0.3) as mixture, mixture.frames((3, 11, 19)):
+    with MixtureOfDepths(model, 0.3) as mixture, mixture.on_frames((3, 11, 19)):
         cache = DynamicCache(config=model.config)
         model(input_ids=ids, **cache_argument(model, cache))
         held = [cache.get_seq_length(layer) for layer in range(4)]
@@ -157,7 +157,7 @@ def test_either_name_computes_the_same(run, monkeypatch):
 def test_a_mixed_decoder_may_be_called_by_the_old_name():
     """As code does that has not changed yet, in releases that still take it."""
     decoder, found = tiny_model(tiny_config(text={"num_hidden_layers": 4})).model.language_model, []
-    with MixtureOfDepths(decoder, 0.3) as mixture, mixture.frames((3, 11, 19)):
+    with MixtureOfDepths(decoder, 0.3) as mixture, mixture.on_frames((3, 11, 19)):
         for name in (*cache_argument(decoder, None), "past_key_values"):
             cache = DynamicCache(config=decoder.config)
             decoder(inputs_embeds=embeddings(30), **{name: cache})

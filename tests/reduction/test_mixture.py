@@ -76,7 +76,7 @@ def test_prefill_equals_a_llama_written_out():
     model, ids = tiny(), prompt()
     plain = model(ids).logits
     expected = llama_logits(model, ids[0], FRAMES, {1: 0.3, 3: 0.3, 5: 0.3})
-    with MixtureOfDepths(model, 0.3) as mixture, mixture.frames(FRAMES):
+    with MixtureOfDepths(model, 0.3) as mixture, mixture.on_frames(FRAMES):
         found = model(ids, use_cache=False).logits
     close(found[0], expected)
     assert (found - plain).abs().max() > 0.1
@@ -93,7 +93,7 @@ def test_prefill_in_parts_and_decoding_equal_full_recomputation(family, attentio
     mixture = MixtureOfDepths(model, 0.3)
     expected = logits_by_layers(model, ids, FRAMES, mixture.ratios)
     cache, logits = DynamicCache(config=model.config), []
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         for part in (ids[:, :11], ids[:, 11:27], ids[:, 27:30]):
             logits.append(model(part, **cache_argument(model, cache)).logits)
     for token in ids[:, 30:].T:
@@ -130,7 +130,7 @@ def test_left_padding(attention, scorer):
     score = {"norm": norm_score, "attention": attention_score}[scorer]
     expected = logits_by_layers(model, ids[:, :cut], frames, mixture.ratios, score, paddings)
     cache = DynamicCache(config=model.config)
-    with mixture.frames(frames):
+    with mixture.on_frames(frames):
         prefill = dict(attention_mask=mask[:, :cut], position_ids=positions[:, :cut])
         found = model(ids[:, :cut], **cache_argument(model, cache), **prefill).logits
         close(found[0], expected[0])
@@ -151,7 +151,7 @@ def test_attention_received_is_the_layers_own(family, queries):
     mixture = MixtureOfDepths(model, 0.3, AttentionReceived(queries))
     score = partial(attention_score, rows=slice(-queries, None))
     expected = logits_by_layers(model, ids, FRAMES, mixture.ratios, score)
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         close(model(ids).logits, expected)
 
 
@@ -164,7 +164,7 @@ def test_fastv(attention):
     start, stop = FRAMES[0], FRAMES[-1]
     expected = logits_by_layers(model, ids[:, :30], (start, stop), ratios, attention_score, select_at=1)
     cache = DynamicCache(config=model.config)
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         close(model(ids[:, :30], **cache_argument(model, cache)).logits, expected)
     assert [cache.get_seq_length(at) for at in range(6)] == [30, 30, 12, 12, 12, 12]
     assert mixture.skipped(FRAMES) == (0, 0, 18, 18, 18, 18)
@@ -185,7 +185,7 @@ def test_published_weighting():
         return scorer[layers.index(layer)](hidden)[0, :, 0]
 
     expected = logits_by_layers(model, ids, FRAMES, ratio, score, weighted=True)
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         close(model(ids).logits, expected)
 
 
@@ -205,7 +205,7 @@ def test_ratio_1_is_the_plain_model_bit_for_bit(attention):
         return [first, step, *kept, *(weight.grad.clone() for weight in model.parameters())]
 
     expected = everything()
-    with MixtureOfDepths(model, 1, "learned") as mixture, mixture.frames(FRAMES):
+    with MixtureOfDepths(model, 1, "learned") as mixture, mixture.on_frames(FRAMES):
         found = everything()
     assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
 
@@ -246,7 +246,7 @@ def test_gradients_reach_the_scorer_straight_through():
     assert [weight.shape for weight in mixture.parameters()] == [(1, 32), (1,)]
     seen = {}
     model.model.layers[1].register_forward_hook(lambda _, args, out: seen.update(entered=args[0], left=out))
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         loss = model(ids).logits.square().mean()
     seen["left"].retain_grad()
     loss.backward()
@@ -269,7 +269,7 @@ def test_gradient_checkpointing_and_frozen_layers(reentrant):
     def gradients():
         model.zero_grad()
         mixture.zero_grad()
-        with mixture.frames(FRAMES):
+        with mixture.on_frames(FRAMES):
             loss = model(inputs_embeds=model.model.embed_tokens(ids), use_cache=False).logits.square().mean()
         loss.backward()
         return [weight.grad.clone() for weight in [*mixture.parameters(), *model.parameters()]]
@@ -285,12 +285,12 @@ def test_gradient_checkpointing_and_frozen_layers(reentrant):
 def test_autocast_trains_experts():
     model, ids = tiny(dtype=torch.float32), prompt()
     mixture = MixtureOfDepths(model, 0.3, "learned")
-    with torch.autocast("cpu", torch.bfloat16), mixture.frames(FRAMES):
+    with torch.autocast("cpu", torch.bfloat16), mixture.on_frames(FRAMES):
         model(ids).logits.square().mean().backward()
     assert all(weight.grad.isfinite().all() for weight in mixture.parameters())
     half = tiny(dtype=torch.bfloat16)
     mixture = MixtureOfDepths(half, 0.3, "learned")
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         logits = half(ids).logits
     assert logits.dtype == torch.bfloat16
     logits.square().mean().backward()

@@ -28,7 +28,7 @@ def logits(model, mixture=None, ids=None):
     ids = prompt() if ids is None else ids
     if mixture is None:
         return model(ids).logits
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         return model(ids).logits
 
 
@@ -53,7 +53,7 @@ def test_wrapping_again_undoes_the_first():
     second = MixtureOfDepths(model.model, 0.6, layers=[1])
     expected = logits(model, second)
     assert torch.equal(logits(model, first), logits(model))
-    with first.frames(FRAMES):
+    with first.on_frames(FRAMES):
         assert torch.equal(logits(model, second), expected)
     first.undo()
     assert torch.equal(logits(model, second), expected)
@@ -214,7 +214,7 @@ def test_scores_that_cannot_be(scores):
     model = tiny()
     mixture = MixtureOfDepths(model, 0.3, {1: "norm", 3: scores, 5: "norm"})
     cache = DynamicCache(config=model.config)
-    with pytest.raises(InputError, match="scorer"), mixture.frames(FRAMES):
+    with pytest.raises(InputError, match="scorer"), mixture.on_frames(FRAMES):
         model(prompt(), **cache_argument(model, cache))
     assert cache.get_seq_length(3) == 0
     mixture.scorers["3"] = mixture.scorers["1"]
@@ -236,7 +236,7 @@ def test_what_a_forward_pass_cannot_serve():
     model, ids = tiny(), prompt()
     mixture = MixtureOfDepths(model, 0.3)
     static = StaticCache(config=model.config, max_cache_len=64)
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         with pytest.raises(InputError, match="static cache"):
             model(ids, **cache_argument(model, static))
         with pytest.raises(InputError, match="packed"):
@@ -246,7 +246,7 @@ def test_what_a_forward_pass_cannot_serve():
             model(ids)
     sliding = tiny("Mistral, sliding")
     sliding.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match="window of 9"), MixtureOfDepths(sliding, 0.3).frames(FRAMES):
+    with pytest.raises(InputError, match="window of 9"), MixtureOfDepths(sliding, 0.3).on_frames(FRAMES):
         sliding(ids)
 
 
@@ -255,7 +255,7 @@ def test_a_cache_that_was_cut():
     model, ids = tiny(), prompt()
     mixture = MixtureOfDepths(model, 0.3)
     cache = DynamicCache(config=model.config)
-    with mixture.frames(FRAMES):
+    with mixture.on_frames(FRAMES):
         expected = model(ids, **cache_argument(model, cache)).logits
     cache.crop(-4)  # text alone: what is behind it goes on
     again = model(ids[:, -4:], **cache_argument(model, cache)).logits
@@ -267,7 +267,7 @@ def test_a_cache_that_was_cut():
             model(ids[:, :2], **cache_argument(model, cut))
     cache.reset()
     if not cache.get_seq_length():  # early releases keep zeros
-        with mixture.frames(FRAMES):
+        with mixture.on_frames(FRAMES):
             torch.testing.assert_close(model(ids, **cache_argument(model, cache)).logits, expected)
 
 
@@ -275,7 +275,7 @@ def test_frames_and_placeholders_that_cannot_be():
     model = tiny()
     mixture = MixtureOfDepths(model)
     for frames in ((), (3,), (3, 3), (5, 2), (-1, 4)):
-        with pytest.raises(InputError, match="frames must be"), mixture.frames(frames):
+        with pytest.raises(InputError, match="frames must be"), mixture.on_frames(frames):
             pass
         with pytest.raises(InputError, match="frames must be"):
             mixture.skipped(frames)
@@ -312,7 +312,7 @@ def test_a_cache_that_counts_for_itself_and_stops_the_pass():
     mixture = MixtureOfDepths(model, 0.3)
     cache = Buffer(mixture.skipped(FRAMES), model.config)
     expected = logits(model, mixture)
-    with mixture.frames(FRAMES), pytest.raises(Filled):
+    with mixture.on_frames(FRAMES), pytest.raises(Filled):
         model(ids[:, :30], **cache_argument(model, cache))
     cache.length = 30
     torch.testing.assert_close(model(ids[:, 30:], **cache_argument(model, cache)).logits, expected[:, 30:])

@@ -85,7 +85,7 @@ class MixtureTrainer(Trainer):
             told = packed_logits(self.teacher, features, ids, where, self.slow, guide=looks)
         total = torch.zeros((), device=self.device)
         if stage.trains == "decoder":
-            with self.mixture.frames(self.frames):
+            with self.mixture.on_frames(self.frames):
                 logits = packed_logits(self.model, features, ids, where, self.slow)
             target = batch.targets.to(self.device)[where]
             self.count_hits(batch.types, where.cpu(), (logits.argmax(1) == target).cpu())

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import InputError
 
 
-class Span(NamedTuple):
+class KeptSpan(NamedTuple):
     """Tokens [start, stop) of a sequence, of which a layer holds those at positions `kept` [B, K], ascending."""
 
     start: int
@@ -22,13 +22,13 @@ class Span(NamedTuple):
         return self.stop - self.start - self.kept.shape[1]
 
 
-def spans_of(cache: Any, number: int, past: int) -> list[Span]:
+def spans_of(cache: Any, number: int, past: int) -> list[KeptSpan]:
     """What a layer of a cache of `past` tokens holds of vision tokens, to be added to; of no cache, nothing."""
     if cache is None:
         return []
     if hasattr(cache, "skipped"):  # a KvCache counts for itself; text sees all alike, so that any may stand for them
         absent = cache.skipped[number] if past else 0
-        return [Span(0, absent, torch.empty(1, 0, dtype=torch.long))] if absent else []
+        return [KeptSpan(0, absent, torch.empty(1, 0, dtype=torch.long))] if absent else []
     return _layers(cache).setdefault(number, [])
 
 
@@ -45,11 +45,11 @@ def recall(cache: Any, past: int) -> bool:
     return any(_layers(cache).values())
 
 
-def _layers(cache: Any) -> dict[int, list[Span]]:
+def _layers(cache: Any) -> dict[int, list[KeptSpan]]:
     return vars(cache).setdefault("sfllava_fast_spans", {})  # on it, so that what copies it or drops it has them too
 
 
-def columns(spans: list[Span], total: int, rows: int, device: torch.device) -> Tensor:
+def columns(spans: list[KeptSpan], total: int, rows: int, device: torch.device) -> Tensor:
     """Positions [B, n] of the first `total` tokens that a layer with these spans holds, ascending."""
     parts, at = [], 0
     for span in spans:

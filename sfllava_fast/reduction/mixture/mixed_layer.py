@@ -14,7 +14,7 @@ from ...errors import InputError, PatchError
 from ...model.transformers_release import cache_in, release
 from ...ops.rows import gather_many, scatter_rows, top_per_frame
 from ..scorers import LayerInput
-from .cache_spans import Span, columns, cut_mask, spans_of
+from .cache_spans import KeptSpan, columns, cut_mask, spans_of
 
 
 class Selection(NamedTuple):
@@ -26,14 +26,16 @@ class Selection(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass of the decoder, over tokens that follow `past` others.
+    """One forward pass of the decoder.
 
-    frames: offsets of the vision tokens among the pass's own; empty where it has none. selection: what the
-        layer that selected last did.
+    Attributes:
+        past: Number of tokens before those of this pass.
+        token_offsets: Offsets of the frames among the tokens of this pass; empty if it has no vision tokens.
+        selection: The most recent selection of a layer.
     """
 
     past: int
-    frames: tuple[int, ...]
+    token_offsets: tuple[int, ...]
     selection: Selection | None = None
 
     def forget_graph(self) -> None:
@@ -42,15 +44,15 @@ class Pass:
             self.selection = Selection(self.selection.kept, self.selection.scores.detach())
 
 
-def select(scorer: nn.Module, at: LayerInput, frames: Sequence[int], ratio: float) -> Selection:
+def select(scorer: nn.Module, at: LayerInput, token_offsets: Sequence[int], ratio: float) -> Selection:
     """The tokens of each frame that score highest. Raises InputError for scores of the wrong shape, or NaN."""
     scores = scorer(at)
     expected = at.vision.shape[:2]
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"the scorer must give scores {list(expected)}, one a vision token, not {found}")
-    kept = top_per_frame(scores.detach(), frames, ratio)
-    return Selection(kept, scores.gather(1, kept - frames[0]))
+    kept = top_per_frame(scores.detach(), token_offsets, ratio)
+    return Selection(kept, scores.gather(1, kept - token_offsets[0]))
 
 
 def run_on_all(
@@ -73,13 +75,13 @@ def run_on_selection(
 ) -> Tensor:
     """A layer on the text and the selected tokens of a pass; the others pass unchanged. hidden: [B, S, D]."""
     selection = now.selection
-    start, stop, total = now.frames[0], now.frames[-1], hidden.shape[1]
+    start, stop, total = now.token_offsets[0], now.token_offsets[-1], hidden.shape[1]
     before, behind = (torch.arange(*ends, device=hidden.device) for ends in ((0, start), (stop, total)))
     rows = len(hidden)
     index = torch.cat([before.expand(rows, -1), selection.kept, behind.expand(rows, -1)], dim=1)
     taken, *rotary = gather_many([hidden, *arguments["position_embeddings"]], index)
     spans = spans_of(cache_in(arguments), number, now.past)
-    spans.append(Span(now.past + start, now.past + stop, now.past + selection.kept))
+    spans.append(KeptSpan(now.past + start, now.past + stop, now.past + selection.kept))
     arguments |= {
         "attention_mask": _cut(arguments, number, now.past + total, hidden, spans, index),
         "position_embeddings": rotary,
@@ -99,7 +101,12 @@ def run_on_selection(
 
 
 def _cut(
-    arguments: dict[str, Any], number: int, total: int, hidden: Tensor, spans: list[Span], index: Tensor | None = None
+    arguments: dict[str, Any],
+    number: int,
+    total: int,
+    hidden: Tensor,
+    spans: list[KeptSpan],
+    index: Tensor | None = None,
 ) -> Tensor | None:
     """The attention mask of the keys that the layer's cache holds, and of the queries `index`."""
     mask = arguments.get("attention_mask")

@@ -47,7 +47,7 @@ class MixtureOfDepths(nn.Module):
     weights: of the decoder, by name as in its `named_parameters`, that were trained with learned scorers: they take the
         place of the model's own until `undo`.
 
-    Where the vision tokens are, `frames` tells; where nothing does, they are the run of the config's image or video
+    `on_frames` sets where the vision tokens are. Without it they are the run of the config's image or video
     placeholders in `input_ids`, as one frame. All rows of a batch have theirs at the same offsets: pad on the left,
     where prompts differ before the video, or on the right (`attention_mask` tells), where they differ behind it.
 
@@ -81,7 +81,7 @@ class MixtureOfDepths(nn.Module):
         self.scorers = make_scorers(scorer, selecting, decoder.config.hidden_size)
         for at in selecting:
             self.scorers[str(at)].to(next(decoder.layers[at].parameters()).device)
-        self._frames: tuple[int, ...] | None = None
+        self._token_offsets: tuple[int, ...] | None = None
         self._pass: Pass | None = None
         self._depth = len(decoder.layers)
         undo(decoder)  # what is replaced now, and what it calls, are the stock attributes
@@ -102,18 +102,27 @@ class MixtureOfDepths(nn.Module):
         return cls(model, ratio, AttentionReceived(), layers, per_frame=False, select_at=layer - 1)
 
     @contextmanager
-    def frames(self, frames: Sequence[int]) -> Iterator[None]:
-        """Within it the model's sequences have vision tokens at these offsets [F + 1], counted from the sequence's
-        first token, padding too; all else is text. What is in a cache already stays known without."""
-        before, self._frames = self._frames, check_frames(frames)
+    def on_frames(self, token_offsets: Sequence[int]) -> Iterator[None]:
+        """Context in which the model's sequences have vision tokens at these offsets.
+
+        Tokens that are in a cache already need no offsets.
+
+        Args:
+            token_offsets: [F + 1], the first token of each frame and the end of the last, counted from the sequence's
+                first token, padding included. All other tokens are text.
+
+        Raises:
+            InputError: If the offsets do not ascend.
+        """
+        before, self._token_offsets = self._token_offsets, check_frames(token_offsets)
         try:
             yield
         finally:
-            self._frames = before
+            self._token_offsets = before
 
-    def skipped(self, frames: Sequence[int]) -> tuple[int, ...]:
-        """How many tokens of a sequence with these frames each layer leaves out, known before any forward pass."""
-        offsets = self._competing(check_frames(frames))
+    def skipped(self, token_offsets: Sequence[int]) -> tuple[int, ...]:
+        """Number of tokens that each layer leaves out of a sequence with vision tokens at these offsets."""
+        offsets = self._competing(check_frames(token_offsets))
         sizes = [stop - start for start, stop in zip(offsets, offsets[1:])]
         ratios = [self.ratios.get(number, 1.0) for number in range(self._depth)]
         return tuple(sum(size - kept_of(ratio, size) for size in sizes) for ratio in ratios)
@@ -160,17 +169,17 @@ class MixtureOfDepths(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _competing(self, frames: tuple[int, ...]) -> tuple[int, ...]:
-        return frames if self.per_frame or not frames else (frames[0], frames[-1])
+    def _competing(self, offsets: tuple[int, ...]) -> tuple[int, ...]:
+        return offsets if self.per_frame or not offsets else (offsets[0], offsets[-1])
 
     def _run_model(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The whole model, with the frames that its input_ids tell where nobody else does."""
+        """The whole model, on the placeholders in its input_ids unless `on_frames` gives the offsets."""
         named = forward.named(args, kwargs)
         ids, found = named.get("input_ids"), None
-        if self._frames is None and ids is not None and ids.shape[1] > 1:  # a single token is a step's
+        if self._token_offsets is None and ids is not None and ids.shape[1] > 1:  # a single token is a step's
             names = [getattr(forward.owner.config, name, None) for name in ("image_token_id", "video_token_id")]
             found = placeholder_frames(ids, [token for token in names if token is not None])
-        with self.frames([_past(named) + at for at in found]) if found else nullcontext():
+        with self.on_frames([_past(named) + at for at in found]) if found else nullcontext():
             return forward.plain(*args, **kwargs)
 
     def _run_decoder(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,10 +187,10 @@ class MixtureOfDepths(nn.Module):
         cache, past = cache_in(named), _past(named)
         tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
         end = past + tokens.shape[1]
-        frames = clip_frames(self._frames, past, end) if self._frames else ()
-        if (cache is not None and recall(cache, past)) or frames:
+        offsets = clip_frames(self._token_offsets, past, end) if self._token_offsets else ()
+        if (cache is not None and recall(cache, past)) or offsets:
             check_pass(forward.owner, self.layers, named, end)
-        self._pass = Pass(past, self._competing(frames))
+        self._pass = Pass(past, self._competing(offsets))
         try:
             return forward.plain(*args, **kwargs)
         finally:
@@ -194,10 +203,10 @@ class MixtureOfDepths(nn.Module):
         if now is None:
             return forward.plain(hidden, **arguments)
         ratio = self.ratios.get(number, self.ratios[self.layers[0]])  # one for all where another layer selects
-        if now.frames and (ratio < 1 or self.weighted):
+        if now.token_offsets and (ratio < 1 or self.weighted):
             if str(number) in self.scorers:
-                at = LayerInput(hidden, now.frames[0], now.frames[-1], forward.owner, arguments)
-                now.selection = select(self.scorers[str(number)], at, now.frames, ratio)
+                at = LayerInput(hidden, now.token_offsets[0], now.token_offsets[-1], forward.owner, arguments)
+                now.selection = select(self.scorers[str(number)], at, now.token_offsets, ratio)
             if number in self.ratios:
                 return run_on_selection(forward.plain, hidden, arguments, number, now, self.weighted)
         return run_on_all(forward.plain, hidden, arguments, number, now)
