@@ -99,7 +99,7 @@ def _figure(figures: dict, bar: str, ratio: float) -> _Figure:
     """Its noise is half the way from the 20th to the 80th percentile over the median, of both whose ratio it is."""
     backend, _, against = bar.rpartition(": ")
     backend, rows = backend or "cpu", figures["providers"]
-    named = {"best peer": figures["best_peer"], "fairest copy": figures.get("fairest_copy")}
+    named = {"best peer": figures.get("best_peer"), "fairest copy": figures.get("fairest_copy")}
     pair = [rows[name] for name in (backend, named.get(against, against)) if name in rows]
     noise = sum((row["p80_ms"] - row["p20_ms"]) / row["p50_ms"] for row in pair) / 2
     return _Figure(ratio, noise, rows.get(backend, {}).get("tokens_per_s"))

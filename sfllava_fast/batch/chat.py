@@ -1,7 +1,7 @@
-"""A client of an OpenAI-compatible server: vLLM's, or a judge's. One POST of JSON a request: no library needed.
+"""A client of an OpenAI-compatible server, such as vLLM's or a judge's. Each request is one POST of JSON.
 
-What a library says of a request may hold its headers, and the key with them, so no text of a library gets into an
-error: a message names the URL, the kind of the failure, and what the server itself replied without the key.
+Errors never contain the text of a library's exception, which may quote the request's headers and so the key. They name
+the URL, the kind of the failure and the server's own reply, with the key removed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from threading import Timer
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -23,23 +24,28 @@ from ..errors import BackendError, InputError, ServerError, SlowServerError
 Json = dict[str, Any]
 
 DEFAULT_TIMEOUT = 600.0
-# Too many requests; or a proxy in front of a server that is down or starting.
+# Too many requests, or a proxy whose server is down or starting.
 _BUSY = (408, 429, 502, 503, 504)
 _NOT_OURS = (401, 403, 404, 405)
 _LONGEST_PAUSE = 30.0
 _LARGEST = 16 << 20
-_TOLD = 300
+_LONGEST_QUOTE = 300  # characters of a server's text
 
 
 class Chat:
-    """A model behind a URL such as http://host:8000/v1; its key is taken from the environment's OPENAI_API_KEY.
+    """A model at a URL such as http://host:8000/v1. The key is read from the environment's OPENAI_API_KEY.
 
-    model: None takes the first that the server has. timeout: seconds for one whole reply (default: 600), however slowly
-    it comes. patience: seconds to wait, in longer and longer pauses, for a server that cannot be reached or is busy.
-    Redirects are not followed: the key is for this URL alone.
+    Redirects are not followed, because the key is for this URL alone.
 
-    Raises InputError for a URL or key that cannot be used, BackendError where nothing can be asked there: on
-    construction at once, later when patience is at its end.
+    Args:
+        url: Up to /v1.
+        model: None takes the first that the server lists.
+        timeout: Seconds for one whole reply (default: 600), even if it arrives bit by bit.
+        patience: Seconds to retry, with growing pauses, while the server cannot be reached or is busy.
+
+    Raises:
+        InputError: The URL or the key cannot be used.
+        BackendError: The server cannot be used; when constructed at once, later after `patience`.
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float | None = None, patience: float = 300.0):
@@ -52,13 +58,20 @@ class Chat:
     def reply(self, messages: list[Json], max_tokens: int) -> str:
         """The text of the model's greedy reply.
 
-        Raises InputError where the server refuses this request, ServerError where it fails on it.
+        Args:
+            messages: In the format of OpenAI's chat completions.
+            max_tokens: The longest reply, in tokens.
+
+        Raises:
+            InputError: The server refuses this request.
+            ServerError: The server fails on this request.
+            BackendError: The server cannot be used.
         """
         body = {"model": self.model, "messages": messages, self._limit: max_tokens, "temperature": 0}
         try:
             answer = self._request("/chat/completions", body)
         except InputError as error:
-            # Servers of models that think take the newer name alone.
+            # Servers of reasoning models accept only the newer name.
             if self._limit != "max_tokens" or "max_completion_tokens" not in str(error):
                 raise
             self._limit = "max_completion_tokens"
@@ -91,12 +104,13 @@ class Chat:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = Request(self.url + path, None if body is None else json.dumps(body).encode(), headers)
-        request.watch = watch = _Watch(self.timeout)
+        data = None if body is None else json.dumps(body).encode()
+        request = _WatchedRequest(self.url + path, data, headers, self.timeout)
+        watch = request.watch
         try:
-            status, reason, data = _exchange(request)
+            status, reason, reply = _exchange(request)
         except (OSError, http.client.HTTPException) as error:  # an URLError is an OSError
-            if watch.over or isinstance(error, TimeoutError):
+            if watch.expired or isinstance(error, TimeoutError):
                 raise SlowServerError(f"{self.url} gave no reply within {self.timeout:g} seconds") from None
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(error, URLError) and not isinstance(cause, (BrokenPipeError, ConnectionResetError)):
@@ -104,20 +118,20 @@ class Chat:
             raise ServerError(f"{self.url} broke off ({_kind(cause)})") from None
         finally:
             watch.cancel()
-        if watch.over:
+        if watch.expired:
             raise SlowServerError(f"{self.url} gave no reply within {self.timeout:g} seconds")
-        if len(data) > _LARGEST:
+        if len(reply) > _LARGEST:
             raise ServerError(f"{self.url} gave a reply of more than {_LARGEST >> 20} MiB")
         if not 200 <= status < 300:
-            raise self._judge(status, self._printable(_message(data) or reason))
+            raise self._judge(status, self._printable(_message(reply) or reason))
         try:
-            return json.loads(data)
+            return json.loads(reply)
         except (ValueError, RecursionError):
-            text = self._printable(data.decode(errors="replace"))
+            text = self._printable(reply.decode(errors="replace"))
             raise ServerError(f"{self.url} gave a reply that is not JSON: {text!r}") from None
 
     def _judge(self, code: int, message: str) -> Exception:
-        """The error that a status code stands for."""
+        """The error for a status code."""
         if code in _BUSY:
             return _Unavailable(f"{code} {message}")
         if 300 <= code < 400:
@@ -127,10 +141,10 @@ class Chat:
         return (ServerError if code >= 500 else InputError)(f"{self.url} says {code} {message}")
 
     def _printable(self, text: str) -> str:
-        """The beginning of a server's text in a line; some repeat the key."""
-        for key in filter(None, (self._key, json.dumps(self._key or "")[1:-1])):  # as it is, and as it stands in JSON
+        """The beginning of a server's text, in one line and without the key, plain or as JSON escapes it."""
+        for key in filter(None, (self._key, json.dumps(self._key or "")[1:-1])):
             text = text.replace(key, "***")
-        return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split())[:_TOLD])
+        return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split())[:_LONGEST_QUOTE])
 
 
 class _Unavailable(Exception):
@@ -138,66 +152,75 @@ class _Unavailable(Exception):
 
 
 class _Watch:
-    """Cuts a connection off when its time is over: a socket's own time-out begins again with every byte that comes."""
+    """Shuts a connection down after a time; a socket's own timeout restarts with every byte that arrives."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.over = seconds, False
+        self.seconds, self.expired = seconds, False
         self._timer: Timer | None = None
         self._connected: socket.socket | None = None
 
     def start(self, connected: socket.socket) -> None:
-        self._connected = connected.dup()  # TLS takes the other one over
+        self._connected = connected.dup()  # TLS detaches the original
         self._timer = Timer(self.seconds, self._cut)
         self._timer.daemon = True
         self._timer.start()
 
     def cancel(self) -> None:
-        if self._timer is not None:
+        if self._timer is not None and self._connected is not None:
             self._timer.cancel()
             self._connected.close()
 
     def _cut(self) -> None:
-        self.over = True
-        with contextlib.suppress(OSError):
-            self._connected.shutdown(socket.SHUT_RDWR)
+        self.expired = True
+        if self._connected is not None:
+            with contextlib.suppress(OSError):
+                self._connected.shutdown(socket.SHUT_RDWR)
 
 
-class _Watched:
-    """Has the watch of a request begin when it is connected, before the handshake of TLS."""
+class _WatchedRequest(Request):
+    def __init__(self, url: str, data: bytes | None, headers: dict[str, str], seconds: float) -> None:
+        super().__init__(url, data, headers)
+        self.watch = _Watch(seconds)
 
-    def do_open(self, http_class: Any, request: Request, **options: Any) -> Any:
-        def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
-            connection = http_class(*args, **kwargs)
-            connect = connection._create_connection
 
-            def connect_watched(*args: Any, **kwargs: Any) -> socket.socket:
-                connected = connect(*args, **kwargs)
+def _watched(http_class: Any, request: Request) -> Callable[..., Any]:
+    """Starts the watch of a request when it is connected, before the TLS handshake."""
+
+    def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
+        connection = http_class(*args, **kwargs)
+        connect = connection._create_connection
+
+        def connect_watched(*args: Any, **kwargs: Any) -> socket.socket:
+            connected = connect(*args, **kwargs)
+            if isinstance(request, _WatchedRequest):
                 request.watch.start(connected)
-                return connected
+            return connected
 
-            connection._create_connection = connect_watched
-            return connection
+        connection._create_connection = connect_watched
+        return connection
 
-        return super().do_open(make, request, **options)
-
-
-class _Http(_Watched, HTTPHandler):
-    pass
+    return make
 
 
-class _Https(_Watched, HTTPSHandler):
-    pass
+class _Http(HTTPHandler):
+    def do_open(self, http_class: Any, req: Request, **options: Any) -> http.client.HTTPResponse:
+        return super().do_open(_watched(http_class, req), req, **options)
+
+
+class _Https(HTTPSHandler):
+    def do_open(self, http_class: Any, req: Request, **options: Any) -> http.client.HTTPResponse:
+        return super().do_open(_watched(http_class, req), req, **options)
 
 
 class _NoRedirects(HTTPRedirectHandler):
     def http_error_302(self, *_: Any) -> None:
-        """None: the reply is an error, as any other status; where it points to is not even read."""
+        """Returns None, so that a redirect is reported as an error like any other status."""
 
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # type: ignore[assignment]
 
 
-def _exchange(request: Request) -> tuple[int, str, bytes]:
-    """Status, its name and body of a reply, of the body no more than shows that it is too long."""
+def _exchange(request: _WatchedRequest) -> tuple[int, str, bytes]:
+    """Status, its name and body of a reply; at most `_LARGEST` + 1 bytes of the body."""
     try:
         response = build_opener(_Http, _Https, _NoRedirects).open(request, timeout=request.watch.seconds)
     except HTTPError as error:
@@ -207,18 +230,22 @@ def _exchange(request: Request) -> tuple[int, str, bytes]:
 
 
 def check_access(url: str) -> tuple[str, str]:
-    """The URL of a server up to /v1, and the key of the environment. Raises InputError for what cannot be used."""
+    """The URL of a server up to /v1, and the key of the environment.
+
+    Raises:
+        InputError: The URL or the key cannot be used.
+    """
     return _checked_url(url), _key()
 
 
 def _checked_url(url: str) -> str:
-    """The URL up to /v1. Raises InputError for others; one that may hold a secret is not repeated."""
+    """The URL up to /v1. The InputError for a URL that may contain a secret does not repeat it."""
     if any(mark in url for mark in "@?#"):
         raise InputError(
-            "the URL of a server has no user name, password, query or fragment: write http://host:8000/v1, and put its "
-            "key into OPENAI_API_KEY"
+            "the URL of a server must have no user name, password, query or fragment: write http://host:8000/v1, and "
+            "put its key into OPENAI_API_KEY"
         )
-    with contextlib.suppress(ValueError):  # a port that is no number, brackets that do not close
+    with contextlib.suppress(ValueError):  # a port that is not a number, unbalanced brackets
         parts = urlsplit(url)
         readable = url.isascii() and url.isprintable() and " " not in url and parts.port != 0
         if readable and parts.scheme in ("http", "https") and parts.hostname:
@@ -227,23 +254,23 @@ def _checked_url(url: str) -> str:
 
 
 def _key() -> str:
-    """The key of the environment, without the blanks and line ends that files leave around it."""
+    """The key of the environment, without surrounding blanks and line ends."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise InputError("OPENAI_API_KEY holds a control character or one beyond ASCII: set it to the key alone")
+        raise InputError("OPENAI_API_KEY has a control or non-ASCII character: set it to the key alone")
     return key
 
 
 def _kind(error: object) -> str:
-    """What is said of a failure: the system's words for it, never a library's."""
+    """The operating system's text for a failure, or its type; never a library's text."""
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _message(data: bytes) -> str:
-    """What the body says of an error."""
+    """The error message in the body of a reply."""
     text = data.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, AttributeError, RecursionError):
-        told = json.loads(text)
-        told = told.get("error", told)
-        text = str(told["message"] if isinstance(told, dict) else told)
+        error = json.loads(text)
+        error = error.get("error", error)
+        text = str(error["message"] if isinstance(error, dict) else error)
     return text

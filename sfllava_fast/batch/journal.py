@@ -1,12 +1,13 @@
-"""The output of a batch: appended line by line, so that any kill leaves what was answered, once.
+"""The output of a batch: a file that is appended to line by line, so that a killed batch can be resumed.
 
-`answers.jsonl` has one line for each question that is over. Beside it `answers.jsonl.state` says with which settings it
-was begun and how often each question was handed out. That is written before the worker gets the question, so that a
-question that takes worker and batch down with it is known for it. It is also what is locked: by the kernel, which frees
-it however the process ends. Both are those of the file itself, whatever link it was named by.
+- `answers.jsonl` has one line for each question that is done.
+- `answers.jsonl.state` has the settings of the batch and the number of attempts of each question. An attempt is
+  written before the worker gets the question, so that it counts even if it kills worker and batch.
+- The state file is locked while a batch writes. The kernel frees the lock when the process ends, in whatever way.
+- Symbolic links are resolved first, so that all names of an output share one state file and lock.
 
-A line is written to the file at once, without a buffer of ours: from then on only a crash of the whole machine can lose
-it, and such a question is asked again. An fsync a line would cost milliseconds on a shared file system to guard that.
+Lines are written unbuffered: after that only a crash of the machine can lose one, and its question is asked again. An
+fsync for each line would cost milliseconds on a shared file system.
 """
 
 from __future__ import annotations
@@ -26,19 +27,28 @@ from .questions import RESERVED, Id, Question
 
 log = logging.getLogger("sfllava_fast")
 
-# How a line of ours that was cut short begins; a crash of the machine may leave zeros.
+# The start of a line that was cut short; a crash of the machine may leave zeros instead.
 _TORN = (b"", b"{", b'{"')
-# What a line has beside its question: the reply of a model or of a judge.
+# Fields of a line that are not the question's: the reply of a model or of a judge.
 _REPLIED = {*RESERVED, "answer", "pred", "score"}
 
 
 class Journal:
-    """The output file at a path, locked until it is closed; nothing is written before `begin`.
+    """An output file, locked until `close`; nothing is written before `begin`.
 
-    done: whether each question that is over was answered, `answered` of them. errors: what is said of the others.
-    attempts: how often each question was handed out.
-    settings: what decides the answers. Raises InputError where the file was begun with others, is not a batch's, is
-    being written by another process, is no file of one name, or cannot be written.
+    Args:
+        path: The output.
+        settings: What decides the answers.
+
+    Attributes:
+        done: By id of each question that is done, whether it was answered.
+        errors: By id of each question that is an error: its video, error and whether the video is quarantined.
+        answered_videos: Videos of which a question was answered.
+        attempts: By id, how often the question was handed out.
+
+    Raises:
+        InputError: The file was written with other settings or by another program, is being written by another
+            process, has hard links, is no regular file, or cannot be written.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -58,36 +68,42 @@ class Journal:
             raise
 
     @property
+    def _output(self) -> int:
+        assert self._answers is not None, "begin() opens the output"
+        return self._answers
+
+    @property
     def answered(self) -> int:
+        """Number of answered questions."""
         return sum(self.done.values())
 
     def changed(self, questions: Iterable[Question]) -> dict[Id, list[str]]:
-        """Which of the questions that are over were others when they were asked, and the fields that differ."""
+        """The ids of questions that are done but were asked with other fields, and the names of these fields."""
         asked = {question.id: question.to_json() for question in questions if question.id in self.done}
         lines = [line for line in _read_lines(self.path) if line["id"] in asked] if asked else []
         differing = {line["id"]: _differing(line, asked[line["id"]]) for line in lines}
         return {key: fields for key, fields in differing.items() if fields}
 
-    def begin(self, again: Collection[Id] = ()) -> None:
-        """Open the output for appending; the errors of these questions are forgotten."""
-        # The output is there before its state: state without output is of one that was deleted.
+    def begin(self, retry: Collection[Id] = ()) -> None:
+        """Open the output for appending, and discard the outcomes of the questions in `retry`."""
+        # The output is created first: a state file without output means that the output was deleted.
         self._answers = _open(self.path, os.O_APPEND)
         if os.fstat(self._state).st_size == 0:
             self._append(self._state, self._state_path, {"settings": self.settings})
-        if again:
-            self._forget(set(again))
+        if retry:
+            self._forget(set(retry))
 
     def start(self, key: Id) -> None:
-        """A question is about to be handed out."""
+        """Record an attempt, before the question is handed out."""
         self._count(key, self.attempts[key] + 1)
 
     def withdraw(self, key: Id) -> None:
-        """A question was handed out, and the batch ends through no fault of it."""
+        """Take an attempt back: the batch ends, and the question is not the cause."""
         self._count(key, self.attempts[key] - 1)
 
     def finish(self, line: dict[str, Any]) -> None:
-        """A question is over: the one line about it."""
-        self._append(self._answers, self.path, line)
+        """Write the line of a question that is done."""
+        self._append(self._output, self.path, line)
         self._note(line)
 
     def close(self) -> None:
@@ -110,32 +126,32 @@ class Journal:
             os.ftruncate(self._state, 0)
             return
         if self.path.is_file() and self.path.stat().st_nlink > 1:
-            # A line appended under one name would be in the other, under another lock; written anew they would part.
+            # Each name would have its own lock, and a rewrite under one name would not reach the other.
             raise InputError(f"{self.path} has another name (a hard link): name another file, or copy it")
-        if not (self.path.is_file() or self.path.is_dir()):  # a pipe would be waited for
+        if not (self.path.is_file() or self.path.is_dir()):  # opening a pipe would block
             raise InputError(f"{self.path} is no regular file: name another")
         for number, line in enumerate(_read_lines(self.path), 1):
             if not _is_answer(line):
                 raise InputError(f"{self.path}, line {number} is not an answer of a batch: name another file")
             self._note(line)
         lines = [line for line in _read_lines(self._state_path) if _is_state(line)]
-        begun = next((line["settings"] for line in lines if "settings" in line), self.settings)
-        if begun != self.settings and not self.done:
+        earlier = next((line["settings"] for line in lines if "settings" in line), self.settings)
+        if earlier != self.settings and not self.done:
             os.ftruncate(self._state, 0)
             return
-        self._check_settings(begun)
+        self._check_settings(earlier)
         self.attempts.update({line["id"]: line["attempts"] for line in lines if "attempts" in line})
 
-    def _check_settings(self, begun: dict[str, Any]) -> None:
-        names = dict.fromkeys([*self.settings, *begun])
-        pairs = {name: (begun.get(name), self.settings.get(name)) for name in names}
-        was = [
-            f"another {name.replace('_', ' ')}" if name.endswith(("_file", "_files")) else f"{name} {then}, not {now}"
-            for name, (then, now) in pairs.items()
-            if then != now
-        ]  # a stamp of files says nothing to a reader
-        if was:
-            raise InputError(f"{self.path} was begun with {', '.join(was)}: use the same, or name another file")
+    def _check_settings(self, earlier: dict[str, Any]) -> None:
+        differing = []
+        for name in dict.fromkeys([*self.settings, *earlier]):
+            then, now = earlier.get(name), self.settings.get(name)
+            if then != now and name.endswith(("_file", "_files")):
+                differing.append(f"another {name.replace('_', ' ')}")  # the values are stamps
+            elif then != now:
+                differing.append(f"{name} {then}, not {now}")
+        if differing:
+            raise InputError(f"{self.path} was begun with {', '.join(differing)}: use the same, or name another file")
 
     def _note(self, line: dict[str, Any]) -> None:
         self.done[line["id"]] = line["ok"]
@@ -149,15 +165,15 @@ class Journal:
         self.attempts[key] = attempts
 
     def _forget(self, keys: set[Id]) -> None:
-        # The attempts first: cut off in between, the errors are still there to be forgotten.
+        # Attempts first: if the batch is killed in between, the errors are still recorded and can be discarded again.
         for key in keys:
             self._count(key, 0)
         part = self.path.with_name(self.path.name + ".part")
         lines = self.path.read_bytes().splitlines(keepends=True)
         try:
             part.unlink(missing_ok=True)
-            # A new file, never one that a link leads to; who may read it stays as it was.
-            mode = os.fstat(self._answers).st_mode & 0o777
+            # O_EXCL: never the target of a link. The mode is that of the output.
+            mode = os.fstat(self._output).st_mode & 0o777
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 os.fchmod(file.fileno(), mode)
                 file.writelines(line for line in lines if json.loads(line)["id"] not in keys)
@@ -168,14 +184,14 @@ class Journal:
             raise _unwritable(self.path, error) from error
         finally:
             part.unlink(missing_ok=True)
-        os.close(self._answers)
+        os.close(self._output)
         self._answers = _open(self.path, os.O_APPEND)
         for key in keys:
             del self.done[key]
             self.errors.pop(key, None)
 
     def _append(self, file: int, path: Path, record: dict[str, Any]) -> None:
-        """One line, whole or not at all."""
+        """Append one whole line, or nothing."""
         data, end = json.dumps(record).encode() + b"\n", os.fstat(file).st_size
         try:
             while data:
@@ -187,7 +203,7 @@ class Journal:
 
 
 def _lock(path: Path, output: Path) -> int:
-    """The file at a path, created where there is none, locked against every other process."""
+    """Open a file, or create it, and lock it against every other process."""
     while True:
         file = _open(path, os.O_APPEND | os.O_NOFOLLOW)
         try:
@@ -197,7 +213,7 @@ def _lock(path: Path, output: Path) -> int:
             raise InputError(f"{output} is being written by another batch: wait for it, or name another file") from None
         except OSError as error:
             log.warning("%s has no locks (%s): make sure that no other batch writes there", path.parent, error.strerror)
-        # Another batch may have removed the file between our opening and our locking it.
+        # Another batch may have removed the file before it was locked here.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -216,7 +232,7 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def _is_state(line: Any) -> bool:
-    """Whether a line is of a state file; damaged ones are passed over."""
+    """Whether a line is one of a state file and undamaged."""
     if not isinstance(line, dict) or "settings" in line:
         return isinstance(line, dict) and isinstance(line["settings"], dict) and "attempts" not in line
     attempts = line.get("attempts")
@@ -224,7 +240,7 @@ def _is_state(line: Any) -> bool:
 
 
 def _read_lines(path: Path) -> list[Any]:
-    """The lines of a file, None for what is no JSON; a last one that was cut short is taken off the file."""
+    """The lines of a file, None for what is not JSON; a last line that was cut short is removed from the file."""
     try:
         data = path.read_bytes()
         *whole, tail = data.split(b"\n")
@@ -243,19 +259,19 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _is_answer(line: Any) -> bool:
-    kinds = {"id": (str, int), "video": str, "ok": bool}
+    kinds: dict[str, type | tuple[type, ...]] = {"id": (str, int), "video": str, "ok": bool}
     return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
 
 
 def _differing(line: dict[str, Any], question: dict[str, Any]) -> list[str]:
-    """The fields in which a question is not that of a line, compared as JSON, where NaN is the same as NaN."""
-    was = {name: value for name, value in line.items() if name in question or name not in _REPLIED}
-    as_json = [{name: json.dumps(of[name], sort_keys=True) for name in of} for of in (was, question)]
-    return [name for name in {**was, **question} if as_json[0].get(name) != as_json[1].get(name)]
+    """The fields in which a question differs from that of a line; as JSON text, so that NaN equals NaN."""
+    asked = {name: value for name, value in line.items() if name in question or name not in _REPLIED}
+    then, now = ({name: json.dumps(of[name], sort_keys=True) for name in of} for of in (asked, question))
+    return [name for name in {**then, **now} if then.get(name) != now.get(name)]
 
 
 def _parse(line: bytes) -> Any:
-    """The JSON of a line; None where it is none."""
+    """The value of a JSON line; None if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Workers that are actors of a Ray cluster, wherever it has room; the batch stays what hands out and counts."""
+"""Workers as actors of a Ray cluster; the batch hands out questions and counts attempts, as with local workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection
 from threading import Thread
 
 from ..errors import BackendError
-from .workers import Desk, MakeAnswerer, Worker
+from .workers import AnswererHost, MakeAnswerer, Worker
 
 try:
     import ray
@@ -15,24 +15,23 @@ except ImportError as error:
 
 
 class RayWorker(Worker):
-    """A worker in an actor, on a GPU of its own where the cluster has any.
+    """A worker in a Ray actor, with one GPU if the cluster has any.
 
-    Ray would restart actors and retry their tasks, and Ray Data retries a block whose worker died without end: a video
-    that kills its worker would do so for ever. Here Ray retries nothing, and the batch counts the attempts.
+    Ray's own restarts and retries are off: a video that crashes its worker would be retried forever.
     """
 
     def _start(self, theirs: Connection, make: MakeAnswerer, number: int, count: int) -> None:
-        if not ray.is_initialized():  # the cluster of RAY_ADDRESS, else one of this machine
+        if not ray.is_initialized():  # the cluster of RAY_ADDRESS, else a local one
             ray.init(log_to_driver=False, logging_level="ERROR")
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Desk)
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(AnswererHost)
         self._actor, self._cause = actor.remote(), "the actor ended"
-        Thread(target=self._carry, args=(theirs, make), daemon=True).start()
+        Thread(target=self._forward, args=(theirs, make), daemon=True).start()
 
-    def _carry(self, theirs: Connection, make: MakeAnswerer) -> None:
-        """Between the pipe that the batch waits on, and the actor."""
+    def _forward(self, theirs: Connection, make: MakeAnswerer) -> None:
+        """Forward questions and replies between the pipe that the batch waits on and the actor."""
         try:
-            # Ray gives the actor its GPU and its cores: it is the only worker that it sees.
+            # Worker 0 of 1: the actor sees no GPU and no cores but its own.
             theirs.send(ray.get(self._actor.load.remote(make, 0, 1)))
             while True:
                 theirs.send(ray.get(self._actor.answer.remote(theirs.recv())))

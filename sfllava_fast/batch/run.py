@@ -1,4 +1,4 @@
-"""A question file in, an answer file out: what `sfllava-fast batch` and the judge of `sfllava-fast score` run."""
+"""The loop of `sfllava-fast batch`, and of the judge of `sfllava-fast score`: questions in, an answer file out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .questions import Group, Id, Question
 from .scheduler import DEFAULT_ATTEMPTS, Scheduler
 from .workers import STOP_SIGNALS, MakeAnswerer, Worker
 
-_TOLD = 3
+_MOST_NAMED = 3  # ids in an error
 
 
 def run(
@@ -32,52 +32,68 @@ def run(
     what: str = "answered",
     start: Callable[[MakeAnswerer, int, int], Any] = Worker,
 ) -> tuple[str, bool]:
-    """Answer what `out` does not have yet; a summary, and whether every question is answered.
+    """Answer the questions that `out` does not have yet.
 
-    settings: what decides the answers; `out` may be resumed with the same only. make: called in each worker, with its
-    number and how many there are, for what answers there. retry_errors: ask again what ended as an error.
-    retry_changed: ask again what was answered when its question, video, choices, truth or any other field was another;
-    without it such a question is refused, unless all that `out` has of it is an error.
-    Raises InputError, BackendError or KeyboardInterrupt; what was answered by then is in `out`.
+    Args:
+        groups: The questions, by video.
+        out: The output, JSON lines. An existing one is resumed.
+        settings: What decides the answers; `out` can only be resumed with the same.
+        make: Makes the answerer; called in each worker with its number and the number of workers.
+        workers: Number of workers.
+        attempts: How often a question is handed out at most, over all runs.
+        timeout: Seconds for one answer; None waits forever.
+        retry_errors: Ask again the questions that ended as errors.
+        retry_changed: Ask again the questions that were answered with another text, video, choices, truth or other
+            field. Without it they are refused, unless they ended as errors.
+        what: The progress bar's label.
+        start: Starts a worker: `Worker` or `RayWorker`.
+
+    Returns:
+        A summary, and whether every question is answered.
+
+    Raises:
+        InputError: `out` cannot be used or was written with other settings or questions.
+        BackendError: No question can be answered on this machine.
+        KeyboardInterrupt: On SIGINT, SIGTERM or SIGHUP. What was answered by then is in `out`.
     """
     questions: list[Question] = [question for group in groups for question in group.questions]
     with Journal(out, settings) as journal:
-        again = {question.id for question in questions if retry_errors and question.id in journal.errors}
+        retry = {question.id for question in questions if retry_errors and question.id in journal.errors}
         changed = journal.changed(questions)
-        again |= {key for key in changed if retry_changed or key in journal.errors}
-        _check_unchanged(out, {key: fields for key, fields in changed.items() if key not in again})
-        over = sum(question.id in journal.done and question.id not in again for question in questions)
-        workers, begun, answered = min(workers, len(groups)), time.monotonic(), journal.answered
-        with _stops_raise(), show_progress(what, over, len(questions)) as told:
-            scheduler = Scheduler(groups, journal, lambda n: start(make, n, workers), attempts, timeout, told, again)
+        retry |= {key for key in changed if retry_changed or key in journal.errors}
+        _check_unchanged(out, {key: fields for key, fields in changed.items() if key not in retry})
+        done = sum(question.id in journal.done and question.id not in retry for question in questions)
+        workers, started, answered = min(workers, len(groups)), time.monotonic(), journal.answered
+        with _signals_interrupt(), show_progress(what, done, len(questions)) as on_done:
+            scheduler = Scheduler(groups, journal, lambda n: start(make, n, workers), attempts, timeout, on_done, retry)
             try:
                 scheduler.run(workers)
             except KeyboardInterrupt:
-                over = sum(question.id in journal.done for question in questions)
+                done = sum(question.id in journal.done for question in questions)
                 raise KeyboardInterrupt(
-                    f"interrupted: {over} of {len(questions)} questions are over; the same command goes on from there"
+                    f"interrupted: {done} of {len(questions)} questions are done; run the same command to continue"
                 ) from None
-        table = summary(questions, journal, time.monotonic() - begun, journal.answered - answered)
+        table = summary(questions, journal, time.monotonic() - started, journal.answered - answered)
         return table, all(journal.done.get(question.id) for question in questions)
 
 
 def _check_unchanged(out: Path, changed: dict[Id, list[str]]) -> None:
     if changed:
-        told = [f"{key!r} (another {', '.join(fields)})" for key, fields in list(changed.items())[:_TOLD]]
-        more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
+        named = [f"{key!r} (another {', '.join(fields)})" for key, fields in list(changed.items())[:_MOST_NAMED]]
+        more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
         raise InputError(
-            f"{out} has answers to other questions, or about other videos, under the ids {', '.join(told)}{more}: name "
-            "another file, or replace them with --retry-changed"
+            f"{out} has answers to other questions, or about other videos, under the ids {', '.join(named)}{more}: "
+            "name another file, or replace them with --retry-changed"
         )
 
 
 @contextmanager
-def _stops_raise() -> Iterator[None]:
-    """The signals of a scheduler and of a closed terminal end the batch as Ctrl-C does."""
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM of a cluster's scheduler and SIGHUP of a closed terminal raise KeyboardInterrupt, as Ctrl-C does."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
+            if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, signal.default_int_handler)
         yield
     finally:

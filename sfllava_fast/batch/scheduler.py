@@ -1,4 +1,4 @@
-"""Which question goes to which worker, and what becomes of those that fail."""
+"""Distribution of a batch's questions over workers, with retries, timeouts and quarantine."""
 
 from __future__ import annotations
 
@@ -16,21 +16,29 @@ from .questions import Group, Id, Question
 from .workers import Reply, Worker
 
 DEFAULT_ATTEMPTS = 3
-# A signal that comes as a wait begins does not end it: its handler runs when the wait is over.
-_SECONDS_AT_MOST = 1.0
-_LEFT_BEHIND = "the worker, or the whole batch, ended while it was asked"
+# A signal that arrives as a wait begins does not end it: its handler runs after the wait.
+_LONGEST_WAIT = 1.0  # seconds
+_INTERRUPTED = "the worker, or the whole batch, ended while it was asked"
 
 
 class Scheduler:
-    """Hands groups of questions to workers and journals what becomes of each question.
+    """Hands groups of questions to workers and writes the outcome of each question to a journal.
 
-    Within a group questions are asked in order, so that a video stays encoded. One that fails is asked again, up to
-    `attempts` times in all runs together; the rest of its group waits with it, behind all others. One that fails for
-    good is an error; if none of its group was ever answered, the group is at fault, and all of it is. An unexpected
-    exception is the question's own.
+    - The questions of a group are asked in order, by one worker, so that its video is encoded once.
+    - A question that fails is retried, up to `attempts` times over all runs. Until then the rest of its group waits, at
+      the end of the queue.
+    - After its last attempt it is an error. If no question of its video was ever answered, the video is quarantined:
+      the rest of the group are errors, too.
+    - An unexpected exception is an error of its question alone.
 
-    start: makes the worker of a number. timeout: seconds for one answer. told: called with whether a question that is
-    over was answered. again: questions whose errors in the journal are forgotten.
+    Args:
+        groups: The questions, by video.
+        journal: The output. Questions that it has are not asked.
+        start: Makes the worker with a given number.
+        attempts: How often a question is handed out at most, over all runs.
+        timeout: Seconds for one answer; None waits forever.
+        on_done: Called after each question with whether it was answered.
+        retry: Ids of questions whose recorded outcomes are discarded and that are asked again.
     """
 
     def __init__(
@@ -40,21 +48,26 @@ class Scheduler:
         start: Callable[[int], Worker],
         attempts: int = DEFAULT_ATTEMPTS,
         timeout: float | None = None,
-        told: Callable[[bool], None] = lambda answered: None,
-        again: Collection[Id] = (),
+        on_done: Callable[[bool], None] = lambda answered: None,
+        retry: Collection[Id] = (),
     ) -> None:
         self.journal, self.start, self.attempts, self.timeout = journal, start, attempts, timeout
-        self.told, self.again = told, again
-        self.begun = False
+        self.on_done, self.retry = on_done, retry
+        self.journal_open = False
         self.waiting: deque[Group] = deque()
         for group in groups:
-            left = deque(asked for asked in group.questions if asked.id in again or asked.id not in journal.done)
+            left = deque(q for q in group.questions if q.id in retry or q.id not in journal.done)
             if left:
                 self.waiting.append(Group(group.name, left))
         self.workers: list[Worker] = []
 
     def run(self, workers: int) -> None:
-        """Ask until every question is over. Raises InputError or BackendError where the batch cannot go on."""
+        """Ask until every question is done.
+
+        Raises:
+            InputError: The output cannot be written.
+            BackendError: No question can be answered on this machine, or no model can be loaded.
+        """
         try:
             for number in range(min(workers, len(self.waiting))):
                 self.workers.append(self.start(number))
@@ -63,45 +76,43 @@ class Scheduler:
         finally:
             for worker in self.workers:
                 if worker.asked:
-                    with suppress(InputError):  # where there is no room, that has been said
+                    with suppress(InputError):  # a full disk, which was reported before
                         self.journal.withdraw(worker.asked.id)
                 worker.kill()
 
     def _step(self) -> None:
-        """Wait for the next thing to happen, and do what follows from it."""
+        """Wait for the next reply or timeout, handle it, and hand out new questions."""
         by_connection = {worker.connection: worker for worker in self.workers}
         soonest = min(worker.deadline for worker in self.workers) - time.monotonic()
-        happened = connections.wait(by_connection, min(max(0, soonest), _SECONDS_AT_MOST))
-        for connection in happened:
-            self._take(by_connection[connection], *by_connection[connection].reply())
+        for connection in connections.wait(by_connection, min(max(0, soonest), _LONGEST_WAIT)):
+            worker = by_connection[connection]  # type: ignore[index]  # what is given are connections
+            self._handle(worker, *worker.reply())
         now = time.monotonic()
         for worker in list(self.workers):
-            if worker.deadline <= now:
-                self._take(worker, Reply.DIED, f"no answer within {self.timeout:g} seconds", self.timeout)
+            if self.timeout and worker.deadline <= now:
+                self._handle(worker, Reply.DIED, f"no answer within {self.timeout:g} seconds", self.timeout)
         for worker in self.workers:
             if worker.ready and not worker.asked:
                 self._hand_out(worker)
 
-    def _take(self, worker: Worker, reply: Reply, value: Any, seconds: float) -> None:
+    def _handle(self, worker: Worker, reply: Reply, value: Any, seconds: float) -> None:
+        if reply is Reply.UNUSABLE or (reply is not Reply.READY and not worker.ready):
+            # The batch ends. `worker.asked` stays, so that `run` withdraws the attempt: the question is not at fault.
+            raise BackendError(str(value) if reply is Reply.UNUSABLE else f"no model could be loaded: {value}")
         asked, group, worker.asked, worker.deadline = worker.asked, worker.group, None, float("inf")
         if reply is Reply.READY:
             worker.ready = True
-            if not self.begun:  # only now: without a model nothing is written
-                self.journal.begin(self.again)
-                self.begun = True
-            return
-        if reply is Reply.UNUSABLE or not worker.ready:
-            worker.asked = asked
-            raise BackendError(str(value) if reply is Reply.UNUSABLE else f"no model could be loaded: {value}")
-        if reply is Reply.ANSWERED:
-            self._finish(asked, {"ok": True, **value}, seconds)
-            group.questions.popleft()
-        elif reply is Reply.REFUSED:
-            self._finish(asked, {"ok": False, "error": value}, seconds)
-            group.questions.popleft()
-        elif asked:
-            worker.group = None
-            self._again_or_give_up(group, reply, value, seconds)
+            if not self.journal_open:  # not before: if no model can be loaded, no file is written
+                self.journal.begin(self.retry)
+                self.journal_open = True
+        elif asked and group:
+            if reply is Reply.ANSWERED:
+                self._finish(group.questions.popleft(), {"ok": True, **value}, seconds)
+            elif reply is Reply.REFUSED:
+                self._finish(group.questions.popleft(), {"ok": False, "error": value}, seconds)
+            else:
+                worker.group = None
+                self._retry_or_give_up(group, reply, value, seconds)
         if reply in (Reply.BROKEN, Reply.DIED):
             worker.kill()
             self.workers.remove(worker)
@@ -109,7 +120,7 @@ class Scheduler:
                 self.workers.append(self.start(worker.number))
 
     def _hand_out(self, worker: Worker) -> None:
-        """The next question of the worker's group, else of the first group that waits."""
+        """Ask the next question of the worker's group, or of the next waiting group."""
         while True:
             if not (worker.group and worker.group.questions):
                 worker.group = self.waiting.popleft() if self.waiting else None
@@ -120,9 +131,9 @@ class Scheduler:
                 self.journal.start(question.id)
                 worker.ask(question, self.timeout)
                 return
-            self._give_up(worker.group, _LEFT_BEHIND, 0.0)
+            self._give_up(worker.group, _INTERRUPTED, 0.0)
 
-    def _again_or_give_up(self, group: Group, reply: Reply, error: str, seconds: float) -> None:
+    def _retry_or_give_up(self, group: Group, reply: Reply, error: str, seconds: float) -> None:
         if self.journal.attempts[group.questions[0].id] >= self.attempts:
             if reply in (Reply.BROKEN, Reply.UNSERVED):
                 self._finish(group.questions.popleft(), {"ok": False, "error": error}, seconds)
@@ -132,7 +143,7 @@ class Scheduler:
             self.waiting.append(group)
 
     def _give_up(self, group: Group, error: str, seconds: float) -> None:
-        """The group's first question is an error; so are the others, where none was ever answered."""
+        """Record the group's first question as an error; the others too if no question of the video was answered."""
         question = group.questions.popleft()
         self._finish(question, {"ok": False, "error": error, "quarantined": True}, seconds)
         if question.video not in self.journal.answered_videos:
@@ -141,6 +152,6 @@ class Scheduler:
                 self._finish(group.questions.popleft(), {"ok": False, "error": error, "quarantined": True}, 0.0)
 
     def _finish(self, question: Question, result: dict[str, Any], seconds: float) -> None:
-        told = {"attempts": self.journal.attempts[question.id], "seconds": round(seconds, 3)}
-        self.journal.finish({**question.to_json(), **result, **told})
-        self.told(result["ok"])
+        effort = {"attempts": self.journal.attempts[question.id], "seconds": round(seconds, 3)}
+        self.journal.finish({**question.to_json(), **result, **effort})
+        self.on_done(result["ok"])

@@ -1,8 +1,8 @@
-"""How many answers are right: multiple choice by an option rule, open-ended by a judge.
+"""Accuracy of a batch's answers: multiple choice by an option rule, open-ended by a judge.
 
-Options and verdicts are read by the published rules, or by ours. Accuracy is over what was answered and the mean score
-over what was judged, as the published evaluations have it: a question without an answer is counted apart. The published
-judge is gpt-3.5-turbo-0125 under a prompt of its own; figures of different judges, or prompts, do not compare.
+Options and verdicts are read by the published rules or by ours. As in the published evaluations, accuracy is over the
+answered questions and the mean score over the judged ones; unanswered questions are counted apart. The published judge
+is gpt-3.5-turbo-0125 with a prompt of its own: figures of different judges or prompts cannot be compared.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .run import run
 DEFAULT_WORKERS = 4
 RULES = ("published", "own")
 _TIMEOUT = 120.0
-_REPLY_TOKENS = 1024  # some judges think first
+_REPLY_TOKENS = 1024  # room for judges that reason first
 _BEST = 5
-_BRACES = 8
-_LONGEST = 4096  # characters of a reply's end that are looked at
-_TOLD = 3
+_MOST_BRACES = 8  # of either kind that are tried as the ends of a verdict
+_LONGEST = 4096  # characters at the end of a reply that are searched
+_MOST_REASONS = 3
 _RULES = (
     "You grade answers to questions about videos. You get a question, its reference answer and the answer of a model. "
     "An answer is correct where it means what the reference means: other words for it count, more detail does no harm, "
@@ -46,10 +46,17 @@ _ASK = (
 
 @dataclass
 class Figures:
-    """Counts of answers, and of what could not be scored and why.
+    """Counts of answers.
 
-    unclear: verdicts that are neither right nor wrong by the published rule. without_truth: no truth, or one that is
-    none of the choices. why: reasons of what was not judged.
+    Attributes:
+        choice_right, choice_wrong: Multiple choice.
+        judged_right, judged_wrong: Open-ended.
+        scores: Of the judged answers.
+        unanswered: Questions that ended as errors.
+        without_truth: Questions without a truth, or whose truth is not one of the choices.
+        not_judged: Open-ended answers without a verdict.
+        unclear: Verdicts that are neither yes nor no by the published rule.
+        why: Reasons for `not_judged`.
     """
 
     choice_right: int = 0
@@ -64,6 +71,7 @@ class Figures:
     why: Counter[str] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, Any]:
+        """Accuracies, mean score and counts of what was left out."""
         left_out = {name: getattr(self, name) for name in ("unanswered", "without_truth", "not_judged", "unclear")}
         choice = _accuracy(self.choice_right, self.choice_wrong)
         judged = _accuracy(self.judged_right, self.judged_wrong)
@@ -83,13 +91,25 @@ def score(
     retry_changed: bool = False,
     rule: str = "published",
 ) -> dict[str, Figures]:
-    """Figures of a batch's output, under "all" and, with `by`, under each value of that field.
+    """Score a batch's output.
 
-    judge: URL of an OpenAI-compatible server that says yes or no to open-ended answers; its verdicts are kept in `out`
-    (default: beside the output, .judged.jsonl) and the judge is asked for those that are missing. retry_errors,
-    retry_changed: also for those that failed, and those on another answer, question or truth, which are refused
-    without it. rule: "published" or "own", for options and verdicts.
-    Raises InputError, also for a URL or key that cannot be used, or BackendError.
+    Args:
+        path: The output of `sfllava-fast batch`.
+        judge: URL of an OpenAI-compatible server that grades open-ended answers; None leaves them out.
+        judge_model: The judge's model; None takes the first that the server lists.
+        out: File of the verdicts (default: PATH.judged.jsonl). The judge is asked for those that it lacks.
+        workers: Number of concurrent requests to the judge.
+        by: A field; figures are also given for each of its values.
+        retry_errors: Ask again for verdicts that failed.
+        retry_changed: Ask again for verdicts on another answer, question or truth. Without it they are refused.
+        rule: "published" or "own", for options and verdicts.
+
+    Returns:
+        Figures of all lines under "all", and of each value of `by` under "FIELD VALUE".
+
+    Raises:
+        InputError: A file, the URL, the key or the rule cannot be used.
+        BackendError: The judge cannot be reached.
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
@@ -104,22 +124,35 @@ def score(
         if groups:
             judge_model = judge_model or Chat(judge, timeout=_TIMEOUT).model
             make = partial(make_judge, url=judge, model=judge_model)
-            again = {"retry_errors": retry_errors, "retry_changed": retry_changed}
-            run(groups, out, {"judge": judge_model}, make, workers, **again, what="judged")
+            run(
+                groups,
+                out,
+                {"judge": judge_model},
+                make,
+                workers,
+                retry_errors=retry_errors,
+                retry_changed=retry_changed,
+                what="judged",
+            )
             verdicts = {line["id"]: line for line in _read(out, "pred")}
     figures = {"all": Figures()}
     for line in lines:
-        of = [figures["all"]]
+        verdict = verdicts.get(line["id"])
+        _count(figures["all"], line, verdict, rule)
         if by is not None:
-            of.append(figures.setdefault(f"{by} {line.get(by)}", Figures()))
-        for one in of:
-            _count(one, line, verdicts.get(line["id"]), rule)
+            _count(figures.setdefault(f"{by} {line.get(by)}", Figures()), line, verdict, rule)
     return figures
 
 
 def true_option(line: dict[str, Any]) -> int | None:
-    """Index of the right choice: `answer_number` where the file has it, a number from 0 on or a letter; else where the
-    truth is among the choices, or the choice whose letter it is. None where that is no choice."""
+    """Index of the right choice of a line.
+
+    It is `answer_number`, a number from 0 or a letter, if the line has one; else the choice that equals the truth, or
+    whose letter the truth is.
+
+    Returns:
+        The index; None if that is not a choice.
+    """
     texts = [str(choice).strip() for choice in line["choices"]]
     number, truth = line.get("answer_number"), line.get("truth")
     letters = string.ascii_uppercase[: len(texts)]
@@ -128,9 +161,9 @@ def true_option(line: dict[str, Any]) -> int | None:
         if text in texts:
             return texts.index(text)
         if text.lower() in map(str.lower, texts):
-            return None  # it may be that choice as well as a letter
+            return None  # ambiguous: a choice in other case, or a letter
     elif isinstance(number, (int, float)):
-        # A table with gaps has 1.0 for 1.
+        # Tables with empty cells have floats: 1.0 for 1.
         return int(number) if number in range(len(texts)) and not isinstance(number, bool) else None
     else:
         text = str(number).strip()
@@ -140,14 +173,14 @@ def true_option(line: dict[str, Any]) -> int | None:
 
 
 class Judge:
-    """Grades answers: each question holds its truth and the answer of the model in `extra`."""
+    """Grades answers; `extra` of a question has its truth and the prediction."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
 
     def __call__(self, question: Question) -> dict[str, Any]:
-        asked = _ASK.format(question=question.question, **question.extra)
-        messages = [{"role": "system", "content": _RULES}, {"role": "user", "content": asked}]
+        prompt = _ASK.format(question=question.question, **question.extra)
+        messages = [{"role": "system", "content": _RULES}, {"role": "user", "content": prompt}]
         return read_verdict(self.chat.reply(messages, _REPLY_TOKENS))
 
 
@@ -156,17 +189,23 @@ def make_judge(number: int, count: int, url: str, model: str | None) -> Judge:
 
 
 def read_verdict(text: str) -> dict[str, Any]:
-    """The verdict {"pred": text, "score": number or text} in a judge's reply, as it stands there: JSON or a Python
-    dict, also within other words; the last of several, as a judge that thinks makes drafts. `rate` says what it means.
+    """Find the verdict in a judge's reply: JSON or a Python dict, also within other words.
 
-    Raises ServerError where there is none.
+    Args:
+        text: The reply. Of several verdicts the last counts, since a judge that reasons may draft some.
+
+    Returns:
+        {"pred": text, "score": number or text}, unchanged; `rate` interprets it.
+
+    Raises:
+        ServerError: The reply has no verdict.
     """
-    said = text.rpartition("</think>")[2].partition("<think>")[0][-_LONGEST:]
-    ends = [i for i, letter in enumerate(said) if letter == "}"][-_BRACES:]
-    starts = [i for i, letter in enumerate(said) if letter == "{"][-_BRACES:]
+    reply = text.rpartition("</think>")[2].partition("<think>")[0][-_LONGEST:]
+    ends = [i for i, letter in enumerate(reply) if letter == "}"][-_MOST_BRACES:]
+    starts = [i for i, letter in enumerate(reply) if letter == "{"][-_MOST_BRACES:]
     for end in reversed(ends):
         for start in starts:
-            found = _literal(said[start : end + 1])
+            found = _literal(reply[start : end + 1])
             if isinstance(found, dict) and "pred" in found and "score" in found:
                 pred, score = found["pred"], found["score"]
                 finite = isinstance(score, int) or (isinstance(score, float) and math.isfinite(score))
@@ -175,7 +214,7 @@ def read_verdict(text: str) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """What a text is in JSON or in Python; None where it is neither."""
+    """The value of a JSON or Python literal; None for any other text."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
@@ -185,12 +224,17 @@ def _literal(text: str) -> Any:
 
 
 def rate(verdict: dict[str, Any], rule: str) -> tuple[bool | None, int | None]:
-    """Whether a verdict finds an answer right, and its score; None for what it does not say.
+    """Interpret a verdict.
 
-    Published: right where "yes" is anywhere in `pred`, wrong where else "no" is; any whole number is a score, a
-    fraction is cut off, and without a score the rest is not read. Ours: yes or no alone, and a score from 0 to 5.
+    Args:
+        verdict: As `read_verdict` gives it.
+        rule: "published": right if "yes" is anywhere in `pred`, else wrong if "no" is; any number is a score, cut to a
+            whole number; without a score the verdict is unreadable. "own": "yes" or "no" alone, and a score of 0 to 5.
+
+    Returns:
+        Whether the answer is right, and its score; None for what the verdict does not contain.
     """
-    pred, score = verdict["pred"].strip().lower(), verdict.get("score")
+    pred, score = verdict["pred"].strip().lower(), verdict.get("score", "")
     try:
         points = int(float(score)) if rule == "own" else int(score)
     except (ValueError, TypeError, OverflowError):
@@ -202,11 +246,11 @@ def rate(verdict: dict[str, Any], rule: str) -> tuple[bool | None, int | None]:
 
 
 def table(figures: dict[str, Figures]) -> str:
-    """The figures, a line each."""
+    """The figures as text, one line for each."""
     lines = []
     for name, of in figures.items():
-        told = of.to_json()
-        scored = {"multiple choice": told["multiple_choice"], "open-ended": told["open_ended"]}
+        values = of.to_json()
+        scored = {"multiple choice": values["multiple_choice"], "open-ended": values["open_ended"]}
         parts = [f"{kind} {_percent(of_kind)}" for kind, of_kind in scored.items() if of_kind]
         left_out = {"unanswered": of.unanswered, "without truth": of.without_truth, "not judged": of.not_judged}
         left_out["verdicts neither yes nor no"] = of.unclear
@@ -216,15 +260,19 @@ def table(figures: dict[str, Figures]) -> str:
 
 
 def reasons(figures: Figures) -> str:
-    """Why answers were not judged, a line each, the most frequent first."""
-    told = ((one_line(why), f" ({count} answers)" if count > 1 else "") for why, count in figures.why.most_common())
-    lines = [f"not judged{often}: {why}" for why, often in told]
-    return "\n".join(lines[:_TOLD] + [f"and {len(lines) - _TOLD} other reasons"] * (len(lines) > _TOLD))
+    """Why answers were not judged, one line for each reason, the most frequent first."""
+    lines = []
+    for why, count in figures.why.most_common(_MOST_REASONS):
+        several = f" ({count} answers)" if count > 1 else ""
+        lines.append(f"not judged{several}: {one_line(why)}")
+    if len(figures.why) > _MOST_REASONS:
+        lines.append(f"and {len(figures.why) - _MOST_REASONS} other reasons")
+    return "\n".join(lines)
 
 
-def _percent(told: dict[str, Any]) -> str:
-    mean = f", mean score {told['mean_score']:.2f}" if "mean_score" in told else ""
-    return f"{100 * told['accuracy']:.1f} % ({told['right']} of {told['right'] + told['wrong']}){mean}"
+def _percent(values: dict[str, Any]) -> str:
+    mean = f", mean score {values['mean_score']:.2f}" if "mean_score" in values else ""
+    return f"{100 * values['accuracy']:.1f} % ({values['right']} of {values['right'] + values['wrong']}){mean}"
 
 
 def _accuracy(right: int, wrong: int) -> dict[str, Any] | None:
@@ -265,8 +313,14 @@ def _count_verdict(figures: Figures, verdict: dict[str, Any] | None, rule: str) 
 
 
 def _picked(line: dict[str, Any], rule: str) -> int | None:
-    """The option of a line with choices: by the rule, or for a question that was asked openly what batch picked."""
-    return line["option"] if line.get("openly") else pick_option(line["answer"], line["choices"], rule == "published")
+    """The option of a line with choices.
+
+    Batch picked it by our rule; the published rule may pick another from the same text, unless the question was asked
+    without its choices.
+    """
+    if "option" in line and (rule == "own" or line.get("openly")):
+        return line["option"]
+    return pick_option(line["answer"], line["choices"], rule == "published")
 
 
 def _as_question(line: dict[str, Any]) -> Group:
@@ -275,7 +329,7 @@ def _as_question(line: dict[str, Any]) -> Group:
 
 
 def _read(path: Path, reply: str) -> list[dict[str, Any]]:
-    """The lines of a batch, whose replies are "answer", or of its judge, whose are "pred"."""
+    """The lines of a batch's output or a judge's. reply: the field of the reply, "answer" or "pred"."""
     try:
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     except OSError as error:
@@ -285,14 +339,16 @@ def _read(path: Path, reply: str) -> list[dict[str, Any]]:
     wrong = [number for number, line in enumerate(lines, 1) if not _is_whole(line, reply)]
     if wrong or not lines:
         where = f" in line {wrong[0]}" if wrong else ""
-        told = f"{path} has no answers of a batch{where}"
-        raise InputError(f"{told}: name the file that `sfllava-fast batch --out` wrote")
+        raise InputError(f"{path} has no answers of a batch{where}: name the file that `sfllava-fast batch` wrote")
     return lines
 
 
 def _is_whole(line: Any, reply: str) -> bool:
     if not isinstance(line, dict) or not isinstance(line.get("id"), (str, int)):
         return False
-    texts = ("video", "question", *[reply] * (line.get("ok") is True))
-    kinds = {"ok": bool, "choices": list, **dict.fromkeys(texts, str)}
-    return all(isinstance(line.get(name, [] if name == "choices" else None), kind) for name, kind in kinds.items())
+    kinds = {"ok": bool, "video": str, "question": str}
+    if "choices" in line:
+        kinds["choices"] = list
+    if line.get("ok") is True:
+        kinds[reply] = str
+    return all(isinstance(line.get(name), kind) for name, kind in kinds.items())

@@ -1,7 +1,7 @@
-"""Worker processes: each loads what answers once, then answers one question at a time.
+"""Worker processes: each loads an answerer once, then answers one question at a time.
 
-A worker is a process, whatever answers in it: one that hangs can be killed, and one that a video kills takes nothing
-along. They are spawned: a CUDA context does not survive a fork.
+A worker is a process of its own, so that it can be killed if it hangs, and a video that crashes it loses nothing else.
+Workers are spawned, because a CUDA context does not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection as connections
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from threading import Thread
 from typing import Any
 
@@ -34,41 +35,43 @@ from ..errors import (
 from .questions import Group, Question
 
 Answerer = Callable[[Question], dict[str, Any]]
-# Called in the worker with its number and how many there are; must be picklable.
+# Called in the worker with its number and the number of workers; must be picklable.
 MakeAnswerer = Callable[[int, int], Answerer]
 
-# What a terminal or a cluster's scheduler ends a batch with.
+# Signals with which a terminal or a cluster's scheduler ends a batch.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS_TO_DIE = 5
 
 
 class Reply(enum.Enum):
-    """What a worker says, or what becomes of it."""
+    """The outcome of loading or of a question, as a worker reports it."""
 
-    READY = enum.auto()  # it has loaded
-    UNUSABLE = enum.auto()  # nothing can be answered here, whatever is asked
+    READY = enum.auto()  # loaded
+    UNUSABLE = enum.auto()  # no question can be answered here: the batch ends
     ANSWERED = enum.auto()
-    REFUSED = enum.auto()  # the question is wrong: asking again says the same
-    FAILED = enum.auto()  # another attempt may succeed; if none does, it is the video's fault
-    UNSERVED = enum.auto()  # so it may; if none does, the question is an error, and its video is not at fault
-    BROKEN = enum.auto()  # the same, but not in this process
-    DIED = enum.auto()
+    REFUSED = enum.auto()  # the question is wrong: a retry would fail alike
+    FAILED = enum.auto()  # a retry may succeed; if none does, the video is at fault
+    UNSERVED = enum.auto()  # a retry may succeed; if none does, the question is an error and the video is not at fault
+    BROKEN = enum.auto()  # like UNSERVED, and the process must be replaced
+    DIED = enum.auto()  # the process ended or was too slow; if no retry succeeds, the video is at fault
 
 
-Message = tuple[Reply, Any, float]  # with its value, and the seconds it took
+Message = tuple[Reply, Any, float]  # reply, its value (an answer or an error), seconds
 
 
-class Desk:
-    """What a worker does, in its own process."""
+class AnswererHost:
+    """Holds the answerer in the worker's process and turns its errors into replies."""
+
+    answerer: Answerer
 
     def load(self, make: MakeAnswerer, number: int, count: int) -> Message:
-        if not sys.warnoptions:  # of libraries, which nobody asked for
+        if not sys.warnoptions:  # warnings of libraries are no use in a batch
             warnings.simplefilter("ignore")
         try:
             self.answerer = make(number, count)
         except Exception as error:
             return Reply.UNUSABLE, _one_line(error), 0.0
-        # Loading said what is to be said of this machine; what a question makes us warn of would be said for each.
+        # Warnings about this machine were logged while loading; those of a question would be repeated for each.
         logging.getLogger("sfllava_fast").setLevel(logging.ERROR)
         return Reply.READY, None, 0.0
 
@@ -87,17 +90,29 @@ class Desk:
             return Reply.UNSERVED, _one_line(error)
         except SfllavaError as error:
             return Reply.REFUSED, _one_line(error)
-        except (RuntimeError, OSError, MemoryError) as error:  # a CUDA error, for one, stays with the process
+        except (RuntimeError, OSError, MemoryError) as error:  # a CUDA error leaves the process unusable
             return Reply.BROKEN, _one_line(error)
         except Exception as error:
             return Reply.REFUSED, _one_line(error)
 
 
 class Worker:
-    """A worker, seen from the batch: what is sent and received goes through `connection`.
+    """The batch's side of a worker process.
 
-    group: whose questions it answers. asked: the one that it is at, to be answered by `deadline`.
+    Attributes:
+        connection: Readable when a reply has arrived or the process has ended.
+        ready: Whether its answerer is loaded.
+        group: The group whose questions it answers.
+        asked: The question that it is answering, if any.
+        deadline: When the answer is due, by `time.monotonic`.
+
+    Args:
+        make: Makes the answerer, in the process.
+        number: Of this worker, from 0.
+        count: Of all workers.
     """
+
+    _process: SpawnProcess
 
     def __init__(self, make: MakeAnswerer, number: int, count: int) -> None:
         self.number, self.ready = number, False
@@ -108,14 +123,14 @@ class Worker:
         self._start(theirs, make, number, count)
 
     def ask(self, question: Question, timeout: float | None) -> None:
-        """Hand a question out; its reply is to come within so many seconds."""
+        """Send a question, to be answered within `timeout` seconds."""
         self.asked = question
         self.deadline = time.monotonic() + (timeout or float("inf"))
-        with suppress(OSError):  # it is dead, as `reply` will say
+        with suppress(OSError):  # the process has ended: `reply` will report it
             self.connection.send(question)
 
     def reply(self) -> Message:
-        """What `connection` has."""
+        """The reply that `connection` holds; DIED if the process has ended."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -123,32 +138,35 @@ class Worker:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join(_SECONDS_TO_DIE)  # on a file system that hangs, not even a kill ends it
+        self._process.join(_SECONDS_TO_DIE)  # a process that waits for a hanging file system cannot be killed
         self.connection.close()
 
     def _start(self, theirs: Connection, make: MakeAnswerer, number: int, count: int) -> None:
-        self._process = get_context("spawn").Process(target=_serve, args=(theirs, make, number, count), daemon=True)
+        self._process = get_context("spawn").Process(
+            target=_run_worker, args=(theirs, make, number, count), daemon=True
+        )
         with _signals_blocked():
             self._process.start()
         theirs.close()
 
     def _cause_of_death(self) -> str:
         self._process.join()
-        code = self._process.exitcode
+        code = self._process.exitcode or 0
         if code >= 0:
             return f"the worker ended with exit code {code}"
-        name = signal.Signals(-code).name
-        return f"the worker was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        if -code == signal.SIGKILL:
+            return "the worker was killed by SIGKILL (out of memory?)"
+        return f"the worker was killed by {signal.Signals(-code).name}"
 
 
-def _serve(connection: Connection, make: MakeAnswerer, number: int, count: int) -> None:
-    """The life of a worker process; it ends with the batch at the latest."""
-    Thread(target=_die_with_the_batch, daemon=True).start()
-    desk = Desk()
+def _run_worker(connection: Connection, make: MakeAnswerer, number: int, count: int) -> None:
+    """Load, then answer until the batch closes the connection or ends."""
+    Thread(target=_exit_with_parent, daemon=True).start()
+    host = AnswererHost()
     with suppress(EOFError, OSError):
-        connection.send(desk.load(make, number, count))
+        connection.send(host.load(make, number, count))
         while True:
-            connection.send(desk.answer(connection.recv()))
+            connection.send(host.answer(connection.recv()))
 
 
 def _one_line(error: Exception) -> str:
@@ -157,14 +175,15 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _die_with_the_batch() -> None:
-    connections.wait([parent_process().sentinel])
+def _exit_with_parent() -> None:
+    if parent := parent_process():
+        connections.wait([parent.sentinel])
     os._exit(1)
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What starts inside never sees the signals that are sent to the whole process group: the batch ends it."""
+    """Processes started inside do not get signals sent to the process group: the batch itself ends them."""
     resource_tracker.ensure_running()  # its first start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -21,7 +21,7 @@ from tiny_engine import LAYOUT
 from sfllava_fast.batch import scheduler
 from sfllava_fast.batch.questions import Question, by_video
 from sfllava_fast.batch.run import run
-from sfllava_fast.batch.workers import Desk, Reply
+from sfllava_fast.batch.workers import AnswererHost, Reply
 from sfllava_fast.cli import main as cli
 from sfllava_fast.errors import BackendError, CheckpointError, InputError, VideoError
 
@@ -238,7 +238,7 @@ def test_a_worker_shows_warnings_of_libraries_only_when_asked(monkeypatch, caplo
     def load(*options):
         monkeypatch.setattr(sys, "warnoptions", [*options])
         with warnings.catch_warnings():
-            return Desk().load(lambda *_: warnings.warn("old", FutureWarning, stacklevel=2), 0, 1)[0]
+            return AnswererHost().load(lambda *_: warnings.warn("old", FutureWarning, stacklevel=2), 0, 1)[0]
 
     assert load() == Reply.READY
     assert load("error") == Reply.UNUSABLE  # as pytest's filter has it
@@ -337,7 +337,7 @@ def test_stopped_it_says_so_and_counts_no_attempt(number, start, out, log):
         os.killpg(process.pid, number)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert told == "interrupted: 1 of 2 questions are over; the same command goes on from there\n"
+        assert told == "interrupted: 1 of 2 questions are done; run the same command to continue\n"
         wait_for(lambda: all(is_gone(worker) for _, worker in asked(log)))
     assert list(read(out)) == ["v0"]
 

@@ -94,7 +94,7 @@ def test_errors_are_forgotten_on_request(out):
         assert journal.done == {"a": False, "b": True, "c": False}
         assert journal.errors["a"] == {"video": "va", "error": "bad", "quarantined": True}
         assert journal.answered_videos == {"vb"}
-        journal.begin(again={"a"})
+        journal.begin(retry={"a"})
         assert journal.done == {"b": True, "c": False} and journal.attempts["a"] == 0
         assert [row["id"] for row in read(out)] == ["b", "c"]
         journal.finish(line("a"))
@@ -189,7 +189,7 @@ def test_rewriting_follows_no_link_and_keeps_the_mode(out, tmp_path):
     link.symlink_to(out)
     out.chmod(0o640)
     with Journal(link, SETTINGS) as journal:
-        journal.begin(again={"a"})
+        journal.begin(retry={"a"})
         journal.finish(line("a"))
     assert victim.read_text() == "mine" and link.is_symlink() and not out.is_symlink()
     assert [row["id"] for row in read(out)] == ["b", "a"] and out.stat().st_mode & 0o777 == 0o640

@@ -117,7 +117,7 @@ def test_blanks_are_kept(tmp_path):
 )
 def test_a_stray_quote_is_one_line(line, tmp_path):
     lines = OPEN_ENDED_CSV.splitlines()[0] + f"\n{line}\n"
-    with pytest.raises(InputError, match="around line [0-9]+ it is not CSV .*its own doubled") as raised:
+    with pytest.raises(InputError, match="around line [0-9]+ it is not CSV .*double its own") as raised:
         read_questions(write(tmp_path / "q.csv", lines))
     assert "\n" not in str(raised.value)
 
@@ -138,7 +138,7 @@ def nested(depth):
     [
         ("[" * 100_000, "is not JSON"),
         ('{"id": 1, "x": ' + "[" * 100_000, "line 1 is not JSON"),
-        ([row(1, x=nested(64))], "line 1 has more than 64 lists and objects in one another"),
+        ([row(1, x=nested(64))], "line 1 has more than 64 nested lists and objects"),
         ([row(1), row(2), row(1)], "line 3 has the id 1 of line 1"),
         ([row(1)] * 6, "line 2 has .*; line 3 has .*; line 4 has .*; and 2 more$"),
         ([row(None)], "line 1 has no id"),
@@ -148,10 +148,10 @@ def nested(depth):
         ([row(1, video="")], "line 1 has no video"),
         ([{"id": 1, "video": "a"}], "line 1 has no question"),
         ([row(1, question=["a", "b"])], "line 1 has no question"),
-        ([row(1, choices="ab")], "line 1 has choices that are no list"),
+        ([row(1, choices="ab")], "line 1 has choices that are not a list"),
         ([row(1, ok=True)], "line 1 has the field 'ok'"),
-        ('"text"', "line 1 is no object"),
-        ("[[1]]", "entry 1 is no object"),
+        ('"text"', "line 1 is not an object"),
+        ("[[1]]", "entry 1 is not an object"),
         ('{"id": 1}\n{"id"\n', "line 2 is not JSON"),
         ("[1, 2", "is not JSON"),
         ("", "has no questions"),
@@ -168,7 +168,7 @@ def test_wrong_files_are_one_line(content, message, tmp_path):
 @pytest.mark.parametrize("line", ["1,1201,man,who cooks?", "1,1201,man,who cooks?,clip,id,0,more"])
 def test_a_csv_line_of_another_width(line, tmp_path):
     lines = OPEN_ENDED_CSV.splitlines()[0] + f"\n{line}\n"
-    with pytest.raises(InputError, match="line 2 is no object"):
+    with pytest.raises(InputError, match="line 2 is not an object"):
         read_questions(write(tmp_path / "q.csv", lines))
 
 

@@ -229,7 +229,7 @@ def test_blanks_around_the_key_are_taken_off(around, chat, monkeypatch):
 @pytest.mark.parametrize("key", [f"{KEY}\r\nX: y", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u00fc", f"{KEY}\ud83d"])
 def test_a_key_that_no_header_takes_is_refused_without_it(key, monkeypatch):
     monkeypatch.setattr(chat_module.os, "environ", {"OPENAI_API_KEY": key})
-    with pytest.raises(InputError, match="OPENAI_API_KEY holds a control character or one beyond ASCII") as raised:
+    with pytest.raises(InputError, match="OPENAI_API_KEY has a control or non-ASCII character") as raised:
         Chat("http://127.0.0.1:9/v1")
     assert KEY not in str(raised.value)
 
@@ -444,7 +444,7 @@ def test_a_url_as_a_video_is_refused_and_its_secrets_are_not_told(url, told, bat
         assert batch(server, [("c", "x", None), (url, "x", None)], "--upload-any") == (2, {})
         assert server.requests == []
     out, err = capsys.readouterr()
-    assert f"line 2 has a URL as its video, {told}: download it, and name the file\n" in err
+    assert f"line 2 has a URL as its video, {told}: download it and name the file\n" in err
     assert out == "" and KEY not in err and err.count("\n") == 1
 
 
