@@ -96,7 +96,7 @@ class ServerAnswerer:
         return _answer(text, question.choices, option)
 
     def _url(self, video: Path) -> str:
-        """The URL that is sent: a file, or the bytes. Those of a small video are kept for the next question about it."""
+        """The URL of a file, or its bytes; those of a small video are kept for the next question about it."""
         if not self._upload:
             return _file_url(video)
         if self._kept[0] == video:

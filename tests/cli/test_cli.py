@@ -621,7 +621,10 @@ def test_ctrl_c_from_the_shell(tmp_path):
     # Watching a pipe waits for its writer, so the signal comes in the middle.
     pipe = tmp_path / "clip.mp4"
     os.mkfifo(pipe)
-    script = "import sys; from sfllava_fast.cli import main as cli; from sfllava_fast.engine import slowfast_llava; print('ready', flush=True); sys.exit(cli.main())"
+    script = (
+        "import sys; from sfllava_fast.cli import main as cli; from sfllava_fast.engine import slowfast_llava; "
+        "print('ready', flush=True); sys.exit(cli.main())"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script, "watch", str(pipe), "what?"],
         stdout=subprocess.PIPE,

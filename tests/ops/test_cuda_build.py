@@ -247,7 +247,7 @@ def path_of(library):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_sanitizers_watch_both_ways(library, backward):
-    """The small calls of bench/gpu/sanitize.py are large enough for tiles of either width, and others take the box way."""
+    """The small calls of bench/gpu/sanitize.py reach tiles of either width, and boxes."""
     pytest.importorskip("rich")
     from bench.gpu.sanitize import CASES, LENGTHS
 

@@ -11,10 +11,14 @@ from typing import Any
 
 
 class OpenAiServer(ThreadingHTTPServer):
-    """requests: the bodies of the chat requests so far, in order. headers: those of the last request. models: names.
+    """A server of chat completions.
 
-    answer: called with a body; gives the text of the reply, (status, body of an error), a function that writes the reply
-    to a binary file itself, or None to break off.
+    Attributes:
+        requests: Bodies of the chat requests so far, in order.
+        headers: Headers of the last request.
+        models: Names of its models.
+        answer: Called with a body; returns the text of the reply, (status, body of an error), a function that writes
+            the reply to a binary file, or None to close the connection.
     """
 
     daemon_threads = True
