@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,18 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # of the file's system, of safetensors, of torch: for a dtype that it does not know
+    except Exception as error:  # of the file system, safetensors, or torch for an unknown dtype
         raise ValueError(first_line(error)) from error
     if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
-        raise ValueError("its checksum is not that of its content: it was damaged, take a copy or make it again")
+        raise ValueError("its checksum does not match its content: the file is damaged, take a copy or make it again")
     return tensors, metadata
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """CRC-32 of everything in a file but itself: against damage, which it finds as well as longer sums, and sooner."""
+    """CRC-32 of everything in a file but itself, against damage; it is faster than a longer sum."""
     shapes = [[name, str(tensor.dtype), *tensor.shape] for name, tensor in sorted(tensors.items())]
-    told = zlib.crc32(json.dumps([shapes, sorted({**metadata, CHECKSUM: ""}.items())]).encode())
+    crc = zlib.crc32(json.dumps([shapes, sorted({**metadata, CHECKSUM: ""}.items())]).encode())
     for _, tensor in sorted(tensors.items()):
-        told = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), told)
-    return f"{told:08x}"
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # a buffer, in types from Python 3.12 on
+        crc = zlib.crc32(data, crc)
+    return f"{crc:08x}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from ..errors import CheckpointError
 from ..model.checkpoint import Checkpoint
@@ -38,7 +40,7 @@ class PromptFormat:
 
     def __init__(self, checkpoint: Checkpoint, prompt: str = "auto") -> None:
         self.tokenizer, self.chat_template = checkpoint.tokenizer, checkpoint.chat_template
-        self.rows = int(checkpoint.model.get_input_embeddings().num_embeddings)
+        self.rows = cast(nn.Embedding, checkpoint.model.get_input_embeddings()).num_embeddings
         self.asks_openly = (checkpoint.options or {}).get("choices") == "open"
         if prompt == "auto":
             text_model, vocabulary = checkpoint.model.config.text_config.model_type, self.tokenizer.get_vocab()

@@ -35,7 +35,7 @@ class Preset:
     """
 
     name: str
-    layout: SlowFastLayout | Pathways
+    layout: Layout
     frames: int
     grid: tuple[int, int]
     source: str

@@ -1,4 +1,4 @@
-"""Drop-ins for other people's code: attributes replaced, nothing imported before it is needed, all of it undone."""
+"""Drop-ins for other code bases. They replace attributes, import nothing before it is needed, and can be undone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The two code bases that are both named `llava`: told apart, and found in a target, by their methods."""
+"""Two code bases have the module name `llava`: they are recognized by their methods."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MethodType
@@ -13,7 +13,7 @@ from ..errors import PatchError, first_line
 from ..patching import Patch, undo
 
 _MODULE = "llava.model.llava_arch"
-# What DDP, FSDP, torch.compile and PEFT (a model in a tuner) name the module that they wrap.
+# Names under which DDP, FSDP, torch.compile and PEFT (a model in a tuner) hold the module that they wrap.
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "base_model", "model")
 
 
@@ -48,8 +48,14 @@ _NAMES = [name for code in _CODE_BASES for name in code.methods]
 
 
 def find_owner(target: Any, code: CodeBase) -> Any:
-    """The class or the model that has the code base's methods: the target, what it wraps, or for None the mixin class
-    of the `llava` that is installed. PatchError names what was found and what is supported.
+    """The class or model that has the code base's methods.
+
+    Args:
+        target: A model, wrapped or not, or a class. None: the mixin class of the installed `llava`.
+        code: The code base.
+
+    Raises:
+        PatchError: If it has other methods; the message has what was found and what is supported.
     """
     owner = _unwrap(_import_mixin(code) if target is None else target)
     found = _methods(owner)
@@ -64,8 +70,8 @@ def find_owner(target: Any, code: CodeBase) -> Any:
     )
 
 
-def replace_methods(owner: Any, make: dict[str, Callable[[Callable], Callable]]) -> Patch:
-    """Patch a class or a model: `make` has, by name, what turns a method, as a function of self, into the new one."""
+def replace_methods(owner: Any, make: Mapping[str, Callable[[Any], Callable]]) -> Patch:
+    """Patch a class or a model: `make` has, by name, a function from a method (with self) to its replacement."""
     undo(owner)  # first, so that the methods are those from before
     methods = {name: wrap(_function(owner, name)) for name, wrap in make.items()}
     bind = (lambda method: method) if isinstance(owner, type) else (lambda method: MethodType(method, owner))
@@ -73,7 +79,7 @@ def replace_methods(owner: Any, make: dict[str, Callable[[Callable], Callable]])
 
 
 def _function(owner: Any, name: str) -> Callable | None:
-    """A class's or a model's method as a function of self; None where it has none."""
+    """A method of a class or a model as a function of self; None if it has none."""
     held = getattr(owner, name, None)
     return getattr(held, "__func__", held)
 
@@ -89,7 +95,7 @@ def _import_mixin(code: CodeBase) -> type:
 
 
 def _unwrap(target: Any) -> Any:
-    """What has methods of either code base: the target or what it wraps; the target where nothing has."""
+    """The target or the module that it wraps, whichever has methods of a code base; the target if none has."""
     inner = target
     while inner is not None and not isinstance(inner, type):
         if any(hasattr(type(inner), name) for name in _NAMES):
@@ -100,7 +106,7 @@ def _unwrap(target: Any) -> Any:
 
 
 def _methods(owner: Any) -> dict[str, tuple[str, ...]]:
-    """What each method of either code base takes after self, where the owner has it."""
+    """The parameters after self of the owner's methods that either code base has."""
     functions = {name: _function(owner, name) for name in _NAMES}
     return {name: tuple(inspect.signature(f).parameters)[1:] for name, f in functions.items() if inspect.isfunction(f)}
 

@@ -43,7 +43,8 @@ def patch_llava_next(
     What cannot be taken over runs as published, raises what is published, and is named in the log once.
     Raises PatchError where the target is not that code base as it is since August 2024.
     """
-    owner, make = find_owner(target, LLAVA_NEXT), {}
+    owner = find_owner(target, LLAVA_NEXT)
+    make: dict[str, Callable[[Any], Callable]] = {}
     if pooling:
         make["get_2dPool"] = partial(_get_2dpool, backend=backend)
     if newline:

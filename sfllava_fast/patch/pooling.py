@@ -1,4 +1,4 @@
-"""The op in place of a published pooling, which stays behind it for what the op cannot do."""
+"""The op instead of a published pooling; the published one runs what the op cannot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, b
 
 
 def or_published(ours: Callable[[], Tensor], published: Callable[[], Tensor], name: str) -> Tensor:
-    """What the op makes; what is published, or its exception, where the op refuses the layout or the features."""
+    """The op's tokens; if it refuses the layout or the features, the published tokens or exception."""
     try:
         return ours()
     except (InputError, LayoutError) as error:

@@ -139,7 +139,7 @@ def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str
         parameters = list(inspect.signature(function).parameters.values())
         at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
         parameters.insert(at, inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=None))
-        method.__signature__ = inspect.Signature(parameters)
+        vars(method)["__signature__"] = inspect.Signature(parameters)
     # A bound method, unlike a closure over the instance, is bound to the copy when the instance is copied.
     return owner, name, method if isinstance(owner, type) else MethodType(method, owner)
 
@@ -177,8 +177,8 @@ class _Tokens:
             grid=tower_grid(base.config.vision_config),
             frame_offsets=torch.tensor(offsets),
         )
-        ends = ends.tolist()
-        return [tokens[start:stop] for start, stop in zip(ends, ends[1:])]
+        edges = ends.tolist()
+        return [tokens[start:stop] for start, stop in zip(edges, edges[1:])]
 
 
 def _patches(base: Any, pixels: Tensor, vision_feature_layer: Any, vision_feature_select_strategy: Any) -> Tensor:

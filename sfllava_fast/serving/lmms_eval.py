@@ -53,16 +53,22 @@ class Asked(NamedTuple):
 class SfllavaFast(lmms):
     """A LLaVA checkpoint under lmms-eval: `--model sfllava_fast --model_args pretrained=DIR_OR_HUB_ID,...`.
 
-    pretrained: "embedded" is the small model that ships. protocol: "published" asks questions in the paper's prompts,
-    with the options that a task lists in the multiple-choice one, answered by a letter; "task" asks a task's whole text
-    in the checkpoint's chat template. option_rule: how the letter is read, by the published rule or by our own, see
-    `prompts.pick_option`. max_new_tokens: None takes the task's, else the checkpoint's. frames, decoder:
-    of `SlowFastLlava.open`. The others: of `SlowFastLlava.from_pretrained`; under `accelerate launch` each process has
-    its own GPU.
-
     Answers are greedy. A question whose video cannot be read, or that does not fit the context or the memory, gets an
-    empty answer and a line in the log. Raises InputError for unknown arguments, and for tasks of anything but videos
-    before the first answer.
+    empty answer and a line in the log. Under `accelerate launch` each process has its own GPU.
+
+    Args:
+        pretrained: A checkpoint, or "embedded" for the embedded model.
+        protocol: "published": the paper's prompts; if a task lists options, the multiple-choice one, answered by a
+            letter. "task": the task's whole text in the checkpoint's chat template.
+        option_rule: How the letter is read: by the "published" rule or our "own", see `model.prompts.pick_option`.
+        frames: As in `SlowFastLlava.open`.
+        layout: As all below up to `prompt`: see `engine.options.ModelOptions`.
+        decoder: As in `SlowFastLlava.open`.
+        max_new_tokens: Where an answer is cut; None: the task's number, else the checkpoint's.
+        batch_size: Must be 1: a video's questions are answered one by one.
+
+    Raises:
+        InputError: For unknown arguments, and for tasks that have no videos; before the first answer.
     """
 
     is_simple = True
@@ -135,8 +141,8 @@ class SfllavaFast(lmms):
         )
 
     def clean(self) -> None:
-        """Give the model's memory back: a judge may want it."""
-        self.model = None
+        """Release the model's memory: a judge may need it."""
+        del self.model
         super().clean()
 
     def _read(self, request: Instance) -> Asked:
@@ -162,10 +168,11 @@ class SfllavaFast(lmms):
         )
 
     def _answer_video(self, asked: Sequence[Asked]) -> Iterator[Answer | SfllavaError]:
-        """Answers to questions about one video, or why there is none."""
+        """Answers to questions about one video, or the errors instead."""
         session = None
         try:
             for one in asked:
+                answer: Answer | SfllavaError
                 try:
                     session = session or self.model.open(one.video, self.frames, self.decoder)
                     answer = session.ask(one.question, one.choices, one.max_new_tokens)
@@ -183,7 +190,7 @@ class SfllavaFast(lmms):
                 session.close(spare=True)
 
     def _log_outcome(self, answers: Sequence[Answer | SfllavaError], seconds: float) -> None:
-        """Tell lmms-eval the speed and the user the failures; raises the first of them where nothing was answered."""
+        """Report the speed to lmms-eval and log the failures. Raises the first one if nothing was answered."""
         failures = [answer for answer in answers if isinstance(answer, SfllavaError)]
         # Other processes would wait for one that raised.
         if failures and len(failures) == len(answers) and self.world_size == 1:
@@ -206,7 +213,7 @@ def _check_arguments(
         known = [name for name in inspect.signature(SfllavaFast).parameters if name != "unknown"]
         raise InputError(f"unknown model argument {', '.join(unknown)}: there are {', '.join(known)}")
     if pretrained is None:
-        raise InputError(f"name the model: pretrained=DIR_OR_HUB_ID, or {EMBEDDED} for the small one that ships")
+        raise InputError(f"name the model: pretrained=DIR_OR_HUB_ID, or {EMBEDDED} for the embedded one")
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     for name, count in (("frames", frames), ("max_new_tokens", max_new_tokens)):
@@ -215,7 +222,7 @@ def _check_arguments(
 
 
 def _own_device(device: str | None) -> str | None:
-    """The device asked for; where several processes ask for any GPU, each gets its own."""
+    """The given device; if several processes ask for any GPU, each gets its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device in (None, "cuda") and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return device
@@ -225,7 +232,7 @@ def _one_video(task: str, visuals: Sequence[Any] | None) -> Source:
     """The video of a document."""
     kinds = [type(visual).__name__ for visual in visuals or ()]
     if len(kinds) == 1:
-        (visual,) = visuals
+        (visual,) = visuals or ()
         is_image = isinstance(visual, (str, os.PathLike)) and os.fspath(visual).lower().endswith(IMAGE_SUFFIXES)
         if isinstance(visual, (str, os.PathLike, np.ndarray, torch.Tensor)) and not is_image:
             return visual
@@ -246,7 +253,7 @@ def _by_video(asked: Sequence[Asked]) -> Iterable[list[int]]:
 
 
 def _result(asked: Asked, answer: Answer | SfllavaError, published: bool) -> GenerationResult:
-    """What lmms-eval scores: a letter where options were given and one was named, else the text."""
+    """What lmms-eval scores: a letter if options were given and one was named, else the text."""
     if not isinstance(answer, Answer):
         return GenerationResult("")
     option = None if asked.choices is None else pick_option(answer.text, asked.choices, published)

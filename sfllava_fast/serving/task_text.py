@@ -73,12 +73,13 @@ def _list(lines: Sequence[str], start: int, mark: str, letters: str, first: str)
     options, end = [first], start + 1
     for letter in letters[1:]:
         near = range(end, min(end + _LONGEST, len(lines)))
-        found = next((i for i in near if _begins(mark, letter, lines[i])), None)
+        found = next(((i, match) for i in near if (match := _begins(mark, letter, lines[i]))), None)
         if found is None:
             break
-        options[-1] = " ".join([options[-1], *lines[end:found]]).strip()
-        options.append(_begins(mark, letter, lines[found])[1])
-        end = found + 1
+        at, match = found
+        options[-1] = " ".join([options[-1], *lines[end:at]]).strip()
+        options.append(match[1])
+        end = at + 1
     while end < len(lines) and lines[end][0].islower():
         options[-1], end = f"{options[-1]} {lines[end]}".strip(), end + 1
     return options, end

@@ -1,4 +1,4 @@
-"""What vLLM sets up for our architectures before it loads anything."""
+"""Checks and defaults of our architectures, before vLLM loads anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .vllm_video import VIDEO_BACKEND
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# By the checkpoint's model type: its own architecture with SlowFast before it.
+# Model type of a checkpoint -> its architecture, prefixed with SlowFast.
 ARCHITECTURES = {
     "llava": "SlowFastLlavaForConditionalGeneration",
     "llava_next": "SlowFastLlavaNextForConditionalGeneration",
@@ -21,7 +21,7 @@ ARCHITECTURES = {
 
 
 class SlowFastModelConfig(VerifyAndUpdateConfig):
-    """Checks the config; has videos decoded and sampled by us unless --media-io-kwargs says otherwise."""
+    """Checks the config, and makes our video backend the default; --media-io-kwargs can choose another one."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -29,7 +29,7 @@ class SlowFastModelConfig(VerifyAndUpdateConfig):
         if model_config.architecture != fitting:
             remedy = f"name {fitting} in --hf-overrides" if fitting else "take a LLaVA-1.5 or LLaVA-NeXT one"
             raise CheckpointError(
-                f"{model_config.architecture} does not serve a {config.model_type} checkpoint: {remedy}"
+                f"{model_config.architecture} does not fit a {config.model_type} checkpoint: {remedy}"
             )
         settings = VideoSettings.from_config(config)
         if model_config.multimodal_config is not None:

@@ -1,7 +1,7 @@
 """LLaVA-1.5 and LLaVA-NeXT in vLLM, with videos as SlowFast-LLaVA's tokens (arXiv 2407.15841, section 3.2).
 
-vLLM's own models, with a modality more: frames go through the tower and the projector, whose output the aggregator
-reads as it is. A video stands where the prompt has <image>, as in the published prompts.
+These are vLLM's own models with one more modality: frames go through the tower and the projector, and the aggregator
+reads the projector's output. A video takes the place of <image> in the prompt, as in the published prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .settings import VideoSettings
 
 
 class _VideoParser(MultiModalDataParser):
-    """Samples the videos that are passed as frames; those of a video backend are sampled already."""
+    """Samples videos that are passed as frames; those of a video backend are already sampled."""
 
     def __init__(self, frames: int, **settings: Any) -> None:
         super().__init__(video_needs_metadata=True, **settings)
@@ -52,7 +52,7 @@ class _VideoParser(MultiModalDataParser):
 
 
 class _VideoInfo:
-    """What vLLM asks about videos, beside a parent that knows images."""
+    """vLLM's questions about videos, for a parent class that answers those about images."""
 
     @cached_property
     def settings(self) -> VideoSettings:
@@ -60,7 +60,7 @@ class _VideoInfo:
 
     @cached_property
     def frames(self) -> int:
-        """Frames sampled of a video unless its request says otherwise: --media-io-kwargs, else the config's."""
+        """Frames to sample, unless a request has another number: --media-io-kwargs, else the config's."""
         return self.ctx.get_mm_config().media_io_kwargs.get("video", {}).get("num_frames", self.settings.frames)
 
     @cached_property
@@ -83,7 +83,7 @@ class _VideoInfo:
     def parse_mm_data(self, mm_data: Mapping[str, Any], *, validate: bool = True) -> Any:
         items = super().parse_mm_data(mm_data, validate=validate)
         if validate and len(items) > 1:
-            # Both stand where the prompt has <image>: which is which could not be told.
+            # Both take the place of <image>: nothing would tell which is which.
             raise InputError("a prompt holds images or videos, not both: ask about them in two requests")
         return items
 
@@ -100,7 +100,7 @@ class _Info(_VideoInfo, LlavaProcessingInfo):
 
 
 class _VideoDummyInputs(LlavaDummyInputsBuilder):
-    """What vLLM measures its memory with: the longest videos that the settings allow."""
+    """The longest videos that the settings allow: vLLM measures its memory with them."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return super().get_dummy_text({"image": sum(mm_counts.values())})
@@ -120,7 +120,7 @@ class _VideoDummyInputs(LlavaDummyInputsBuilder):
 
 
 class _VideoProcessor:
-    """Frames to pixel values and to placeholders, beside a parent that does so for images."""
+    """Frames to pixel values and placeholders, for a parent class that does this for images."""
 
     def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str | None:
         return super()._get_hf_mm_text({"image": mm_counts.get("image", 0)})
@@ -141,7 +141,7 @@ class _VideoProcessor:
         counts = hf_inputs.get("video_frames", torch.empty(0, dtype=torch.int64))
         return {
             **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
-            # Packed along the frames, within a request and over requests: what one launch of the aggregator reads.
+            # Packed along the frames, within and across requests, for one launch of the aggregator.
             "pixel_values_videos": MultiModalFieldConfig.flat_from_sizes("video", counts),
             "video_frames": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
@@ -168,7 +168,7 @@ class _Processor(_VideoProcessor, LlavaMultiModalProcessor):
 
 
 class _SlowFast:
-    """A vLLM LLaVA that embeds videos as well."""
+    """A vLLM LLaVA that also embeds videos."""
 
     supports_tower_connector_lora = False
 
@@ -177,13 +177,15 @@ class _SlowFast:
         return super().get_placeholder_str("image" if modality.startswith("video") else modality, i)
 
     def _mark_tower_model(self, vllm_config: Any, modalities: Any, **options: Any) -> Any:
-        """The parent's tower serves both: it is left out only where neither is allowed."""
+        """Images and videos share the tower: it is left out only if neither is allowed."""
         return super()._mark_tower_model(vllm_config, {"image", "video"}, **options)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Embeddings [S, D] of every image or video: of all videos in one launch, whatever their lengths.
+        """Embeddings [S, D] of every image or video; videos of any lengths in one launch.
 
-        pixel_values_videos: [T, 3, h, w], the frames of all videos; video_frames: how many each has.
+        Args:
+            **kwargs: vLLM's; `pixel_values_videos` are the frames [T, 3, h, w] of all videos, `video_frames` their
+                numbers of frames.
         """
         if "pixel_values_videos" not in kwargs:
             return super().embed_multimodal(**kwargs)

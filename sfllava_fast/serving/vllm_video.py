@@ -1,4 +1,4 @@
-"""Videos of vLLM's requests: decoded by `video`, sampled by the published rule."""
+"""Videos of vLLM's requests, decoded by `video` and sampled by the published rule."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ VIDEO_BACKEND = "sfllava_fast"
 
 
 class SlowFastVideoLoader(VideoLoader):
-    """The backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs.
-
-    num_frames: frames to sample, fewer where the video is shorter. decoder: one of `video.DECODERS`.
-    """
+    """The video backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs."""
 
     @classmethod
     def load_bytes(
         cls, data: bytes, num_frames: int = DEFAULT_FRAMES, decoder: str = "pyav", **unknown: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The sampled frames of a video file, uint8 RGB [n, H, W, 3], and what vLLM wants to know about them.
+        """Decode and sample a video file. Damage is logged as a warning, once.
 
-        Damage is logged, as a warning, once: the dict may hold no word that models' processors do not know.
+        Args:
+            data: The file's bytes.
+            num_frames: Frames to sample; all of a shorter video.
+            decoder: One of `video.DECODERS`.
+            **unknown: Refused.
 
-        Raises VideoError or InputError, which vLLM answers with status 400, and BackendError for an unusable decoder.
+        Returns:
+            The frames, uint8 RGB [n, H, W, 3], and vLLM's metadata of them.
+
+        Raises:
+            VideoError, InputError: For the video or the options; vLLM's answer is then HTTP 400.
+            BackendError: For a decoder that cannot be used.
         """
         if unknown:
             raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
@@ -42,7 +48,7 @@ class SlowFastVideoLoader(VideoLoader):
                 video = open_video(file, decoder)
                 indices = sample_frames(video.total, num_frames)
                 frames = video.arrays(indices)
-            except VideoError as error:  # the folder's name would tell a client nothing
+            except VideoError as error:  # without the name of our folder
                 raise VideoError(str(error).replace(f"{folder}/", "the ")) from error
         fps = video.fps or 0.0
         return frames, {
