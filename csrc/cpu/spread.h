@@ -290,16 +290,9 @@ class Spread {
   float *shares_, *winners_, *sums_, *best_;
 };
 
-template <class V, class T>
-void spread_of(const Backward& b, int64_t begin, int64_t end) {
-  Spread<Line<V, T>>(b).run(begin, end);
-}
-
 template <class V>
 void spread_with(const Backward& b, int64_t begin, int64_t end) {
-  if (b.dtype == Dtype::kFloat32) return spread_of<V, float>(b, begin, end);
-  if (b.dtype == Dtype::kBFloat16) return spread_of<V, BFloat16>(b, begin, end);
-  spread_of<V, Float16>(b, begin, end);
+  with_element(b.dtype, [&](auto element) { Spread<Line<V, decltype(element)>>(b).run(begin, end); });
 }
 
 }  // namespace sfllava::cpu

@@ -4,15 +4,6 @@
 namespace sfllava::gpu {
 namespace {
 
-// The size of the bins, if they are equal and lie end to end from 0; else 0.
-int32_t equal_size(const Bin* bin, int32_t count) {
-  const int32_t size = bin[0].size();
-  for (int32_t i = 0; i < count; ++i) {
-    if (bin[i].start != int64_t{i} * size || bin[i].size() != size) return 0;
-  }
-  return size;
-}
-
 bool on_one_grid(const Pathway& a, const Pathway& b) {
   return a.first_patch == 0 && b.first_patch == 0 && a.height == b.height && a.width == b.width;
 }

@@ -1,7 +1,7 @@
-"""Rows of hidden states chosen, copied out and put back; the attention that keys receive.
+"""Kernels for rows of hidden states: the best of each frame, gather and scatter.
 
-Copies are of bits: dtypes come as integers of their size. Strides and channels are counted in vectors of VECTOR
-elements, as in forward.py. No kernel trusts an index: rows outside of a tensor are neither read nor written.
+Copies are of bits: tensors are passed as integers of their dtype's size. Strides and channels are counted in vectors of
+VECTOR elements, as in elements.py. Every index is checked: rows outside of a tensor are neither read nor written.
 """
 
 import triton
@@ -14,7 +14,7 @@ _BITS = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["batch_stride", "stride", "frames", "places"])
-def select_rows(
+def top_per_frame(
     scores, table, kept, nan, batch_stride: tl.int64, stride: tl.int64, frames: tl.int32, places: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _copy_row(source, to, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
         "batch0", "row0", "channels0", "batch1", "row1", "channels1", "batch2", "row2", "channels2",
     ],
 )  # fmt: skip
-def copy_rows(
+def gather_rows(
     index, from0, to0, from1, to1, from2, to2,
     index_batch: tl.int64, index_stride: tl.int64, places: tl.int32, tokens: tl.int64,
     batch0: tl.int64, row0: tl.int64, channels0: tl.int32, batch1: tl.int64, row1: tl.int64, channels1: tl.int32,
@@ -89,30 +89,30 @@ def _blend(before, row, weight):
     return before + weight * (row.to(tl.float32) - before)
 
 
-_MERGE_NUMBERS = [
+_SCATTER_NUMBERS = [
     "index_batch", "index_stride", "places", "tokens", "hidden_batch", "hidden_row", "rows_batch", "rows_row",
     "out_batch", "out_row", "channels",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["half", *_MERGE_NUMBERS], do_not_specialize_on_alignment=["weights"])
-def merge_rows(
+@triton.jit(do_not_specialize=["half", *_SCATTER_NUMBERS], do_not_specialize_on_alignment=["weights"])
+def scatter_rows(
     index, hidden, rows, weights, out,
     index_batch: tl.int64, index_stride: tl.int64, places: tl.int32, tokens: tl.int32,
     hidden_batch: tl.int64, hidden_row: tl.int64, rows_batch: tl.int64, rows_row: tl.int64,
     out_batch: tl.int64, out_row: tl.int64, channels: tl.int32, half: tl.int32,
-    BLEND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch, ROWS tokens): a token's row is hidden's, or that of its place in the index, which ascends.
+    """Program (batch, ROWS tokens): copies hidden's rows, or those of `rows` for tokens of the index, which ascends.
 
-    half: the largest power of two that is no larger than `places`, 0 for none.
+    half: the largest power of two that is not larger than `places`; 0 for no places.
     """
     blocks = tl.cdiv(tokens, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     present = token < tokens
     index += batch * index_batch
-    place = tl.zeros([ROWS], tl.int32)  # how many places come before the token
+    place = tl.zeros([ROWS], tl.int32)  # how many places are before the token
     while half > 0:
         last = place + half - 1
         before = tl.load(index + last * index_stride, mask=last < places, other=0) < token
@@ -120,11 +120,11 @@ def merge_rows(
         half = half // 2
     found = present & (place < places)
     found = found & (tl.load(index + place * index_stride, mask=found, other=-1) == token)
-    read = present if BLEND else present & (found == 0)
+    read = present if WEIGHTED else present & (found == 0)
     hidden += batch * elements(hidden_batch, VECTOR) + token[:, None] * elements(hidden_row, VECTOR)
     rows += batch * elements(rows_batch, VECTOR) + place[:, None] * elements(rows_row, VECTOR)
     out += batch * elements(out_batch, VECTOR) + token[:, None] * elements(out_row, VECTOR)
-    if BLEND:
+    if WEIGHTED:
         weight = tl.load(weights + batch * places + place, mask=found, other=0.0)[:, None]
     width = elements(channels, VECTOR)
     for start in range(0, width, BLOCK):
@@ -132,31 +132,31 @@ def merge_rows(
         inside = channel < width
         kept = tl.load(hidden + channel, mask=read[:, None] & inside)
         row = tl.load(rows + channel, mask=found[:, None] & inside)
-        if BLEND:
+        if WEIGHTED:
             row = _blend(kept, row, weight).to(out.dtype.element_ty)
         tl.store(out + channel, tl.where(found[:, None], row, kept), mask=present[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=_MERGE_NUMBERS, do_not_specialize_on_alignment=["weights"])
-def put_rows(
+@triton.jit(do_not_specialize=_SCATTER_NUMBERS, do_not_specialize_on_alignment=["weights"])
+def scatter_rows_in_place(
     index, hidden, rows, weights, out,
     index_batch: tl.int64, index_stride: tl.int64, places: tl.int32, tokens: tl.int32,
     hidden_batch: tl.int64, hidden_row: tl.int64, rows_batch: tl.int64, rows_row: tl.int64,
     out_batch: tl.int64, out_row: tl.int64, channels: tl.int32,
-    BLEND: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch, place): `merge_rows` where out is hidden, so that only rows of the index change."""
+    """Program (batch, place): `scatter_rows` into hidden itself: only rows of the index change."""
     batch, place = (tl.program_id(0) // places).to(tl.int64), tl.program_id(0) % places
     token = tl.load(index + batch * index_batch + place * index_stride)
     if (token >= 0) & (token < tokens):
         rows += batch * elements(rows_batch, VECTOR) + place * elements(rows_row, VECTOR)
         out += batch * elements(out_batch, VECTOR) + token * elements(out_row, VECTOR)
-        if BLEND:
+        if WEIGHTED:
             weight = tl.load(weights + batch * places + place)
         width = elements(channels, VECTOR)
         for start in range(0, width, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             row = tl.load(rows + channel, mask=channel < width)
-            if BLEND:
+            if WEIGHTED:
                 row = _blend(tl.load(out + channel, mask=channel < width), row, weight).to(out.dtype.element_ty)
             tl.store(out + channel, row, mask=channel < width)

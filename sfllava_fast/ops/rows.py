@@ -1,7 +1,7 @@
-"""Rows of hidden states: the best of each frame, taken out and put back; and the attention that tokens receive.
+"""Ops on rows of hidden states: the best rows of each frame, gather, scatter, and the attention that tokens receive.
 
-Kernels are C++ on the CPU and Triton on a GPU (`backend`: "auto", "cpu", "triton", or "torch", the reference in
-rows_reference.py, which serves every dtype). Copies and choices are equal to the reference bit for bit.
+`backend` is "auto", "cpu" (C++ kernels), "triton" (on a GPU) or "torch", the reference in backends/rows_reference.py,
+which takes every dtype. Copies and choices equal the reference bit for bit.
 """
 
 from __future__ import annotations
@@ -24,56 +24,82 @@ from .token_offsets import check_frames, check_ratio, kept_of
 _MOST_TOKENS = 1 << 14  # of a frame, that a Triton program holds
 
 _library = torch.library.Library("sfllava_fast", "FRAGMENT")
-_library.define("top_per_frame(Tensor scores, int[] frames, float ratio, Tensor(a!)? nan, str backend) -> Tensor")
+_library.define(
+    "top_per_frame(Tensor scores, int[] token_offsets, float ratio, Tensor(a!)? nan, str backend) -> Tensor"
+)
 _library.define("gather_rows(Tensor[] tensors, Tensor index, str backend) -> Tensor[]")
 _library.define("scatter_rows(Tensor hidden, Tensor index, Tensor rows, Tensor? weights, str backend) -> Tensor")
 _library.define("attention_received(Tensor queries, Tensor keys, float scale, str backend) -> Tensor")
 # What compiled kernels implement, into results that the caller allocates.
-_library.define("select_rows(Tensor scores, Tensor table, Tensor(a!) kept, Tensor(b!) nan) -> ()")
-_library.define("copy_rows(Tensor[] tensors, Tensor index, Tensor(a!)[] out) -> ()")
-_library.define("replace_rows(Tensor hidden, Tensor index, Tensor rows, Tensor(a!) out) -> ()")
-_library.define("blend_rows(Tensor hidden, Tensor index, Tensor rows, Tensor weights, Tensor(a!) out) -> ()")
-_library.define("receive_attention(Tensor queries, Tensor keys, float scale, Tensor(a!) out) -> ()")
+_library.define("top_per_frame_out(Tensor scores, Tensor table, Tensor(a!) kept, Tensor(b!) nan) -> ()")
+_library.define("gather_rows_out(Tensor[] tensors, Tensor index, Tensor(a!)[] out) -> ()")
+_library.define("scatter_rows_out(Tensor hidden, Tensor index, Tensor rows, Tensor(a!) out) -> ()")
+_library.define(
+    "scatter_rows_weighted_out(Tensor hidden, Tensor index, Tensor rows, Tensor weights, Tensor(a!) out) -> ()"
+)
+_library.define("attention_received_out(Tensor queries, Tensor keys, float scale, Tensor(a!) out) -> ()")
 
 
 def top_per_frame(
-    scores: Tensor, frames: Sequence[int], ratio: float, *, nan: Tensor | None = None, backend: str = "auto"
+    scores: Tensor, token_offsets: Sequence[int], ratio: float, *, nan: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """The tokens that score highest in each frame, int64 [B, K], ascending; of equal scores the first.
+    """Finds the tokens with the highest scores in each frame. Not differentiable.
 
-    scores: [B, V] floating, of the tokens from frames[0] on. frames: offsets [F + 1]. ratio: in (0, 1]; of n tokens
-        ceil(ratio * n) are kept.
-    nan: a flag, int32 [1] on the scores' device. A score that is NaN sets it to 1, ranks above all others, and raises
-        nothing: for callers that look once per forward pass. Without it NaN is an InputError, and a GPU is waited for.
-    Returns positions as `frames` counts them. Not differentiable.
+    Args:
+        scores: [B, V], floating point, one for each token from token_offsets[0] on.
+        token_offsets: [F + 1] positions, ascending: where each frame's tokens begin, and where the last frame ends.
+        ratio: the part of each frame that is kept, in (0, 1]: ceil(ratio * n) of n tokens.
+        nan: a flag, int32 [1] on the scores' device, which a NaN score sets to 1. NaN then ranks highest and raises
+            nothing, so that a caller can check once per forward pass. Without it, NaN raises and a GPU is waited for.
+        backend: "auto", "cpu", "triton" or "torch".
+
+    Returns:
+        int64 [B, K] positions, as `token_offsets` counts them, ascending; the first of equal scores.
+
+    Raises:
+        InputError: an argument does not fit, or a score is NaN and there is no flag.
+        BackendError: the named backend cannot run this call.
     """
-    frames, ratio = check_frames(frames), check_ratio(ratio)
+    offsets, ratio = check_frames(token_offsets), check_ratio(ratio)
     _check_tensors(scores=scores)
     if nan is not None:
         _check_tensors(nan=nan)
     check_backend(backend)
-    if scores.dim() != 2 or scores.shape[1] != frames[-1] - frames[0] or not scores.is_floating_point():
+    tokens = offsets[-1] - offsets[0]
+    if scores.dim() != 2 or scores.shape[1] != tokens or not scores.is_floating_point():
         shape = f"{scores.dtype} {list(scores.shape)}"
-        raise InputError(f"scores must be floating [batch, {frames[-1] - frames[0]}], one for each token, not {shape}")
+        raise InputError(f"scores must be floating [batch, {tokens}], one for each token, not {shape}")
     if nan is not None and (nan.shape != (1,) or nan.dtype != torch.int32 or nan.device != scores.device):
-        raise InputError("nan= must be int32 [1] on the scores' device: torch.zeros(1, dtype=torch.int32, ...)")
+        shape = f"{nan.dtype} {list(nan.shape)} on {nan.device}"
+        raise InputError(f"nan= must be int32 [1] on {scores.device}, not {shape}")
     if torch._C._functorch.is_batchedtensor(scores):
         raise InputError("vmap cannot batch top_per_frame, which looks for NaN: pass scores as [batch, tokens]")
     run = _top_per_frame if is_unwatched(scores) else torch.ops.sfllava_fast.top_per_frame
-    return run(scores.detach(), frames, ratio, nan, backend)
+    return run(scores.detach(), offsets, ratio, nan, backend)
 
 
 def gather_rows(hidden: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
-    """Rows `index` [B, K] (int64) of hidden [B, S, D]: [B, K, D]; see `gather_many`."""
-    return gather_many((hidden,), index, backend=backend)[0]
+    """Gathers rows `index` [B, K] of hidden [B, S, D]: [B, K, D]. See `gather_rows_of`."""
+    return gather_rows_of((hidden,), index, backend=backend)[0]
 
 
-def gather_many(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]:
-    """The same rows of several tensors, such as hidden states and their rotary cosines and sines, in one launch.
+def gather_rows_of(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]:
+    """Gathers the same rows of several tensors, such as hidden states and rotary cosines and sines, in one launch.
 
-    tensors: each [B or 1, S, D], of any dtype, with unit stride over D and any other strides; D may differ.
-    index: int64 [B, K], ascending in each row and without repeats. That is checked on a CPU; on a GPU, where looking
-        would wait for the device, rows outside of a tensor are left out. Differentiable in `tensors`.
+    Differentiable in `tensors`.
+
+    Args:
+        tensors: each [B or 1, S, D], of any dtype, with unit stride over D and any other strides; D may differ.
+        index: int64 [B, K], ascending in each row and without repeats. This is checked on a CPU. On a GPU the check
+            would wait for the device: rows outside of a tensor are left out instead.
+        backend: "auto", "cpu", "triton" or "torch".
+
+    Returns:
+        [B, K, D] of each tensor.
+
+    Raises:
+        InputError: an argument does not fit.
+        BackendError: the named backend cannot run this call.
     """
     if not isinstance(tensors, (tuple, list)) or not tensors:
         raise InputError(f"tensors must be a list of one or more, not {type(tensors).__name__}")
@@ -88,7 +114,7 @@ def gather_many(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "aut
             raise InputError(f"tensors must be [{len(index)} or 1, tokens, channels], not {list(tensor.shape)}")
         _check_device(tensor, index)
     _check_index(index, tensors[0].shape[1])
-    if _serves_reference(tensors[0]):
+    if _takes_reference(tensors[0]):
         return tuple(reference.gather_rows(tensor, index) for tensor in tensors)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if needs_grad and not torch.compiler.is_compiling():
@@ -106,11 +132,26 @@ def scatter_rows(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """hidden [B, S, D] with its rows `index` [B, K] replaced by rows [B, K, D]; with weights [B, K] moved towards them:
-    hidden + weights * (rows - hidden), of 16 bits in float32, rounded once.
+    """Replaces rows of hidden states, in one pass.
 
-    One pass. index, strides: as in `gather_many`. out: like hidden, written and returned; hidden itself, of which only
-    those rows are then touched, or memory of its own. Differentiable in hidden, rows and weights, but for `out`.
+    Differentiable in `hidden`, `rows` and `weights`, unless `out` is given.
+
+    Args:
+        hidden: [B, S, D], of any dtype, with unit stride over D and any other strides.
+        index: int64 [B, K], the rows to replace; see `gather_rows_of`.
+        rows: [B, K, D] of hidden's dtype, with unit stride over D.
+        weights: [B, K], or None. With weights, a row becomes hidden + weights * (rows - hidden), of 16-bit input in
+            float32 and rounded once.
+        out: like hidden, written and returned: hidden itself, of which only the rows of the index are then touched, or
+            memory that does not overlap it.
+        backend: "auto", "cpu", "triton" or "torch".
+
+    Returns:
+        [B, S, D].
+
+    Raises:
+        InputError: an argument does not fit.
+        BackendError: the named backend cannot run this call.
     """
     _check_tensors(hidden=hidden, index=index, rows=rows)
     if weights is not None:
@@ -125,10 +166,11 @@ def scatter_rows(
     _check_like(rows, "rows", (*index.shape, hidden.shape[2]), hidden, index)
     _check_index(index, hidden.shape[1])
     if weights is not None and (weights.shape != index.shape or weights.device != hidden.device):
-        raise InputError(f"weights must be {list(index.shape)}, one for each row, not {list(weights.shape)}")
+        shape = f"{list(weights.shape)} on {weights.device}"
+        raise InputError(f"weights must be {list(index.shape)} on {hidden.device}, one for each row, not {shape}")
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, rows, weights))
     if out is not None:
-        if needs_grad or out.requires_grad or _serves_reference(hidden):
+        if needs_grad or out.requires_grad or _takes_reference(hidden):
             raise InputError("out= is not differentiable: leave it out, or call under torch.no_grad()")
         _check_like(out, "out", hidden.shape, hidden, index)
         if not is_unwatched(hidden):
@@ -136,7 +178,7 @@ def scatter_rows(
         _check_memory(out, hidden, rows)
         _scatter_into(hidden, index, rows, weights, backend, out)
         return out
-    if _serves_reference(hidden):
+    if _takes_reference(hidden):
         return reference.scatter_rows(hidden, index, rows, weights)
     if needs_grad and not torch.compiler.is_compiling():
         return _Scatter.apply(hidden, index, rows, weights, backend)
@@ -145,12 +187,23 @@ def scatter_rows(
 
 
 def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: str = "auto") -> Tensor:
-    """How much attention each token gets from the last ones: the mean of causal softmax over queries and heads.
+    """Computes the attention that each token gets from the last tokens: causal softmax, mean over queries and heads.
 
-    queries: [B, H, M, d], of the last M of the N tokens. keys: [B, G, N, d], H a multiple of G, both with unit stride
-        over d and of one floating dtype. scale: of the logits, usually d ** -0.5.
-    Returns float32 [B, N], which sums to 1. Of the [H, M, N] probabilities only a few rows exist at a time, so that it
-    serves beside FlashAttention, which never stores any. Not differentiable: the result is detached.
+    Only a few rows of the [H, M, N] probabilities exist at a time, so it can be used beside FlashAttention, which
+    stores none. Not differentiable: the result is detached.
+
+    Args:
+        queries: [B, H, M, d], those of the last M of the N tokens.
+        keys: [B, G, N, d] of the queries' floating dtype; H is a multiple of G. Both need unit stride over d.
+        scale: factor of the logits, usually d ** -0.5.
+        backend: "auto", "cpu", "triton" or "torch".
+
+    Returns:
+        float32 [B, N]; each row sums to 1.
+
+    Raises:
+        InputError: an argument does not fit.
+        BackendError: the named backend cannot run this call.
     """
     _check_tensors(queries=queries, keys=keys)
     check_backend(backend)
@@ -164,21 +217,22 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
     if not 1 <= queries.shape[2] <= keys.shape[2]:
         raise InputError(f"{queries.shape[2]} queries cannot be those of the last of {keys.shape[2]} tokens")
     if queries.dtype != keys.dtype or queries.device != keys.device or not keys.is_floating_point():
-        raise InputError(f"queries {queries.dtype} and keys {keys.dtype} must be of one floating dtype, on one device")
+        kinds = f"{queries.dtype} on {queries.device} and {keys.dtype} on {keys.device}"
+        raise InputError(f"queries and keys must be of one floating dtype on one device, not {kinds}")
     queries, keys = queries.detach(), keys.detach()
-    if _serves_reference(queries):
+    if _takes_reference(queries):
         return reference.attention_received(queries, keys, float(scale))
     run = _attention_received if is_unwatched(queries) else torch.ops.sfllava_fast.attention_received
     return run(queries, keys, float(scale), backend)
 
 
-def _serves_reference(tensor: Tensor) -> bool:
-    """Whether a call goes to the reference's torch operators, which know forward mode and torch.func's transforms."""
+def _takes_reference(tensor: Tensor) -> bool:
+    """Whether a call runs the reference, whose torch operators support forward mode and torch.func's transforms."""
     return not is_unwatched(tensor) and not torch.compiler.is_compiling() and is_transformed()
 
 
 def _movers(grad: Tensor, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(gather_rows, scatter_rows) for a gradient; several at once, `is_grads_batched`, are for torch's operators."""
+    """(gather_rows, scatter_rows) for a gradient; the reference's for a batch of gradients (`is_grads_batched`)."""
     if torch._C._functorch.is_legacy_batchedtensor(grad):
         return reference.gather_rows, reference.scatter_rows
     return partial(gather_rows, backend=backend), partial(scatter_rows, backend=backend)
@@ -236,19 +290,19 @@ class _Scatter(OneLevel):
         return of_hidden, None, of_rows, of_weights, None
 
 
-def _top_per_frame(scores, frames, ratio, nan, backend):
+def _top_per_frame(scores, token_offsets, ratio, nan, backend):
     flag = scores.new_zeros(1, dtype=torch.int32) if nan is None else nan
-    longest = max(stop - start for start, stop in zip(frames, frames[1:]))
+    longest = max(stop - start for start, stop in zip(token_offsets, token_offsets[1:]))
     unfit = unfit_dtype(scores)
     if scores.is_cuda and longest > _MOST_TOKENS:
         unfit = f"a frame has {longest} tokens, more than {_MOST_TOKENS}"
     kernels = find_kernels(backend, scores, unfit)
     if kernels is None:
-        kept = reference.top_per_frame(scores, frames, ratio)
+        kept = reference.top_per_frame(scores, token_offsets, ratio)
         flag |= scores.isnan().any()
     else:
-        kept = _fake_top_per_frame(scores, frames, ratio, nan, backend)
-        kernels.select_rows(scores, frame_table(tuple(frames), ratio), kept, flag)
+        kept = _fake_top_per_frame(scores, token_offsets, ratio, nan, backend)
+        kernels.top_per_frame_out(scores, frame_table(tuple(token_offsets), ratio), kept, flag)
     if nan is None and flag.item():
         raise InputError("a score is NaN: the scorer, or the hidden states that it reads, are not finite")
     return kept
@@ -260,7 +314,7 @@ def _gather_rows(tensors, index, backend):
     if kernels is None:
         return [reference.gather_rows(tensor, index) for tensor in tensors]
     out = _fake_gather_rows(tensors, index, backend)
-    kernels.copy_rows([tensor.expand(len(index), -1, -1) for tensor in tensors], index, out)
+    kernels.gather_rows_out([tensor.expand(len(index), -1, -1) for tensor in tensors], index, out)
     return out
 
 
@@ -278,9 +332,9 @@ def _scatter_into(hidden, index, rows, weights, backend, out):
     if kernels is None:
         out.copy_(reference.scatter_rows(hidden, index, rows, weights))
     elif weights is None:
-        kernels.replace_rows(hidden, index, rows, out)
+        kernels.scatter_rows_out(hidden, index, rows, out)
     else:
-        kernels.blend_rows(hidden, index, rows, weights.float().contiguous(), out)
+        kernels.scatter_rows_weighted_out(hidden, index, rows, weights.float().contiguous(), out)
 
 
 def _attention_received(queries, keys, scale, backend):
@@ -291,12 +345,12 @@ def _attention_received(queries, keys, scale, backend):
     if kernels is None:
         return reference.attention_received(queries, keys, scale)
     out = _fake_attention_received(queries, keys, scale, backend)
-    kernels.receive_attention(queries, keys, scale, out)
+    kernels.attention_received_out(queries, keys, scale, out)
     return out
 
 
-def _fake_top_per_frame(scores, frames, ratio, nan, backend):
-    kept = sum(kept_of(ratio, stop - start) for start, stop in zip(frames, frames[1:]))
+def _fake_top_per_frame(scores, token_offsets, ratio, nan, backend):
+    kept = sum(kept_of(ratio, stop - start) for start, stop in zip(token_offsets, token_offsets[1:]))
     return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)
 
 
@@ -322,7 +376,7 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"sfllava_fast::{_name}", _fake, lib=_library)
 
 
-# The public functions run ops without these; they are for traces, and for who calls an op itself.
+# The public functions bypass these; they are for traces, and for direct calls of the ops.
 def _watched_gather_rows(tensors, index, backend):
     if is_differentiated(*tensors):
         return list(apply(_Gather, index, backend, *tensors))
@@ -339,7 +393,13 @@ _library.impl("gather_rows", _watched_gather_rows, "Autograd")
 _library.impl("scatter_rows", _watched_scatter_rows, "Autograd")
 for _name in ("top_per_frame", "attention_received"):  # not differentiable
     _library.impl(_name, partial(below_autograd, getattr(torch.ops.sfllava_fast, _name)), "Autograd")
-for _name in ("select_rows", "copy_rows", "replace_rows", "blend_rows", "receive_attention"):
+for _name in (
+    "top_per_frame_out",
+    "gather_rows_out",
+    "scatter_rows_out",
+    "scatter_rows_weighted_out",
+    "attention_received_out",
+):
     torch.library.register_fake(f"sfllava_fast::{_name}", lambda *_: None, lib=_library)
 
 
@@ -357,9 +417,13 @@ def _check_dims(index: Tensor) -> None:
 
 
 def _check_index(index: Tensor, tokens: int) -> None:
-    if index.is_cpu and index.numel() and is_unwatched(index):
-        if index[:, 0].min() < 0 or index[:, -1].max() >= tokens or (index.diff(dim=1) <= 0).any():
-            raise InputError(f"the index must ascend from 0 on, below {tokens} and without repeats")
+    if not (index.is_cpu and index.numel() and is_unwatched(index)):
+        return
+    least, most = int(index.min()), int(index.max())
+    if least < 0 or most >= tokens:
+        raise InputError(f"the index must be in [0, {tokens}), not in [{least}, {most}]")
+    if (index.diff(dim=1) <= 0).any():
+        raise InputError("the index must ascend in each row, without repeats")
 
 
 def _check_like(rows: Tensor, name: str, shape: Sequence[int], hidden: Tensor, index: Tensor) -> None:
@@ -370,7 +434,7 @@ def _check_like(rows: Tensor, name: str, shape: Sequence[int], hidden: Tensor, i
 
 def _check_device(tensor: Tensor, index: Tensor) -> None:
     if tensor.device != index.device:
-        raise InputError(f"the index is on {index.device}, and a tensor on {tensor.device}: move one")
+        raise InputError(f"the index is on {index.device} and a tensor on {tensor.device}: move one of them")
 
 
 def _check_memory(out: Tensor, hidden: Tensor, rows: Tensor) -> None:

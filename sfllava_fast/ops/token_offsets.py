@@ -1,4 +1,7 @@
-"""Where the tokens of each frame are in a sequence."""
+"""Where the tokens of each frame are in a sequence.
+
+Token offsets are [F + 1] positions, ascending: where each frame's tokens begin, and where those of the last frame end.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,34 @@ from ..layouts.plan import Plan
 
 
 def token_frames(plan: Plan, start: int = 0) -> tuple[int, ...]:
-    """Where each frame's tokens begin in a sequence that has the plan's tokens from `start` on, and where the last end.
+    """The token offsets of a plan's tokens in a sequence.
 
-    A pathway's frame bin is a frame of its own: SF-LLaVA's 50 frames are 10 slow ones of 288 and 50 fast ones of 16.
-    Separators and zeros count to the frame before them; separators at the end are text.
+    Each frame bin of a pathway counts as a frame: SF-LLaVA's 50 frames are 10 slow ones of 288 tokens and 50 fast ones
+    of 16. Separators and zeros belong to the frame before them; separators at the end are text.
+
+    Args:
+        plan: of the video.
+        start: position of the plan's first token.
+
+    Returns:
+        [F + 1] positions.
     """
     end = plan.offsets[-1] - sum(separator.where == "end" for separator in plan.separators)
     return (*(start + item.first_token for item in plan.items), start + end)
 
 
 def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tuple[int, ...] | None:
-    """Where a prompt's vision tokens begin and end, as one frame; None where it has none.
+    """The token offsets of a prompt's vision tokens, as one frame; None without any.
 
-    input_ids: int64 [B, S]. placeholders: the ids that stand for vision tokens.
-    Raises InputError unless they are one run, at the same place in every row.
+    Args:
+        input_ids: int64 [B, S].
+        placeholders: the ids of vision tokens.
+
+    Returns:
+        (first position, position after the last), or None.
+
+    Raises:
+        InputError: the vision tokens are not one run, at the same positions in every row.
     """
     found = sum((input_ids == token for token in placeholders), start=input_ids < 0)
     places = found.any(0).nonzero()[:, 0]
@@ -34,21 +51,24 @@ def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tupl
     start, stop = int(places[0]), int(places[-1]) + 1
     if not bool(found[:, start:stop].all()):
         raise InputError(
-            "input_ids have several runs of vision tokens, or rows with theirs at different places: "
-            "give one run a prompt and batch prompts of one form, or say `with mixture.on_frames(offsets)`"
+            f"input_ids have several runs of vision tokens between {start} and {stop}, or rows with theirs at different "
+            "places: give one run a prompt and batch prompts of one form, or use `with mixture.on_frames(offsets)`"
         )
     return start, stop
 
 
-def check_frames(frames: Sequence[int]) -> tuple[int, ...]:
-    """Frame offsets [F + 1] as integers. Raises InputError where they do not ascend."""
+def check_frames(token_offsets: Sequence[int]) -> tuple[int, ...]:
+    """Token offsets as integers; InputError unless they ascend from 0 or more."""
     try:
-        frames = tuple(int(at) for at in frames)
+        offsets = tuple(int(at) for at in token_offsets)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        frames = ()
-    if len(frames) < 2 or frames[0] < 0 or any(stop <= start for start, stop in zip(frames, frames[1:])):
-        raise InputError("frames must be where each frame's tokens begin and the last end, ascending: 0, 16, 32, ...")
-    return frames
+        offsets = ()
+    if len(offsets) < 2 or offsets[0] < 0 or any(stop <= start for start, stop in zip(offsets, offsets[1:])):
+        wrong = f", not {list(offsets)}" if 0 < len(offsets) <= 16 else ""
+        raise InputError(
+            f"token_offsets must be ascending, each frame's first token and the end of the last: 0, 16, 32, ...{wrong}"
+        )
+    return offsets
 
 
 def check_ratio(ratio: float) -> float:
@@ -63,9 +83,9 @@ def kept_of(ratio: float, tokens: int) -> int:
     return math.ceil(ratio * tokens - 1e-9)  # 0.1 * 30 is a little more than 3
 
 
-def clip_frames(frames: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
-    """The frames within tokens [start, stop), counted from `start`; empty where there are none."""
-    if stop <= frames[0] or start >= frames[-1]:
+def clip_frames(token_offsets: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
+    """The token offsets within positions [start, stop), counted from `start`; empty without any."""
+    if stop <= token_offsets[0] or start >= token_offsets[-1]:
         return ()
-    inside = [min(max(at, start), stop) - start for at in frames]
+    inside = [min(max(at, start), stop) - start for at in token_offsets]
     return tuple(sorted(set(inside)))

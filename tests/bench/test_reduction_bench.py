@@ -26,7 +26,7 @@ from bench.reduction.first_logits import FirstLogits, ask
 from bench.reduction.mixture_prefill import MIXED, PLAIN, RATIO, RATIOS, SWEPT, Mixed, MixturePrefill, prefill_mixed
 from sfllava_fast.layouts.slowfast import SlowFastLayout
 from sfllava_fast.ops.backends import aggregate as backends
-from sfllava_fast.ops.rows import gather_many, scatter_rows, top_per_frame
+from sfllava_fast.ops.rows import gather_rows_of, scatter_rows, top_per_frame
 from sfllava_fast.ops.token_offsets import token_frames
 from sfllava_fast.reduction.mixture import mixed_layer as routing  # defines the op
 
@@ -107,14 +107,14 @@ def last_of_each(scores, frames, ratio):
 def unmoved(tensors, index):
     """Right for hidden states, not for the angles of their positions."""
     hidden, *rotary = tensors
-    return [*gather_many([hidden], index), *(part[:, : index.shape[1]] for part in rotary)]
+    return [*gather_rows_of([hidden], index), *(part[:, : index.shape[1]] for part in rotary)]
 
 
 def nearly(hidden, index, rows, weights):
     return scatter_rows(hidden, index, rows) + 1e-3
 
 
-SPOILED = {"top_per_frame": last_of_each, "gather_many": unmoved, "scatter_rows": nearly}
+SPOILED = {"top_per_frame": last_of_each, "gather_rows_of": unmoved, "scatter_rows": nearly}
 
 
 @pytest.mark.parametrize("name", SPOILED)

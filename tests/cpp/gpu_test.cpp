@@ -33,14 +33,6 @@ void run(const gpu::Choice& choice) {
   });
 }
 
-// Calls body with a float, BFloat16 or Float16.
-template <class Body>
-void with_element(Dtype dtype, const Body& body) {
-  if (dtype == Dtype::kFloat32) body(float());
-  if (dtype == Dtype::kBFloat16) body(BFloat16());
-  if (dtype == Dtype::kFloat16) body(Float16());
-}
-
 gpu::Choice run(const gpu::Pooling& pooling) {
   const gpu::Choice choice = gpu::choose(pooling);
   CHECK(choice.launch.grid.launchable());
@@ -251,8 +243,7 @@ void check_gradient(const Call& call, Guarded& out) {
 
 gpu::Path test_call(Random& random, const Layout& layout, Dtype dtype, bool aligned, gpu::Direction direction) {
   const Call call = make_call(random, layout, dtype, aligned);
-  CHECK(!check_plan(call.table.data(), static_cast<int64_t>(call.table.size()), layout.frames, layout.patches,
-                    layout.tokens));
+  CHECK(wrong_with(call.table, layout).empty());
   const bool forward = direction == gpu::Direction::kForward;
   const int64_t reach = forward ? call.token_reach() : int64_t{layout.frames} * layout.patches * call.channels;
   Guarded out((call.offset + reach) * call.element());
@@ -441,7 +432,7 @@ void test_corrupted_tables(gpu::Direction direction) {
     std::vector<int32_t> table = make_table(layout);
     int32_t& number = table[random.in(0, static_cast<int32_t>(table.size()) - 1)];
     number = random.in(0, 1) ? number + random.in(-2, 2) : random.in(-2, 70);
-    if (check_plan(table.data(), static_cast<int64_t>(table.size()), layout.frames, layout.patches, layout.tokens)) {
+    if (!wrong_with(table, layout).empty()) {
       continue;
     }
     const int64_t patches = int64_t{layout.frames} * layout.patches;

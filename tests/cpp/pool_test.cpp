@@ -99,8 +99,7 @@ void run_shuffled(Random& random, const cpu::Pooling& pooling) {
 
 void test_call(Random& random, Dtype dtype) {
   const Call call = random_call(random, dtype);
-  CHECK(!check_plan(call.table.data(), static_cast<int64_t>(call.table.size()), call.layout.frames,
-                    call.layout.patches, call.layout.tokens));
+  CHECK(wrong_with(call.table, call.layout).empty());
   Guarded out(((call.layout.tokens - 1) * call.token_stride + call.channels) * size_of(dtype));
   const bool lines = call.channels * size_of(dtype) % 64 == 0 && call.token_stride * size_of(dtype) % 64 == 0;
   const cpu::Pooling pooling{Plan(call.table.data()),

@@ -50,7 +50,7 @@ void test_rows(Random& random, Dtype dtype) {
   const cpu::Index index{places.data(), count, 1, count};
 
   Guarded copied(batch * count * bytes);
-  cpu::copy_rows({hidden.view(), tokens, {static_cast<char*>(copied.data()), count * bytes, bytes}, index, bytes}, 0,
+  cpu::gather_rows({hidden.view(), tokens, {static_cast<char*>(copied.data()), count * bytes, bytes}, index, bytes}, 0,
                  batch * count);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < count; ++k) {
@@ -64,26 +64,26 @@ void test_rows(Random& random, Dtype dtype) {
   const bool blends = random.in(0, 1), in_place = random.in(0, 1);
   const std::vector<float> weights(batch * count, 0.5f);
   Guarded out(batch * tokens * bytes);
-  cpu::Merge merge;
-  merge.out = {static_cast<char*>(out.data()), tokens * bytes, bytes};
-  merge.hidden = hidden.view();
+  cpu::ScatterRows call;
+  call.out = {static_cast<char*>(out.data()), tokens * bytes, bytes};
+  call.hidden = hidden.view();
   if (in_place) {
     for (int64_t i = 0; i < batch * tokens; ++i) {
       std::memcpy(static_cast<char*>(out.data()) + i * bytes, hidden.bytes.data() + i * hidden.pitch * size, bytes);
     }
-    merge.hidden = {merge.out.data, merge.out.batch_stride, merge.out.row_stride};
+    call.hidden = {call.out.data, call.out.batch_stride, call.out.row_stride};
   }
-  merge.rows = rows.view();
-  merge.index = index;
-  merge.weights = blends ? weights.data() : nullptr;
-  merge.hidden_rows = tokens;
-  merge.bytes = bytes;
-  merge.dtype = dtype;
-  merge.in_place = in_place;
-  merge.stream = !in_place && bytes % 64 == 0;
-  const int64_t tasks = batch * cpu::tasks_of_each(merge), cut = random.in(0, static_cast<int32_t>(tasks));
-  cpu::merge_rows(merge, cut, tasks);
-  cpu::merge_rows(merge, 0, cut);
+  call.rows = rows.view();
+  call.index = index;
+  call.weights = blends ? weights.data() : nullptr;
+  call.hidden_rows = tokens;
+  call.bytes = bytes;
+  call.dtype = dtype;
+  call.in_place = in_place;
+  call.stream = !in_place && bytes % 64 == 0;
+  const int64_t tasks = batch * cpu::tasks_of_each(call), cut = random.in(0, static_cast<int32_t>(tasks));
+  cpu::scatter_rows(call, cut, tasks);
+  cpu::scatter_rows(call, 0, cut);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t row = 0, k = 0; row < tokens; ++row) {
       const bool replaced = k < count && index.at(b, k) == row;
@@ -105,9 +105,9 @@ void test_choice(Random& random, Dtype dtype) {
   frames[1].first = frames[0].kept;
   const int64_t places = frames[0].kept + frames[1].kept;
   Guarded kept(places * 8);
-  const cpu::Selection selection{scores.bytes.data(), 0, 1, dtype, frames, 2, start,
+  const cpu::TopPerFrame call{scores.bytes.data(), 0, 1, dtype, frames, 2, start,
                                  static_cast<int64_t*>(kept.data()), places};
-  CHECK(cpu::select_rows(selection, 1, 2) && cpu::select_rows(selection, 0, 1));
+  CHECK(cpu::top_per_frame(call, 1, 2) && cpu::top_per_frame(call, 0, 1));
   const auto* got = static_cast<const int64_t*>(kept.data());
   for (const cpu::Frame& frame : frames) {
     std::vector<int64_t> order(frame.tokens);
@@ -127,13 +127,13 @@ void test_attention(Random& random, Dtype dtype) {
   const int64_t channels = kSizes[random.in(0, 4)];
   const Tensor3 queries(random, dtype, heads, count, channels), keys(random, dtype, groups, tokens, channels);
   std::vector<float> out(tokens);
-  cpu::Attention attention{queries.bytes.data(), {0, count * queries.pitch, queries.pitch},
+  cpu::AttentionReceived call{queries.bytes.data(), {0, count * queries.pitch, queries.pitch},
                            keys.bytes.data(),    {0, tokens * keys.pitch, keys.pitch},
                            dtype, 1, heads, groups, count, tokens, channels, 0.05f, nullptr, out.data()};
-  std::vector<float> parts(cpu::count_tasks(attention) * tokens);
-  attention.parts = parts.data();
-  for (int64_t task = cpu::count_tasks(attention); task-- > 0;) cpu::attend(attention, task, task + 1);
-  cpu::add_parts(attention, 0, tokens);
+  std::vector<float> parts(cpu::count_tasks(call) * tokens);
+  call.parts = parts.data();
+  for (int64_t task = cpu::count_tasks(call); task-- > 0;) cpu::attention_received(call, task, task + 1);
+  cpu::add_parts(call, 0, tokens);
   std::vector<double> want(tokens);
   for (int64_t row = 0; row < heads * count; ++row) {
     const int64_t head = row / count, query = row % count, seen = tokens - count + query + 1;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "sfllava/check_plan.h"
 
 #define CHECK(what)                                                   \
   do {                                                                \
@@ -190,6 +191,10 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
   for (const auto* part : {&pathways, &groups, &numbers, &firsts, &readers, &bins})
     table.insert(table.end(), part->begin(), part->end());
   return table;
+}
+
+inline std::string wrong_with(const std::vector<int32_t>& table, const Layout& layout) {
+  return check_plan(table.data(), static_cast<int64_t>(table.size()), layout.frames, layout.patches, layout.tokens);
 }
 
 inline std::vector<Bin> every(int32_t n) {

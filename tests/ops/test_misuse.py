@@ -23,7 +23,7 @@ from sfllava_fast.errors import InputError, SfllavaError
 from sfllava_fast.layouts.presets import parse_layout, parse_patches_only
 from sfllava_fast.ops.aggregate import resolve_plan
 from sfllava_fast.ops.projector import why_not_commuted
-from sfllava_fast.ops.rows import attention_received, gather_many, gather_rows, scatter_rows, top_per_frame
+from sfllava_fast.ops.rows import attention_received, gather_rows, gather_rows_of, scatter_rows, top_per_frame
 from sfllava_fast.ops.stream import kept_frames
 
 LAYOUT = "slowfast-slow_2frms_spatial_1d_max_pool-fast_2x2"
@@ -97,10 +97,10 @@ CALLS = {
     "parse_patches_only": (parse_patches_only, {"layout": LAYOUT}),
     "Layout.plan": (SlowFastLayout().plan, {"frames": 2, "grid": (4, 4)}),
     "top_per_frame": (
-        top_per_frame, {"scores": torch.randn(1, 6), "frames": (0, 3, 6), "ratio": 0.5, "nan": None, "backend": "auto"}
+        top_per_frame, {"scores": torch.randn(1, 6), "token_offsets": (0, 3, 6), "ratio": 0.5, "nan": None, "backend": "auto"}
     ),
     "gather_rows": (gather_rows, {"hidden": HIDDEN, "index": INDEX, "backend": "auto"}),
-    "gather_many": (gather_many, {"tensors": [HIDDEN, HIDDEN], "index": INDEX, "backend": "auto"}),
+    "gather_rows_of": (gather_rows_of, {"tensors": [HIDDEN, HIDDEN], "index": INDEX, "backend": "auto"}),
     "scatter_rows": (
         scatter_rows,
         {"hidden": HIDDEN, "index": INDEX, "rows": ROWS, "weights": torch.rand(1, 3), "out": None, "backend": "auto"},

@@ -13,7 +13,7 @@ from rows_cases import best_tokens, check_received, choices, merged, merges, rec
 from sfllava_fast.errors import BackendError, InputError
 from sfllava_fast.ops.backends import registry, rows_reference
 from sfllava_fast.ops.backends import rows as rows_backends
-from sfllava_fast.ops.rows import attention_received, gather_many, gather_rows, scatter_rows, top_per_frame
+from sfllava_fast.ops.rows import attention_received, gather_rows, gather_rows_of, scatter_rows, top_per_frame
 
 NEEDS_LIBRARY = pytest.mark.skipif(bool(registry.load_library()), reason="installed without compiled kernels")
 both = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=NEEDS_LIBRARY), "torch"])
@@ -99,7 +99,7 @@ def test_several_tensors_at_once(backend):
     """Of other widths and dtypes, and one for all of the batch."""
     tensors = normal((2, 6, 9), torch.bfloat16), normal((1, 6, 4), torch.float32), torch.arange(12).view(2, 6, 1)
     index = torch.tensor([[0, 2, 5], [1, 2, 3]])
-    for got, tensor in zip(gather_many(tensors, index, backend=backend), tensors, strict=True):
+    for got, tensor in zip(gather_rows_of(tensors, index, backend=backend), tensors, strict=True):
         assert torch.equal(got, taken(tensor, index))
 
 
@@ -119,10 +119,10 @@ def test_a_result_that_outgrows_the_cache(backend, channels, torch_threads):
 def test_kernels_stay_inside_of_tensors_whatever_the_index_says():
     hidden, index, rows = normal((1, 6, 8), torch.float32), torch.tensor([[-1, 2, 6]]), normal((1, 3, 8), torch.float32)
     got = torch.zeros(1, 3, 8)
-    torch.ops.sfllava_fast.copy_rows([hidden], index, [got])
+    torch.ops.sfllava_fast.gather_rows_out([hidden], index, [got])
     assert torch.equal(got[:, 1], hidden[:, 2]) and not got[:, ::2].any()
     expected = merged(hidden, index[:, 1:2], rows[:, 1:2])
-    torch.ops.sfllava_fast.replace_rows(hidden, index, rows, hidden)
+    torch.ops.sfllava_fast.scatter_rows_out(hidden, index, rows, hidden)
     assert torch.equal(hidden, expected)
 
 
@@ -135,34 +135,67 @@ def shrunk(tensor):
 FRAMES = torch.tensor([[0, 3, 2, 0], [3, 3, 2, 2]], dtype=torch.int32)
 KEPT, FLAG = torch.empty(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
 BAD_KERNEL_CALLS = {
-    "an empty flag": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG[:0]),
-    "a flag of no dimension": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG[0]),
-    "a flag of another dtype": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, FLAG.long()),
-    "a flag without memory": lambda s, x, r: ("select_rows", s, FRAMES, KEPT, shrunk(FLAG.clone())),
-    "a result that is too small": lambda s, x, r: ("select_rows", s, FRAMES, KEPT[:, :3], FLAG),
-    "a result of more videos": lambda s, x, r: ("select_rows", s, FRAMES, KEPT.expand(2, -1), FLAG),
-    "a frame behind the scores": lambda s, x, r: ("select_rows", s[:, :5], FRAMES, KEPT, FLAG),
-    "a frame that keeps more than it has": lambda s, x, r: ("select_rows", s, FRAMES + 2, KEPT, FLAG),
-    "a table of int64": lambda s, x, r: ("select_rows", s, FRAMES.long(), KEPT, FLAG),
-    "scores of float64": lambda s, x, r: ("select_rows", s.double(), FRAMES, KEPT, FLAG),
-    "fewer results than tensors": lambda s, x, r: ("copy_rows", [x, x], INDEX, [r]),
-    "a copy into fewer rows": lambda s, x, r: ("copy_rows", [x], INDEX, [r[:, 1:]]),
-    "a copy into fewer channels": lambda s, x, r: ("copy_rows", [x], INDEX, [r[..., 1:]]),
-    "a copy into a smaller dtype": lambda s, x, r: ("copy_rows", [x], INDEX, [r.half()]),
-    "a copy of another batch": lambda s, x, r: ("copy_rows", [x.expand(2, -1, -1)], INDEX, [r]),
-    "a copy into no memory": lambda s, x, r: ("copy_rows", [x], INDEX, [shrunk(r.clone())]),
-    "a copy out of no memory": lambda s, x, r: ("copy_rows", [shrunk(x.clone())], INDEX, [r]),
-    "rows into a smaller result": lambda s, x, r: ("replace_rows", x, INDEX, r, x[:, 1:].clone()),
-    "fewer rows than the index": lambda s, x, r: ("replace_rows", x, INDEX, r[:, 1:], x.clone()),
-    "in place, by other strides": lambda s, x, r: ("replace_rows", x, INDEX, r, x.as_strided((1, 6, 8), (48, 4, 1))),
-    "fewer weights than the index": lambda s, x, r: ("blend_rows", x, INDEX, r, torch.ones(1, 2), x.clone()),
-    "weights of float64": lambda s, x, r: ("blend_rows", x, INDEX, r, torch.ones(1, 3).double(), x.clone()),
-    "a blend of integers": lambda s, x, r: ("blend_rows", x.int(), INDEX, r.int(), torch.ones(1, 3), x.int()),
-    "more queries than tokens": lambda s, x, r: ("receive_attention", x[None], r[None], 1.0, torch.zeros(1, 3)),
-    "attention of fewer tokens": lambda s, x, r: ("receive_attention", r[None], x[None], 1.0, torch.zeros(1, 5)),
-    "attention of float64": lambda s, x, r: ("receive_attention", r[None], x[None], 1.0, torch.zeros(1, 6).double()),
-    "other channels": lambda s, x, r: ("receive_attention", r[None, ..., 1:], x[None], 1.0, torch.zeros(1, 6)),
-    "no heads of keys": lambda s, x, r: ("receive_attention", r[None], x[None][:, :0], 1.0, torch.zeros(1, 6)),
+    "an empty flag": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT, FLAG[:0]),
+    "a flag of no dimension": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT, FLAG[0]),
+    "a flag of another dtype": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT, FLAG.long()),
+    "a flag without memory": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT, shrunk(FLAG.clone())),
+    "a result that is too small": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT[:, :3], FLAG),
+    "a result of more videos": lambda s, x, r: ("top_per_frame_out", s, FRAMES, KEPT.expand(2, -1), FLAG),
+    "a frame behind the scores": lambda s, x, r: ("top_per_frame_out", s[:, :5], FRAMES, KEPT, FLAG),
+    "a frame that keeps more than it has": lambda s, x, r: ("top_per_frame_out", s, FRAMES + 2, KEPT, FLAG),
+    "a table of int64": lambda s, x, r: ("top_per_frame_out", s, FRAMES.long(), KEPT, FLAG),
+    "scores of float64": lambda s, x, r: ("top_per_frame_out", s.double(), FRAMES, KEPT, FLAG),
+    "fewer results than tensors": lambda s, x, r: ("gather_rows_out", [x, x], INDEX, [r]),
+    "a copy into fewer rows": lambda s, x, r: ("gather_rows_out", [x], INDEX, [r[:, 1:]]),
+    "a copy into fewer channels": lambda s, x, r: ("gather_rows_out", [x], INDEX, [r[..., 1:]]),
+    "a copy into a smaller dtype": lambda s, x, r: ("gather_rows_out", [x], INDEX, [r.half()]),
+    "a copy of another batch": lambda s, x, r: ("gather_rows_out", [x.expand(2, -1, -1)], INDEX, [r]),
+    "a copy into no memory": lambda s, x, r: ("gather_rows_out", [x], INDEX, [shrunk(r.clone())]),
+    "a copy out of no memory": lambda s, x, r: ("gather_rows_out", [shrunk(x.clone())], INDEX, [r]),
+    "rows into a smaller result": lambda s, x, r: ("scatter_rows_out", x, INDEX, r, x[:, 1:].clone()),
+    "fewer rows than the index": lambda s, x, r: ("scatter_rows_out", x, INDEX, r[:, 1:], x.clone()),
+    "in place, by other strides": lambda s, x, r: (
+        "scatter_rows_out",
+        x,
+        INDEX,
+        r,
+        x.as_strided((1, 6, 8), (48, 4, 1)),
+    ),
+    "fewer weights than the index": lambda s, x, r: (
+        "scatter_rows_weighted_out",
+        x,
+        INDEX,
+        r,
+        torch.ones(1, 2),
+        x.clone(),
+    ),
+    "weights of float64": lambda s, x, r: (
+        "scatter_rows_weighted_out",
+        x,
+        INDEX,
+        r,
+        torch.ones(1, 3).double(),
+        x.clone(),
+    ),
+    "a blend of integers": lambda s, x, r: (
+        "scatter_rows_weighted_out",
+        x.int(),
+        INDEX,
+        r.int(),
+        torch.ones(1, 3),
+        x.int(),
+    ),
+    "more queries than tokens": lambda s, x, r: ("attention_received_out", x[None], r[None], 1.0, torch.zeros(1, 3)),
+    "attention of fewer tokens": lambda s, x, r: ("attention_received_out", r[None], x[None], 1.0, torch.zeros(1, 5)),
+    "attention of float64": lambda s, x, r: (
+        "attention_received_out",
+        r[None],
+        x[None],
+        1.0,
+        torch.zeros(1, 6).double(),
+    ),
+    "other channels": lambda s, x, r: ("attention_received_out", r[None, ..., 1:], x[None], 1.0, torch.zeros(1, 6)),
+    "no heads of keys": lambda s, x, r: ("attention_received_out", r[None], x[None][:, :0], 1.0, torch.zeros(1, 6)),
 }
 
 
@@ -179,22 +212,22 @@ def test_a_kernel_alone_refuses_what_it_cannot_write(call):
 @NEEDS_LIBRARY
 def test_kernels_of_nothing():
     nothing, index = torch.zeros(1, 0, 8), torch.zeros(1, 0, dtype=torch.int64)
-    torch.ops.sfllava_fast.replace_rows(nothing, index, nothing, nothing.clone())
+    torch.ops.sfllava_fast.scatter_rows_out(nothing, index, nothing, nothing.clone())
     flat, turned = torch.zeros(2, 3, 0), torch.zeros(3, 2, 0).transpose(0, 1)
-    torch.ops.sfllava_fast.replace_rows(flat, INDEX.expand(2, -1), flat.clone(), turned)
-    torch.ops.sfllava_fast.copy_rows([torch.zeros(1, 6, 8)], index, [nothing])
+    torch.ops.sfllava_fast.scatter_rows_out(flat, INDEX.expand(2, -1), flat.clone(), turned)
+    torch.ops.sfllava_fast.gather_rows_out([torch.zeros(1, 6, 8)], index, [nothing])
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda x, r: gather_rows(x, INDEX.int()), "index must be int64"),
-        (lambda x, r: gather_rows(x, INDEX + 1), "must ascend from 0 on, below 6"),
-        (lambda x, r: gather_rows(x, INDEX - 1), "must ascend"),
+        (lambda x, r: gather_rows(x, INDEX + 1), r"must be in \[0, 6\), not in \[1, 6\]"),
+        (lambda x, r: gather_rows(x, INDEX - 1), r"not in \[-1, 4\]"),
         (lambda x, r: gather_rows(x, INDEX.flip(1)), "must ascend"),
         (lambda x, r: scatter_rows(x, INDEX * 0, r), "without repeats"),
         (lambda x, r: gather_rows(x[0], INDEX), "tensors must be"),
-        (lambda x, r: gather_many((x, x[:, 1:]), INDEX), "tensors must be"),
+        (lambda x, r: gather_rows_of((x, x[:, 1:]), INDEX), "tensors must be"),
         (lambda x, r: gather_rows(x.expand(3, -1, -1), INDEX.expand(2, -1)), "tensors must be"),
         (lambda x, r: gather_rows(x.to("meta"), INDEX), "the index is on cpu"),
         (lambda x, r: scatter_rows(x, INDEX, r[:, 1:]), r"rows must be torch.float32 \[1, 3, 8\]"),
@@ -220,7 +253,7 @@ def test_gradients_of_the_reference():
     shapes = (2, 6, 4), (2, 3, 4), (1, 6, 4)
     hidden, rows, one = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: gather_many((a, b), index), (hidden, one), check_batched_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: gather_rows_of((a, b), index), (hidden, one), check_batched_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: scatter_rows(a, index, b), (hidden, rows), check_batched_grad=True)
     moved = lambda a, b, w: scatter_rows(a, index, b, w)  # noqa: E731
     assert torch.autograd.gradcheck(moved, (hidden, rows, weights), check_batched_grad=True)
@@ -246,7 +279,7 @@ def test_gradients_of_the_kernels(dtype):
 
 def test_what_needs_no_gradient_gets_none():
     hidden, cos = torch.randn(1, 6, 4, requires_grad=True), torch.randn(1, 6, 2)
-    rows, of_cos = gather_many((hidden, cos), INDEX)
+    rows, of_cos = gather_rows_of((hidden, cos), INDEX)
     assert rows.requires_grad and not of_cos.requires_grad
 
 
@@ -311,7 +344,7 @@ def test_one_graph_without_breaks():
 
     def step(x):
         index = top_per_frame(x[:, 1:17, 0], frames, 0.25)
-        rows, cos = gather_many((x, x[..., :2]), index)
+        rows, cos = gather_rows_of((x, x[..., :2]), index)
         received = attention_received(x[:, None, 18:], x[:, None], 0.5)
         return scatter_rows(x, index, rows * 2, cos[..., 0]), received
 
@@ -363,7 +396,7 @@ def test_without_the_library_auto_falls_back_with_a_warning(monkeypatch, caplog)
 
 @NEEDS_LIBRARY
 def test_the_first_call_on_a_device_is_compared_with_the_reference():
-    names = ("select_rows", "copy_rows", "blend_rows", "receive_attention")
+    names = ("top_per_frame_out", "gather_rows_out", "scatter_rows_weighted_out", "attention_received_out")
     right = {name: getattr(torch.ops.sfllava_fast, name) for name in names}
     device = torch.device("cpu")
     assert rows_backends._compare(SimpleNamespace(**right), device) is None
@@ -371,7 +404,7 @@ def test_the_first_call_on_a_device_is_compared_with_the_reference():
 
         def run(*arguments, name=name):
             right[name](*arguments)
-            results = arguments[2] if name in ("select_rows", "copy_rows") else arguments[-1]
+            results = arguments[2] if name in ("top_per_frame_out", "gather_rows_out") else arguments[-1]
             (results[0] if isinstance(results, list) else results).zero_()
 
         assert wrong in rows_backends._compare(SimpleNamespace(**right | {name: run}), device)

@@ -13,7 +13,7 @@ from rows_cases import best_tokens, check_received, merged, taken
 from triton_process import HERE, in_registers, interpret, run
 
 from sfllava_fast.errors import InputError
-from sfllava_fast.ops.rows import attention_received, gather_many, scatter_rows, top_per_frame
+from sfllava_fast.ops.rows import attention_received, gather_rows_of, scatter_rows, top_per_frame
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -42,9 +42,9 @@ def test_compiled_kernels(compiled):
     for kernel in compiled:
         ptx, sass, name = kernel["ptx"], kernel["sass"], (kernel["kernel"], kernel["name"])
         assert in_registers(kernel), name
-        if kernel["kernel"] != "select_rows":
+        if kernel["kernel"] != "top_per_frame":
             assert "LDG.E.128" in sass and not re.search(r"ld\.global\.(b16|v[24]\.b16|v2)", ptx), name
-        if "rows" in kernel["kernel"] and kernel["kernel"] != "select_rows":
+        if "rows" in kernel["kernel"]:
             assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {"v4.b32"}, name
             assert "fma" not in ptx, name
 
@@ -63,7 +63,7 @@ class TestOnADevice:
         kept = top_per_frame(scores.cuda(), frames, 0.2, backend="triton")
         assert kept.tolist() == [best_tokens(scores[0].float().tolist(), frames, 0.2)]
         hidden, cos, index = normal((1, 3740, 4096), dtype), normal((1, 3740, 128), dtype), kept.cpu()
-        rows, of_cos = gather_many((hidden.cuda(), cos.cuda()), kept, backend="triton")
+        rows, of_cos = gather_rows_of((hidden.cuda(), cos.cuda()), kept, backend="triton")
         assert_same(rows.cpu(), taken(hidden, index))
         assert_same(of_cos.cpu(), taken(cos, index))
         weights = torch.rand(index.shape)

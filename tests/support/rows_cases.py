@@ -1,4 +1,4 @@
-"""What the kernels for rows and attention are tested with, and plain loops that say what is right."""
+"""Cases for the row and attention kernels, and plain loops that compute what is right."""
 
 from __future__ import annotations
 

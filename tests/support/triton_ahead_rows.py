@@ -17,15 +17,15 @@ from sfllava_fast.ops.backends import registry
 def cases(kernels):
     """Kernel, what is compiled, tensors' dtypes, constants, options: frames of 288, 4096 channels, heads of 128."""
     launch, rows, attention = kernels.rows_launch, kernels.rows_launch.kernels, kernels.rows_launch.attention
-    yield rows.select_rows, "a frame", (bfloat16, int32, int64, int32), (512,), {"num_warps": 4}
-    yield rows.copy_rows, "16 bits", (int64, *(int16,) * 6), (3, 4096, 8), {"num_warps": 4}
-    yield rows.copy_rows, "32 bits", (int64, *(int32,) * 6), (1, 2048, 4), {"num_warps": 4}
+    yield rows.top_per_frame, "a frame", (bfloat16, int32, int64, int32), (512,), {"num_warps": 4}
+    yield rows.gather_rows, "16 bits", (int64, *(int16,) * 6), (3, 4096, 8), {"num_warps": 4}
+    yield rows.gather_rows, "32 bits", (int64, *(int32,) * 6), (1, 2048, 4), {"num_warps": 4}
     for name, dtype, blend, block in (("copies", int16, False, 4096), ("blends", bfloat16, True, 4096)):
         tensors = (int64, dtype, dtype, float32 if blend else int64, dtype)
-        yield rows.put_rows, name, tensors, (blend, block, 8), launch._EXACT
-        yield rows.merge_rows, name, tensors, (blend, 4, block // 4, 8), launch._EXACT
+        yield rows.scatter_rows_in_place, name, tensors, (blend, block, 8), launch.EXACT
+        yield rows.scatter_rows, name, tensors, (blend, 4, block // 4, 8), launch.EXACT
     for dtype, vector in ((bfloat16, 8), (float32, 4)):
-        constants = (launch._QUERIES, launch._KEYS, 128, vector)
+        constants = (launch.QUERIES, launch.KEYS, 128, vector)
         tensors = (dtype, dtype, float32)
         yield attention.sum_blocks, str(dtype), tensors, constants, launch.sum_options(dtype)
         yield attention.add_probabilities, str(dtype), (*tensors, float32), constants, {"num_warps": 4}

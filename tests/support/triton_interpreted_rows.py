@@ -25,7 +25,7 @@ def test_the_best_of_each_frame(call):
     scores, frames, ratio = call
     expected = torch.tensor([best_tokens(row, frames, ratio) for row in scores.float().tolist()])
     kept, nan = torch.full_like(expected, -1), torch.zeros(1, dtype=torch.int32)
-    kernels.select_rows(scores, frame_table(frames, ratio), kept, nan)
+    kernels.top_per_frame_out(scores, frame_table(frames, ratio), kept, nan)
     assert torch.equal(kept, expected) and nan.item() == scores.isnan().any()
 
 
@@ -34,20 +34,20 @@ def test_the_best_of_each_frame(call):
 def test_gathering_and_putting_back(call):
     hidden, index, rows, weights = call
     got = torch.full_like(rows, 7, memory_format=torch.contiguous_format)
-    kernels.copy_rows([hidden], index, [got])
+    kernels.gather_rows_out([hidden], index, [got])
     assert_same(got, taken(hidden, index))
     out = GuardedRows(hidden.shape[1] * len(hidden), hidden.shape[2], hidden.dtype)
     view = out.rows.unflatten(0, hidden.shape[:2])
-    kernels.replace_rows(hidden, index, rows, view)
+    kernels.scatter_rows_out(hidden, index, rows, view)
     assert_same(view, merged(hidden, index, rows))
-    kernels.blend_rows(hidden, index, rows, weights, view)
+    kernels.scatter_rows_weighted_out(hidden, index, rows, weights, view)
     assert_same(view, merged(hidden, index, rows, weights))
     for blend in (False, True):
         view.copy_(hidden)
         if blend:
-            kernels.blend_rows(view, index, rows, weights, view)
+            kernels.scatter_rows_weighted_out(view, index, rows, weights, view)
         else:
-            kernels.replace_rows(view, index, rows, view)
+            kernels.scatter_rows_out(view, index, rows, view)
         assert_same(view, merged(hidden, index, rows, weights if blend else None))
     out.check()
 
@@ -58,7 +58,7 @@ def test_several_tensors_of_several_sizes():
     tensors = [normal(shape, torch.float32) for shape in shapes]
     tensors[1], tensors[4] = tensors[1].bfloat16(), tensors[4][:1].double().expand(2, -1, -1)
     out = [torch.empty(2, 3, tensor.shape[2], dtype=tensor.dtype) for tensor in tensors]
-    kernels.copy_rows(tensors, index, out)
+    kernels.gather_rows_out(tensors, index, out)
     assert all(torch.equal(got, taken(tensor, index)) for got, tensor in zip(out, tensors))
 
 
@@ -68,20 +68,20 @@ def test_rows_longer_than_a_block(monkeypatch, dtype, offset):
     monkeypatch.setattr(kernels.rows_launch, "_BLOCK_BYTES", 256)
     hidden, index = normal((1, 5, 328), dtype)[..., offset : offset + 320], torch.tensor([[1, 4]])
     rows, weights = torch.empty(1, 2, 320, dtype=dtype), torch.rand(1, 2)
-    kernels.copy_rows([hidden], index, [rows])
+    kernels.gather_rows_out([hidden], index, [rows])
     assert torch.equal(rows, taken(hidden, index))
     out = torch.empty(1, 5, 320, dtype=dtype)
-    kernels.blend_rows(hidden, index, -rows, weights, out)
+    kernels.scatter_rows_weighted_out(hidden, index, -rows, weights, out)
     assert torch.equal(out, merged(hidden, index, -rows, weights))
 
 
 def test_kernels_stay_inside_of_tensors_whatever_the_index_says():
     hidden, index, rows = normal((1, 6, 8), torch.float32), torch.tensor([[-1, 2, 6]]), normal((1, 3, 8), torch.float32)
     got = torch.zeros(1, 3, 8)
-    kernels.copy_rows([hidden], index, [got])
+    kernels.gather_rows_out([hidden], index, [got])
     assert torch.equal(got[:, 1], hidden[:, 2]) and not got[:, ::2].any()
     expected = merged(hidden, index[:, 1:2], rows[:, 1:2])
-    kernels.replace_rows(hidden, index, rows, hidden)
+    kernels.scatter_rows_out(hidden, index, rows, hidden)
     assert torch.equal(hidden, expected)
 
 
@@ -90,9 +90,9 @@ def test_rows_past_2_to_the_31():
     hidden = torch.empty(2 * 2**30 + 4, dtype=torch.bfloat16).as_strided((1, 3, 4), (4, 2**30, 1))
     hidden.copy_(normal((1, 3, 4), torch.bfloat16))
     index, got = torch.tensor([[0, 2]]), torch.empty(1, 2, 4, dtype=torch.bfloat16)
-    kernels.copy_rows([hidden], index, [got])
+    kernels.gather_rows_out([hidden], index, [got])
     assert torch.equal(got, taken(hidden, index))
-    kernels.replace_rows(hidden, index, -got, hidden)
+    kernels.scatter_rows_out(hidden, index, -got, hidden)
     assert torch.equal(hidden[:, ::2], -got)
 
 
@@ -104,5 +104,5 @@ def test_attention_received(dtype, heads, groups, count, tokens, channels):
     queries = normal((2, count, heads, channels), dtype).transpose(1, 2)
     keys = normal((2, groups, tokens, channels), dtype)
     got = torch.full((2, tokens), torch.nan)
-    kernels.receive_attention(queries, keys, channels**-0.5, got)
+    kernels.attention_received_out(queries, keys, channels**-0.5, got)
     check_received(got, queries, keys, channels**-0.5)

@@ -86,13 +86,13 @@ def _compare(kernels: Any, device: torch.device) -> str | None:
     scores = (hidden[:, 2:9, 0] - 99).square()
     index = reference.top_per_frame(scores, offsets, 0.5)
     kept, nan = torch.empty_like(index), torch.zeros(1, dtype=torch.int32, device=device)
-    kernels.select_rows(scores, frame_table(offsets, 0.5), kept, nan)
+    kernels.top_per_frame_out(scores, frame_table(offsets, 0.5), kept, nan)
     taken, put = reference.gather_rows(hidden, index), torch.empty_like(hidden)
     rows, weights = torch.empty_like(taken), scores[:, : index.shape[1]].contiguous() / 7
-    kernels.copy_rows([hidden], index, [rows])
-    kernels.blend_rows(hidden, index, -rows, weights, put)
+    kernels.gather_rows_out([hidden], index, [rows])
+    kernels.scatter_rows_weighted_out(hidden, index, -rows, weights, put)
     received, heads = hidden.new_empty(1, 12), hidden.view(1, 1, 12, 40).sin()
-    kernels.receive_attention(heads[:, :, 10:], heads, 0.1, received)
+    kernels.attention_received_out(heads[:, :, 10:], heads, 0.1, received)
     expected = reference.attention_received(heads[:, :, 10:], heads, 0.1)
     right = {
         "top_per_frame": torch.equal(kept, index) and not nan.item(),

@@ -1,4 +1,4 @@
-"""What rows.py computes, in plain PyTorch: the oracle of its kernels, and what serves where there are none."""
+"""The row ops in plain PyTorch: the oracle of the kernels, and the backend without them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from ..token_offsets import kept_of
 
 
-def top_per_frame(scores: Tensor, frames: Sequence[int], ratio: float) -> Tensor:
+def top_per_frame(scores: Tensor, token_offsets: Sequence[int], ratio: float) -> Tensor:
     kept = []
-    for start, stop in zip(frames, frames[1:]):
-        of_frame = scores[:, start - frames[0] : stop - frames[0]]
+    for start, stop in zip(token_offsets, token_offsets[1:]):
+        of_frame = scores[:, start - token_offsets[0] : stop - token_offsets[0]]
         order = of_frame.argsort(dim=1, descending=True, stable=True)
         kept.append(start + order[:, : kept_of(ratio, stop - start)].sort(dim=1).values)
     return torch.cat(kept, dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, PatchError
 from ...model.transformers_release import cache_in, release
-from ...ops.rows import gather_many, scatter_rows, top_per_frame
+from ...ops.rows import gather_rows_of, scatter_rows, top_per_frame
 from ..scorers import LayerInput
 from .cache_spans import KeptSpan, columns, cut_mask, spans_of
 
@@ -79,7 +79,7 @@ def run_on_selection(
     before, behind = (torch.arange(*ends, device=hidden.device) for ends in ((0, start), (stop, total)))
     rows = len(hidden)
     index = torch.cat([before.expand(rows, -1), selection.kept, behind.expand(rows, -1)], dim=1)
-    taken, *rotary = gather_many([hidden, *arguments["position_embeddings"]], index)
+    taken, *rotary = gather_rows_of([hidden, *arguments["position_embeddings"]], index)
     spans = spans_of(cache_in(arguments), number, now.past)
     spans.append(KeptSpan(now.past + start, now.past + stop, now.past + selection.kept))
     arguments |= {

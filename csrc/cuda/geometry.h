@@ -5,7 +5,7 @@
 // share of the boxes of one group of items; in a backward, one patch of one frame.
 #pragma once
 
-#include "plan.h"
+#include "sfllava/plan.h"
 
 namespace sfllava::gpu {
 
