@@ -29,7 +29,7 @@ Row = dict[str, Any]
 # The fields that batch itself writes.
 RESERVED: tuple[str, ...] = ("ok", "choice", "option", "openly", "caveat", "damage", "error", "quarantined", "attempts")
 RESERVED += ("seconds", "video_file")
-_NAMES: Row = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
+_NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _MOST_NAMED = 3  # wrong lines in an error
 _DEEPEST = 64  # nested lists and objects; deeper ones can be read here but not pickled for a worker
@@ -223,7 +223,7 @@ def _question(row: Any, repeated: Counter[Id]) -> Question:
     clash = [name for name in RESERVED if name in row]
     if clash:
         raise InputError(f"has the field {clash[0]!r}, which batch writes itself: rename it")
-    fields: Row = {_NAMES.get(name, name): value for name, value in row.items()}
+    fields: Row = {str(_NAMES.get(name, name)): value for name, value in row.items()}
     key, video, text = (fields.pop(name, None) for name in ("id", "video", "question"))
     if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
         raise InputError("has no id: give a text or a whole number")
