@@ -29,7 +29,7 @@ Row = dict[str, Any]
 # The fields that batch itself writes.
 RESERVED: tuple[str, ...] = ("ok", "choice", "option", "openly", "caveat", "damage", "error", "quarantined", "attempts")
 RESERVED += ("seconds", "video_file")
-_NAMES: Row = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
+_NAMES = {"question_id": "id", "video_name": "video", "candidates": "choices", "answer": "truth"}
 _SUFFIXES = ("", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _MOST_NAMED = 3  # wrong lines in an error
 _DEEPEST = 64  # nested lists and objects; deeper ones can be read here but not pickled for a worker

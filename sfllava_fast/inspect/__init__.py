@@ -25,25 +25,39 @@ def render(
     decoder: str = "pyav",
     kept: Sequence[int] | Pruning | None = None,
 ) -> Path:
-    """Draw what `layout` takes from a video on a `grid` of patches to `out`, a .png or .html file.
+    """Draw which frames and patches of a video a layout uses.
 
-    frames: how many to sample; fewer where the video is shorter. None, as for grid, is what the layout was published
-    with if it has a name, else 50 and 24 x 24. kept: the positions of the tokens that pruning keeps, as a model chose
-    them; or a pruning that needs no model: it is shown the patches' pixels in the place of features. Returns the path
-    written, which appears whole or not at all. Raises VideoError, LayoutError, InputError or BackendError.
+    Args:
+        video_path: A video file or a folder of frames.
+        out: A .png or .html file. It is written whole or not at all.
+        layout: A layout, or its text form or name.
+        frames: Number of frames to sample, fewer if the video is shorter (default: those of a named layout, else 50).
+        grid: Rows and columns of patches (default: those of a named layout, else 24 x 24).
+        decoder: "pyav" or "decord".
+        kept: Positions of the tokens that a model's pruning kept; or a pruning that needs no model, which is applied to
+            the patches' pixels instead of features.
+
+    Returns:
+        The path written.
+
+    Raises:
+        VideoError: The video cannot be read.
+        LayoutError: The layout cannot be parsed, or does not fit the frames or the grid.
+        InputError: `out` or `kept` cannot be used.
+        BackendError: The decoder or matplotlib is not installed.
     """
     out = Path(out)
-    writer = {".png": png, ".html": html, ".htm": html}.get(out.suffix.lower())
-    if writer is None:
+    write = {".png": png.write, ".html": html.write, ".htm": html.write}.get(out.suffix.lower())
+    if write is None:
         raise InputError(f"cannot write {out}: the picture's name must end in .png or .html")
     check_folder(out)
     report = gather(open_video(video_path, decoder), layout, frames, grid, kept)
-    _write_whole(out, lambda path: writer.write(report, path))
+    _write_whole(out, lambda path: write(report, path))
     return out
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Write to `out`, whose folder is made, so that nobody ever sees half a file."""
+    """Write to `out` atomically, and make its folder."""
     make_folder(out)
     try:
         with written_whole(out) as part:

@@ -1,6 +1,7 @@
-"""The report as one HTML page that needs nothing else.
+"""The report as one self-contained HTML page.
 
-Frames are JPEG, a few hundred KB together, where Pillow is installed; else PNG, which the standard library writes."""
+Frames are JPEG, a few hundred KB together, if Pillow is installed; else PNG, written by the standard library.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import ZEROS, PathwayView, Report, Share
+from .report import ZEROS, Kept, LayoutReport, PathwayView, Share
 
-_QUALITIES = (80, 60, 40)  # of JPEG: the first whose page is below
-_CHARACTERS = 2_000_000  # which 50 frames of a real video are with the first, by far
+_QUALITIES = (80, 60, 40)  # of JPEG; the first with a small enough page is taken
+_CHARACTERS = 2_000_000  # 50 frames of a real video are far below at quality 80
 
 Photo = Callable[[np.ndarray], str]
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: LayoutReport, path: Path) -> None:
     """Writes the report to a file."""
+    page = ""
     for quality in _QUALITIES:
         page = _draw(report, partial(_photo, quality=quality))
         if len(page) < _CHARACTERS:
@@ -32,19 +34,21 @@ def write(report: Report, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _draw(report: Report, photo: Photo) -> str:
-    """The page; photo: the text of a picture's address."""
+def _draw(report: LayoutReport, photo: Photo) -> str:
+    """The page. photo: makes the data URL of a picture."""
     rows = range(len(report.indices))
+    legend = "".join(_legend(report, view) for view in report.pathways)
+    if not all(map(report.is_read, rows)):
+        legend += '<span class="pale">read by no pathway</span>'
     return _PAGE.format(
         title=escape(report.title),
         facts=escape(report.facts),
         layout=escape(report.layout),
         source=escape(report.source),
         notes=escape(report.notes),
-        legend="".join(_legend(report, view) for view in report.pathways)
-        + '<span class="pale">read by no pathway</span>' * (not all(map(report.is_read, rows))),
+        legend=legend,
         thumbs="".join(_thumb(report, row, photo) for row in rows),
-        examples="".join((_kept if report.is_pruned else _example)(report, view, photo) for view in report.pathways),
+        examples="".join(_section(report, view, photo) for view in report.pathways),
         kind="pruned" if report.is_pruned else "examples",
         budget=escape(report.budget),
         saving=escape(report.saving),
@@ -57,21 +61,25 @@ def _draw(report: Report, photo: Photo) -> str:
     )
 
 
+def _section(report: LayoutReport, view: PathwayView, photo: Photo) -> str:
+    return _example(report, view, photo) if view.pruned is None else _kept(report, view, view.pruned, photo)
+
+
 def _fill(share: Share) -> str:
-    """A bar's colour, pale behind the part that is kept; its label is then to be read beside it."""
+    """A bar's style: pale after the part that is kept, and then without its label."""
     if share.kept == 1:
         return f"background-color:{share.colour}"
     part = f"{share.kept:.2%}"
     return f"color:#0000;background:linear-gradient(90deg,{share.colour} {part},{share.colour}40 {part})"
 
 
-def _legend(report: Report, view: PathwayView) -> str:
+def _legend(report: LayoutReport, view: PathwayView) -> str:
     kind = "bins" if view.lanes else "some" if report.picks(view) else "every"
     text = escape(f"{view.name} pathway: {view.reads}")
     return f'<span class="{kind}" style="--c:{view.colour}">{text}</span>'
 
 
-def _thumb(report: Report, row: int, photo: Photo) -> str:
+def _thumb(report: LayoutReport, row: int, photo: Photo) -> str:
     number, time = report.label(row)
     rings, number = report.rings(row), number + report.repeats(row)
     picked = bool(rings) and report.picks(rings[0])
@@ -88,37 +96,39 @@ def _thumb(report: Report, row: int, photo: Photo) -> str:
     )
 
 
-def _lanes(report: Report, row: int) -> str:
-    """The parts, under a frame, of the bins of several frames."""
+def _lanes(report: LayoutReport, row: int) -> str:
+    """The lines under a frame that mark bins of several frames."""
     parts = []
     for view in report.pathways:
         for lane in view.lanes:
-            here = [(start, stop) for start, stop in lane if start <= row < stop]
-            kinds = "bin" + " more" * any(row < stop - 1 for _, stop in here) if here else ""
-            parts.append(f'<div class="lane {kinds}" style="--c:{view.colour}"></div>')
+            stop = next((stop for start, stop in lane if start <= row < stop), None)
+            kinds = ["lane"]
+            if stop is not None:
+                kinds += ["bin", "more"] if row < stop - 1 else ["bin"]
+            parts.append(f'<div class="{" ".join(kinds)}" style="--c:{view.colour}"></div>')
     return "".join(parts)
 
 
-def _kept(report: Report, view: PathwayView, photo: Photo) -> str:
-    """Every bin of a pathway, lit where its tokens are kept."""
+def _kept(report: LayoutReport, view: PathwayView, kept: Kept, photo: Photo) -> str:
+    """Every bin of a pathway, pale outside the kept tokens."""
     tiles = "".join(
         f'<figure><div class="thumb frame"><img alt="" src="{photo(tile)}"></div>'
-        f"<figcaption>{report.name_bin(bin)} <span>{view.pruned.count(number)}</span></figcaption></figure>"
-        for number, (bin, tile) in enumerate(zip(view.bins, view.pruned.tiles))
+        f"<figcaption>{report.name_bin(bin)} <span>{kept.count(number)}</span></figcaption></figure>"
+        for number, (bin, tile) in enumerate(zip(view.bins, kept.tiles))
     )
     return (
         f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
-        f"<small>{escape(view.pruned.text)}</small></h2><div class=strip>{tiles}</div></section>"
+        f"<small>{escape(kept.text)}</small></h2><div class=strip>{tiles}</div></section>"
     )
 
 
-def _example(report: Report, view: PathwayView, photo: Photo) -> str:
+def _example(report: LayoutReport, view: PathwayView, photo: Photo) -> str:
     height, width = view.picture.shape[:2]
     ratio = f"aspect-ratio:{width}/{height}"
-    if view.kept is None:
+    if view.colours is None:
         kept, caption = '<div class="token">CLS</div>', "one token, made of no patch"
     else:
-        kept, caption = f'<img class=kept alt="" src="{_inline(view.kept)}">', "each token's mean colour"
+        kept, caption = f'<img class=kept alt="" src="{_inline(view.colours)}">', "each token's mean colour"
     return (
         f'<section style="--c:{view.colour}"><h2>{escape(view.name.capitalize())} pathway'
         f"<small>{escape(view.caption)}</small></h2><div class=pair>"
@@ -129,7 +139,7 @@ def _example(report: Report, view: PathwayView, photo: Photo) -> str:
     )
 
 
-def _outlines(report: Report, view: PathwayView) -> str:
+def _outlines(report: LayoutReport, view: PathwayView) -> str:
     rows, columns = report.plan.grid
     cells = "".join(
         f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
@@ -140,7 +150,7 @@ def _outlines(report: Report, view: PathwayView) -> str:
 
 
 def _photo(pixels: np.ndarray, quality: int) -> str:
-    """The pixels as a JPEG, which a few percent of a PNG's bytes are enough for."""
+    """The pixels as the data URL of a JPEG, a few percent of a PNG's size; of a PNG without Pillow."""
     try:
         from PIL import Image
     except ImportError:
@@ -155,9 +165,9 @@ def _inline(pixels: np.ndarray) -> str:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 RGB [H, W, 3] as a PNG file."""
+    """The bytes of a PNG file. pixels: uint8 RGB [H, W, 3]."""
     height, width = pixels.shape[:2]
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line begins with its filter, 0: none
+    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # the first byte of a line is its filter: 0, none
     lines[:, 1:] = pixels.reshape(height, -1)
 
     def chunk(kind: bytes, data: bytes) -> bytes:

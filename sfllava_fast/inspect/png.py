@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError
-from .report import PALE, ZEROS, PathwayView, Report
+from .report import PALE, ZEROS, LayoutReport, PathwayView
 
 INK, MUTED, RULE, PAPER = "#1f2430", "#6b7280", "#d5d9e0", "#ffffff"
 _WIDTH, _MARGIN, _GAP = 14.0, 0.45, 0.1
 _INNER = _WIDTH - 2 * _MARGIN
-_THICK, _THIN = 3.2, 1.2  # rings of a pathway that reads some frames, and of one that reads all
+_THICK, _THIN = 3.2, 1.2  # outlines of a pathway that uses some frames, and of one that uses all
 _LANE = 0.11
-_SHORT = 60  # characters of a layout that stands beside the title
+_SHORT = 60  # characters of a layout that is written beside the title
 _PAIR_GAP = 0.45  # between two examples
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: LayoutReport, path: Path) -> None:
     """Draws the report to a file."""
     sheet = _Sheet(_WIDTH)
     below = _draw_head(sheet, report)
     below = _draw_strip(sheet, report, below + 0.3)
-    below = (_draw_kept if report.is_pruned else _draw_examples)(sheet, report, below + 0.3)
+    draw = _draw_kept if report.is_pruned else _draw_examples
+    below = draw(sheet, report, below + 0.3)
     below = _draw_budget(sheet, report, below + 0.2)
     sheet.save(path, below + 0.3)
 
@@ -48,8 +49,8 @@ class _Sheet:
     def text(
         self, x: float, y: float, text: str, size: float = 10, colour: str = INK, within: float = _INNER, **style: Any
     ) -> float:
-        """Writes text, smaller where it is wider than `within`; returns its width."""
-        style = {"ha": "left", "va": "center", "parse_math": False} | style
+        """Writes text, smaller if it would be wider than `within`; returns its width."""
+        style = {"ha": "left", "va": "center", "parse_math": False, **style}
         drawn = self.axes.text(x, y, text, fontsize=size, color=colour, **style)
         width = self._width(drawn)
         if width > within:
@@ -57,7 +58,7 @@ class _Sheet:
         return min(width, within)
 
     def measure(self, text: str, size: float) -> float:
-        """How wide a text would be."""
+        """The width of a text."""
         drawn = self.axes.text(0, 0, text, fontsize=size, parse_math=False)
         width = self._width(drawn)
         drawn.remove()
@@ -81,7 +82,7 @@ class _Sheet:
 
     def fill(self, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1.0) -> None:
         """A filled box; zeros are hatched."""
-        style = {"hatch": "////", "edgecolor": MUTED} if colour == ZEROS else {"alpha": alpha}
+        style: dict[str, Any] = {"hatch": "////", "edgecolor": MUTED} if colour == ZEROS else {"alpha": alpha}
         self.box(x, y, width, height, facecolor=colour, fill=True, linewidth=0, **style)
 
     def boxes(self, outlines: list[tuple[float, float, float, float]], colour: str, line: float) -> None:
@@ -98,13 +99,13 @@ class _Sheet:
 
 
 class _Flow:
-    """Swatches with text, one after the other, in as many lines as they need."""
+    """Swatches with text, one after the other, in as many lines as needed."""
 
     def __init__(self, sheet: _Sheet, y: float) -> None:
         self.sheet, self.x, self.y = sheet, _MARGIN, y
 
     def add(self, text: str) -> tuple[float, float]:
-        """Writes the text and returns where its swatch goes: left edge and middle."""
+        """Writes the text and returns the left edge and the middle of its swatch."""
         width = self.sheet.measure(text, 10)
         if self.x > _MARGIN and self.x + 0.3 + width > _WIDTH - _MARGIN:
             self.x, self.y = _MARGIN, self.y + 0.26
@@ -114,16 +115,18 @@ class _Flow:
         return at, self.y
 
 
-def _draw_head(sheet: _Sheet, report: Report) -> float:
+def _draw_head(sheet: _Sheet, report: LayoutReport) -> float:
     title = sheet.text(_MARGIN, 0.42, report.title, 19, weight="bold", within=0.6 * _INNER)
     sheet.text(_MARGIN, 0.76, report.facts, 10.5, MUTED, within=0.62 * _INNER)
-    y, code = 0.76, {"family": "monospace"}
+    y = 0.76
     if len(report.layout) <= _SHORT:
-        sheet.text(_WIDTH - _MARGIN, 0.42, report.layout, 10.5, MUTED, _INNER - title - 0.3, ha="right", **code)
+        sheet.text(
+            _WIDTH - _MARGIN, 0.42, report.layout, 10.5, MUTED, _INNER - title - 0.3, ha="right", family="monospace"
+        )
         sheet.text(_WIDTH - _MARGIN, 0.76, report.source, 10.5, MUTED, 0.35 * _INNER, ha="right")
     else:
         y += 0.28
-        sheet.text(_MARGIN, y, report.layout, 10.5, MUTED, **code)
+        sheet.text(_MARGIN, y, report.layout, 10.5, MUTED, family="monospace")
     if report.notes:
         y += 0.28
         sheet.text(_MARGIN, y, report.notes, 10.5, INK)
@@ -140,11 +143,11 @@ def _draw_head(sheet: _Sheet, report: Report) -> float:
     return flow.y
 
 
-def _line(report: Report, view: PathwayView) -> float:
+def _line(report: LayoutReport, view: PathwayView) -> float:
     return _THICK if report.picks(view) else _THIN
 
 
-def _draw_strip(sheet: _Sheet, report: Report, y: float) -> float:
+def _draw_strip(sheet: _Sheet, report: LayoutReport, y: float) -> float:
     count, shape = len(report.indices), report.thumbs.shape[1] / report.thumbs.shape[2]
     per_row, thumb = _tiling(count, shape)
     lanes = [(view, lane) for view in report.pathways for lane in view.lanes]
@@ -158,19 +161,19 @@ def _draw_strip(sheet: _Sheet, report: Report, y: float) -> float:
             at = top + thumb * shape + 0.26 + number * _LANE
             for start, stop in lane:
                 if start <= row < stop:
-                    goes_on = row < stop - 1 and not is_last
-                    sheet.fill(x, at, thumb + _GAP * goes_on, 0.065, view.colour)
+                    continues = row < stop - 1 and not is_last
+                    sheet.fill(x, at, thumb + _GAP if continues else thumb, 0.065, view.colour)
     return y + math.ceil(count / per_row) * line
 
 
 def _tiling(count: int, shape: float) -> tuple[int, float]:
-    """How many pictures stand beside each other, and how wide each is; shape is their height over their width."""
+    """Pictures per row, and the width of each. shape: height over width."""
     most = min(count, max(8, math.ceil(math.sqrt(2.6 * count * shape))))
     per_row = math.ceil(count / math.ceil(count / most))
     return per_row, min((_INNER - _GAP * (per_row - 1)) / per_row, 1.9 / max(shape, 0.75))
 
 
-def _draw_thumb(sheet: _Sheet, report: Report, row: int, x: float, y: float, width: float, height: float) -> None:
+def _draw_thumb(sheet: _Sheet, report: LayoutReport, row: int, x: float, y: float, width: float, height: float) -> None:
     pixels, rings = report.thumbs[row], report.rings(row)
     if not report.is_read(row):
         pixels = (0.25 * pixels + 0.75 * PALE).astype(np.uint8)
@@ -196,9 +199,11 @@ def _draw_thumb(sheet: _Sheet, report: Report, row: int, x: float, y: float, wid
         sheet.text(x + width, y + height + 0.14, time, size, MUTED, width - used - 0.05, ha="right")
 
 
-def _draw_kept(sheet: _Sheet, report: Report, y: float) -> float:
-    """Every bin of every pathway, lit where its tokens are kept."""
-    for view in (view for view in report.pathways if view.bins):
+def _draw_kept(sheet: _Sheet, report: LayoutReport, y: float) -> float:
+    """Every bin of every pathway, pale outside the kept tokens."""
+    for view in report.pathways:
+        if view.pruned is None or not view.bins:
+            continue
         tiles = view.pruned.tiles
         shape = tiles.shape[1] / tiles.shape[2]
         per_row, width = _tiling(len(tiles), shape)
@@ -218,7 +223,7 @@ def _draw_kept(sheet: _Sheet, report: Report, y: float) -> float:
     return y
 
 
-def _draw_examples(sheet: _Sheet, report: Report, y: float) -> float:
+def _draw_examples(sheet: _Sheet, report: LayoutReport, y: float) -> float:
     views = report.pathways
     shape = views[0].picture.shape[0] / views[0].picture.shape[1]
     tile = min((_INNER - _PAIR_GAP - 0.3) / 4, (3.1 if len(views) > 1 else 4.5) / shape)
@@ -231,7 +236,7 @@ def _draw_examples(sheet: _Sheet, report: Report, y: float) -> float:
 
 
 def _draw_example(
-    sheet: _Sheet, report: Report, view: PathwayView, x: float, y: float, width: float, height: float
+    sheet: _Sheet, report: LayoutReport, view: PathwayView, x: float, y: float, width: float, height: float
 ) -> None:
     room = (_INNER - _PAIR_GAP) / 2
     heading = sheet.text(x, y, f"{view.name.capitalize()} pathway", 12.5, view.colour, room / 2, weight="bold")
@@ -241,10 +246,10 @@ def _draw_example(
     for left in (x, right):
         sheet.box(left, top, width, height, edgecolor=view.colour, linewidth=1.6)
     sheet.text(x, top + height + 0.15, report.name_example(view), 8.5, MUTED, width)
-    if view.kept is None:
+    if view.colours is None:
         _draw_class_token(sheet, view, right, top, width, height)
         return
-    sheet.image(right, top, width, height, view.kept, smooth=False)
+    sheet.image(right, top, width, height, view.colours, smooth=False)
     sheet.box(right, top, width, height, edgecolor=view.colour, linewidth=1.6)
     down, across = height / report.plan.grid[0], width / report.plan.grid[1]
     outlines = [
@@ -259,13 +264,13 @@ def _draw_example(
 def _draw_class_token(sheet: _Sheet, view: PathwayView, x: float, y: float, width: float, height: float) -> None:
     side = 0.62
     sheet.fill(x + (width - side) / 2, y + (height - side) / 2, side, side, view.colour)
-    middle = {"ha": "center", "within": width}
-    sheet.text(x + width / 2, y + height / 2, "CLS", 12, PAPER, weight="bold", **middle)
-    sheet.text(x + width / 2, y + (height + side) / 2 + 0.2, "the tower's own summary", 8.5, MUTED, **middle)
+    middle, below = x + width / 2, y + (height + side) / 2 + 0.2
+    sheet.text(middle, y + height / 2, "CLS", 12, PAPER, width, ha="center", weight="bold")
+    sheet.text(middle, below, "the tower's own summary", 8.5, MUTED, width, ha="center")
     sheet.text(x, y + height + 0.15, "one token, made of no patch", 8.5, MUTED, width)
 
 
-def _draw_budget(sheet: _Sheet, report: Report, y: float) -> float:
+def _draw_budget(sheet: _Sheet, report: LayoutReport, y: float) -> float:
     total = sheet.text(_MARGIN, y, report.budget, 12.5, weight="bold")
     sheet.text(_MARGIN + total + 0.3, y, report.saving, 9.5, MUTED)
     x, outside = _MARGIN, []

@@ -1,4 +1,4 @@
-"""What a picture of a layout shows: sampled frames and who reads them, an example of each pathway, the token budget."""
+"""The content of a layout's picture: sampled frames, the pathways that use them, examples, and the token budget."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ from ..terminal import one_line
 from ..video import Video
 from ..video.canvas import CanvasVideo
 
-# Lightness falls from one to the next, so that they differ in grey too.
+# Lightness falls from one to the next, so that they can also be told apart in grey.
 COLOURS = ("#e8590c", "#1562ab", "#4b1d6b", "#12908e", "#a61e4d")
 SEPARATORS, ZEROS = ("#7a8394", "#a9b0bc"), "#e4e7ec"
-PALE = 245  # patches that no token is made of
-_DIM = 0.22  # what is left of a picture where its token is pruned
-_SIDE = 8  # pixels a patch has where tokens are made of pixels
+PALE = 245  # grey of patches that no token covers
+_DIM = 0.22  # contrast of a picture where its token is pruned
+_SIDE = 8  # pixels of a patch's side in `pixel_tokens`
 _THUMB_PIXELS = 240  # longer edge
 _EXAMPLE_PIXELS = 720
-_CHUNK = 16  # frames decoded at a time, so that 64 frames of full HD never lie in memory at once
-_PLACES = {"row": "behind each row", "frame": "behind each frame", "between": "between frames", "end": "at the end"}
+_CHUNK = 16  # frames decoded at a time: 64 frames of full HD would take 400 MB
+_PLACES = {"row": "after each row", "frame": "after each frame", "between": "between frames", "end": "at the end"}
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right, in patches
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What pruning leaves of a pathway. tokens: bool [bins, tokens a bin]. tiles: the bins' pictures, uint8
-    [bins, h, w, 3], lit where their tokens are kept."""
+    """What pruning keeps of a pathway.
+
+    Attributes:
+        tokens: bool [bins, tokens per bin].
+        tiles: The bins' pictures, uint8 [bins, h, w, 3], pale outside the kept tokens.
+    """
 
     tokens: np.ndarray
     tiles: np.ndarray
@@ -51,16 +55,25 @@ class Kept:
         return f"{self.tokens.sum():,} of {_count(self.tokens.size, 'token')} kept"
 
     def count(self, number: int) -> str:
-        """Of one bin."""
+        """Kept tokens of one bin, as text."""
         return f"{self.tokens[number].sum()} of {self.tokens.shape[1]}"
 
 
 @dataclass(frozen=True)
 class PathwayView:
-    """A pathway: the sampled frames in each of its bins, and one bin as an example.
+    """A pathway: the sampled frames of each bin, and one bin as an example.
 
-    tokens: the patches behind each token. kept: each token's mean colour, uint8 [rows, columns, 3] on the grid of
-    patches. Both are empty, or None, for the class token, which is made of no patch. pruned: None where all are kept.
+    Attributes:
+        name: Of the pathway.
+        colour: As "#rrggbb".
+        reads: Which frames it uses, as text.
+        bins: Ranges of sampled frames.
+        example: The bin that is shown.
+        picture: Its frame, or the mean of its frames, uint8 [h, w, 3].
+        tokens: The patches of each token; empty for the class token.
+        colours: Each token's mean colour on the grid of patches, uint8 [rows, columns, 3]; None for the class token.
+        caption: How its tokens are made, as text.
+        pruned: What pruning keeps; None without pruning.
     """
 
     name: str
@@ -70,18 +83,18 @@ class PathwayView:
     example: Range
     picture: np.ndarray
     tokens: list[list[Box]]
-    kept: np.ndarray | None
+    colours: np.ndarray | None
     caption: str
     pruned: Kept | None = None
 
     @cached_property
     def alone(self) -> Counter[int]:
-        """Frames that are read by themselves, and how often."""
+        """Frames that are bins of their own, and how often."""
         return Counter(start for start, stop in self.bins if stop == start + 1)
 
     @cached_property
     def lanes(self) -> list[list[Range]]:
-        """The bins of several frames, in as few lanes as keep overlapping ones apart."""
+        """The bins of several frames, in as few lanes as possible without overlaps."""
         lanes: list[list[Range]] = []
         for start, stop in dict.fromkeys(bin for bin in self.bins if bin[1] > bin[0] + 1):
             lane = next((lane for lane in lanes if lane[-1][1] <= start), None)
@@ -92,7 +105,7 @@ class PathwayView:
 
 
 class Share(NamedTuple):
-    """A part of the token budget. kept: how much of it pruning leaves, 0 to 1."""
+    """A part of the token budget; `share` is of all tokens, `kept` the share of its own that pruning keeps."""
 
     label: str
     tokens: int
@@ -102,8 +115,18 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that the picture shows."""
+class LayoutReport:
+    """Everything that the picture shows.
+
+    Attributes:
+        title, facts, layout, source, notes: Text.
+        indices: Of the sampled frames, in the video.
+        times: Of the sampled frames in seconds, if the video has time stamps.
+        thumbs: The sampled frames, uint8 [n, h, w, 3].
+        plan: The layout's, for these frames.
+        pathways: In the order of the plan.
+        stays: Which tokens pruning keeps, bool [total].
+    """
 
     title: str
     facts: str
@@ -115,7 +138,7 @@ class Report:
     thumbs: np.ndarray
     plan: Plan
     pathways: list[PathwayView]
-    stays: np.ndarray  # bool [total]: which tokens pruning keeps
+    stays: np.ndarray
 
     @property
     def total(self) -> int:
@@ -127,10 +150,14 @@ class Report:
 
     @property
     def budget(self) -> str:
-        return f"{self.stays.sum():,} of " * self.is_pruned + f"{self.total:,} video tokens"
+        """Number of tokens, as text."""
+        if self.is_pruned:
+            return f"{self.stays.sum():,} of {self.total:,} video tokens"
+        return f"{self.total:,} video tokens"
 
     @property
     def saving(self) -> str:
+        """Tokens as a share of the patches, as text."""
         patches = sum(self.plan.lengths) * self.plan.grid[0] * self.plan.grid[1]
         pictures = "frame" if sum(self.plan.lengths) == len(self.indices) else "composed picture"
         share = self.stays.sum() / patches
@@ -146,7 +173,7 @@ class Report:
         return f"#{first}" if bin[1] == bin[0] + 1 else f"#{first} to #{last}"
 
     def name_example(self, view: PathwayView) -> str:
-        """The frames of a pathway's example."""
+        """The frames of a pathway's example, as text."""
         start, stop = view.example
         if stop == start + 1:
             return "frame " + "  ".join(self.label(start)).rstrip()
@@ -154,24 +181,25 @@ class Report:
         return f"{how} frames {self.name_bin(view.example)}"
 
     def rings(self, row: int) -> list[PathwayView]:
-        """Who marks a frame: of the pathways that read it by itself, those that pick frames, or else all."""
+        """The pathways that outline a frame: of those with a bin of this frame alone, the ones that pick frames."""
         readers = [view for view in self.pathways if row in view.alone]
         return [view for view in readers if self.picks(view)] or readers
 
     def picks(self, view: PathwayView) -> bool:
-        """Whether a pathway reads some frames and not others."""
+        """Whether a pathway uses only some of the frames."""
         return len(view.alone) < len(self.indices)
 
     def repeats(self, row: int) -> str:
-        """How often a frame is read where that is more than once."""
+        """How often a frame is used, as text; empty for once."""
         times = max((view.alone[row] for view in self.pathways), default=0)
         return f" \u00d7{times}" if times > 1 else ""
 
     def is_read(self, row: int) -> bool:
+        """Whether any pathway uses a frame."""
         return any(start <= row < stop for view in self.pathways for start, stop in view.bins)
 
     def shares(self) -> list[Share]:
-        """The budget: by pathway, then separators, then zeros. Tokens add up to `total`."""
+        """The budget: pathways, separators, zeros. Their tokens add up to `total`."""
         parts = []
         for view, index in zip(self.pathways, places(self.plan)):
             parts.append((view.name, index.flatten().tolist(), view.colour))
@@ -183,8 +211,8 @@ class Report:
 
     def _share(self, name: str, rows: list[int], colour: str) -> Share:
         tokens, kept, share = len(rows), int(self.stays[rows].sum()), len(rows) / self.total
-        of = f"{kept:,} of " * self.is_pruned
-        return Share(f"{name} {of}{tokens:,} ({_percent(share)})", tokens, share, colour, kept / tokens)
+        count = f"{kept:,} of {tokens:,}" if self.is_pruned else f"{tokens:,}"
+        return Share(f"{name} {count} ({_percent(share)})", tokens, share, colour, kept / tokens)
 
 
 def gather(
@@ -193,12 +221,23 @@ def gather(
     frames: int | None = None,
     grid: tuple[int, int] | None = None,
     kept: Sequence[int] | Pruning | None = None,
-) -> Report:
-    """Sample the video and lay it out; frames, grid and kept as in `render`."""
+) -> LayoutReport:
+    """Sample a video and collect what its picture shows.
+
+    Args:
+        video: The video.
+        layout, frames, grid, kept: As in `render`.
+
+    Raises:
+        VideoError: A frame cannot be decoded.
+        LayoutError: The layout does not fit the frames or the grid.
+        InputError: `kept` are not positions of tokens.
+    """
     parsed, own_frames = choose_layout(layout, None)
     grid, preset = grid or parsed.grid or DEFAULT_GRID, find_preset(parsed.name)
     indices = sample_frames(video.total, frames or own_frames)
-    pictures, numbers, each = video, indices, 1
+    pictures: Video = video
+    numbers, each = indices, 1
     if parsed.canvas:
         pictures, each = CanvasVideo(video, indices, *parsed.canvas), parsed.canvas[0] * parsed.canvas[1]
         numbers = list(range(pictures.total))
@@ -227,18 +266,18 @@ def gather(
             PathwayView(
                 name=tables.pathway.name,
                 colour=colour,
-                reads=_say_reads(bins, len(indices), "picture" if parsed.canvas else "bin"),
+                reads=_read_frames(bins, len(indices), "picture" if parsed.canvas else "bin"),
                 bins=bins,
                 example=_scale(example, each, len(indices)),
                 picture=_shrink(picture, _EXAMPLE_PIXELS)[0],
                 tokens=tokens,
-                kept=_keep(picture, tokens, tables, grid) if tokens else None,
+                colours=_token_colours(picture, tokens, tables, grid) if tokens else None,
                 caption=_describe(tables, plan, "picture" if parsed.canvas else "frame"),
-                pruned=None if kept is None else _light(tables, tokens, stays[index.numpy()], small, grid),
+                pruned=None if kept is None else _dim_pruned(tables, tokens, stays[index.numpy()], small, grid),
             )
         )
-    return Report(
-        title=one_line(video.path.name or str(video.path)),  # matplotlib and UTF-8 take no bytes of another encoding
+    return LayoutReport(
+        title=one_line(video.path.name or str(video.path)),  # matplotlib refuses undecodable bytes of a name
         facts="  \u00b7  ".join(facts),
         layout=parsed.name or str(parsed),
         source=preset.source if preset else "",
@@ -253,7 +292,16 @@ def gather(
 
 
 def pixel_tokens(video: Video, indices: list[int], plan: Plan) -> torch.Tensor:
-    """Tokens [S, D] of the plan, made of pixels where a model would make them of features: no model is needed."""
+    """Tokens pooled from pixels instead of features, so that pruning can be shown without a model.
+
+    Args:
+        video: The video.
+        indices: Of the frames.
+        plan: The layout's, for these frames.
+
+    Returns:
+        float32 [S, 3 * 8 * 8].
+    """
     rows, columns = plan.grid
     parts = []
     for frames in _in_chunks(video, indices):
@@ -275,14 +323,14 @@ def _stays(kept: Sequence[int] | None, plan: Plan) -> np.ndarray:
     return stays
 
 
-def _light(
+def _dim_pruned(
     tables: PathwayTables, tokens: list[list[Box]], stays: np.ndarray, small: np.ndarray, grid: tuple[int, int]
 ) -> Kept:
-    """A pathway's bins, dimmed but for what tokens are made of that stay, bool [bins, tokens]."""
+    """A pathway's bins, pale outside the tokens that stay. stays: bool [bins, tokens]."""
     height, width = small.shape[1:3]
     rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
     tiles = np.empty((len(stays), height, width, 3), np.uint8)
-    tokens = tokens or [[(0, grid[0], 0, grid[1])]]  # a class token is about the whole frame
+    tokens = tokens or [[(0, grid[0], 0, grid[1])]]  # a class token stands for the whole frame
     for tile, (start, stop), of_bin in zip(tiles, tables.frames[0], stays):
         lit = np.zeros(grid, bool)
         for boxes in (tokens[number] for number in np.flatnonzero(of_bin)):
@@ -294,14 +342,14 @@ def _light(
 
 
 def _colours(plan: Plan) -> list[str]:
-    """A colour for each pathway: the first for slow, the second for fast wherever they are alone."""
+    """A colour for each pathway; slow and fast have the same ones in every layout."""
     names = [tables.pathway.name for tables in plan.pathways]
     first = 1 if names == ["fast"] else 0
     return [COLOURS[(first + i) % len(COLOURS)] for i in range(len(names))]
 
 
 def _notes(layout: Layout, plan: Plan) -> Iterator[str]:
-    """What the frames and boxes do not show."""
+    """Properties of the layout that the frames and boxes do not show."""
     if layout.interleaved:
         yield "tokens of all pathways frame by frame"
     for separator in layout.separators:
@@ -322,7 +370,7 @@ def _in_chunks(video: Video, indices: list[int]) -> Iterator[torch.Tensor]:
 
 def _mean(video: Video, indices: list[int]) -> torch.Tensor:
     """The mean of some frames, uint8 [1, H, W, 3]."""
-    total = sum(part.sum(0, dtype=torch.int64) for part in _in_chunks(video, indices))
+    total = torch.stack([part.sum(0, dtype=torch.int64) for part in _in_chunks(video, indices)]).sum(0)
     return (total / len(indices)).round().to(torch.uint8)[None]
 
 
@@ -332,7 +380,7 @@ def _scale(bin: Range, each: int, most: int) -> Range:
 
 
 def _example(tables: PathwayTables, plan: Plan) -> Range:
-    """The middle one of a pathway's frame bins, if it has any of those that no other pathway has."""
+    """The middle one of a pathway's frame bins, preferably of those that no other pathway has."""
     bins = dict.fromkeys(tables.frames[0])
     others = {bin for path in plan.pathways if path is not tables for bin in path.frames[0]}
     own = [bin for bin in bins if bin not in others] or list(bins)
@@ -340,7 +388,7 @@ def _example(tables: PathwayTables, plan: Plan) -> Range:
 
 
 def token_boxes(tables: PathwayTables, grid: tuple[int, int]) -> list[list[Box]]:
-    """The patches that each token of one frame is made of: one box, or one in each row that it straddles."""
+    """The patches of each token of one frame: one box, or one in each row if a 1-D pool crosses rows."""
     width = grid[1]
     if tables.shape == tuple(grid):
         return [[(*rows, *cols)] for rows in tables.rows for cols in tables.cols]
@@ -353,10 +401,12 @@ def _fold(start: int, stop: int, width: int) -> list[Box]:
     return [(y, y + 1, max(start - y * width, 0), min(stop - y * width, width)) for y in rows]
 
 
-def _keep(frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, grid: tuple[int, int]) -> np.ndarray:
+def _token_colours(
+    frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, grid: tuple[int, int]
+) -> np.ndarray:
     """Mean colour of each token on the grid of patches; patches that no token covers stay pale."""
     patches = F.adaptive_avg_pool2d(frame.permute(0, 3, 1, 2).float(), grid).flatten(2).transpose(1, 2)
-    # The pathway's own pooling, weights between linear bins included, of one frame and as a mean.
+    # The pathway's own pooling of one frame, as a mean; the weights of linear bins are included.
     mean = replace(tables.pathway, reduce="mean")
     one = replace(tables, pathway=mean, frames=(((0, 1),),), first_patch=0, separators=0)
     colours = aggregate(patches, Plan((1,), grid, (one,))).numpy()
@@ -368,8 +418,8 @@ def _keep(frame: torch.Tensor, tokens: list[list[Box]], tables: PathwayTables, g
     return np.where(count > 0, total / np.maximum(count, 1), PALE).round().astype(np.uint8)
 
 
-def _say_reads(bins: list[Range], frames: int, what: str) -> str:
-    """Which frames a pathway reads, for the legend."""
+def _read_frames(bins: list[Range], frames: int, what: str) -> str:
+    """Which frames a pathway uses, for the legend."""
     sizes, read = {stop - start for start, stop in bins}, {row for bin in bins for row in range(*bin)}
     if not bins:
         return "no frame"
@@ -381,7 +431,7 @@ def _say_reads(bins: list[Range], frames: int, what: str) -> str:
 
 
 def _describe(tables: PathwayTables, plan: Plan, alone: str) -> str:
-    """What tokens are made of; `alone` is what a frame bin of one is."""
+    """How tokens are made. alone: the name of a bin of one frame."""
     each, bins = tables.tokens_per_frame, tables.frames[0]
     sizes = {stop - start for start, stop in bins} or {1}
     what, over = (alone, "") if sizes == {1} else ("bin", f" of {_span(sizes)} {alone}s")
@@ -412,7 +462,7 @@ def _shrink(frames: torch.Tensor, longer: int) -> np.ndarray:
 
 
 def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _percent(share: float) -> str:

@@ -83,11 +83,11 @@ def test_report_holds_the_plan(clip):
     assert (slow.example, fast.example) == ((5, 6), (6, 7))
     assert (len(slow.tokens), len(fast.tokens)) == (32, 4)
     # The token's colour is the frame's, in its own half.
-    assert set(fast.kept[:, :4].ravel()) == {70} and set(fast.kept[:, 4:].ravel()) == {140}
+    assert set(fast.colours[:, :4].ravel()) == {70} and set(fast.colours[:, 4:].ravel()) == {140}
 
 
 def test_patches_that_no_token_covers_stay_pale(clip):
-    kept = gather(open_video(clip), "slowfast-slow_2frms_spatial_2d_max_pool", 4, (5, 7)).pathways[0].kept
+    kept = gather(open_video(clip), "slowfast-slow_2frms_spatial_2d_max_pool", 4, (5, 7)).pathways[0].colours
     assert (kept[4] == PALE).all() and (kept[:, 6] == PALE).all() and (kept[:4, :6] != PALE).all()
 
 
@@ -99,7 +99,7 @@ def test_bins_of_several_frames_are_lanes_and_their_example_is_a_mean(clip):
     report = gather(open_video(clip), "all:adaptive1,adaptive1,adaptive2,max", 10, GRID)
     (view,) = report.pathways
     # Frames 1, 3, ... 18 are 10 * number + 20 on the right: 115 of them in the mean.
-    assert set(view.kept[:, 4:].ravel()) == {115} and report.name_example(view) == "mean of frames #1 to #18"
+    assert set(view.colours[:, 4:].ravel()) == {115} and report.name_example(view) == "mean of frames #1 to #18"
     assert view.reads == "all frames together"
 
 
@@ -125,7 +125,7 @@ def test_linear_bins_weigh_their_patches(tmp_path):
     ramp = np.array([0, 40, 80, 120, 160, 200], float)
     patches = [(ramp[i * 6 // 5 : -(-(i + 1) * 6 // 5)]).mean() for i in range(5)]
     want = np.interp([1 / 3, 2, 11 / 3], range(5), patches)
-    got = [view.kept[0, boxes[0][2], 0] for boxes in view.tokens]
+    got = [view.colours[0, boxes[0][2], 0] for boxes in view.tokens]
     assert [boxes[0][2:] for boxes in view.tokens] == [(0, 2), (2, 3), (3, 5)]
     assert np.abs(np.array(got) - want).max() <= 0.51
 
@@ -133,7 +133,7 @@ def test_linear_bins_weigh_their_patches(tmp_path):
 def test_class_token_is_made_of_no_patch(clip):
     report = gather(open_video(clip), "videollm_online-interval", 5, GRID)
     token, pool = report.pathways
-    assert token.tokens == [] and token.kept is None and token.caption == "5 frames \u00d7 1 token (the class token)"
+    assert token.tokens == [] and token.colours is None and token.caption == "5 frames \u00d7 1 token (the class token)"
     assert len(pool.tokens) == 9
     assert [view.name for view in report.rings(2)] == ["class", "pool"]
     said = "tokens of all pathways frame by frame", "interval between frames", "pooled before the projector"
