@@ -19,7 +19,7 @@ processor = AutoProcessor.from_pretrained(checkpoint)
 print("stock model:", type(model).__name__)
 
 with patch_transformers(model, processor):  # without `with`: patch = patch_transformers(...), then patch.undo()
-    # The checkpoint's own prompt; the video stands at the placeholder of the image.
+    # The checkpoint's own prompt; the video takes the place of the image.
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     prompt = prompt.removeprefix(processor.tokenizer.bos_token or "").replace("<image>", "<video>")
