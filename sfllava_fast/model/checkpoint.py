@@ -132,25 +132,25 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     found = (config.get("architectures") or [CLASSES.get(model_type, model_type)])[0]
-    if not original_llava.is_original(config) and (found is None or found != CLASSES.get(model_type)):
+    if not original_llava.is_original(config) and found != CLASSES.get(model_type):
         readable = ", ".join([*CLASSES.values(), *original_llava.ARCHITECTURES])
-        raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
+        raise CheckpointError(f"{path} is a {found}: only {readable} can be read")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{path} is quantized, which is not served: take the checkpoint that it was made from")
+        raise CheckpointError(f"{path} is quantized, which is not supported: take the checkpoint that it was made from")
     options = config.get("sfllava_fast")
     if options is not None and not isinstance(options, dict):
         raise ValueError("its entry sfllava_fast is no object")
     for name, value in (options or {}).items():
-        kind = int if name == "frames" else str
-        if name in _OPTIONS and (not isinstance(value, kind) or (name == "frames" and value < 1)):
+        right = isinstance(value, int) and value > 0 if name == "frames" else isinstance(value, str)
+        if name in _OPTIONS and not right:
             raise ValueError(f"its entry sfllava_fast has {name} {value!r}")
 
 
 def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """What config.json says, as the config of the stock model. CheckpointError for a tower or a language model of a kind
-    that is not served, or of more layers than any has, whatever it calls them."""
+    """The config of the stock model, from config.json. Raises CheckpointError for an unsupported tower or language model,
+    and for more layers than any model has, under whatever name."""
     if original_llava.is_original(raw):
         return original_llava.stock_config(path, raw)
     from transformers import AutoConfig
@@ -165,8 +165,8 @@ def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             )
         if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text.get_text_config() is not text:
             raise CheckpointError(
-                f"{path} has the language model {text.model_type}, which is no decoder alone: use vicuna, mistral, Yi or "
-                "Qwen2"
+                f"{path} has the language model {text.model_type}, which is no decoder alone: use vicuna, mistral, Yi "
+                "or Qwen2"
             )
         for part in (tower, text):
             check_sizes(path / "config.json", {name: getattr(part, name) for name in _SIZES})
@@ -269,7 +269,7 @@ def cut_tower(tower: torch.nn.Module, depth: int) -> None:
     core.post_layernorm = torch.nn.Identity()
 
 
-def _core(tower: torch.nn.Module) -> torch.nn.Module:
+def _core(tower: torch.nn.Module) -> Any:
     # transformers 5.0 keeps the level .vision_model that later releases drop.
     return getattr(tower, "vision_model", tower)
 

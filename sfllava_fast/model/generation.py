@@ -187,6 +187,7 @@ class LanguageModel:
 
     def _run_masked(self, cache: KvCache, embeds: Tensor) -> Tensor:
         """Rows at `cache.positions`, each of which sees itself up to there and no more."""
+        assert cache.positions is not None  # the caller has set them
         queries = cache.positions[:, None] + torch.arange(embeds.shape[1], device=self.device)
         columns = torch.arange(cache.skipped[0], cache.stop, device=self.device)  # a video is in sight of all behind it
         seen = columns <= queries[..., None]
@@ -226,14 +227,15 @@ class StaticStep:
     """One more token for every row, with all state in tensors that stay where they are: a CUDA graph on a GPU.
 
     Launching a model's kernels one by one takes the host several times as long as a GPU takes to run them. The first
-    call runs as it is, which is the warm-up that a capture needs; the second is captured.
+    call runs without a graph, which is the warm-up that a capture needs; the second call is captured.
     """
 
     def __init__(self, model: LanguageModel, cache: KvCache) -> None:
         self.model, self.cache = model, cache
         self.ids = torch.zeros(cache.rows, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.ids)
-        self.captures, self.warm, self.graph = model.device.type == "cuda", False, None
+        self.captures, self.warm = model.device.type == "cuda", False
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, ids: Tensor, lengths: Sequence[int]) -> None:
         """Begin with token ids [rows] that follow so many tokens of each row."""
@@ -264,7 +266,9 @@ class StaticStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except RuntimeError as error:
-            log.warning("the decode step cannot be captured in a CUDA graph (%s): going on without", first_line(error))
+            log.warning(
+                "the decode step cannot be captured in a CUDA graph (%s): it runs without one", first_line(error)
+            )
             self.captures = False
             return
         self.graph = graph

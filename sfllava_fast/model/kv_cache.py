@@ -73,7 +73,9 @@ class KvCache(Cache):
             mine[..., start : start + other.length - stop, :] = theirs[..., stop : other.length, :]
         self.length = other.length
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(  # type: ignore[override]  # the names of the states differ by release
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, n, width] into a layer and return all that its queries may see."""
         written = self.buffers[layer_idx]
         start = self.get_seq_length(layer_idx)

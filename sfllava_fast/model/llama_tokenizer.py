@@ -7,7 +7,7 @@ that the model defines, and the "legacy" rule for text behind a special token.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
@@ -24,8 +24,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
     legacy: every stretch of text between special tokens begins with a space of the model's; else the text does.
     """
 
-    vocab_files_names = {"vocab_file": MODEL}
-    model_input_names = ["input_ids", "attention_mask"]
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": MODEL}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
@@ -60,7 +60,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
         """The text of tokens, without the space that encoding put before it."""
         if tokens and tokens[0].startswith(_SPACE):
             tokens = [tokens[0][1:], *tokens[1:]]
-        added, text, stretch = self.added_tokens_encoder, "", []
+        added, text = self.added_tokens_encoder, ""
+        stretch: list[str] = []
         for token in tokens:
             if token in added:
                 text, stretch = text + self.pieces.decode(stretch) + token, []
@@ -68,7 +69,7 @@ class LlamaTokenizer(PreTrainedTokenizer):
                 stretch.append(token)
         return text + self.pieces.decode(stretch)
 
-    def tokenize(self, text: str, **settings: Any) -> list[str]:
+    def tokenize(self, text: str, **settings: Any) -> list[str]:  # type: ignore[override]  # as its slow tokenizers
         """The tokens of a text."""
         if self.legacy or not text:
             return super().tokenize(text, **settings)

@@ -153,7 +153,7 @@ def tensors(path: Path, config: dict[str, Any]) -> list[StoredTensor]:
     return stored + [tensor for tensor in clip if not _CLIP_TEXT.match(tensor.key)]
 
 
-def _tower_folder(path: Path, config: dict[str, Any], weights: bool = False) -> Path | None:
+def _tower_folder(path: Path, config: dict[str, Any], weights: bool = False) -> Any:
     """The directory of the CLIP checkpoint that the config names: beside the checkpoint, here, or the hub's.
 
     None where it is the published one, is in neither place, and its weights are not asked for: its config is known.

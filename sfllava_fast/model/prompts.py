@@ -214,11 +214,11 @@ def pick_option(text: str, choices: Sequence[Any], published: bool = False) -> i
     choice, whatever its letters (`same_choice`).
     """
     text = text.strip()
-    letters = string.ascii_uppercase[: max(len(choices), _PUBLISHED_OPTIONS * published)]
+    letters = string.ascii_uppercase[: max(len(choices), _PUBLISHED_OPTIONS) if published else len(choices)]
     first = letters.find(text[:1].upper()) if text else -1
-    if not published and not (first >= 0 and len(_bare(text)) == 1):
-        if (same := same_choice(text, choices)) is not None:
-            return same
+    is_letter = first >= 0 and len(_bare(text)) == 1
+    if not published and not is_letter and (same := same_choice(text, choices)) is not None:
+        return same
     rest = text[text.index("answer is") :] if "answer is " in text else text
     marked = (i for i, letter in enumerate(letters) if re.search(f"{letter}[:)]", rest))
     option = next(marked, first)
@@ -237,7 +237,7 @@ def same_choice(text: str, choices: Sequence[Any]) -> int | None:
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`“”‘’«»()[]")
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`“”‘’«»()[]")  # noqa: RUF001  # quotes of any language
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -281,7 +281,8 @@ def _render(
             ) from None
         except Exception:  # whatever a template raises on content it does not know
             continue
-        if text.count(MARKER) == 1 and all(part.strip() in text for part in (*words, *answers)):
+        parts = [part.strip() for part in (*words, *answers)]
+        if isinstance(text, str) and text.count(MARKER) == 1 and all(part in text for part in parts):
             return text
     raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")
 

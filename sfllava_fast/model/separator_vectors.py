@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layouts.pathways import Separator
@@ -53,11 +53,12 @@ def _find(name: str, checkpoint: Checkpoint, given: Tensor | None) -> Tensor:
 
 
 def _embed(text: str, name: str, checkpoint: Checkpoint) -> Tensor:
-    """The embedding of a text's last token; the mean of all where the tokenizer cannot spell it."""
-    tokenizer, embeddings = checkpoint.tokenizer, checkpoint.model.get_input_embeddings().weight
+    """The embedding of a text's last token; the mean of all embeddings if the tokenizer does not have it."""
+    tokenizer = checkpoint.tokenizer
+    embeddings = cast(nn.Embedding, checkpoint.model.get_input_embeddings()).weight
     ids = tokenizer(text, add_special_tokens=False).input_ids
     spelled = bool(ids) and ids[-1] != tokenizer.unk_token_id
     if not spelled or name not in _TEXTS:
         stand_in = f"the embedding of {text!r}" if spelled else "the mean of its embeddings"
-        log.warning("this checkpoint has no vector of its own for the separator %s: %s stands for it", name, stand_in)
+        log.warning("this checkpoint has no vector of its own for the separator %s: %s is used", name, stand_in)
     return embeddings[ids[-1]] if spelled else embeddings.mean(0)

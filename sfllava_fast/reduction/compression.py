@@ -106,8 +106,8 @@ def _by_row(spans: Sequence[Any]) -> Sequence[Sequence[Any]]:
     return [spans] if all(isinstance(span, tuple) for span in spans) else spans
 
 
-def _checked(spans: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
-    spans, free = [Span(*span) for span in spans], 0
+def _checked(triples: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
+    spans, free = [Span(*triple) for triple in triples], 0
     for span in spans:
         if not free <= span.start < span.stop or span.end > length:
             raise InputError(f"{span} is empty, or overlaps the one before, or is not within {length} tokens")
@@ -178,7 +178,7 @@ class Compression(nn.Module):
         Raises InputError, with the model as it was, where its embeddings have another width, or it lacks a weight of
         that name and shape.
         """
-        embedding = model.get_input_embeddings()
+        embedding: Any = model.get_input_embeddings()
         if self.tokens.shape[1] != embedding.weight.shape[1]:
             wide = f"{self.tokens.shape[1]} wide, the model's embeddings {embedding.weight.shape[1]}"
             raise InputError(f"the compression tokens are {wide}: train them with this model")

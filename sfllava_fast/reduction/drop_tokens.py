@@ -22,6 +22,7 @@ class GappedLayer(DynamicLayer):
         vars(self).update(vars(layer))  # whatever this release of transformers keeps there
         before = getattr(layer, "dropped", 0)
         first, last = start - before, stop - before
+        assert layer.keys is not None and layer.values is not None  # the caller has checked the length
         # Copies: slices would keep the memory.
         self.keys, self.values = (
             torch.cat([rows[..., :first, :], rows[..., last:, :]], dim=-2) for rows in (layer.keys, layer.values)
@@ -56,4 +57,5 @@ def drop_tokens(cache: DynamicCache, start: int, stop: int) -> None:
     length, first = cache.get_seq_length(), max((getattr(layer, "gap_end", 0) for layer in cache.layers), default=0)
     if not first <= start < stop <= length:
         raise InputError(f"tokens [{start}, {stop}) cannot be dropped: the cache has [{first}, {length}) to drop from")
-    cache.layers[:] = [GappedLayer(layer, start, stop) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    layers[:] = [GappedLayer(layer, start, stop) for layer in layers]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Pruning:
         try:
             below = float(amount.removeprefix("below")) if amount.startswith("below") else None
             keep = None if below is not None else float(amount) if "." in amount else int(amount)
-            numbers = {name: int(number) for name, number in (setting.split("=") for setting in settings)}
+            numbers: dict[str, Any] = {name: int(number) for name, number in (pair.split("=") for pair in settings)}
             return cls(keep, scorer or "similarity", below, **numbers)
         except InputError:
             raise
@@ -117,7 +117,7 @@ class Pruning:
         self,
         tokens: Tensor,
         plan: Plan,
-        decoder: nn.Module | None = None,
+        decoder: Any | None = None,
         before: Tensor | None = None,
         question: Tensor | None = None,
     ) -> Tensor:
@@ -143,7 +143,7 @@ class Pruning:
         self,
         tokens: Tensor,
         plan: Plan,
-        decoder: nn.Module | None = None,
+        decoder: Any | None = None,
         before: Tensor | None = None,
         question: Tensor | None = None,
     ) -> Tensor:
@@ -156,9 +156,7 @@ class Pruning:
             scores = novelty(tokens, plan) if self.scorer == "similarity" else tokens.float().norm(dim=-1)
         return check_scores(scores, tokens).float()
 
-    def _received(
-        self, tokens: Tensor, decoder: nn.Module | None, before: Tensor | None, question: Tensor | None
-    ) -> Tensor:
+    def _received(self, tokens: Tensor, decoder: Any | None, before: Tensor | None, question: Tensor | None) -> Tensor:
         if decoder is None or (self.needs_question and question is None):
             asked = " and a question" * self.needs_question
             raise InputError(f"pruning by {self.scorer} needs the language model{asked}")
@@ -216,7 +214,7 @@ def novelty(tokens: Tensor, plan: Plan) -> Tensor:
     return scores
 
 
-def places(plan: Plan, device: torch.device | None = None) -> list[Tensor]:
+def places(plan: Plan, device: torch.device | str = "cpu") -> list[Tensor]:
     """Each pathway's tokens by frame and place, int64 [frames, places]: a column is one place as time goes on."""
     rows = token_rows(plan, device)
     return [of_path.view(-1, path.tokens_per_frame) for of_path, path in zip(rows, plan.pathways)]
@@ -246,12 +244,13 @@ class _Reached(Exception):
     """Raised out of a forward pass at the layer whose input is wanted."""
 
 
-def layer_input(decoder: nn.Module, embeds: Tensor, start: int, stop: int, number: int) -> LayerInput:
+def layer_input(decoder: Any, embeds: Tensor, start: int, stop: int, number: int) -> LayerInput:
     """What enters decoder layer `number` for embeds [B, S, D], whose vision tokens are [start, stop); the layers before
     it are run, with whatever attention the model has."""
     if number not in range(len(decoder.layers)):
         raise InputError(f"layer={number}, and the language model has {len(decoder.layers)}: 0 is the first")
-    layer, seen = decoder.layers[number], {}
+    layer = decoder.layers[number]
+    seen: dict[str, Any] = {}
 
     def stop_here(module: nn.Module, positional: tuple, arguments: dict) -> None:
         seen.update(arguments, hidden=positional[0] if positional else arguments["hidden_states"])

@@ -27,7 +27,7 @@ class LayerInput:
     hidden: Tensor
     start: int
     stop: int
-    layer: nn.Module
+    layer: Any  # of a transformers decoder: its attributes differ by model
     arguments: dict[str, Any]
 
     @property
@@ -145,9 +145,9 @@ def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
     return queries, rotate(keys, keys, cos, sin)[0]
 
 
-def _heads(projected: Tensor, attention: nn.Module, norm: str) -> Tensor:
+def _heads(projected: Tensor, attention: Any, norm_name: str) -> Tensor:
     """[B, n, heads * d] as [B, heads, n, d], normed where the model does: each head, or all of them as one."""
-    norm = getattr(attention, norm, None)
+    norm = getattr(attention, norm_name, None)
     if norm is not None and norm.weight.numel() == projected.shape[-1]:
         projected, norm = norm(projected), None
     heads = projected.unflatten(-1, (-1, attention.head_dim))

@@ -16,7 +16,7 @@ _NEEDED = {"position_embeddings", "attention_mask"}
 _OTHERS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "kwargs"}
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: Any) -> Any:
     """The Llama-like decoder of a transformers model. PatchError where it has none whose layers are known."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
@@ -29,7 +29,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def _obstacle(layer: nn.Module) -> str | None:
+def _obstacle(layer: Any) -> str | None:
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     if not hasattr(layer, "self_attn"):
         return "has no self_attn"
@@ -43,13 +43,13 @@ def _obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def measured_layers(decoder: nn.Module) -> set[int]:
+def measured_layers(decoder: Any) -> set[int]:
     """The layers by which transformers measures a cache, the first of each kind of attention: they hold every token."""
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"]
     return {0} | {kinds.index(kind) for kind in kinds}
 
 
-def check_layers(decoder: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
+def check_layers(decoder: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The layers to be mixed, ascending; None: every other one, from the second on. InputError for what cannot be."""
     count, measured = len(decoder.layers), measured_layers(decoder)
     if layers is None:
@@ -63,7 +63,7 @@ def check_layers(decoder: nn.Module, layers: Sequence[int] | None) -> tuple[int,
     return tuple(sorted(layers))
 
 
-def check_pass(decoder: nn.Module, layers: Sequence[int], arguments: dict[str, Any], end: int) -> None:
+def check_pass(decoder: Any, layers: Sequence[int], arguments: dict[str, Any], end: int) -> None:
     """InputError, before anything is computed, where a forward pass up to token `end` cannot leave tokens out."""
     attention, cache = decoder.config._attn_implementation, cache_in(arguments)
     if attention == "flex_attention":
@@ -81,7 +81,7 @@ def check_pass(decoder: nn.Module, layers: Sequence[int], arguments: dict[str, A
         )
 
 
-def _window(decoder: nn.Module) -> int | None:
+def _window(decoder: Any) -> int | None:
     """The window of a decoder all of whose layers slide, as Mistral's, which its attention reads from the config."""
     kinds = getattr(decoder.config, "layer_types", None)
     return None if kinds else getattr(decoder.config, "sliding_window", None)

@@ -75,6 +75,7 @@ def run_on_selection(
 ) -> Tensor:
     """A layer on the text and the selected tokens of a pass; the others pass unchanged. hidden: [B, S, D]."""
     selection = now.selection
+    assert selection is not None  # the caller has made it
     start, stop, total = now.token_offsets[0], now.token_offsets[-1], hidden.shape[1]
     before, behind = (torch.arange(*ends, device=hidden.device) for ends in ((0, start), (stop, total)))
     rows = len(hidden)

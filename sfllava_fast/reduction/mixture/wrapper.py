@@ -202,6 +202,7 @@ class MixtureOfDepths(nn.Module):
         hidden, number, now = arguments.pop("hidden_states"), forward.number, self._current(arguments)
         if now is None:
             return forward.plain(hidden, **arguments)
+        assert number is not None  # of a layer's forward
         ratio = self.ratios.get(number, self.ratios[self.layers[0]])  # one for all where another layer selects
         if now.token_offsets and (ratio < 1 or self.weighted):
             if str(number) in self.scorers:
@@ -225,7 +226,7 @@ class MixtureOfDepths(nn.Module):
 class _Forward:
     """What a module's `forward` is replaced by. An object, so that a copy of the model calls the copy's own."""
 
-    def __init__(self, owner: nn.Module, run: Callable[..., Any], number: int | None = None) -> None:
+    def __init__(self, owner: Any, run: Callable[..., Any], number: int | None = None) -> None:
         self.owner, self.run, self.number = owner, run, number
         self.own = vars(owner).get("forward")  # as hooks of other libraries put it there
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
