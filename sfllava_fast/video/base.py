@@ -1,6 +1,6 @@
-"""What every video has: frames by their number, as arrays or as tensors; and the checks and messages all readers share.
+"""The base class of videos, and the checks and messages that all readers share.
 
-Frames are numbered in the order they are shown, from 0.
+Frames are numbered from 0 in the order in which they are shown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 _MAX_PIXELS = 8192 * 4096
 _MOST_PIXELS = 2**31 - 1  # FFmpeg has no larger limit
-_FRAMES_AT_ONCE = 32  # of the largest size
+_FRAMES_AT_ONCE = 32  # of the largest size, by default
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -39,15 +39,20 @@ _KINDS = (
     (stat.S_ISDIR, "a folder"),
 )
 
-Numbered = Generator[tuple[int, np.ndarray], None, None]  # (number, frame), as `Video.stream_arrays` gives them
+Numbered = Generator[tuple[int, np.ndarray], None, None]  # (number, frame) from `Video.stream_arrays`
 
 
 class Video:
     """A readable video.
 
-    total: number of frames. fps: frames per second, None without a clock. size: (height, width) of its frames, upright;
-    pixels as they are coded: a sample aspect ratio other than 1:1 is not applied. decoder: the registry name of what
-    reads it ("images" for a folder). damage: what is known to be missing of it by now, None for nothing.
+    Attributes:
+        path: The file or folder.
+        decoder: Name of the decoder in `DECODERS`, "images" for a folder, "memory" for frames in memory.
+        total: Number of frames.
+        fps: Frames per second, None without a clock.
+        size: (height, width) of the upright frames, in coded pixels: a sample aspect ratio other than 1:1 is not
+            applied.
+        damage: Description of the frames that are known to be missing so far, or None.
     """
 
     decoder: str
@@ -60,15 +65,22 @@ class Video:
         self.path = path
 
     def frames(self, indices: Iterable[int]) -> Tensor:
-        """The tensor of `arrays(indices)`, which it shares memory with. Raises BackendError where torch is missing."""
+        """`arrays(indices)` as a tensor that shares its memory. Raises BackendError without torch."""
         import_torch()
         return as_tensor(self.arrays(indices))
 
     def arrays(self, indices: Iterable[int]) -> np.ndarray:
-        """uint8 RGB [n, H, W, 3], in the order asked; numbers may repeat. Needs no torch.
+        """Frames by number. Needs no torch.
 
-        Raises InputError for a number outside 0 .. total - 1, VideoError where decoding fails or the frames are more
-        than `check_pixels` allows.
+        Args:
+            indices: Numbers of frames, in any order; numbers may repeat.
+
+        Returns:
+            uint8 RGB [n, H, W, 3], in the order of `indices`.
+
+        Raises:
+            InputError: If a number is not within 0 to total - 1.
+            VideoError: If decoding fails, or if the frames have more pixels than `check_pixels` allows.
         """
         wanted = [self._check(i) for i in _each(indices)]
         check_pixels(self.path, self.size, len(wanted))
@@ -85,31 +97,39 @@ class Video:
     def stream(
         self, indices: Iterable[int], stop: threading.Event | None = None
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """The frames of `stream_arrays` as tensors of the same memory; BackendError where torch is missing."""
+        """`stream_arrays` with tensors that share the arrays' memory. Raises BackendError without torch."""
         import_torch()
         return _tensors(self.stream_arrays(indices, stop))
 
     def stream_arrays(self, indices: Iterable[int], stop: threading.Event | None = None) -> Numbered:
-        """(number, frame) of each number asked, once, in ascending order, as soon as it is decoded.
+        """Yield (number, frame) for each distinct number, ascending, as soon as it is decoded. Needs no torch.
 
-        A frame is uint8 RGB [H, W, 3], to be read and not written: its memory may be the decoder's. Closing the
-        iterator frees the decoder; setting `stop`, from any thread, ends it at the next packet. Needs no torch.
+        Closing the iterator frees the decoder.
 
-        Raises InputError, at once, for a number outside 0 .. total - 1; VideoError where decoding fails;
-        RenumberedError where damage shows that frames already given go by other numbers: stream again.
+        Args:
+            indices: Numbers of frames, in any order.
+            stop: Ends the iterator at the next packet once it is set, from any thread.
+
+        Yields:
+            The number, and the frame as uint8 RGB [H, W, 3]. Do not write to it: the decoder may own its memory.
+
+        Raises:
+            InputError: At the call, if a number is not within 0 to total - 1.
+            VideoError: If decoding fails.
+            RenumberedError: If damage shows that frames that were yielded have other numbers: stream again.
         """
         unique = sorted({self._check(i) for i in _each(indices)})
         return self._stream(unique, stop or threading.Event())
 
     def times(self, indices: Iterable[int]) -> list[float] | None:
-        """Seconds from the first frame at which these frames are shown, which never go back; None without a clock."""
+        """Seconds from the first frame to each of these frames, never decreasing; None without a clock."""
         return [self._time(self._check(i)) for i in indices] if self.fps else None
 
     def _check(self, index: int) -> int:
         try:
             index = operator.index(index)
         except TypeError:
-            raise InputError(f"a frame is named by its number, an integer, not {index!r}") from None
+            raise InputError(f"the number of a frame must be an integer, not {index!r}") from None
         if not 0 <= index < self.total:
             raise InputError(f"frame {index} does not exist: {self.path} has frames 0 to {self.total - 1}")
         return index
@@ -120,25 +140,27 @@ class Video:
                 rows[row] = frame
 
     def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
-        """`stream_arrays` of numbers that exist, ascending: what a reader has to implement."""
+        """`stream_arrays` for distinct ascending numbers that exist. Every reader implements it."""
         raise NotImplementedError
 
     def _time(self, index: int) -> float:
+        assert self.fps
         return index / self.fps
 
 
 def _each(indices: Iterable[int]) -> Iterable[int]:
     if not isinstance(indices, Iterable):
-        raise InputError(f"frames are named by a list of numbers, not {indices!r}")
+        raise InputError(f"the numbers of frames must be a list of integers, not {indices!r}")
     return indices
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """The tensor that shares an array's memory."""
+    """The array as a tensor that shares its memory."""
     return import_torch().from_numpy(array)
 
 
 def import_torch() -> Any:
+    """The module torch. Raises BackendError if it cannot be imported."""
     try:
         import torch
     except ImportError as error:
@@ -156,12 +178,12 @@ def _tensors(arrays: Numbered) -> Generator[tuple[int, Tensor], None, None]:
 
 
 def max_pixels() -> int:
-    """Pixels that a frame may have: SFLLAVA_FAST_MAX_PIXELS. Raises InputError where that is no number."""
+    """Maximum pixels of a frame: SFLLAVA_FAST_MAX_PIXELS. Raises InputError if that is not a number."""
     return min(_pixels("SFLLAVA_FAST_MAX_PIXELS", _MAX_PIXELS), _MOST_PIXELS)
 
 
 def max_total_pixels() -> int:
-    """Pixels that all frames of one call may have: SFLLAVA_FAST_MAX_TOTAL_PIXELS, else 32 times `max_pixels`."""
+    """Maximum pixels of all frames of a call: SFLLAVA_FAST_MAX_TOTAL_PIXELS, else 32 times `max_pixels`."""
     return _pixels("SFLLAVA_FAST_MAX_TOTAL_PIXELS", _FRAMES_AT_ONCE * max_pixels())
 
 
@@ -175,13 +197,19 @@ def _pixels(name: str, default: int) -> int:
 
 
 def check_limits() -> None:
-    """InputError for a setting of pixels that is no number: the fault of no video."""
+    """Raise InputError, before a video is opened, if an environment variable with a limit is not a number."""
     max_pixels()
     max_total_pixels()
 
 
 def check_pixels(name: object, size: Sequence[int], frames: int = 1) -> None:
-    """VideoError for a frame (height, width) of more than `max_pixels`, or for more than `max_total_pixels` in all."""
+    """Raise VideoError if a frame exceeds `max_pixels`, or all frames together `max_total_pixels`.
+
+    Args:
+        name: Of the video, for the message.
+        size: (height, width) of a frame.
+        frames: Number of frames.
+    """
     limit = max_pixels()
     if size[0] * size[1] > limit:
         raise VideoError(
@@ -189,18 +217,18 @@ def check_pixels(name: object, size: Sequence[int], frames: int = 1) -> None:
         )
     if frames * size[0] * size[1] > (total := max_total_pixels()):
         raise VideoError(
-            f"{frames} frames of {wide(size)} are asked of {name}, more than {total} pixels at once: "
+            f"{frames} frames of {wide(size)} from {name} are more than {total} pixels at once: "
             "ask for fewer, or set SFLLAVA_FAST_MAX_TOTAL_PIXELS"
         )
 
 
 def wide(size: Sequence[int]) -> str:
-    """(height, width) as people write it."""
+    """(height, width) as text, WxH."""
     return f"{size[1]}x{size[0]}"
 
 
 def check_file(path: Path) -> int:
-    """Bytes of a file that can be read and holds some. Raises VideoError for any other, without waiting for a pipe."""
+    """The size in bytes of a regular, readable file that is not empty. Raises VideoError for any other, at once."""
     try:
         kind = path.stat().st_mode
         if not stat.S_ISREG(kind):
@@ -220,7 +248,7 @@ def check_file(path: Path) -> int:
 
 
 def _instead_of(path: Path) -> str:
-    """What to do about a file that is not there; the one meant may have lost its suffix."""
+    """Remedy for a missing file: the name of one with a suffix, if there is one."""
     try:
         found = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file() and entry.stem == path.name)
     except OSError:
@@ -229,12 +257,12 @@ def _instead_of(path: Path) -> str:
 
 
 def hide_password(url: str) -> str:
-    """A URL without what may be secret in it: user, password, query and fragment. Other names stay as they are."""
+    """A URL without its user, password, query and fragment, which may be secret. Other names are returned unchanged."""
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url
     before, _, place = rest.rpartition("@")
-    # With ? or # before an @, it is not clear whether a password or a query ends there.
+    # With ? or # before an @, it is unclear whether a password or a query ends there.
     return scheme + mark + ("..." if re.search("[?#]", before) else re.split("[?#]", place)[0])
 
 
@@ -243,6 +271,7 @@ def is_url(text: str) -> bool:
 
 
 def import_package(module: str, decoder: str) -> Any:
+    """A package that a decoder needs. Raises BackendError if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -253,9 +282,10 @@ def import_package(module: str, decoder: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The readable half of a decoder's message."""
+    """The readable part of a decoder's error."""
     return getattr(error, "strerror", None) or one_line(error)
 
 
 def one_line(error: Exception) -> str:
+    """An error's message with its lines joined, at most 200 characters: a decoder's first line may have no content."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,9 +14,15 @@ _WHITE = 255
 
 
 def compose_canvas(frames: Tensor, rows: int, columns: int) -> Tensor:
-    """Frames, uint8 RGB [t, H, W, 3], as pictures [ceil(t / (rows * columns)), rows * H, columns * W, 3].
+    """Compose frames into pictures, row by row. Missing frames of the last picture are white.
 
-    Frames follow each other row by row; where the last picture lacks some it is white.
+    Args:
+        frames: uint8 RGB [t, H, W, 3].
+        rows: Rows of frames in a picture.
+        columns: Columns of frames in a picture.
+
+    Returns:
+        uint8 RGB [ceil(t / (rows * columns)), rows * H, columns * W, 3].
     """
     lacking = -len(frames) % (rows * columns)
     if lacking:
@@ -26,7 +32,7 @@ def compose_canvas(frames: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class CanvasVideo(Video):
-    """Sampled frames of a video as pictures of `rows` x `columns` frames each."""
+    """Frames of a video, composed into pictures of `rows` x `columns` frames."""
 
     def __init__(self, video: Video, frames: Sequence[int], rows: int, columns: int) -> None:
         super().__init__(video.path)

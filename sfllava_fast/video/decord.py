@@ -1,4 +1,4 @@
-"""Reading with decord, the published pipeline's decoder."""
+"""Decoding with decord, as in the published pipeline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 from ..errors import VideoError
 from .base import Numbered, Video, check_file, check_pixels, import_package, reason
+from .container import open_stream
 from .headers import check_container
-from .pyav import open_stream, orientation
+from .rgb import orientation
 
 _BATCH = 8
 
 
 class DecordVideo(Video):
-    """Reading with decord, the published pipeline's decoder.
+    """A video file that decord decodes.
 
-    Exact on plain files, not on edit lists, open GOPs, HEVC, .ts or .avi; times assume a constant rate.
+    Frames are exact for plain files, but not with edit lists, open GOPs, HEVC, .ts or .avi. Times assume a constant
+    rate.
     """
 
     decoder = "decord"
@@ -35,7 +37,7 @@ class DecordVideo(Video):
             height, width, _ = self._reader[0].shape
         except UnicodeEncodeError as error:
             raise VideoError(f"decord cannot read {path}, a name that is not UTF-8; try --decoder pyav") from error
-        except Exception as error:  # its C++ fails in many ways, ctypes in others
+        except Exception as error:  # decord and ctypes raise many types
             raise VideoError(f"decord cannot read {path}: {reason(error)}; try --decoder pyav") from error
         self.size = (height, width)
 
@@ -52,15 +54,17 @@ class DecordVideo(Video):
 
 
 def _check_first(av: Any, path: Path) -> None:
-    """VideoError for what decord cannot read, of which PyAV says in one line what is wrong: decord prints several on
-    stderr, at any level, or ends the process."""
+    """Raise VideoError, with PyAV, for a file that decord cannot read.
+
+    decord would print several lines to stderr, at any log level, or end the process.
+    """
     size = check_file(path)
     with open_stream(av, path) as (container, stream):
-        # decord allocates for as many frames as the header says, of whichever stream it takes.
+        # decord allocates memory for the number of frames in the header, of any of the streams.
         for count in (s.frames for s in container.streams.video):
             if not 0 <= count <= size:
                 raise VideoError(
-                    f"decord cannot read {path}: its header says {count} frames, its {size} bytes hold fewer; "
+                    f"decord cannot read {path}: its header has {count} frames, and {size} bytes hold fewer; "
                     "try --decoder pyav"
                 )
         try:
@@ -71,4 +75,4 @@ def _check_first(av: Any, path: Path) -> None:
             raise VideoError(f"decord cannot read {path}: it has no frame; try --decoder pyav")
         check_pixels(path, (frame.height, frame.width))
         if sum(orientation(av, frame)) % 2:
-            raise VideoError(f"decord does not mirror frames, as {path} asks for; use --decoder pyav")
+            raise VideoError(f"decord does not mirror frames, which {path} requires; use --decoder pyav")

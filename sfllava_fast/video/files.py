@@ -1,4 +1,4 @@
-"""A video from whatever holds it: a file, a folder of images, frames in memory."""
+"""Opening of videos: files, folders of images, frames in memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 import numpy as np
 
 from ..errors import BackendError, InputError, VideoError, dtype_name
 from .base import Numbered, Video, as_tensor, check_file, check_limits, hide_password, import_package, is_url
+from .container import open_stream
 from .decord import DecordVideo
 from .folder import FolderVideo
 from .headers import declared_bytes
-from .pyav import PyavVideo, open_stream
+from .pyav import PyavVideo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class FramesVideo(Video):
-    """Frames that are decoded already: uint8 RGB [T, H, W, 3]."""
+    """Frames in memory: uint8 RGB [T, H, W, 3]."""
 
     decoder = "memory"
     fps = None
@@ -32,8 +33,8 @@ class FramesVideo(Video):
         super().__init__(Path("frames"))
         _check_frames(frames)
         self._frames = _for_torch(frames) if isinstance(frames, np.ndarray) else frames.cpu().numpy()
-        self.total, *size = frames.shape[:3]
-        self.size = tuple(size)
+        self.total, height, width = frames.shape[:3]
+        self.size = height, width
 
     def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
         yield from ((number, self._frames[number]) for number in unique)
@@ -45,9 +46,10 @@ Source = Union[str, os.PathLike, "Tensor", np.ndarray, Video]
 
 
 def import_decoder(decoder: str) -> None:
-    """Import what a decoder needs, once, so that timings can leave that out.
+    """Import a decoder's packages, so that a later timing does not include it.
 
-    Raises BackendError for a decoder that is unknown or not installed.
+    Raises:
+        BackendError: If the decoder is unknown or not installed.
     """
     if decoder not in DECODERS:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
@@ -56,15 +58,15 @@ def import_decoder(decoder: str) -> None:
 
 
 def as_frames(frames: Tensor | np.ndarray) -> Tensor:
-    """Frames in memory as a tensor; InputError unless they are uint8 RGB [T, H, W, 3], one or more."""
+    """Frames in memory as a tensor. Raises InputError unless they are uint8 RGB [T, H, W, 3] with T of at least 1."""
     _check_frames(frames)
     if not isinstance(frames, np.ndarray):
         return frames
     return as_tensor(_for_torch(frames))
 
 
-def _check_frames(frames: object) -> None:
-    if not isinstance(frames, np.ndarray) and not _is_tensor(frames):
+def _check_frames(frames: Any) -> None:
+    if not _is_frames(frames):
         raise InputError(f"frames must be uint8 RGB [T, H, W, 3], not {type(frames).__name__}")
     dtype = dtype_name(frames.dtype)
     if dtype != "uint8" or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
@@ -72,29 +74,33 @@ def _check_frames(frames: object) -> None:
 
 
 def _for_torch(array: np.ndarray) -> np.ndarray:
-    """An array that can be a tensor: torch has no negative strides, and warns of memory that cannot be written."""
+    """A contiguous, writable array: torch has no negative strides, and warns of read-only memory."""
     return np.require(array, requirements=("C", "W"))
 
 
-def _is_tensor(value: object) -> bool:
-    """Without importing torch: where nobody has, there is no tensor."""
+def _is_frames(video: object) -> TypeGuard[Tensor | np.ndarray]:
+    """Whether it is an array or a tensor. Does not import torch: there is no tensor before that."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return isinstance(video, np.ndarray) or (torch is not None and isinstance(video, torch.Tensor))
 
 
 def open_video(video: Source, decoder: str = "pyav") -> Video:
-    """Open a video file, a folder of image frames, or frames in memory (uint8 RGB [T, H, W, 3]); an opened Video comes
-    back as it is.
+    """Open a video.
 
-    Pillow reads a folder's frames under every decoder, in natural order; under decord, the published pipeline's, in the
-    order of that pipeline: by name, 10.jpg before 2.jpg.
+    Args:
+        video: A video file, a folder of image frames, or frames in memory, uint8 RGB [T, H, W, 3]. A Video is returned
+            unchanged.
+        decoder: "pyav", or "decord" as in the published pipeline. Pillow reads folders with either: in natural order,
+            but for "decord" by name, 10.jpg before 2.jpg, as the published pipeline sorts.
 
-    Raises VideoError for anything without readable frames, InputError for frames of another kind, BackendError for a
-    decoder that is unknown or not installed; each in one line.
+    Raises:
+        VideoError: If there are no readable frames.
+        InputError: If frames in memory have another shape or dtype.
+        BackendError: If the decoder is unknown or not installed.
     """
     if isinstance(video, Video):
         return video
-    if isinstance(video, np.ndarray) or _is_tensor(video):
+    if _is_frames(video):
         return FramesVideo(video)
     if not isinstance(video, (str, os.PathLike)):
         raise InputError(f"a video is a file, a folder or frames [T, H, W, 3], not {type(video).__name__}")
@@ -102,7 +108,7 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
         raise BackendError(f"unknown decoder {decoder!r}: choose one of {', '.join(DECODERS)}")
     text = os.fsdecode(video)
     if is_url(text) and not os.path.exists(text):
-        raise VideoError(f"{hide_password(text)} is a URL: `watch` reads it as it comes; else download it")
+        raise VideoError(f"{hide_password(text)} is a URL: use `watch`, or download it")
     path = Path(text)
     if os.path.isdir(text):
         return FolderVideo(path, by_name=decoder == "decord")
@@ -115,14 +121,14 @@ def open_video(video: Source, decoder: str = "pyav") -> Video:
 
 
 def _check_whole(path: Path, size: int, declared: int) -> None:
-    """VideoError for a file that ends before its header says, unless it has every frame: headers are wrong, too."""
+    """Raise VideoError for a file that is shorter than its header declares, unless it has all frames."""
     try:
         video = PyavVideo(path)
         with open_stream(import_package("av", "pyav"), path) as (container, stream):
-            announced = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
+            declared_frames = stream.frames or round((container.duration or 0) / 1e6 * (video.fps or 0))
         left = sum(1 for _ in video.decode_all())
-        frames = f"{left} of {announced} frames" if announced else f"{left} frames"
-        if left >= announced > 0:
+        frames = f"{left} of {declared_frames} frames" if declared_frames else f"{left} frames"
+        if left >= declared_frames > 0:
             return
     except VideoError:
         frames = "no frame"

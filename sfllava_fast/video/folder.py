@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,18 @@ from ..errors import VideoError
 from .base import Numbered, Video, check_file, check_pixels, one_line, wide
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # others, such as EPS, may start programs, whatever the file's name
-_READERS = 8  # threads, at most
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # others, such as EPS, may start programs, under any file name
+_READERS = 8  # maximum number of threads
 _WHITE_16 = 65535
 
 
 class FolderVideo(Video):
-    """A folder of image frames, read with Pillow: in natural order (frame2 before frame10), or by name as the published
-    pipeline sorts them (frame10 before frame2)."""
+    """A folder of image frames, in natural order: frame2 before frame10.
+
+    Args:
+        path: The folder.
+        by_name: Whether to sort by name, frame10 before frame2, as the published pipeline does.
+    """
 
     decoder = "images"
     fps = None
@@ -35,9 +39,10 @@ class FolderVideo(Video):
         names = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
         self._files = sorted(names, key=None if by_name else _natural)
         if not self._files:
-            raise VideoError(f"{path} holds no image frames: name a video file, or a folder of .jpg or .png frames")
+            raise VideoError(f"{path} has no image frames: name a video file, or a folder of .jpg or .png frames")
         self.total = len(self._files)
-        self.size = tuple(self._load(0).shape[:2])
+        height, width, _ = self._load(0).shape
+        self.size = height, width
 
     def _load(self, index: int) -> np.ndarray:
         from PIL import Image, ImageOps
@@ -51,8 +56,9 @@ class FolderVideo(Video):
         except VideoError:
             raise
         except Image.DecompressionBombError as error:
-            raise VideoError(f"{file} has more pixels than Pillow's own limit, {Image.MAX_IMAGE_PIXELS * 2}") from error
-        except Exception as error:  # each of Pillow's readers fails in ways of its own
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise VideoError(f"{file} has more pixels than Pillow's own limit, {limit}") from error
+        except Exception as error:  # Pillow's readers raise many types
             raise VideoError(f"cannot read the frame {file}: {one_line(error)}") from error
 
     def _load_alike(self, index: int) -> np.ndarray:
@@ -60,13 +66,14 @@ class FolderVideo(Video):
         if image.shape[:2] != self.size:
             raise VideoError(
                 f"{self._files[index]} is {wide(image.shape)}, the first frame {wide(self.size)}: "
-                "the frames of a folder must be of one size"
+                "all frames of a folder must have one size"
             )
         return image
 
     def _stream(self, unique: list[int], stop: threading.Event) -> Numbered:
         workers = min(_allowed_threads(), _READERS)
-        pool, ahead = ThreadPoolExecutor(workers, "sfllava-read"), deque()
+        pool = ThreadPoolExecutor(workers, "sfllava-read")
+        ahead: deque[Future[np.ndarray]] = deque()
         todo = iter(unique)
         try:
             for index in unique:
@@ -79,23 +86,23 @@ class FolderVideo(Video):
 
 
 def _open_image(stream: Any) -> Any:
-    """Image.open of `_FORMATS`, without Pillow's own limit of pixels, which warns or raises whatever ours is.
+    """Image.open for `_FORMATS`, without Pillow's own limit of pixels: `check_pixels` has ours.
 
-    Its readers of WebP and TIFF still have it.
+    Pillow's readers of WebP and TIFF still apply theirs.
     """
     from PIL import Image
 
     Image.init()
     head = stream.read(16)
     for make, accepts in (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN):
-        if accepts(head) is True:
+        if accepts is not None and accepts(head) is True:
             stream.seek(0)
-            return make(stream, None)
+            return make(stream, "")
     raise ValueError(f"it is none of {', '.join(_FORMATS)}")
 
 
 def _rgb(image: Any) -> np.ndarray:
-    """uint8 [H, W, 3]. Pillow would clip what has more than 8 bits."""
+    """uint8 [H, W, 3]. Values of 16 bits are scaled here: Pillow would clip them."""
     if not image.mode.startswith(("I", "F")):
         return np.array(image.convert("RGB"))
     values = np.asarray(image)
@@ -106,7 +113,7 @@ def _rgb(image: Any) -> np.ndarray:
 
 
 def _allowed_threads() -> int:
-    """What torch is allowed, where it is used at all."""
+    """torch's number of threads if torch is imported, else the number of CPUs."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch else os.cpu_count() or 1
 

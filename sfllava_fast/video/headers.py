@@ -1,4 +1,4 @@
-"""How long a file is by its own header, to tell one that is cut short. A header that makes no sense tells nothing."""
+"""File sizes that headers declare, to detect truncated files. An inconsistent header is ignored."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from ..errors import VideoError
 
-# What stands at the top of MP4, MOV and their kin.
+# Types of the top-level boxes of MP4, MOV and related formats.
 _BOXES = frozenset(
     b"ftyp moov mdat free skip wide moof mfra sidx ssix styp uuid meta pdin emsg prft udta pnot PICT junk imda".split()
 )
-# What Matroska, AVI, Ogg, FLV, GIF and MPEG-TS (G), MPEG and raw H.264, and ASF begin with.
+# First bytes of Matroska, AVI, Ogg, FLV, GIF and MPEG-TS (G), MPEG and raw H.264, and ASF.
 _CONTAINERS = (
     b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"FLV", b"G", b"\x00\x00\x01", b"\x00\x00\x00\x01", b"0&\xb2u",
 )  # fmt: skip
@@ -21,7 +21,7 @@ _UNKNOWN_RIFF = 0xFFFFFFFF  # written to a pipe
 
 
 def declared_bytes(path: Path) -> int:
-    """Bytes that an MP4, AVI or Matroska file says it has; 0 where its header does not tell."""
+    """Size in bytes that the header of an MP4, AVI or Matroska file declares; 0 if it declares none."""
     with path.open("rb") as file:
         head = file.read(64)
         if head[:4] == b"RIFF":
@@ -33,7 +33,7 @@ def declared_bytes(path: Path) -> int:
 
 
 def _mp4_bytes(file: Any) -> int:
-    """End of the last top-level box; what follows the boxes and is none does not count. 0 where there are too many."""
+    """End of the last top-level box, without trailing bytes of no known box; 0 if there are too many boxes."""
     at = 0
     for _ in range(_MOST_BOXES):
         file.seek(at)
@@ -48,7 +48,7 @@ def _mp4_bytes(file: Any) -> int:
 
 
 def _matroska_bytes(head: bytes) -> int:
-    """End of the Segment element; 0 where it is of unknown length, as in a live recording."""
+    """End of the Segment element; 0 if its length is unknown, as in a live recording."""
     size, at = _ebml_size(head, 4)
     at += size
     if head[at : at + 4] != b"\x18S\x80g":
@@ -58,8 +58,7 @@ def _matroska_bytes(head: bytes) -> int:
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
-    """(value, position behind it) of an EBML variable-length size; all ones mean unknown and read as 0,
-    as does what is no size or lies outside the data."""
+    """(value, end position) of an EBML variable-length size; 0 if it is unknown (all ones), invalid or truncated."""
     length = 9 - data[at].bit_length() if at < len(data) else 9
     if length > 8 or at + length > len(data):
         return 0, len(data)
@@ -69,10 +68,12 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
 
 
 def check_container(path: Path) -> None:
-    """VideoError for a file that does not begin as a container does: an old FFmpeg, as decord has, also opens lists of
-    other files, whatever their names."""
+    """Raise VideoError unless a file begins like a container.
+
+    The old FFmpeg in decord also opens lists of other files, under any name.
+    """
     with path.open("rb") as file:
         head = file.read(16)
     if not head.startswith(_CONTAINERS) and head[4:8] not in _BOXES:
         known = "MP4, Matroska, AVI, ..."
-        raise VideoError(f"{path} is of no container that is read with decord ({known}): use --decoder pyav")
+        raise VideoError(f"{path} is not a container that decord reads ({known}): use --decoder pyav")

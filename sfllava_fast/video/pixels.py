@@ -1,6 +1,4 @@
-"""From a video to the vision tower's input, in threads of its own: while the tower computes, frames are decoded,
-resized and normalised one by one, never all at once in memory.
-"""
+"""A video as input of the vision tower: threads decode and preprocess frames while the tower computes."""
 
 from __future__ import annotations
 
@@ -19,35 +17,51 @@ from .preprocess import PreprocessSpec, empty_pixels, write_pixels
 if TYPE_CHECKING:
     from .base import Video
 
-_WORKERS = 4  # threads that preprocess, at most: more than one decoder keeps busy
+_WORKERS = 4  # maximum number of preprocessing threads: one decoder cannot keep more busy
 _BATCHES_AHEAD = 2
+_DEFAULT_SPEC = PreprocessSpec()
 
 
 def load_pixels(
     video: Video,
     indices: Iterable[int],
-    spec: PreprocessSpec = PreprocessSpec(),
+    spec: PreprocessSpec = _DEFAULT_SPEC,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     batch: int = 8,
 ) -> PixelLoader:
-    """Batches [b, 3, h, w] of the frames asked, as `preprocess(video.frames(indices), ...)` makes them.
+    """Batches of `preprocess(video.frames(indices), spec, dtype, device)`, made in threads.
 
-    b is `batch` for all but the last. Iterate once, best inside `with`: threads start there and have ended
-    behind it, however it is left. At most two batches, and a few frames, are made ahead of the consumer
-    (more where indices do not ascend). On CUDA the work is enqueued on the stream current at this call.
+    Iterate once, preferably in a `with` block: the threads start there and have ended after it. At most two batches and
+    a few frames are made ahead of the consumer, more if `indices` do not ascend. On CUDA the work is enqueued on the
+    stream that is current at this call.
 
-    Raises InputError here, VideoError while iterating; RenumberedError (see `Video.stream`) where the pixels
-    already given belong to other frames: load them again.
+    Args:
+        video: The video.
+        indices: Numbers of frames, in any order; numbers may repeat.
+        spec: The preprocessing.
+        dtype: Of the pixels.
+        device: Where frames are preprocessed.
+        batch: Frames of each batch but the last.
+
+    Returns:
+        An iterable of pixels [b, 3, h, w].
+
+    Raises:
+        InputError: At the call, for wrong arguments.
+        VideoError: While iterating, if decoding fails.
+        RenumberedError: While iterating, if damage shows that earlier pixels belong to other frames: load them again.
     """
     return PixelLoader(video, indices, spec, dtype, device, batch)
 
 
 class PixelLoader:
-    """What `load_pixels` returns: an iterable of batches, a context manager, and its clocks.
+    """The result of `load_pixels`: an iterable of batches and a context manager.
 
-    decode_seconds: that decoding took. preprocess_seconds: that resizing and normalising took, summed over
-    threads; on CUDA, enqueuing them. wait_seconds: that the consumer waited for batches.
+    Attributes:
+        decode_seconds: Seconds of decoding.
+        preprocess_seconds: Seconds of resizing and normalising, summed over threads; on CUDA, of enqueuing them.
+        wait_seconds: Seconds that the consumer waited for batches.
     """
 
     def __init__(
@@ -60,7 +74,7 @@ class PixelLoader:
         batch: int,
     ) -> None:
         if not isinstance(batch, int) or batch < 1:
-            raise InputError(f"batch must be a number of frames of at least 1, not {batch!r}")
+            raise InputError(f"batch must be an integer of at least 1, not {batch!r}")
         self.decode_seconds = self.preprocess_seconds = self.wait_seconds = 0.0
         self._spec, self._dtype, self._batch = spec, dtype, batch
         self._device = torch.device(device)
@@ -71,13 +85,13 @@ class PixelLoader:
             self._rows.setdefault(number, []).append(row)
         total = sum(map(len, self._rows.values()))
         sizes = [min(batch, total - start) for start in range(0, total, batch)]
-        self._undecoded, self._unmade = sizes[:], sizes[:]  # frames, by batch
+        self._undecoded, self._unmade = sizes[:], sizes[:]  # number of frames, by batch
         self._buffers: dict[int, torch.Tensor] = {}
         self._stop = threading.Event()
         self._frames = video.stream(self._rows, self._stop)
-        self._given = 0  # batches
-        self._ahead = 0  # rows decoded and not given
-        self._in_work = 0  # frames decoded and not made
+        self._given = 0  # batches that the consumer has
+        self._ahead = 0  # rows that are decoded and not given
+        self._in_work = 0  # frames that are decoded and not preprocessed
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._workers = min(_WORKERS, torch.get_num_threads())
@@ -97,7 +111,7 @@ class PixelLoader:
                 yield self._next()
 
     def close(self) -> None:
-        """Stop the threads, wait for their end, and drop what nobody took."""
+        """Stop the threads, wait until they have ended, and free the batches that were not consumed."""
         with self._changed:
             self._stop.set()
             self._changed.notify_all()
@@ -121,7 +135,7 @@ class PixelLoader:
         return pixels
 
     def _decode(self) -> None:
-        """The decoding thread: frames to the workers, as fast as batches are taken."""
+        """The decoding thread: passes frames to the workers, as fast as batches are consumed."""
         try:
             with closing(self._frames), ThreadPoolExecutor(self._workers, "sfllava-preprocess") as pool:
                 for _ in self._rows:
@@ -136,12 +150,12 @@ class PixelLoader:
             self._fail(error)
 
     def _wait_for_room(self) -> bool:
-        """Wait until another frame may be decoded; False where none is wanted any more."""
+        """Wait until another frame may be decoded; False if decoding should end."""
 
         def room() -> bool:
             if self._stop.is_set() or self._error:
                 return True
-            # The batch that the consumer waits for may need frames from anywhere: it comes first.
+            # The batch that the consumer waits for has priority; its frames may be anywhere in the video.
             enough = self._ahead >= _BATCHES_AHEAD * self._batch and not self._undecoded[self._given]
             return self._in_work <= self._workers and not enough
 

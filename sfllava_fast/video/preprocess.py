@@ -1,8 +1,8 @@
-"""Frames to pixel values as CLIP's image processor makes them, without Pillow and each while it is in cache.
+"""Frames to pixel values, as CLIP's image processor computes them, but without Pillow and frame by frame.
 
-torch's uint8 antialiased resize is Pillow's, rows first and then columns: at most 1 away, on a few values in
-a thousand (2 away on some when it enlarges). Pillow 13 resizes tall frames columns first, and so differs from
-its own earlier versions there; torch, and so this module, stays with those.
+torch's antialiased uint8 resize matches Pillow's, rows first and then columns: it differs by at most 1 in a few values
+per thousand, and by 2 in some when it enlarges. Pillow 13 resizes tall frames columns first, and so differs from its
+earlier versions; torch and this module match the earlier ones.
 """
 
 from __future__ import annotations
@@ -20,25 +20,31 @@ from torch.nn import functional as F
 from ..errors import InputError, dtype_name
 
 ResizeMode = Literal["stretch", "crop", "pad"]
-_RESAMPLES = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_SERIAL = 32767  # elements: torch starts threads for an operation on more
+Resample = Literal["bicubic", "bilinear"]
+_RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+_SERIAL = 32767  # elements; torch uses several threads for more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """How a frame becomes the vision tower's input.
+    """How a frame is converted to the vision tower's input.
 
-    size: pixels of the square (stretch, pad) or of the shorter edge (crop), or (height, width) to stretch to;
-        None leaves frames as they are.
-    crop: (height, width) cut from the middle after the resize; None keeps all.
-    mode: "stretch" to the size whatever the shape, as the published SF-LLaVA does
-        (`image_aspect_ratio: resize`); "crop" keeps the shape and cuts the middle, CLIP's own way; "pad" adds
-        borders of the mean colour to make a square first, as LLaVA-1.5 was trained.
-    mean, std: by channel, of values in [0, 1] after `value * rescale`.
+    Attributes:
+        size: Pixels of the square (stretch, pad) or of the shorter edge (crop), or (height, width) to stretch to. None
+            does not resize.
+        crop: (height, width) of the center crop after the resize. None does not crop.
+        mean: Mean of each channel, of values after `value * rescale`.
+        std: Standard deviation of each channel, of the same values.
+        mode: "stretch" ignores the aspect ratio, as the published SF-LLaVA does (`image_aspect_ratio: resize`). "crop"
+            keeps it and crops the center, as CLIP does. "pad" first adds borders of the mean colour to make a square,
+            as in LLaVA-1.5's training.
+        rescale: Factor of the uint8 values.
+        resample: "bicubic" or "bilinear".
 
-    Raises InputError for values that make no picture.
+    Raises:
+        InputError: If the values do not make a picture.
     """
 
     size: int | tuple[int, int] | None = 336
@@ -47,7 +53,7 @@ class PreprocessSpec:
     std: tuple[float, float, float] = CLIP_STD
     mode: ResizeMode = "stretch"
     rescale: float = 1 / 255
-    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    resample: Resample = "bicubic"
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ResizeMode):
@@ -56,10 +62,10 @@ class PreprocessSpec:
             raise InputError(f"unknown resampling {self.resample!r}: choose bicubic or bilinear")
         for name, edges in (("size", self._edges()), ("crop", self.crop or ())):
             if len(edges) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in edges):
-                raise InputError(f"preprocess {name} must be whole numbers of pixels, not {getattr(self, name)!r}")
+                raise InputError(f"preprocess {name} must be positive integers, not {getattr(self, name)!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-                raise InputError(f"preprocess {name} must be three numbers, one by channel, not {values!r}")
+                raise InputError(f"preprocess {name} must be three numbers, one a channel, not {values!r}")
         if min(self.std) <= 0:
             raise InputError(f"preprocess std must be above 0, not {self.std!r}")
         if self.size is not None and self.crop and any(c > e for c, e in zip(self.crop, self._edges())):
@@ -67,9 +73,14 @@ class PreprocessSpec:
 
     @classmethod
     def from_processor(cls, processor: Any, mode: ResizeMode = "stretch") -> PreprocessSpec:
-        """The spec of a transformers image processor of the CLIP kind, or of its config as a dict.
+        """The spec of a transformers image processor like CLIP's.
 
-        A size of {"height", "width"} is stretched to whatever `mode` is, as transformers does, except "pad".
+        Args:
+            processor: The image processor, or its config as a dict.
+            mode: As in the class. A size of {"height", "width"} turns "crop" into "stretch", as in transformers.
+
+        Raises:
+            InputError: If the processor has another form or resampling.
         """
         config = processor if isinstance(processor, Mapping) else _as_dict(processor)
         size = _read_size(config.get("size")) if config.get("do_resize", True) else None
@@ -81,8 +92,7 @@ class PreprocessSpec:
         resample = config.get("resample", 3)
         if resample not in _RESAMPLES:
             raise InputError(
-                f"the image processor resamples by Pillow's filter {resample}: only bilinear (2) and "
-                "bicubic (3) are supported"
+                f"the image processor has resample={resample}, and supported are 2 (bilinear) and 3 (bicubic)"
             )
         normalise = config.get("do_normalize", True)
         return cls(
@@ -97,17 +107,18 @@ class PreprocessSpec:
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a frame of this size after the resize and before the crop."""
-        if self.size is None or self.mode != "crop" or isinstance(self.size, tuple):
-            return self._edges() or (height, width)
+        if self.size is None:
+            return height, width
+        if isinstance(self.size, tuple):
+            return self.size
+        if self.mode != "crop":
+            return self.size, self.size
         short, long = sorted((height, width))
         edge = int(self.size * long / short)
         return (self.size, edge) if height <= width else (edge, self.size)
 
     def made(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of what a frame of this size becomes.
-
-        Raises InputError where that is smaller than the crop.
-        """
+        """(height, width) of the pixels of a frame of this size. Raises InputError if the frame is too small."""
         if self.mode == "pad":
             height = width = max(height, width)
         height, width = self.resized(height, width)
@@ -129,9 +140,19 @@ def preprocess(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """uint8 RGB [n, H, W, 3] to normalised [n, 3, h, w] of `dtype` on `device`, where the work is done.
+    """Resize and normalise frames.
 
-    Raises InputError for frames of another shape or dtype, or smaller than the crop.
+    Args:
+        frames: uint8 RGB [n, H, W, 3].
+        spec: The preprocessing.
+        dtype: Of the pixels.
+        device: Where the work is done.
+
+    Returns:
+        [n, 3, h, w] of `dtype` on `device`.
+
+    Raises:
+        InputError: If frames have another shape or dtype, or are smaller than the crop.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
         raise InputError(f"frames must be uint8 [n, H, W, 3], not {dtype_name(frames.dtype)} {list(frames.shape)}")
@@ -148,18 +169,21 @@ def preprocess(
 
 
 def empty_pixels(count: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """An empty [count, 3, height, width] for `write_pixels`."""
+    """An uninitialised [count, 3, height, width] for `write_pixels`."""
     shape = (count, 3, height, width)
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    # NumPy asks for huge pages and torch does not: touching small ones first costs more than the arithmetic.
+    # NumPy requests huge pages and torch does not: page faults of small pages cost more than the arithmetic.
     return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 def write_pixels(frame: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) -> None:
-    """Resize and normalise a frame, uint8 RGB [H, W, 3], into out [3, h, w], on the device of out.
+    """Resize and normalise a frame on the device of `out`. On a CPU it uses one thread.
 
-    h and w are `spec.made(H, W)`. On a CPU the work is one thread's, whatever torch is allowed.
+    Args:
+        frame: uint8 RGB [H, W, 3].
+        spec: The preprocessing.
+        out: [3, h, w] with (h, w) = `spec.made(H, W)`.
     """
     # A view in channels-last memory: torch's fast path for three interleaved bytes.
     pixels = _move(frame, out.device).permute(2, 0, 1)[None]
@@ -174,7 +198,7 @@ def write_pixels(frame: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) -
 def _move(frame: torch.Tensor, device: torch.device) -> torch.Tensor:
     if frame.device == device or device.type != "cuda":
         return frame.to(device)
-    # torch keeps pinned memory from being used again before its copy is over.
+    # torch does not reuse pinned memory before its copy is done.
     return frame.pin_memory().to(device, non_blocking=True)
 
 
@@ -183,7 +207,7 @@ def _normalise(pixels: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) ->
     if out.device.type != "cpu":
         out.copy_(pixels.float().mul_(scale).sub_(shift))
         return
-    # NumPy: torch would start a team of threads in each thread that calls this.
+    # NumPy, since torch would start several threads in each thread that calls this.
     values = out.numpy() if out.dtype == torch.float32 else np.empty(out.shape, np.float32)
     np.copyto(values, pixels.numpy())
     values *= scale.numpy()
@@ -195,7 +219,7 @@ def _normalise(pixels: torch.Tensor, spec: PreprocessSpec, out: torch.Tensor) ->
 
 @lru_cache(maxsize=8)
 def _scale_and_shift(spec: PreprocessSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [3, 1, 1] each: a pixel becomes pixel * scale - shift."""
+    """(scale, shift), float32 [3, 1, 1]: the result is pixel * scale - shift."""
     mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (spec.mean, spec.std))
     return (spec.rescale / std).to(device), (mean / std).to(device)
 
@@ -203,14 +227,14 @@ def _scale_and_shift(spec: PreprocessSpec, device: torch.device) -> tuple[torch.
 def _resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     if pixels.device.type == "cpu":
         return F.interpolate(pixels, size, mode=mode, antialias=True)
-    # Elsewhere there is no uint8 kernel: two passes, halves rounded up in between as Pillow does.
+    # Other devices have no uint8 kernel: two passes, with halves rounded up in between as in Pillow.
     for step in ((pixels.shape[-2], size[1]), size):
         pixels = F.interpolate(pixels.float(), step, mode=mode, antialias=True).add_(0.5).floor_().clamp_(0, 255)
     return pixels
 
 
 def _pad_square(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
-    """The frames in the middle of a square of the mean colour."""
+    """The frames, centered in a square of the mean colour."""
     count, channels, height, width = pixels.shape
     if height == width:
         return pixels

@@ -171,7 +171,7 @@ def test_seconds_that_gaps_lost(steps, corrupt, seconds):
 
 
 def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
-    from sfllava_fast.video import pyav
+    from sfllava_fast.video import container
 
     class Gaps:
         asked = 0
@@ -181,10 +181,10 @@ def test_a_stream_that_is_never_anything_but_gaps_ends(folder, monkeypatch):
             raise BlockingIOError(11, "again")
             yield
 
-    monkeypatch.setattr(pyav, "_GAPS", 20)
+    monkeypatch.setattr(container, "_GAPS", 20)
     gaps = Gaps()
     with pytest.raises(BlockingIOError):
-        list(pyav.demux(gaps, None))
+        list(container.demux(gaps, None))
     assert gaps.asked == 21
 
 

@@ -152,7 +152,7 @@ def test_frames_without_time_stamps_count_by_the_average_rate(clip, caplog):
     with open_live(path, 5) as live:
         assert_frames(list(live.arrays()), range(0, 60, 5), true_frames(path))
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path} has frames without time stamps: they count as 25 a second"
+        f"{path} has frames without time stamps: they count as 25 per second"
     ]
 
 
@@ -423,7 +423,7 @@ def test_a_source_that_is_closed_gives_no_warning(folder, caplog):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty: its writer ended without a byte"),
+        (b"", "is empty: its writer wrote nothing"),
         (b"no video\n" * 500, "is not a readable video: .*; a pipe may carry Matroska"),
         ("sound", "has only sound"),
         ("plain.mp4", "none of its frames can be decoded: Invalid data .*; a pipe may carry .* fragmented MP4"),
@@ -467,12 +467,12 @@ def one_line(message, source):
 @pytest.mark.parametrize("kind", ["closed", "terminal"])
 def test_standard_input_without_a_pipe_is_one_line(kind, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None if kind == "closed" else SimpleNamespace(isatty=lambda: True))
-    one_line("no video comes in on standard input", "-")
+    one_line("no video on standard input", "-")
 
 
 @pytest.mark.parametrize("rate", [0, -1, math.inf, math.nan, "2", None])
 def test_rates_that_are_none(rate, folder):
-    with pytest.raises(InputError, match="the rate is a number of frames a second above 0, not"):
+    with pytest.raises(InputError, match="rate must be a number of frames per second above 0, not"):
         open_live(clips.make(folder, "plain.mp4"), rate)
 
 
@@ -512,7 +512,7 @@ def test_a_device_drops_the_oldest_frames(camera, caplog):
     assert camera.asked == [("/dev/zero", "v4l2")]
     assert live.live and live.dropped == 52
     assert [seconds for seconds, _ in got] == pytest.approx([n / 25 for n in range(52, 60)])
-    assert caplog.messages == ["/dev/zero: 52 frames were dropped, they came faster than they were taken"]
+    assert caplog.messages == ["/dev/zero: 52 frames were dropped: they arrived faster than they were read"]
 
 
 def test_a_device_whose_frames_are_taken_drops_none(camera, folder):
@@ -578,7 +578,7 @@ def test_a_url_that_goes_silent_ends(clip, serve, caplog, monkeypatch):
     with open_live(serve(clip("mpegts").read_bytes()[:9400], more.wait), 2) as live:
         assert list(live.arrays())
     more.set()
-    assert f"{live.name} broke off: nothing came for 0.3 s" in caplog.text
+    assert f"{live.name} broke off: no data for 0.3 s" in caplog.text
 
 
 def test_a_list_behind_a_url_is_refused(clip, serve):

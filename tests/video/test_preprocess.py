@@ -277,7 +277,7 @@ def test_bad_specs(fields, message):
         ({"size": {"longest_edge": 3}}, "cannot read.*size"),
         ({}, "cannot read.*size"),
         (object(), "expected a transformers"),
-        ({"size": 8, "crop_size": 8, "resample": 0}, "filter 0"),
+        ({"size": 8, "crop_size": 8, "resample": 0}, "resample=0"),
     ],
 )
 def test_bad_processors(processor, message):

@@ -37,7 +37,7 @@ def test_decord_refuses_what_it_would_not_mirror(folder, tmp_path):
     pytest.importorskip("decord")
     path = tmp_path / "phone.mp4"
     clips.ffmpeg("-display_hflip", "-i", clips.make(folder, "plain.mp4"), "-c", "copy", path)
-    with pytest.raises(VideoError, match="decord does not mirror frames, as .*phone.mp4 asks for; use --decoder pyav"):
+    with pytest.raises(VideoError, match="decord does not mirror .*, which .*phone.mp4 requires; use --decoder pyav"):
         open_video(path, "decord")
 
 

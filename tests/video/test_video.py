@@ -402,7 +402,7 @@ def test_decoder_that_is_not_installed(decoder, module, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("indices", [3, ["a"], [0.5]])
 def test_frames_are_named_by_their_numbers(indices, folder):
-    with pytest.raises(InputError, match="named by (a list of numbers|its number, an integer), not"):
+    with pytest.raises(InputError, match="must be (a list of integers|an integer), not"):
         open_video(clips.make(folder, "plain.mp4")).arrays(indices)
 
 
