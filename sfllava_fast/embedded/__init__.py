@@ -1,4 +1,4 @@
-"""A small LLaVA that ships with the package: it answers questions about drawn clips (see model/README.md)."""
+"""A small LLaVA that ships with the package and answers questions about drawn clips (see model/README.md)."""
 
 from __future__ import annotations
 

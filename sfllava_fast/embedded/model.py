@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "slowfast-slow_4frms_spatial_1d_max_pool-fast_2x2"
 FRAMES = 16
-LANGUAGE_WIDTH = 192
+LANGUAGE_WIDTH, VISION_WIDTH = 192, 128
 VISION_LAYER = -1
 PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
 SPECIAL = (PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT)
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, lower case, marks apart; digits after the first carry `##`, so numbers decode whole."""
+    """A tokenizer of whole lower-case words, punctuation and digits; digits after the first are `##d`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,21 +63,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
-    """Ids of an answer as the model shall write it, capital I included, without the end mark."""
+    """Ids of an answer as the model should write it, without the end-of-sequence token; case is kept ("I")."""
     vocab = tokenizer.get_vocab()
-    words = []
+    words: list[str] = []
     for word in answer.split():
         words += [word[0], *(f"##{digit}" for digit in word[1:])] if word.isdigit() else [word]
     return [vocab[word] for word in words]
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """A fresh random model of 2.9 million parameters."""
+    """An untrained model of 2.9 million parameters.
+
+    Args:
+        seed: Of the random weights.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vocab = build_tokenizer().get_vocab()
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=VISION_WIDTH,
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=4,
@@ -100,7 +104,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         bos_token_id=vocab[BOS],
         eos_token_id=vocab[EOS],
     )
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]  # the ids are parameters of its base class
         vision_config=vision,
         text_config=text,
         image_token_index=vocab[IMAGE],
@@ -112,11 +116,11 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         bos_token_id=vocab[BOS],
         eos_token_id=vocab[EOS],
     )
-    # Beside the defaults: what is said with its answers, and that it was trained without choices in its prompts.
+    # The model was trained without choices in its prompts: "open".
     config.sfllava_fast = {"layout": LAYOUT, "frames": FRAMES, "caveat": CAVEAT, "choices": "open"}
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    # Small first steps of the residual stream, so that words keep their meaning through it.
+    # Scaled initial output projections, so that the residual stream starts close to the word embeddings.
     for layer in model.model.language_model.layers:
         for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
             part.weight.data.mul_((2 * text.num_hidden_layers) ** -0.5)
@@ -124,20 +128,24 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def load_model(directory: str | Path | None = None) -> LlavaForConditionalGeneration:
-    """A trained model in float32; None: the one that ships."""
+    """Load a trained model in float32.
+
+    Args:
+        directory: As `export` writes it; None is the model that ships.
+    """
     from transformers import LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration.from_pretrained(directory or model_dir(), dtype=torch.float32)
 
 
 def decoder_weights(model: LlavaForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
-    """What a reduction trains of a frozen model, by name in the decoder: all of it but the words' embeddings."""
+    """Unfreeze the decoder's weights except the embeddings, which a reduction trains; by their names in the decoder."""
     named = model.get_decoder().named_parameters()
     return {name: p.requires_grad_() for name, p in named if "embed_tokens" not in name}
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Resize to the tower's size and normalise, as any CLIP image processor."""
+    """CLIP's image processor at the tower's size."""
     from transformers import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(
@@ -146,12 +154,22 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def export(model: LlavaForConditionalGeneration, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes a Hugging Face directory (weights in `dtype`, tokenizer, image processor, chat template)."""
+    """Write a Hugging Face directory with weights, tokenizer, image processor and chat template.
+
+    Args:
+        model: The model, which is not changed.
+        directory: Made if it does not exist.
+        dtype: Of the weights.
+
+    Returns:
+        The directory.
+    """
     from transformers import LlavaProcessor
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    copy = deepcopy(model).to(dtype)
+    copy = deepcopy(model)
+    copy.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     copy.generation_config.max_new_tokens = 12
     copy.generation_config.do_sample = False
     copy.save_pretrained(directory)

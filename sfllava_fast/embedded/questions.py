@@ -1,12 +1,13 @@
-"""Questions about drawn clips: every type in ten phrasings, with the one right answer.
+"""Questions about drawn clips, each type in ten phrasings, with the right answer.
 
-The last two phrasings of each type are never used in training; they show whether the model reads or recites.
+The last two phrasings of each type are held out of training.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .scenes import COLOURS, HELD_OUT, SHAPES, TRAINED, Scene, Thing, place_name
@@ -185,7 +186,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# How often each type is asked in training. "total" counts all shapes, in the phrasings of "count".
+# Relative frequency of each type in training. "total" counts all shapes, in the phrasings of "count".
 WEIGHTS = {
     "colour": 6,
     "shape": 6,
@@ -203,7 +204,7 @@ WEIGHTS = {
 }
 TYPES = tuple(WEIGHTS)
 
-# Words that a question may hold but the tokenizer does not know: they teach the model what <unk> means.
+# Words that the tokenizer does not have: the model learns that questions with <unk> are unanswerable.
 UNKNOWN_WORDS = (
     "dog",
     "cat",
@@ -221,8 +222,8 @@ UNKNOWN_WORDS = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question, its answer, its type (one of TYPES) and the phrasing used."""
+class SceneQuestion:
+    """A question about a scene, its answer, its type (one of TYPES) and its phrasing."""
 
     type: str
     text: str
@@ -231,7 +232,7 @@ class Question:
 
 
 def phrasings(kind: str, held_out: bool) -> tuple[str, ...]:
-    """The phrasings of one type: those of training, or those kept from it."""
+    """The phrasings of one type, those of training or the held-out ones."""
     every = PHRASINGS[kind]
     return every[-NUMBER_OF_HELD_OUT_PHRASINGS:] if held_out else every[:-NUMBER_OF_HELD_OUT_PHRASINGS]
 
@@ -243,14 +244,22 @@ def ask(
     split: str = "train",
     held_out_phrasing: bool = False,
     short_names: bool = False,
-) -> Question | None:
-    """One question of a type about a scene, or None where the scene allows none.
+) -> SceneQuestion | None:
+    """Draw a question of a type.
 
-    With `short_names` about half of the things that their shape or their colour alone tells from the others are
-    called by that: "the circle", "the red object".
+    Args:
+        scene: The scene.
+        kind: One of TYPES.
+        rng: Draws the question.
+        split: "heldout" prefers things of HELD_OUT pairs.
+        held_out_phrasing: Use the phrasings that training does not.
+        short_names: Call about half of the things by shape or colour alone if that identifies them: "the circle",
+            "the red object".
+
+    Returns:
+        The question; None if the scene allows none.
     """
-    maker = _MAKERS[kind]
-    return maker(scene, rng, _Asker(kind, rng, split, held_out_phrasing, short_names))
+    return _MAKERS[kind](scene, rng, _QuestionMaker(kind, rng, split, held_out_phrasing, short_names))
 
 
 def ask_many(
@@ -260,11 +269,11 @@ def ask_many(
     split: str = "train",
     held_out_phrasing: bool = False,
     short_names: bool = False,
-) -> list[Question]:
-    """`count` questions of random types by WEIGHTS."""
-    questions = []
+) -> list[SceneQuestion]:
+    """Draw `count` questions, their types by WEIGHTS; the other arguments as in `ask`."""
+    questions: list[SceneQuestion] = []
     while len(questions) < count:
-        kind = rng.choices(TYPES, WEIGHTS.values())[0]
+        kind = rng.choices(TYPES, list(WEIGHTS.values()))[0]
         question = ask(scene, kind, rng, split, held_out_phrasing, short_names)
         if question is not None:
             questions.append(question)
@@ -273,26 +282,26 @@ def ask_many(
 
 def ask_each(
     scene: Scene, rng: random.Random, split: str = "heldout", held_out_phrasing: bool = False
-) -> list[Question]:
-    """One question of every type that the scene allows."""
+) -> list[SceneQuestion]:
+    """Draw one question of every type that the scene allows; the arguments as in `ask`."""
     asked = [ask(scene, kind, rng, split, held_out_phrasing) for kind in TYPES]
     return [question for question in asked if question is not None]
 
 
-class _Asker:
-    """Fills a random phrasing of one type."""
+class _QuestionMaker:
+    """Fills random phrasings of one type."""
 
     def __init__(self, kind: str, rng: random.Random, split: str, held_out: bool, short_names: bool):
         self.kind, self.rng, self.split, self.held_out = kind, rng, split, held_out
         self.short_names = short_names
 
-    def __call__(self, answer: str, phrasing_of: str | None = None, **slots: str) -> Question:
+    def __call__(self, answer: str, phrasing_of: str | None = None, **slots: str) -> SceneQuestion:
         phrasing = self.rng.choice(phrasings(phrasing_of or self.kind, self.held_out))
         text = phrasing.format(**slots).replace("a orange", "an orange")
-        return Question(self.kind, text, answer, phrasing)
+        return SceneQuestion(self.kind, text, answer, phrasing)
 
-    def pick(self, things: list[Thing]) -> Thing | None:
-        """One of them, a held-out pair where the split is theirs; None of none."""
+    def pick(self, things: Sequence[Thing]) -> Thing | None:
+        """One of the things, in the split "heldout" of a held-out pair if there is one; None if there are no things."""
         if self.split == "heldout":
             things = [thing for thing in things if (thing.colour, thing.shape) in HELD_OUT] or things
         return self.rng.choice(things) if things else None
@@ -300,13 +309,15 @@ class _Asker:
     def name(self, scene: Scene, thing: Thing) -> str:
         if not self.short_names or self.rng.random() < 0.5:
             return thing.name
-        shapes, colours = ([getattr(other, key) for other in scene.things] for key in ("shape", "colour"))
-        short = [thing.shape] * (shapes.count(thing.shape) == 1)
-        short += [f"{thing.colour} object"] * (colours.count(thing.colour) == 1 and thing.tint is None)
+        short = []
+        if thing in _unique(scene, "shape"):
+            short.append(thing.shape)
+        if thing in _unique(scene, "colour") and thing.tint is None:
+            short.append(f"{thing.colour} object")
         return self.rng.choice(short) if short else thing.name
 
     def absent(self, scene: Scene) -> str:
-        """A pair of the split that is not in the scene; half the time its colour and its shape both are."""
+        """The name of a thing of the split that is not in the scene; for half, its colour and its shape both are."""
         present = {(thing.colour, thing.shape) for thing in scene.things}
         if self.short_names and self.rng.random() < 0.4:
             shapes, colours = ({getattr(thing, key) for thing in scene.things} for key in ("shape", "colour"))
@@ -326,21 +337,22 @@ def _unique(scene: Scene, attribute: str) -> list[Thing]:
     return [thing for thing in scene.things if counts[getattr(thing, attribute)] == 1]
 
 
-def _colour(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _colour(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     thing = make.pick([thing for thing in _unique(scene, "shape") if thing.colour])
-    return thing and make(thing.colour, s=thing.shape)
+    return make(thing.colour, s=thing.shape) if thing else None
 
 
-def _shape(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _shape(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     thing = make.pick([thing for thing in _unique(scene, "colour") if thing.colour])
-    return thing and make(thing.shape, c=thing.colour)
+    return make(thing.shape, c=thing.colour) if thing else None
 
 
 def plural(shape: str) -> str:
+    """The plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")
 
 
-def _count(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+def _count(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion:
     by_colour = rng.random() < 0.5
     values = list(COLOURS) if by_colour else list(SHAPES)
     attribute = "colour" if by_colour else "shape"
@@ -351,19 +363,19 @@ def _count(scene: Scene, rng: random.Random, make: _Asker) -> Question:
     return make(str(present.count(value)), n=noun)
 
 
-def _total(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+def _total(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion:
     return make(str(len(scene.things)), "count", n=rng.choice(("shapes", "objects")))
 
 
-def _place(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _place(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     thing = make.pick(scene.of_kind("still"))
-    return thing and make(place_name(thing.begin), x=make.name(scene, thing))
+    return make(place_name(thing.begin), x=make.name(scene, thing)) if thing else None
 
 
-def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _relation(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     first = make.pick(scene.of_kind("still"))
     second = make.pick([thing for thing in scene.of_kind("still") if thing is not first])
-    if second is None:
+    if first is None or second is None:
         return None
     axis = rng.randrange(2)
     gap = first.begin[axis] - second.begin[axis]
@@ -372,55 +384,55 @@ def _relation(scene: Scene, rng: random.Random, make: _Asker) -> Question | None
     words = (("left", "right"), ("above", "below"))[axis]
     offered = f"{words[0]} or {words[1]}" if rng.random() < 0.5 else f"{words[1]} or {words[0]}"
     x, y = make.name(scene, first), make.name(scene, second)
-    return make(words[gap > 0], x=x, y=y, r=offered + (" of" if axis == 0 else ""))
+    answer = words[1] if gap > 0 else words[0]
+    return make(answer, x=x, y=y, r=f"{offered} of" if axis == 0 else offered)
 
 
-def _number(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _number(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     return make(str(scene.sign.number)) if scene.sign else None
 
 
-def _direction(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    movers = scene.of_kind("cross")
-    if rng.random() < 0.15:
-        thing = make.pick(scene.of_kind("still", "visit"))
-        return thing and make(STILL, x=make.name(scene, thing))
-    thing = make.pick(movers)
-    return thing and make(thing.direction, x=make.name(scene, thing))
+def _direction(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
+    kinds = ("still", "visit") if rng.random() < 0.15 else ("cross",)
+    thing = make.pick(scene.of_kind(*kinds))
+    return make(thing.direction or STILL, x=make.name(scene, thing)) if thing else None
 
 
 def _passing(scene: Scene) -> list[Thing]:
     return sorted(scene.of_kind("visit", "cross"), key=lambda thing: thing.start)
 
 
-def _first(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _first(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     return make(_passing(scene)[0].name) if _passing(scene) else None
 
 
-def _last(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _last(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     return make(_passing(scene)[-1].name) if _passing(scene) else None
 
 
 def when(thing: Thing) -> str | None:
-    """Which third of the clip holds the middle of the thing's visit; None if too near to a border."""
+    """The third of the clip (WHEN) that contains the middle of a visit; None within 0.04 of a border."""
     moment = (thing.start + thing.end) / 2
     if min(abs(moment - 1 / 3), abs(moment - 2 / 3)) < 0.04:
         return None
     return WHEN[int(moment * 3)]
 
 
-def _when(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
+def _when(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     thing = make.pick([thing for thing in _passing(scene) if when(thing)])
-    return thing and make(when(thing), x=make.name(scene, thing))
+    answer = when(thing) if thing else None
+    return make(answer, x=make.name(scene, thing)) if thing and answer else None
 
 
-def _exist(scene: Scene, rng: random.Random, make: _Asker) -> Question:
+def _exist(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
     if rng.random() < 0.5:
-        return make("yes", x=make.name(scene, make.pick(scene.things)))
+        thing = make.pick(scene.things)
+        return make("yes", x=make.name(scene, thing)) if thing else None
     return make("no", x=make.absent(scene))
 
 
-def _unanswerable(scene: Scene, rng: random.Random, make: _Asker) -> Question | None:
-    """Off topic, about a thing that is not there, or about a word that the model does not know."""
+def _unanswerable(scene: Scene, rng: random.Random, make: _QuestionMaker) -> SceneQuestion | None:
+    """A question off topic, about a thing that is not there, or with an unknown word."""
     if rng.random() < 0.35:
         thing = rng.choice(scene.things)
         return make(UNANSWERABLE, "off topic", x=thing.name, s=thing.shape)
@@ -439,7 +451,7 @@ def _unanswerable(scene: Scene, rng: random.Random, make: _Asker) -> Question | 
     return make(UNANSWERABLE, kind, x=make.absent(scene), s=shape, c=colour)
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Scene, random.Random, _QuestionMaker], SceneQuestion | None]] = {
     "colour": _colour,
     "shape": _shape,
     "count": _count,
@@ -457,16 +469,23 @@ _MAKERS = {
 
 
 def mentioned(words: list[str], scene: Scene) -> dict[int, list[int]]:
-    """Which of the scene's things a question names, by the place of the last word that names them.
+    """Find the things that a question names.
 
-    "where is the red circle?" names red circles at "circle"; "the red one" names red things at "red". The sign
-    counts as thing -1. What is not in the scene is named too, and is no thing.
+    "where is the red circle?" names red circles at "circle"; "the red one" names red things at "red".
+
+    Args:
+        words: Of the question.
+        scene: The scene.
+
+    Returns:
+        By the position of the last word of a name, the indices of the scene's things with that name: -1 for the sign,
+        an empty list if no thing has it.
     """
-    found = {}
+    found: dict[int, list[int]] = {}
     shapes = {**{shape: shape for shape in SHAPES}, **{plural(shape): shape for shape in SHAPES}}
     for place, word in enumerate(words):
-        colour = words[place - 1] if place and word in shapes else word
-        colour = colour if colour in COLOURS else None
+        before = words[place - 1] if place and word in shapes else word
+        colour = before if before in COLOURS else None
         if word in COLOURS and place + 1 < len(words) and words[place + 1] in shapes:
             continue
         if word == "sign":
@@ -481,11 +500,11 @@ def mentioned(words: list[str], scene: Scene) -> dict[int, list[int]]:
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark of the phrasings and answers, sorted; digits come apart from these."""
+    """Every word and punctuation mark of the phrasings and answers, sorted, without digits."""
     texts = [text for group in PHRASINGS.values() for text in group]
     texts += ["an above below left right or of shapes objects yes no", UNANSWERABLE, STILL]
     texts += [*WHEN, *COLOURS, *SHAPES, *map(plural, SHAPES), "up down top bottom middle left right"]
-    words = set()
+    words: set[str] = set()
     for text in texts:
         for mark in "?.,:":
             text = text.replace(mark, f" {mark} ")

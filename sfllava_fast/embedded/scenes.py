@@ -1,8 +1,8 @@
-"""Draws short clips of coloured shapes together with their exact ground truth.
+"""Draws short clips of coloured shapes with their exact ground truth.
 
-A scene lives on a 192 x 192 canvas: shapes that stand still, shapes that visit (appear, stay, vanish), shapes
-that cross from one side to the other, and often a sign with a two-digit number. Time runs from 0 to 1.
-Clips are drawn at 192 px (for video files) or at 96 px (for training) from sprites rendered once.
+The canvas has 192 x 192 pixels. A scene has shapes that stand still ("still"), shapes that appear, stay and vanish
+("visit"), shapes that move from one side to the other ("cross"), and often a sign with a two-digit number. Time runs
+from 0 to 1. Clips are drawn at 192 px for video files, or at 96 px for training, from cached sprites.
 """
 
 from __future__ import annotations
@@ -41,16 +41,15 @@ PLACES = (
 )
 
 SPLITS = ("train", "heldout")
-# Pairs that only held-out clips show.
+# Pairs of colour and shape that only held-out clips show.
 HELD_OUT = (("red", "star"), ("yellow", "ring"), ("blue", "triangle"), ("pink", "cross"))
 TRAINED = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 NO_NAME = -1
-NAMELESS = 60  # a colour so far from every named one has no name
-STILLS, PASSING = (3, 5), (2, 3)  # how many shapes stand still, and come and go: least and most
+NAMELESS = 60  # least RGB distance of a colour without a name from every named one
+STILLS, PASSING = (3, 5), (2, 3)  # least and most shapes that stand still, and that visit or cross
 
-EDGE = 20  # centres keep this distance from the border
-SPACING = 38  # and this one from each other
-THIRD_MARGIN = 6  # and this one from the lines between the nine places
+# Least distances of a centre, in pixels: from the border, from other centres, from the lines between the nine places.
+EDGE, SPACING, THIRD_MARGIN = 20, 38, 6
 DIGIT_WIDTH, DIGIT_HEIGHT, DIGIT_PIXEL, DIGIT_GAP = 20, 28, 4, 6
 SIGN_WIDTH, SIGN_HEIGHT = 64, 40
 SIGN_PAPER, SIGN_INK = (245, 242, 230), (20, 20, 25)
@@ -71,29 +70,42 @@ _DIGITS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: where its centre starts and ends (canvas px), when it is visible (fractions of the clip)."""
+    """One shape.
+
+    Attributes:
+        colour: A name in COLOURS, or "" with a `tint`.
+        shape: One of SHAPES.
+        size: In pixels of the canvas.
+        kind: "still", "visit" or "cross".
+        begin, finish: Its centre (x, y) at the start and at the end, in pixels of the canvas.
+        start, end: When it is visible, 0 to 1.
+        tint: A colour without a name.
+    """
 
     colour: str
     shape: str
     size: int
-    kind: str  # "still", "visit" or "cross"
-    begin: tuple[int, int]  # x, y
+    kind: str
+    begin: tuple[int, int]
     finish: tuple[int, int]
     start: float = 0.0
     end: float = 1.0
-    tint: tuple[int, int, int] | None = None  # a colour that has no name; `colour` is "" then
+    tint: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
+        """Colour and shape, or the shape alone."""
         return f"{self.colour} {self.shape}".lstrip()
 
     def visible(self, time: float) -> bool:
+        """Whether the thing is on the canvas."""
         return self.kind == "still" or self.start <= time < self.end
 
     def centre(self, time: float) -> tuple[int, int]:
-        """Centre (x, y) in canvas px at a moment when the thing is visible."""
+        """Centre (x, y) in pixels of the canvas, at a time when the thing is visible."""
         way = (time - self.start) / (self.end - self.start) if self.kind == "cross" else 0.0
-        return tuple(round(a + (b - a) * way) for a, b in zip(self.begin, self.finish))
+        (x, y), (to_x, to_y) = self.begin, self.finish
+        return round(x + (to_x - x) * way), round(y + (to_y - y) * way)
 
     @property
     def direction(self) -> str | None:
@@ -106,7 +118,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A board with a two-digit number, its centre in canvas px."""
+    """A board with a two-digit number; its centre in pixels of the canvas."""
 
     centre: tuple[int, int]
     number: int
@@ -114,23 +126,24 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know of one clip."""
+    """The content of a clip."""
 
     things: tuple[Thing, ...]
     sign: Sign | None
     background: tuple[int, int, int]
 
     def of_kind(self, *kinds: str) -> list[Thing]:
+        """The things of some kinds, in the scene's order."""
         return [thing for thing in self.things if thing.kind in kinds]
 
 
 def frame_times(indices: list[int], total: int) -> list[float]:
-    """Moments in (0, 1) of the frames `indices` of a video of `total` frames."""
+    """Times in (0, 1) of the frames `indices` of a video with `total` frames."""
     return [(index + 0.5) / total for index in indices]
 
 
 def place_name(centre: tuple[int, int]) -> str:
-    """Which ninth of the canvas a centre (x, y) lies in."""
+    """The name of the ninth of the canvas that contains (x, y)."""
     x, y = centre
     return PLACES[min(2, 3 * y // CANVAS)][min(2, 3 * x // CANVAS)]
 
@@ -138,9 +151,13 @@ def place_name(centre: tuple[int, int]) -> str:
 def draw_scene(
     seed: int | str, split: str = "train", stills: tuple[int, int] = STILLS, passing: tuple[int, int] = PASSING
 ) -> Scene:
-    """A random scene of so many shapes, least to most, and in four of five cases a sign.
+    """A random scene; four of five have a sign.
 
-    Scenes of the split "heldout" show two or three pairs of HELD_OUT among others; "train" shows none.
+    Args:
+        seed: The scene is a function of seed and split.
+        split: "heldout" shows two or three pairs of HELD_OUT among others, "train" none.
+        stills: Least and most shapes that stand still.
+        passing: Least and most shapes that visit or cross.
     """
     rng = random.Random(f"{split}/{seed}")
     while True:
@@ -150,9 +167,13 @@ def draw_scene(
 
 
 def tint(scene: Scene, rng: random.Random, share: float, lone: bool = False) -> Scene:
-    """The scene with a share of its things in colours that are far from every named one.
+    """The scene with some things in colours without a name.
 
-    `lone`: only of those that no other has the shape of, so that their shape alone names them.
+    Args:
+        scene: The scene.
+        rng: Draws the things and colours.
+        share: Probability for each thing.
+        lone: Only things whose shape no other thing has, so that the shape alone identifies them.
     """
     shapes = [thing.shape for thing in scene.things]
     return replace(
@@ -168,9 +189,9 @@ def tint(scene: Scene, rng: random.Random, share: float, lone: bool = False) -> 
 
 def _nameless(rng: random.Random) -> tuple[int, int, int]:
     while True:
-        colour = tuple(rng.randint(0, 255) for _ in range(3))
+        colour = rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
         near = min(sum((a - b) ** 2 for a, b in zip(colour, named)) for named in COLOURS.values())
-        if near > NAMELESS**2 and max(colour) > 90:  # not one of the dark backgrounds either
+        if near > NAMELESS**2 and max(colour) > 90:  # brighter than any background
             return colour
 
 
@@ -189,11 +210,11 @@ def _try_scene(rng: random.Random, split: str, stills: int, passing: int) -> Sce
         if thing is None:
             return None
         things.append(thing)
-    return Scene(tuple(things), sign, tuple(rng.randint(12, 60) for _ in range(3)))
+    return Scene(tuple(things), sign, (rng.randint(12, 60), rng.randint(12, 60), rng.randint(12, 60)))
 
 
 def _choose_names(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
-    """Distinct (colour, shape) pairs; half of the scenes have four colours only, so that colours repeat."""
+    """Distinct (colour, shape) pairs; in half of the scenes of four colours only, so that colours repeat."""
     colours = list(COLOURS)
     if rng.random() < 0.5:
         colours = rng.sample(colours, 4)
@@ -228,7 +249,7 @@ def _near_sign(x: int, y: int, sign: Sign) -> bool:
 
 
 def _start_times(rng: random.Random, count: int) -> list[float]:
-    """Moments of appearance, at least 0.14 apart."""
+    """Times of appearance, at least 0.14 apart."""
     slack = 0.64 - 0.14 * (count - 1)
     cuts = sorted(rng.random() * slack for _ in range(count))
     times = [0.06 + cut + 0.14 * i for i, cut in enumerate(cuts)]
@@ -273,7 +294,7 @@ def _polygon(points: list[tuple[float, float]], x: np.ndarray, y: np.ndarray) ->
 
 
 def _mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of the unit disc's box the shape covers; y points down."""
+    """Whether the shape covers each point in [-1, 1] x [-1, 1]; y points down."""
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius <= 0.95
@@ -297,14 +318,14 @@ def _mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @cache
 def _shape_alpha(shape: str, size: int) -> np.ndarray:
-    """Antialiased coverage [size, size] float32 at canvas scale, 8 x 8 samples a pixel."""
+    """Antialiased coverage, float32 [size, size], at canvas scale from 8 x 8 samples per pixel."""
     axis = (np.arange(size * 8) + 0.5) / (size * 4) - 1
     x, y = np.meshgrid(axis, axis)
     return _mask(shape, x, y).reshape(size, 8, size, 8).mean((1, 3)).astype(np.float32)
 
 
 def _sign_image(number: int) -> np.ndarray:
-    """The board [SIGN_HEIGHT, SIGN_WIDTH, 3] float32."""
+    """The board, float32 [SIGN_HEIGHT, SIGN_WIDTH, 3]."""
     board = np.empty((SIGN_HEIGHT, SIGN_WIDTH, 3), np.float32)
     board[:] = SIGN_INK
     board[2:-2, 2:-2] = SIGN_PAPER
@@ -317,13 +338,13 @@ def _sign_image(number: int) -> np.ndarray:
 
 
 def digit_lefts() -> tuple[int, int]:
-    """Left edges of the two digits within the board, canvas px."""
+    """Left edges of the two digits within the board, in pixels of the canvas."""
     left = (SIGN_WIDTH - 2 * DIGIT_WIDTH - DIGIT_GAP) // 2
     return left, left + DIGIT_WIDTH + DIGIT_GAP
 
 
 def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.ndarray:
-    """Half-size copy of [h, w, c], its origin `phase` (x, y) px into the first pixel, resized bicubically."""
+    """Half-size bicubic copy of [h, w, c], after a shift of `phase` (x, y) pixels."""
     height, width, channels = image.shape
     padded = np.zeros((height + 2 * border + height % 2, width + 2 * border + width % 2, channels), np.float32)
     padded[border + phase[1] :, border + phase[0] :][:height, :width] = image
@@ -338,14 +359,14 @@ def _halve(image: np.ndarray, phase: tuple[int, int], border: int = 4) -> np.nda
 
 @cache
 def _shape_sprite(shape: str, size: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, int]:
-    """Coverage [h, w, 1] and its border: canvas scale if phase is None, else half scale at that phase."""
+    """Coverage [h, w, 1] and its border; at canvas scale if phase is None, else at half scale with that phase."""
     alpha = _shape_alpha(shape, size)[:, :, None]
     return (alpha, 0) if phase is None else (_halve(alpha, phase), 2)
 
 
 @cache
 def _sign_sprite(number: int, phase: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """Coverage, colours and border, the same way."""
+    """Coverage, colours and border; as `_shape_sprite`."""
     board = _sign_image(number)
     if phase is None:
         return np.ones_like(board[:, :, :1]), board, 0
@@ -354,7 +375,7 @@ def _sign_sprite(number: int, phase: tuple[int, int] | None) -> tuple[np.ndarray
 
 
 def _paste(frame: np.ndarray, alpha: np.ndarray, colours: np.ndarray, corner: tuple[int, int]) -> None:
-    """Blends [h, w, 3] of that coverage, colours already weighed by it, into a float frame at (x, y), in place."""
+    """Blend premultiplied colours [h, w, 3] into a float frame at (x, y), in place."""
     x, y = corner
     top, left = max(0, -y), max(0, -x)
     region = frame[y + top : y + alpha.shape[0], x + left : x + alpha.shape[1]]
@@ -388,7 +409,16 @@ def _paste_sign(frame: np.ndarray, sign: Sign, half: bool) -> None:
 
 
 def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
-    """Frames uint8 [T, 192, 192, 3] of a scene at `times`; `half`: [T, 96, 96, 3], as preprocessed."""
+    """Draw frames of a scene.
+
+    Args:
+        scene: The scene.
+        times: Of the frames, 0 to 1.
+        half: At the tower's size, as preprocessing would resize them.
+
+    Returns:
+        uint8 [T, 192, 192, 3]; with `half`, [T, 96, 96, 3].
+    """
     edge = TOWER_SIZE if half else CANVAS
     shade = np.linspace(0.85, 1.15, edge, dtype=np.float32)[:, None, None]
     still = np.broadcast_to(shade * np.array(scene.background, np.float32), (edge, edge, 3)).copy()
@@ -405,11 +435,16 @@ def render(scene: Scene, times: list[float], half: bool = False) -> np.ndarray:
 
 
 def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
-    """What each 12 px patch of a frame shows, for the tower's first stage.
+    """Labels of what each 12 px patch of a frame shows, for the tower's stage of training.
 
-    Returns arrays over the 8 x 8 grid: `shape`, `colour` (NO_NAME for a tint), `across` and `down` (which of three
-    columns and rows of PLACES holds the shape's centre), `tens`, `units` (int64, 0 = nothing) and `offset` (float32
-    [8, 8, 2], from the patch's centre to the shape's, in patches).
+    Args:
+        scene: The scene.
+        time: Of the frame, 0 to 1.
+
+    Returns:
+        int64 [8, 8], 0 for nothing: `shape`, `colour` (NO_NAME for a tint), `across` and `down` (the column and row of
+        PLACES with the shape's centre), `tens`, `units`. float32 [8, 8, 2]: `offset`, from the patch's centre to the
+        shape's, in patches.
     """
     shape, colour, across, down = (np.zeros((GRID, GRID), np.int64) for _ in range(4))
     offset, best = np.zeros((GRID, GRID, 2), np.float32), np.full((GRID, GRID), 0.15, np.float32)
@@ -440,7 +475,7 @@ def patch_labels(scene: Scene, time: float) -> dict[str, np.ndarray]:
 
 
 def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray]:
-    """The 3 x 3 patches (rows, columns) around a thing and which part of each it covers."""
+    """The 3 x 3 patches (rows, columns) around a thing, and the share of each that it covers."""
     side, left, top = 2 * PATCH, x - thing.size // 2, y - thing.size // 2
     column, row = min(left // side, GRID - 3), min(top // side, GRID - 3)
     window = np.zeros((3 * side, 3 * side), np.float32)
@@ -451,7 +486,7 @@ def _patch_cover(thing: Thing, x: int, y: int) -> tuple[slice, slice, np.ndarray
 
 
 def thing_patches(scene: Scene, times: list[float]) -> np.ndarray:
-    """Which patches show which thing: bool [T, 64, things]."""
+    """Whether a patch shows a thing, bool [T, 64, things]."""
     shown = np.zeros((len(times), GRID, GRID, len(scene.things)), bool)
     for index, thing in enumerate(scene.things):
         for frame, time in enumerate(times):
@@ -464,7 +499,7 @@ def thing_patches(scene: Scene, times: list[float]) -> np.ndarray:
 
 
 def sign_patches(scene: Scene) -> np.ndarray:
-    """Which patches show digits: bool [64]."""
+    """Whether a patch shows a digit, bool [64]."""
     tens, units = _digit_labels(scene.sign)
     return ((tens > 0) | (units > 0)).reshape(-1)
 
@@ -483,7 +518,13 @@ def _digit_labels(sign: Sign | None) -> list[np.ndarray]:
 
 
 def write_video(scene: Scene, path: str | Path, total: int = 64) -> None:
-    """Encodes a scene as an H.264 .mp4 of `total` frames, 192 x 192, yuv420p, 8 frames a second."""
+    """Encode a scene as H.264 of 192 x 192 pixels, yuv420p, at 8 frames per second.
+
+    Args:
+        scene: The scene.
+        path: An .mp4 file.
+        total: Number of frames.
+    """
     import av
 
     frames = render(scene, frame_times(list(range(total)), total))

@@ -369,7 +369,7 @@ def test_batches_depend_on_stage_and_step_alone(tokenizer):
     assert torch.equal(a.pixels, b.pixels) and torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
     assert not torch.equal(a.pixels, c.pixels)
     assert a.pixels.shape == (16, 3, 96, 96) and a.ids.shape[:2] == a.types.shape == (2, 16)
-    assert batches.Diet(frames=9).layout("language", 3) == batches.Layout(9, 4, "both")
+    assert batches.Diet(frames=9).layout("language", 3) == batches.StepLayout(9, 4, "both")
     layouts = [batches.Diet().layout("language", step) for step in range(400)]
     assert {8, 16, 32, 64} <= {x.frames for x in layouts} and {2, 4, 8} <= {x.slow for x in layouts}
     assert 0.06 < sum(x.mode == "slow" for x in layouts) / 400 < 0.17
@@ -440,7 +440,7 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(train, "IMAGES_PER_RANK", 8)
     monkeypatch.setattr(train, "WORDED_IMAGES", 2)
     monkeypatch.setattr(batches, "QUESTIONS_PER_CLIP", 4)
-    monkeypatch.setattr(batches.Diet, "layout", lambda diet, stage, step: batches.Layout(8, 4, "both"))
+    monkeypatch.setattr(batches.Diet, "layout", lambda diet, stage, step: batches.StepLayout(8, 4, "both"))
 
 
 def test_smoke_training_learns_and_resumes_bit_for_bit(tmp_path, small_batches):
@@ -482,7 +482,7 @@ def test_each_stage_trains_its_own_part(tmp_path, small_batches):
 
 def guided(tokenizer, mode: str) -> tuple[batches.ClipBatch, guidance.Guide]:
     batch = batches.clip_batch(tokenizer, "guide", 0, 0, 2, 8)
-    return batch, guidance.Guide(batch, batches.Layout(8, 4, mode), torch.device("cpu"))
+    return batch, guidance.Guide(batch, batches.StepLayout(8, 4, mode), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("mode", "slow", "fast"), [("both", 128, 32), ("slow", 128, 0), ("fast", 0, 32)])

@@ -1,1 +1,1 @@
-"""How the embedded model was trained and is evaluated."""
+"""Training and evaluation of the embedded model."""

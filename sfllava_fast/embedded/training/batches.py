@@ -1,17 +1,18 @@
-"""Training data: every batch is a function of its stage and step alone, so runs resume and repeat exactly."""
+"""Training data. Every batch is a function of its stage and step, so that runs can be resumed and repeated exactly."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import torch
 
 from ...layouts.sampling import sample_frames
 from ..model import ASSISTANT, EOS, USER, answer_ids, image_processor
-from ..questions import TYPES, WHEN, Question, ask_many, mentioned, when
+from ..questions import TYPES, WHEN, SceneQuestion, ask_many, mentioned, when
 from ..scenes import (
     CANVAS,
     COLOURS,
@@ -35,7 +36,7 @@ from ..scenes import (
 QUESTIONS_PER_CLIP = 16
 LONGEST_VIDEO = 96
 MOST_THINGS = STILLS[1] + PASSING[1] + 1  # the sign is the last
-# What can be true of a thing, or of the sign, and how many values each has, besides 0 for nothing.
+# Attributes of things and of the sign, and the number of their values; 0 means none.
 FACTS = {
     "colour": len(COLOURS),
     "shape": len(SHAPES),
@@ -47,29 +48,33 @@ FACTS = {
     "units": 10,
 }
 IGNORE = -100
+Mode = Literal["both", "slow", "fast"]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What one step shows the language model: frames a clip, slow frames, which pathways."""
+class StepLayout:
+    """The layout of one training step: frames per clip, slow frames, pathways."""
 
     frames: int
     slow: int
-    mode: str  # "both", "slow" or "fast"
+    mode: Mode
 
     @property
     def clips(self) -> int:
-        """Clips per rank, fewer where they are long."""
+        """Clips per share of the batch, fewer if they are long."""
         return 4 if self.frames <= 20 else 2 if self.frames <= 40 else 1
 
 
 @dataclass(frozen=True)
 class Diet:
-    """What a stage draws: how many shapes stand still and pass, least to most, and how many frames show them.
+    """The distribution of a stage's data.
 
-    `frames` 0: frames, slow frames and pathways are drawn anew each step. `short_names`: as in `ask`. `tinted`:
-    which share of the things have a colour without a name, so that a shape is read by its form; in clips, of the
-    things whose shape alone names them.
+    Attributes:
+        stills, passing: As in `draw_scene`.
+        frames: Per clip; 0 draws frames, slow frames and pathways for each step.
+        short_names: As in `ask`.
+        tinted: The share of things with a colour without a name, so that shapes are learned independently of colours;
+            in clips, of the things whose shape alone identifies them.
     """
 
     stills: tuple[int, int] = STILLS
@@ -78,19 +83,20 @@ class Diet:
     short_names: bool = False
     tinted: float = 0.0
 
-    def layout(self, stage: str, step: int) -> Layout:
-        """Mostly 16 frames of which 4 slow; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
+    def layout(self, stage: str, step: int) -> StepLayout:
+        """Mostly 16 frames with 4 slow ones; else 5 to 64 frames, 2 to 8 slow ones, or a single pathway."""
         if self.frames:
-            return Layout(self.frames, 4, "both")
+            return StepLayout(self.frames, 4, "both")
         rng = random.Random(f"layout/{stage}/{step}")
         frames = rng.choices((16, 8, 32, 64, rng.randint(5, 40)), (58, 12, 14, 6, 10))[0]
         slow = rng.choices((4, 2, 3, 6, 8), (68, 8, 6, 8, 10))[0]
-        mode = rng.choices(("both", "slow", "fast"), (78, 11, 11))[0]
-        return Layout(frames, min(slow, frames), mode)
+        modes: tuple[Mode, ...] = ("both", "slow", "fast")
+        mode = rng.choices(modes, (78, 11, 11))[0]
+        return StepLayout(frames, min(slow, frames), mode)
 
 
 def normalise(frames: np.ndarray) -> torch.Tensor:
-    """uint8 [..., H, W, 3] -> pixel values float32 [N, 3, H, W]."""
+    """Pixel values, float32 [N, 3, H, W], of frames, uint8 [..., H, W, 3]."""
     processor = image_processor()
     mean, std = (
         torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (processor.image_mean, processor.image_std)
@@ -102,7 +108,16 @@ def normalise(frames: np.ndarray) -> torch.Tensor:
 def image_batch(
     stage: str, step: int, first: int, count: int, tinted: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`count` single frames and their patch labels [count, 8, 8, ...]."""
+    """Draw single frames.
+
+    Args:
+        stage, step: Of the training.
+        first, count: The range of frames in the step's batch.
+        tinted: As in `Diet`.
+
+    Returns:
+        Pixel values [count, 3, 96, 96], and `patch_labels` of each frame, stacked.
+    """
     frames, labels = [], []
     for index in range(first, first + count):
         scene = draw_scene(f"{stage}/{step}/{index}")
@@ -115,9 +130,15 @@ def image_batch(
 
 
 def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which words say what a patch shows, and where: shares [N, 64, vocab]; and which show anything [N, 64].
+    """Targets of the stage that aligns projected patches with word embeddings.
 
-    The pad token stands for nothing. The place is that of the shape's centre, not of the patch.
+    Args:
+        tokenizer: The model's.
+        labels: As `image_batch` gives them.
+
+    Returns:
+        Target distributions [N, 64, vocab] over the words for a patch's shape, colour, digits and the place of the
+        shape's centre, or the pad token for an empty patch; and whether a patch shows anything, bool [N, 64].
     """
     vocab = tokenizer.get_vocab()
     values = {
@@ -141,16 +162,23 @@ def patch_words(tokenizer, labels: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 
 @dataclass
 class ClipBatch:
-    """Pixel values [B * T, 3, 96, 96], questions with answers and targets [B, Q, L], types [B, Q].
+    """B clips of T frames with Q questions each.
 
-    For guidance: which patches show which thing, float32 [B, T, 64, MOST_THINGS]; where a question names
-    things, bool [B, Q, L]; which ones, and at the start of an answer that is a thing, that thing, float32
-    [B, Q, L, MOST_THINGS]; and what is true of each thing, int64 [B, MOST_THINGS, len(FACTS)], 0 = nothing.
+    Attributes:
+        pixels: [B * T, 3, 96, 96].
+        ids: Questions with their answers, int64 [B, Q, L].
+        targets: The next token if it belongs to the answer, else IGNORE, int64 [B, Q, L].
+        types: Indices into TYPES, int64 [B, Q].
+        shown: Whether a patch shows a thing, float32 [B, T, 64, MOST_THINGS].
+        naming: Words that name things, bool [B, Q, L].
+        named: The things that they name, float32 [B, Q, L, MOST_THINGS].
+        answered: At the start of an answer that is a thing's name, this thing, float32 [B, Q, L, MOST_THINGS].
+        facts: Attributes of each thing, 0 for none, int64 [B, MOST_THINGS, len(FACTS)].
     """
 
     pixels: torch.Tensor
     ids: torch.Tensor
-    targets: torch.Tensor  # the next token where it belongs to the answer, else IGNORE
+    targets: torch.Tensor
     types: torch.Tensor
     shown: torch.Tensor
     naming: torch.Tensor
@@ -160,7 +188,15 @@ class ClipBatch:
 
 
 def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames: int, diet: Diet = Diet()) -> ClipBatch:
-    """`count` clips of `frames` frames, each with QUESTIONS_PER_CLIP questions."""
+    """Draw clips, each with QUESTIONS_PER_CLIP questions.
+
+    Args:
+        tokenizer: The model's.
+        stage, step: Of the training.
+        first, count: The range of clips in the step's batch.
+        frames: Per clip.
+        diet: The distribution of the data.
+    """
     scenes, clips, asked = [], [], []
     shown = torch.zeros(count, frames, GRID * GRID, MOST_THINGS)
     for clip, index in enumerate(range(first, first + count)):
@@ -181,7 +217,7 @@ def clip_batch(tokenizer, stage: str, step: int, first: int, count: int, frames:
 
 
 def _subjects(
-    tokenizer, scenes: list[Scene], asked: list[list[Question]], ids: torch.Tensor
+    tokenizer, scenes: list[Scene], asked: list[list[SceneQuestion]], ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`naming`, `named` and `answered` of a ClipBatch."""
     naming, (named, answered) = torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(2, *ids.shape, MOST_THINGS)
@@ -223,8 +259,8 @@ def _facts_of(thing: Thing) -> list[int]:
     ]
 
 
-def encode_questions(tokenizer, asked: list[list[Question]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and next-token targets int64 [B, Q, L], padded on the right."""
+def encode_questions(tokenizer, asked: list[list[SceneQuestion]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and next-token targets, int64 [B, Q, L], padded on the right; targets as in `ClipBatch`."""
     flat = [question for questions in asked for question in questions]
     user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, EOS])
     texts = tokenizer([question.text for question in flat], add_special_tokens=False).input_ids

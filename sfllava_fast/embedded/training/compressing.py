@@ -1,14 +1,13 @@
 """Trains compression tokens: `python -m sfllava_fast.embedded.training.train --train compression --out DIR`.
 
-VoCo-LLaMA (arXiv 2406.12275) on the embedded model: k learned tokens behind the video, through which alone questions
-see it, and the decoder along with them. Answers alone teach tokens slowly what to hold; so until the last stage heads
-that are dropped after training read the scene from them.
+VoCo-LLaMA (arXiv 2406.12275) on the embedded model: k learned tokens follow the video, and questions attend to it only
+through them; the decoder is trained with them. Answers alone are a weak signal. Therefore, in all stages but the last,
+auxiliary heads read the scene from the tokens; they are dropped after training.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from ..questions import WHEN
 from ..scenes import COLOURS, DIRECTIONS, SHAPES
 from .batches import FACTS, IGNORE, MOST_THINGS, ClipBatch, Diet, clip_batch
 from .packing import encode_frames, packed_logits, use_packed_attention
-from .trainer import Stage, Trainer
+from .trainer import Score, Stage, Trainer
 
 TOKENS = 4
-READ_LAYERS = (1, 2)  # behind these the scene is read from the tokens
+READ_LAYERS = (1, 2)  # the scene is read from the tokens after these layers
 SCENE_WEIGHT = 2.0
 STAGES = (
     Stage("held few", "compression", 300, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), 8, True, 0.2), guided=True),
@@ -35,8 +34,11 @@ STAGES = (
 
 
 class SceneHeads(torch.nn.Module):
-    """Read from a clip's compression tokens what is where, what comes first and last, what moves which way and when,
-    how many there are of each kind, and the sign's number."""
+    """Linear heads that read a scene from a clip's compression tokens.
+
+    They read colour and shape of the thing at each place, of the first and the last one, by direction and by time; the
+    number of things of each colour and shape; and the sign's digits.
+    """
 
     KINDS = len(COLOURS) + 1, len(SHAPES) + 1
     SIZES = (*KINDS * (9 + 2 + len(DIRECTIONS) + len(WHEN)), *[5] * (len(COLOURS) + len(SHAPES)), MOST_THINGS, 11, 11)
@@ -45,8 +47,8 @@ class SceneHeads(torch.nn.Module):
         super().__init__()
         self.read = torch.nn.Linear(tokens * LANGUAGE_WIDTH, sum(self.SIZES))
 
-    def loss(self, held: Tensor, targets: Tensor, score: Counter) -> Tensor:
-        """held: [B, k, D]. targets: int64 [B, len(SIZES)], 0 = nothing."""
+    def loss(self, held: Tensor, targets: Tensor, score: Score) -> Tensor:
+        """held: compression tokens [B, k, D]. targets: int64 [B, len(SIZES)], as `scene_targets` gives them."""
         logits = self.read(F.rms_norm(held, held.shape[-1:]).flatten(1)).split(self.SIZES, -1)
         losses = []
         for logit, target in zip(logits, targets.T):
@@ -58,12 +60,12 @@ class SceneHeads(torch.nn.Module):
 
 
 def scene_targets(batch: ClipBatch) -> Tensor:
-    """What SceneHeads read, int64 [B, len(SIZES)]: 0 = nothing, IGNORE where two things or none of a name fit."""
+    """Targets of SceneHeads, int64 [B, len(SIZES)]: 0 for nothing, IGNORE if ambiguous or without a name."""
     return torch.tensor([_targets(*clip) for clip in zip(batch.facts.tolist(), batch.shown)])
 
 
 def _targets(facts: list[list[int]], shown: Tensor) -> list[int]:
-    """Of one clip: the facts of its things, and float [T, 64, things], which patches show them."""
+    """Targets of one clip. facts: attributes of its things. shown: patches of each thing, float [T, 64, things]."""
     seen = [frames.nonzero()[:, 0].tolist() for frames in shown.any(1).T]
     things = [(dict(zip(FACTS, fact)), when) for fact, when in zip(facts[:-1], seen) if fact[1]]
     stills = [thing for thing, _ in things if thing["column"]]
@@ -89,7 +91,7 @@ def _kind(found: list[dict[str, int]]) -> list[int]:
 
 
 class CompressionTrainer(Trainer):
-    """Trains the tokens and the decoder; tower, projector and words stay as they are."""
+    """Trains the tokens and the decoder; tower, projector and word embeddings are frozen."""
 
     STAGES = STAGES
 
@@ -101,12 +103,13 @@ class CompressionTrainer(Trainer):
         self.tokens = torch.nn.Embedding(TOKENS, LANGUAGE_WIDTH)
         with torch.no_grad():
             self.tokens.weight.normal_(0, decoder.embed_tokens.weight.std())
-        self.heads = torch.nn.ModuleDict({str(layer): SceneHeads(TOKENS) for layer in READ_LAYERS})
-        self.held: dict[str, Tensor] = {}  # [B, k, D] behind each of READ_LAYERS
+        self.heads = {str(layer): SceneHeads(TOKENS) for layer in READ_LAYERS}
+        self.held: dict[str, Tensor] = {}  # the tokens after each of READ_LAYERS, [B, k, D]
         for layer in READ_LAYERS:
             decoder.layers[layer].register_forward_hook(self._keep(str(layer)), with_kwargs=True)
         self.decoder = decoder_weights(self.model)
-        super().__init__(args, rank, ranks, {"model": self.model, "tokens": self.tokens, "scene_heads": self.heads})
+        heads = torch.nn.ModuleDict(self.heads)
+        super().__init__(args, rank, ranks, {"model": self.model, "tokens": self.tokens, "scene_heads": heads})
 
     def _keep(self, layer: str):
         def keep(module, inputs, arguments, output):
@@ -117,7 +120,8 @@ class CompressionTrainer(Trainer):
         return keep
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.tokens.parameters(), *self.decoder.values(), *self.heads.parameters()]
+        heads = [p for head in self.heads.values() for p in head.parameters()]
+        return [*self.tokens.parameters(), *self.decoder.values(), *heads]
 
     def loss(self, share: int) -> Tensor:
         stage, layout = self.now, self.now.diet.layout(self.now.name, self.step)
@@ -144,7 +148,7 @@ class CompressionTrainer(Trainer):
         return loss
 
     def export(self, directory: str | Path) -> None:
-        """compression.safetensors: `tokens` [k, D], and the decoder's weights by their names, in bfloat16."""
+        """Write compression.safetensors: `tokens` [k, D] and decoder weights by their names, in bfloat16."""
         from safetensors.torch import save_file
 
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Measures the embedded model on clips it never saw: `python -m sfllava_fast.embedded.training.evaluate`.
+"""Accuracy of the embedded model on new clips: `python -m sfllava_fast.embedded.training.evaluate`.
 
-Every clip is encoded to a real .mp4 file and goes through the package's own pipeline, decoder first.
-An answer counts only if it equals the right one word for word.
+Every clip is encoded to an .mp4 file and goes through the whole pipeline, decoding included. An answer is right only if
+it equals the reference word for word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...layouts.plan import Plan
 from ...layouts.sampling import sample_frames
 from ...layouts.slowfast import SlowFastLayout
 from ..model import build_tokenizer
-from ..questions import PHRASINGS, TYPES, UNKNOWN_WORDS, Question, ask_each
+from ..questions import PHRASINGS, TYPES, UNKNOWN_WORDS, SceneQuestion, ask_each
 from ..scenes import GRID, SPLITS, Scene, draw_scene, frame_times, render, write_video
 from .batches import IGNORE, encode_questions, normalise
 from .packing import encode_frames, packed_logits
@@ -42,8 +42,18 @@ Scores = dict[str, list[int]]  # by question type: right, asked
 
 def draw_exam(
     clips: int, seed: int, split: str = "heldout", new_phrasings: bool = False
-) -> Iterator[tuple[Scene, int, list[Question]]]:
-    """Scenes, lengths of their videos in frames, and one question of each type that the scene allows."""
+) -> Iterator[tuple[Scene, int, list[SceneQuestion]]]:
+    """Draw the clips and questions of an evaluation.
+
+    Args:
+        clips: Number of clips.
+        seed: Of clips and questions.
+        split: One of SPLITS.
+        new_phrasings: Use held-out phrasings.
+
+    Yields:
+        A scene, the number of frames of its video, and one question of each type that it allows.
+    """
     for index in range(clips):
         name = f"exam/{seed}/{index}"
         rng = random.Random(f"{name}/{split}")
@@ -51,8 +61,8 @@ def draw_exam(
         yield scene, rng.choice(VIDEO_LENGTHS), ask_each(scene, rng, split, new_phrasings)
 
 
-def kind_of(question: Question) -> str:
-    """The question's type; unanswerable ones by what is wrong with them."""
+def kind_of(question: SceneQuestion) -> str:
+    """The question's type; for unanswerable ones with the reason."""
     if question.type != "unanswerable":
         return question.type
     if question.phrasing in PHRASINGS["off topic"]:
@@ -68,8 +78,10 @@ _WHY = ("not there", "no sign", "unknown word", "off topic")
 KINDS = (*TYPES[:-1], *(f"unanswerable: {why}" for why in _WHY))
 
 
-def answer_all(model: SlowFastLlava, video: Path, questions: list[Question], frames: int | None = None) -> list[str]:
-    """Answers to questions about one video, which is decoded and encoded once."""
+def answer_all(
+    model: SlowFastLlava, video: Path, questions: list[SceneQuestion], frames: int | None = None
+) -> list[str]:
+    """Answers to questions about one video, which is decoded and encoded once; frames: to sample."""
     with model.open(video, frames) as session:
         return [session.ask(question.text, max_new_tokens=MAX_NEW_TOKENS).text for question in questions]
 
@@ -82,7 +94,16 @@ def examine(
     new_phrasings: bool = False,
     frames: int | None = None,
 ) -> dict[str, Scores]:
-    """Scores by model and question kind; every model gets the same files and questions."""
+    """Evaluate models on the same files and questions.
+
+    Args:
+        models: By name.
+        clips, seed, split, new_phrasings: As in `draw_exam`.
+        frames: To sample from each clip (default: the model's).
+
+    Returns:
+        By model and kind of question, the numbers of right and of all answers.
+    """
     from rich.console import Console
     from rich.progress import track
 
@@ -110,10 +131,19 @@ def examine_packed(
     around: Callable[[Plan], AbstractContextManager] = nullcontext,
     **packed: Any,
 ) -> Scores:
-    """Scores of a model after `use_packed_attention`: the exam on drawn frames, without video files, a clip in one
-    forward pass. An answer is right if every word is, given the right ones before: so greedy tokens are.
+    """Evaluate a model on drawn frames without video files, each clip in one forward pass.
 
-    around: the context of a clip's pass, from its layout's plan. packed: for `packed_logits`.
+    An answer is right if each of its tokens is the most likely one after the right tokens before it, which is what
+    greedy decoding gives.
+
+    Args:
+        model: After `use_packed_attention`.
+        clips, seed, split: As in `draw_exam`.
+        around: Makes the context of a clip's forward pass from its plan.
+        packed: Further arguments of `packed_logits`.
+
+    Returns:
+        By kind of question, the numbers of right and of all answers.
     """
     tokenizer, frames = build_tokenizer(), model.config.sfllava_fast["frames"]
     layout = SlowFastLayout.parse(model.config.sfllava_fast["layout"])
@@ -134,13 +164,19 @@ def examine_packed(
 
 
 def load_models(directory: str | None, ablation: bool, reduction: str | None = None) -> dict[str, SlowFastLlava]:
-    """The model as it ships, and with `ablation` also with each pathway alone, with `reduction` also so reduced."""
+    """Load the model and its variants.
+
+    Args:
+        directory: As `export` writes it; None is the model that ships.
+        ablation: Also with each pathway alone.
+        reduction: Also with this reduction.
+    """
     from ...engine.slowfast_llava import SlowFastLlava
 
     both = SlowFastLlava.from_pretrained(directory)
     models = {"both": both}
     if ablation:
-        layout = SlowFastLayout.parse(both.layout)
+        layout = SlowFastLayout.parse(str(both.layout))
         for name in ("slow", "fast"):
             models[f"{name} only"] = SlowFastLlava.from_pretrained(directory, layout=layout.only(name))
     if reduction:
@@ -149,6 +185,7 @@ def load_models(directory: str | None, ablation: bool, reduction: str | None = N
 
 
 def total_of(scores: Scores) -> list[int]:
+    """The numbers of right and of all answers."""
     return [sum(pair[i] for pair in scores.values()) for i in range(2)]
 
 
@@ -166,6 +203,7 @@ def table(scores: dict[str, Scores]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m sfllava_fast.embedded.training.evaluate",
         description=__doc__.split("\n\n")[0],
@@ -177,23 +215,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--split",
         choices=tuple(SPLITS),
         default="heldout",
-        help="clips with pairs of colour and shape that training never drew, asked about those "
-        "where it can be (heldout), or of known pairs (train)",
+        help="heldout (default): clips and questions with pairs of colour and shape that training never drew; train: "
+        "only known pairs",
     )
-    parser.add_argument("--new-phrasings", action="store_true", help="ask only in phrasings kept from training")
-    parser.add_argument("--frames", type=int, help="frames sampled from each clip; default: the model's own")
-    parser.add_argument("--ablation", action="store_true", help="also with the slow and the fast pathway alone")
+    parser.add_argument("--new-phrasings", action="store_true", help="use only phrasings held out of training")
+    parser.add_argument("--frames", type=int, help="frames to sample from each clip (default: the model's)")
+    parser.add_argument("--ablation", action="store_true", help="also evaluate the slow and the fast pathway alone")
     parser.add_argument(
         "--reduction",
-        help="also with fewer tokens inside the language model, such as mixture:0.2 or "
-        "compress, as the engine takes it",
+        help="also evaluate a reduction, such as mixture:0.2 or compress",
     )
-    parser.add_argument("--model", help="a directory; default: the model that ships")
-    parser.add_argument("--json", metavar="FILE", help="also write the counts there")
+    parser.add_argument("--model", help="a directory (default: the model that ships)")
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to a file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Evaluate and print a table; returns the exit code."""
     args = parse(argv)
     try:
         models = load_models(args.model, args.ablation, args.reduction)
@@ -201,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     except SfllavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    asked = "phrasings kept from training" if args.new_phrasings else "phrasings of training"
+    asked = "phrasings held out of training" if args.new_phrasings else "phrasings of training"
     frames = args.frames or models["both"].frames
     print(f"{args.clips} encoded clips, seed {args.seed}, split {args.split}, {asked}, {frames} frames\n")
     print(table(scores))
@@ -211,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("sfllava_fast").setLevel(logging.ERROR)  # unknown words are asked on purpose
+    logging.getLogger("sfllava_fast").setLevel(
+        logging.ERROR
+    )  # it would warn of unknown words, which are asked on purpose
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,15 +1,17 @@
-"""Early help for the language model: where to look, what time it is, and what has just appeared.
+"""Auxiliary losses that guide the language model's attention, for all stages but the last.
 
-Attention that finds a thing by its name is slow to emerge from answers alone. So a few heads are shown, until
-the last stage, where to look: the word that names a thing at the visual tokens that show it, the answer at
-that word. That word shall also tell all that is true of the thing, and how many such things there are; and the
-tokens of the fast pathway their frame, and what came and went since the frame before. All of it is dropped
-after training.
+Attention from a name to the visual tokens of the thing is slow to emerge from answers alone. Therefore:
+
+- Some heads are trained to attend from a word that names a thing to the visual tokens that show it, and from the answer
+  to that word.
+- Linear heads read from such a word the attributes of the thing and the number of things with that name, and from the
+  tokens of the fast pathway their frame and what appeared or vanished since the previous frame.
+
+The linear heads are dropped after training.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,35 +21,50 @@ from ...layouts.slowfast import SlowFastLayout
 from ...ops.aggregate import slowfast_aggregate
 from ..model import LANGUAGE_WIDTH, LAYOUT
 from ..scenes import GRID
-from .batches import FACTS, IGNORE, MOST_THINGS, ClipBatch, Layout
+from .batches import FACTS, IGNORE, MOST_THINGS, ClipBatch, Mode, StepLayout
+from .trainer import Score
 
-NEWS_LAYER = 0  # after it, visual tokens tell their frame and its news
-NAMING_LAYER, ANSWERING_LAYER = 1, 2  # heads of these are shown where to look
+NEWS_LAYER = 0  # the frame and its changes are read after this layer
+NAMING_LAYER, ANSWERING_LAYER = 1, 2  # layers with guided heads
 LOOK_WEIGHT, NEWS_WEIGHT, CLOCK_WEIGHT, FACT_WEIGHT = 0.15, 0.2, 1.0, 0.3
 
 
-def pool_tokens(features: torch.Tensor, slow: int, mode: str = "both") -> torch.Tensor:
-    """SlowFast tokens of clips of equal length, through the package's own op: [B, T, 64, D] -> [B, S, D]."""
+def pool_tokens(features: torch.Tensor, slow: int, mode: Mode = "both") -> torch.Tensor:
+    """SlowFast tokens of clips of equal length.
+
+    Args:
+        features: [B, T, 64, D].
+        slow: Slow frames.
+        mode: The pathways.
+
+    Returns:
+        [B, S, D].
+    """
     clips, frames = features.shape[:2]
     layout = replace(SlowFastLayout.parse(LAYOUT), slow_frames=slow)
     if mode != "both":
         layout = layout.only(mode)
     bounds = [clip * frames for clip in range(clips + 1)]
-    tokens, _ = slowfast_aggregate(features.flatten(0, 1), layout, frame_offsets=bounds)
+    tokens: torch.Tensor = slowfast_aggregate(features.flatten(0, 1), layout, frame_offsets=bounds)[0]
     return tokens.unflatten(0, (clips, -1))
 
 
 @dataclass
 class Look:
-    """Head `head` of layer `layer`: what each word shall look at, bool [B, Q, L, keys] from the first visual token
-    on: the visual tokens alone, or its question's words as well."""
+    """The target of one head's attention.
+
+    Attributes:
+        layer, head: The head.
+        wanted: Which keys each word should attend to, bool [B, Q, L, keys]; keys are the visual tokens, or these and
+            the question's words.
+    """
 
     layer: int
     head: int
     wanted: torch.Tensor
 
     def loss(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """Mean of -log of the attention they get; `scores` [B, H, Q, L, 1 + S + L] before softmax."""
+        """Mean of -log of the attention to the wanted keys; scores: before softmax, [B, H, Q, L, 1 + S + L]."""
         asked = self.wanted.any(-1)
         if not asked.any():
             return None
@@ -57,8 +74,11 @@ class Look:
 
 
 class ClipHeads(torch.nn.Module):
-    """Read from a visual token its frame, and the colour and the shape of what has just come and gone; and from
-    a word that names a thing what is true of it."""
+    """Linear heads that read visual tokens and words.
+
+    From a visual token: its frame, and colour and shape of what appeared or vanished. From a word that names a thing:
+    the thing's attributes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -68,8 +88,8 @@ class ClipHeads(torch.nn.Module):
         self.facts = torch.nn.ModuleList(torch.nn.Linear(LANGUAGE_WIDTH, size + 1) for size in FACTS.values())
         self.how_many = torch.nn.Linear(LANGUAGE_WIDTH, MOST_THINGS)
 
-    def fact_loss(self, words: torch.Tensor, named: torch.Tensor, facts: torch.Tensor, score: Counter) -> torch.Tensor:
-        """`words` [n, D] that name `named` [n, things] of clips of `facts` [n, things, len(FACTS)]."""
+    def fact_loss(self, words: torch.Tensor, named: torch.Tensor, facts: torch.Tensor, score: Score) -> torch.Tensor:
+        """words: [n, D], which name `named` [n, things], of clips with `facts` [n, things, len(FACTS)]."""
         hidden, counts = F.rms_norm(words, words.shape[-1:]), named.sum(-1).long()
         total = F.cross_entropy(self.how_many(hidden), counts)
         one = counts == 1
@@ -83,8 +103,8 @@ class ClipHeads(torch.nn.Module):
                 score["facts asked"] += int(known.sum())
         return FACT_WEIGHT * total
 
-    def news_loss(self, visual: torch.Tensor, frame: torch.Tensor, news: torch.Tensor, score: Counter) -> torch.Tensor:
-        """`visual` [B, S, D] of the fast pathway, `frame` [S] (16 = one), `news` int64 [B, S, 4], 0 = none."""
+    def news_loss(self, visual: torch.Tensor, frame: torch.Tensor, news: torch.Tensor, score: Score) -> torch.Tensor:
+        """visual: [B, S, D] of the fast pathway. frame: [S], divided by 16. news: int64 [B, S, 4], 0 for none."""
         hidden = F.rms_norm(visual, visual.shape[-1:])
         away = self.clock(hidden)[..., 0] - frame
         total = CLOCK_WEIGHT * away.square().mean()
@@ -101,13 +121,18 @@ class ClipHeads(torch.nn.Module):
 
 
 class Guide:
-    """Collects the losses of one step's looks, and keeps what layers make of the tokens."""
+    """Collects the auxiliary losses of one step.
 
-    def __init__(self, batch: ClipBatch, layout: Layout, device: torch.device):
+    Attributes:
+        visual: Visual tokens after NEWS_LAYER, [B, S, D].
+        words: Words after NAMING_LAYER, [B, Q, L, D].
+    """
+
+    def __init__(self, batch: ClipBatch, layout: StepLayout, device: torch.device):
         self.layout, self.device = layout, device
         self.slow_tokens = 0 if layout.mode == "fast" else layout.slow * GRID * GRID // 2
-        self.visual: torch.Tensor | None = None  # [B, S, D] after NEWS_LAYER
-        self.words: torch.Tensor | None = None  # [B, Q, L, D] after NAMING_LAYER
+        self.visual: torch.Tensor | None = None
+        self.words: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
         self.facts = batch.facts.to(device)
         self._watch_things(batch.shown.to(device))
@@ -123,15 +148,18 @@ class Guide:
         ]
 
     def _looks_at_words(self, naming: torch.Tensor, answering: torch.Tensor) -> list[Look]:
-        """An answer's words look at the first, and at the last, of the words that name a thing."""
+        """An answer's words attend to the first, and to the last, of the words that name a thing."""
         first = naming & (naming.cumsum(-1) == 1)
         last = naming & (naming.flip(-1).cumsum(-1).flip(-1) == 1)
         wanted = (F.pad(answering[..., None] & word[..., None, :], (self.slow.shape[1], 0)) for word in (first, last))
         return [Look(ANSWERING_LAYER, head, words) for head, words in enumerate(wanted, start=3)]
 
     def _watch_things(self, shown: torch.Tensor) -> None:
-        """Float [B, S, things]: slow tokens that show a thing; fast ones of its first frame; of its last, or the
-        same a frame later, where it is missed. And the news of each fast token."""
+        """Set `slow`, `first` and `last`, float [B, S, things], and `news`.
+
+        They mark slow tokens that show a thing, fast tokens of its first frame, and fast tokens of its last frame and
+        the one after it.
+        """
         seen = shown.any(2)
         first = (seen & (seen.cumsum(1) == 1))[:, :, None] * shown
         last = (seen & (seen.flip(1).cumsum(1).flip(1) == 1))[:, :, None] * shown
@@ -144,21 +172,22 @@ class Guide:
         self.news = torch.cat([self._kind_of(first), self._kind_of(gone)], -1)
 
     def _kind_of(self, shown: torch.Tensor) -> torch.Tensor:
-        """Colour and shape int64 [B, S, 2] of the thing that takes most of each fast token, 0 where none does."""
+        """Colour and shape of the thing with the largest share of each fast token, int64 [B, S, 2]; 0 for none."""
         share, thing = pool_tokens(shown, self.layout.slow, self.layout.mode)[:, self.slow_tokens :].max(-1)
         clips = torch.arange(len(shown), device=self.device)[:, None]
         return self.facts[clips, thing, :2] * (share > 0)[..., None]
 
     def watch(self, layer: int, scores: torch.Tensor) -> None:
-        """Adds a layer's losses; `scores` [B, H, Q, L, 1 + S + L]: attention before softmax."""
+        """Add a layer's losses. scores: attention before softmax, [B, H, Q, L, 1 + S + L]."""
         for look in self.looks:
             loss = look.loss(scores) if look.layer == layer else None
             if loss is not None:
                 self.losses.append(loss)
 
-    def loss(self, heads: ClipHeads, score: Counter) -> torch.Tensor:
-        """The sum of all losses of guidance, once the language model has run."""
-        total = LOOK_WEIGHT * sum(self.losses)
+    def loss(self, heads: ClipHeads, score: Score) -> torch.Tensor:
+        """The sum of all auxiliary losses, after the forward pass."""
+        assert self.visual is not None and self.words is not None, "loss() comes after the forward pass"
+        total = LOOK_WEIGHT * sum(self.losses, torch.zeros((), device=self.device))
         score["look hits"] += float(sum(loss.detach() for loss in self.losses)) / max(1, len(self.losses))
         score["look asked"] += 1
         if self.naming.any():

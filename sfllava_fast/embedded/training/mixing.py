@@ -1,8 +1,8 @@
 """Trains a mixture of depths: `python -m sfllava_fast.embedded.training.train --train mixture --out DIR`.
 
-VideoLLM-MoD (arXiv 2408.16730) on the embedded model, every other layer mixed. First the layers' experts learn which
-tokens the questions of the plain model look at in their layer; then the decoder learns, along with them, to do with
-those that they choose, from the right answers and from the plain model's.
+VideoLLM-MoD (arXiv 2408.16730) on the embedded model; every other layer is mixed. First the layers' scorers learn which
+tokens the plain model's questions attend to in their layer. Then the decoder learns, together with them, to answer from
+the chosen tokens; its targets are the right answers and the plain model's logits.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ STAGES = (
 )
 
 
-class _Looks:
-    """A guide that only keeps how much the questions look at each visual token, by layer."""
+class _AttentionRecorder:
+    """Records by layer how much the questions attend to each visual token."""
+
+    visual: Tensor | None = None
+    words: Tensor | None = None
 
     def __init__(self, real: Tensor, tokens: int) -> None:
         self.real, self.tokens = real, tokens
         self.most: dict[int, Tensor] = {}
 
     def watch(self, layer: int, scores: Tensor) -> None:
-        """scores [B, H, Q, L, 1 + S + L] before softmax: the most that any word looks at a token, in any head."""
-        looks = scores.softmax(-1)[..., 1 : 1 + self.tokens]
-        self.most[layer] = (looks * self.real[:, None, :, :, None]).amax((1, 2, 3))
+        """Record the maximum over heads and words. scores: before softmax, [B, H, Q, L, 1 + S + L]."""
+        attention = scores.softmax(-1)[..., 1 : 1 + self.tokens]
+        self.most[layer] = (attention * self.real[:, None, :, :, None]).amax((1, 2, 3))
 
 
 class MixtureTrainer(Trainer):
-    """Trains the experts, then the decoder with them ("decoder")."""
+    """Trains the scorers ("experts"), then the decoder with them ("decoder")."""
 
     STAGES = STAGES
 
@@ -61,7 +64,7 @@ class MixtureTrainer(Trainer):
         self.frames = token_frames(SlowFastLayout.parse(LAYOUT).plan(FRAMES, (GRID, GRID)), start=1)
         self.decoder = decoder_weights(self.model)
         self.entering: dict[int, Tensor] = {}  # the plain model's hidden states, by mixed layer
-        self.scores: dict[int, Tensor] = {}  # what the experts say
+        self.scores: dict[int, Tensor] = {}  # of the scorers, by mixed layer
         for number in self.mixture.layers:
             layer = self.teacher.model.language_model.layers[number]
             layer.register_forward_pre_hook(lambda _, inputs, number=number: self.entering.update({number: inputs[0]}))
@@ -70,36 +73,37 @@ class MixtureTrainer(Trainer):
         super().__init__(args, rank, ranks, {"model": self.model, "experts": self.mixture})
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.mixture.parameters(), *(self.decoder.values() if self.now.trains == "decoder" else ())]
+        decoder = self.decoder.values() if self.now.trains == "decoder" else ()
+        return [*self.mixture.parameters(), *decoder]
 
     def loss(self, share: int) -> Tensor:
-        """How far the experts' scores, as log odds, are from how much tokens are looked at; and, once the decoder is
-        trained, how far answers are from the right ones and from the plain model's."""
+        """Cross entropy of the scores, as log odds, against the recorded attention; in the stage "decoder" also that of
+        the logits against the right answers and the plain model's logits."""
         stage, clips = self.now, self.now.diet.layout(self.now.name, self.step).clips
         batch = clip_batch(self.tokenizer, stage.name, self.step, share * clips, clips, FRAMES, stage.diet)
         ids, where = batch.ids.to(self.device), batch.targets.to(self.device) != IGNORE
         start, stop = self.frames[0], self.frames[-1]
-        looks = _Looks(ids != self.tokenizer.pad_token_id, stop - start)
+        recorder = _AttentionRecorder(ids != self.tokenizer.pad_token_id, stop - start)
         with torch.no_grad():
             features = encode_frames(self.model, batch.pixels.to(self.device)).unflatten(0, (clips, -1))
-            told = packed_logits(self.teacher, features, ids, where, self.slow, guide=looks)
+            taught = packed_logits(self.teacher, features, ids, where, self.slow, guide=recorder)
         total = torch.zeros((), device=self.device)
         if stage.trains == "decoder":
             with self.mixture.on_frames(self.frames):
                 logits = packed_logits(self.model, features, ids, where, self.slow)
             target = batch.targets.to(self.device)[where]
             self.count_hits(batch.types, where.cpu(), (logits.argmax(1) == target).cpu())
-            total = F.cross_entropy(logits, target) + F.cross_entropy(logits, told.softmax(-1))
+            total = F.cross_entropy(logits, target) + F.cross_entropy(logits, taught.softmax(-1))
         else:
             for number in self.mixture.layers:
-                self.mixture.scorers[str(number)](LayerInput(self.entering[number], start, stop, None, {}))
+                layer = self.model.model.language_model.layers[number]
+                self.mixture.scorers[str(number)](LayerInput(self.entering[number], start, stop, layer, {}))
         for number, scores in self.scores.items():
-            total = total + F.binary_cross_entropy_with_logits(scores, looks.most[number])
+            total = total + F.binary_cross_entropy_with_logits(scores, recorder.most[number])
         return total
 
     def export(self, directory: str | Path) -> None:
-        """mixture.safetensors: the scorers by their names in MixtureOfDepths, and the decoder's weights by theirs, in
-        bfloat16."""
+        """Write mixture.safetensors: scorers and decoder weights by their names, in bfloat16."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         self.mixture.weights = {name: weight.bfloat16() for name, weight in self.decoder.items()}
         self.mixture.save(Path(directory) / "mixture.safetensors")

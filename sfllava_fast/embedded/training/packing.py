@@ -1,8 +1,8 @@
-"""Training's shortcut: all questions of a clip behind one shared visual prefix.
+"""Packed training: all questions of a clip in one sequence after a shared visual prefix.
 
-Each question sees the prefix and itself, and its positions restart after the prefix, so every answer is
-the one that the question would get alone; the prefix is paid for once. A prefix that ends in compression
-tokens shows the questions those alone, and its first token.
+Each question attends to the prefix and to itself, and its positions restart after the prefix, so that its answer is the
+same as without the other questions. If the prefix ends in compression tokens, questions attend only to these and to the
+first token.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .guidance import NAMING_LAYER, NEWS_LAYER, Guide, pool_tokens
+from .batches import Mode
+from .guidance import NAMING_LAYER, NEWS_LAYER, pool_tokens
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -26,16 +27,23 @@ ATTENTION = "sfllava_packed"
 
 @dataclass(frozen=True)
 class Packing:
-    """So many questions of `length` tokens each behind a prefix. compressed: tokens at the prefix's end that are, with
-    its first, all that questions see of it; 0: they see all of it."""
+    """The shape of a packed sequence.
+
+    Attributes:
+        questions: Per clip.
+        length: Tokens per question.
+        compressed: Compression tokens at the end of the prefix; 0 lets questions attend to the whole prefix.
+    """
 
     questions: int
     length: int
     compressed: int = 0
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows [B, H, P + Q * L, d]: the prefix, what questions see of it, and the questions [B, H, Q, L, d]. Layers
-        that hold fewer tokens have a shorter prefix."""
+        """Split [B, H, P + Q * L, d] into the prefix, the part that questions attend to, and questions [B, H, Q, L, d].
+
+        P may differ between layers: a mixture of depths has fewer tokens in some.
+        """
         prefix, own = rows.tensor_split([rows.shape[2] - self.questions * self.length], 2)
         seen = torch.cat([prefix[:, :, :1], prefix[:, :, -self.compressed :]], 2) if self.compressed else prefix
         return prefix, seen, own.unflatten(2, (self.questions, self.length))
@@ -44,7 +52,7 @@ class Packing:
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, packing=None, guide=None, **kwargs
 ):
-    """Attention of a causal prefix and of the questions behind it, [B, H, P + Q * L, d] each."""
+    """Attention of a causal prefix and of the questions after it; query, key and value [B, H, P + Q * L, d]."""
     (prefix, _, query), (keys, key, own_key), (values, value, own_value) = map(packing.split, (query, key, value))
     head = F.scaled_dot_product_attention(prefix, keys, values, is_causal=True, scale=scaling)
     shared = (query.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, query.shape[2:4])
@@ -61,7 +69,7 @@ def packed_attention(
 
 
 def use_packed_attention(model: LlavaForConditionalGeneration) -> None:
-    """Makes the language model attend by blocks; only `packed_logits` may call it afterwards."""
+    """Switch the language model to `packed_attention`; after that only `packed_logits` can run it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -69,15 +77,27 @@ def use_packed_attention(model: LlavaForConditionalGeneration) -> None:
 
 
 def encode_frames(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """Patch features of the configured layer: pixel values [N, 3, 96, 96] -> [N, 64, 128]."""
+    """Patch features [N, 64, 128] of pixel values [N, 3, 96, 96]."""
     tower = model.model.vision_tower
     hidden = tower.encoder(inputs_embeds=tower.pre_layrnorm(tower.embeddings(pixels))).last_hidden_state
     return hidden[:, 1:]
 
 
+class AttentionWatcher(Protocol):
+    """Gets the attention of each layer, and the hidden states after two of them."""
+
+    visual: Tensor | None
+    words: Tensor | None
+
+    def watch(self, layer: int, scores: Tensor) -> None:
+        """scores: attention of the questions before softmax, [B, H, Q, L, 1 + S + L]."""
+
+
 @contextmanager
-def _watched(layers: torch.nn.ModuleList, guide: Guide | None, prefix: int, questions: int) -> Iterator[None]:
-    """Hands the guide what its layers make of the visual tokens and of the questions."""
+def _watched(
+    layers: torch.nn.ModuleList, guide: AttentionWatcher | None, prefix: int, questions: int
+) -> Iterator[None]:
+    """Set `visual` and `words` of the guide during the forward pass."""
     if guide is None:
         yield
         return
@@ -105,21 +125,32 @@ def packed_logits(
     ids: Tensor,
     where: Tensor,
     slow: int,
-    mode: str = "both",
-    guide: Guide | None = None,
+    mode: Mode = "both",
+    guide: AttentionWatcher | None = None,
     compression: Tensor | None = None,
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Logits [A, vocab] at the A positions of `ids` that `where` marks.
+    """Logits of all questions of a batch in one forward pass.
 
-    `features` [B, T, 64, 128] from `encode_frames`; `ids` int64 and `where` bool [B, Q, L], right-padded.
-    compression: embeddings [k, D] of tokens behind the video, through which alone questions see it. keep: says of the
-    visual tokens [B, S, D] which go in, int64 [B, K], at the positions that they have among all.
+    Args:
+        model: After `use_packed_attention`.
+        features: [B, T, 64, 128] from `encode_frames`.
+        ids: int64 [B, Q, L], padded on the right.
+        where: Positions to compute logits at, bool [B, Q, L], A of them.
+        slow: Slow frames.
+        mode: The pathways.
+        guide: Gets attention and hidden states.
+        compression: Embeddings [k, D] of tokens after the video, the only ones through which questions attend to it.
+        keep: Chooses from the visual tokens [B, S, D] those that enter the model, int64 [B, K]; they keep their
+            positions.
+
+    Returns:
+        [A, vocab].
     """
     language = model.model.language_model
     visual = pool_tokens(model.model.multi_modal_projector(features), slow, mode)
     batch, questions, length = ids.shape
-    start = torch.full((batch, 1), model.config.text_config.bos_token_id, device=ids.device)
+    start = torch.full((batch, 1), model.get_decoder().config.bos_token_id, device=ids.device)
     tokens = visual.new_empty(0, visual.shape[-1]) if compression is None else compression
     end = 1 + visual.shape[1] + len(tokens)
     places = torch.arange(end, device=ids.device).expand(batch, -1)

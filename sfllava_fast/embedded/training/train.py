@@ -1,10 +1,14 @@
 """Trains the embedded model from scratch: `python -m sfllava_fast.embedded.training.train --out DIR`.
 
-Stages of fixed length, one after the other. On single frames: the vision tower, from patch labels, then the
-projector, until a patch reads as the words for what it shows. On clips, first of few shapes, then of many: the
-language model, some of its heads shown where to look, at the end without that help. Ranks are processes that
-average their gradients. `--train mixture` and `--train compression` go on from a trained model: see mixing.py and
-compressing.py.
+The stages have fixed lengths:
+
+1. On single frames, the vision tower is trained on patch labels.
+2. On single frames, projector and word embeddings are aligned: a projected patch predicts the words for what it shows.
+3. On clips with few and then many shapes, the language model is trained; some of its heads are guided (guidance.py)
+   until the last stage.
+
+Ranks are data-parallel processes. `--train mixture` and `--train compression` start from a trained model: see mixing.py
+and compressing.py.
 """
 
 from __future__ import annotations
@@ -13,28 +17,28 @@ import argparse
 import os
 import socket
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from ..model import build_model, export
+from ..model import VISION_WIDTH, build_model, export
 from ..scenes import COLOURS, GRID, NO_NAME, SHAPES
 from .batches import IGNORE, Diet, clip_batch, image_batch, patch_words
 from .compressing import CompressionTrainer
 from .guidance import ClipHeads, Guide
 from .mixing import MixtureTrainer
 from .packing import encode_frames, packed_logits, use_packed_attention
-from .trainer import Stage, Trainer, run
+from .trainer import Score, Stage, Trainer, run
 
-FORM = Diet(tinted=0.5)  # half of the shapes have no colour's name, so shape is read without regard to colour
+FORM = Diet(tinted=0.5)  # colours without a name, so that shapes are learned independently of colours
 STAGES = (
     Stage("tower", "tower", 1600, 1.5e-3, 4.5e-5, warmup=100, diet=FORM),
-    # The language model needs few steps to read what a patch shows once its tokens resemble words.
+    # With visual tokens close to word embeddings the language model learns to read them in few steps.
     Stage("align", "words", 200, 3e-3, 1e-3, diet=FORM),
-    # Looking a thing up is learned where there are few; in full scenes alone it takes very long to emerge.
+    # Attention from a name to its thing is learned in scenes with few things; in full ones it takes far longer.
     Stage("few", "language", 250, 1.5e-3, 1.5e-3, diet=Diet((1, 2), (0, 1), 8, True, 0.3), guided=True),
     Stage("some", "language", 500, 1.5e-3, 1.5e-3, diet=Diet((2, 3), (1, 2), 16, True, 0.3), guided=True),
     Stage("full", "language", 1100, 1.5e-3, 1.2e-3, diet=Diet(frames=16, short_names=True, tinted=0.3), guided=True),
@@ -46,9 +50,9 @@ IMAGES_PER_RANK = 32
 
 
 class PatchHeads(torch.nn.Module):
-    """Reads from each patch what `patch_labels` says of it, and its row and column; dropped after training."""
+    """Linear heads that read `patch_labels`, row and column from each patch; dropped after training."""
 
-    SIZES = {
+    SIZES: ClassVar[dict[str, int]] = {
         "shape": len(SHAPES) + 1,
         "colour": len(COLOURS) + 1,
         "tens": 11,
@@ -63,9 +67,9 @@ class PatchHeads(torch.nn.Module):
         sizes = self.SIZES | {"offset": 2, "row": GRID, "column": GRID}
         self.reads = torch.nn.ModuleDict({key: torch.nn.Linear(width, n) for key, n in sizes.items()})
 
-    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Counter]:
-        """Loss, and hits on patches that show something; `features` [N, 64, D], labels [N, 8, 8]."""
-        hidden, score = self.norm(features), Counter()
+    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor], score: Score) -> torch.Tensor:
+        """The loss; counts hits on patches that show something. features: [N, 64, D]. labels: [N, 8, 8]."""
+        hidden = self.norm(features)
         owned = labels["shape"].flatten() > 0
         away = self.reads["offset"](hidden).flatten(0, 1)[owned] - labels["offset"].flatten(0, 2)[owned]
         total = away.abs().mean() + self._cell_loss(hidden)
@@ -77,17 +81,18 @@ class PatchHeads(torch.nn.Module):
             shown = target > 0
             score[f"{key} hits"] += int((logits.argmax(1) == target)[shown].sum())
             score[f"{key} asked"] += int(shown.sum())
-        return total, score
+        return total
 
     def _cell_loss(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Each patch tells its row and column so plainly that readers of unit length see it.
+        """Cross entropy of row and column, read with weights of unit norm.
 
-        Else a patch's position drowns in what the projector passes on.
+        The unit norm forces large position features; small ones would be lost after the projector.
         """
         cells = torch.arange(GRID * GRID, device=hidden.device).repeat(len(hidden))
         total = torch.zeros((), device=hidden.device)
         for key, target in (("row", cells // GRID), ("column", cells % GRID)):
             read = self.reads[key]
+            assert isinstance(read, torch.nn.Linear)
             logits = F.linear(hidden, F.normalize(read.weight, dim=1), read.bias)
             total = total + 0.5 * F.cross_entropy(logits.flatten(0, 1), target)
         return total
@@ -101,7 +106,7 @@ class ModelTrainer(Trainer):
     def __init__(self, args: argparse.Namespace, rank: int, ranks: int):
         self.model = build_model(args.seed)
         use_packed_attention(self.model)
-        self.patch_heads = PatchHeads(self.model.config.vision_config.hidden_size)
+        self.patch_heads = PatchHeads(VISION_WIDTH)
         self.clip_heads = ClipHeads()
         modules = {"model": self.model, "patch_heads": self.patch_heads, "clip_heads": self.clip_heads}
         super().__init__(args, rank, ranks, modules)
@@ -136,12 +141,10 @@ class ModelTrainer(Trainer):
         features, labels = self._images(share, IMAGES_PER_RANK)
         if self.now.trains == "words":
             return self._align_loss(features, labels)
-        loss, score = self.patch_heads.loss(features, labels)
-        self.score.update(score)
-        return loss
+        return self.patch_heads.loss(features, labels, self.score)
 
     def _align_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy of a projected patch, read as a word, against the words for what it shows."""
+        """Cross entropy of the language head's logits of a projected patch against the words for what it shows."""
         language = self.model.model.language_model
         logits = self.model.lm_head(language.norm(self.model.model.multi_modal_projector(features)))
         words, shown = patch_words(self.tokenizer, labels)
@@ -186,6 +189,7 @@ def _free_port() -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m sfllava_fast.embedded.training.train",
         description=__doc__.split("\n\n")[0],
@@ -195,29 +199,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--train",
         choices=tuple(TRAINERS),
         default="model",
-        help="the model; or, for a trained one, a mixture of depths, or compression tokens",
+        help="the model (default); or a mixture of depths or compression tokens for a trained one",
     )
     parser.add_argument(
         "--from",
         dest="start",
         metavar="DIR",
-        help="the trained model that is gone on from; default: the one that ships",
+        help="the trained model to start from (default: the one that ships)",
     )
-    parser.add_argument("--out", required=True, help="where the Hugging Face directory goes")
-    parser.add_argument("--work", default="runs/embedded", help="where checkpoint.pt and log.jsonl go")
+    parser.add_argument("--out", required=True, help="output: a Hugging Face directory")
+    parser.add_argument(
+        "--work", default="runs/embedded", help="folder of checkpoint.pt and log.jsonl (default: runs/embedded)"
+    )
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2 if (os.cpu_count() or 1) > 1 else 1)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of all ranks together")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="of all ranks together (default: 2)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (one rank)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights; the data has fixed seeds")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="shortens or lengthens every stage")
-    parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--smoke", action="store_true", help="some 20 steps in all, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights; the data has fixed seeds")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage (default: 1)"
+    )
+    parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints (default: 240)")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --work")
+    parser.add_argument("--smoke", action="store_true", help="train for about 20 steps in all, as a test")
     args = parser.parse_args(argv)
     if args.start and args.train == "model":
-        parser.error("the model is trained from scratch: --from goes with --train mixture or compression")
+        parser.error("the model is trained from scratch: use --from with --train mixture or compression")
     if args.start and not (Path(args.start) / "config.json").is_file():
-        parser.error(f"--from {args.start}: give the directory that a training of the model wrote")
+        parser.error(f"--from {args.start} has no config.json: name the output folder of a training")
     if args.smoke:
         args.steps_scale = 20 / sum(stage.steps for stage in TRAINERS[args.train].STAGES)
     if args.device != "cpu":
@@ -226,6 +236,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit code."""
     args = parse(argv)
     if args.ranks == 1:
         torch.set_num_threads(args.threads)
@@ -239,4 +250,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; go on with --resume")
+        sys.exit("stopped; continue with --resume")
