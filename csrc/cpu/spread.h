@@ -102,9 +102,7 @@ class Spread {
 
   static int64_t count_lines(int64_t channels) { return (channels + Line::kSize - 1) / Line::kSize; }
 
-  int32_t first_of_band(int32_t band) const {
-    return static_cast<int32_t>(int64_t{plan_.patches()} * band / kBands);
-  }
+  int32_t first_of_band(int32_t band) const { return static_cast<int32_t>(int64_t{plan_.patches()} * band / kBands); }
 
   // How many rows of boxes are in use at once: those that hold a patch, or all of a band.
   void measure(const Pathway& path) {

@@ -125,9 +125,7 @@ inline int64_t patch_at(const PathwaySpec& path, int64_t row, int64_t col) {
 }
 
 // Where the middle of one of `count` equal segments of an axis lies, in places: what bilinear interpolation looks up.
-inline double middle(int32_t index, int32_t count, int32_t length) {
-  return (index + 0.5) * length / count - 0.5;
-}
+inline double middle(int32_t index, int32_t count, int32_t length) { return (index + 0.5) * length / count - 0.5; }
 
 // Which of the rising bins hold each of `length` places.
 inline std::vector<Bin> make_covers(const std::vector<Bin>& bins, int32_t length) {
@@ -166,8 +164,7 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
   std::vector<int32_t> groups, numbers, by_token, firsts, readers;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i == 0 || frames_of(items[i]) != frames_of(items[i - 1])) groups.push_back(static_cast<int32_t>(i));
-    numbers.insert(numbers.end(),
-                   {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
+    numbers.insert(numbers.end(), {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
     by_token.push_back(static_cast<int32_t>(i));
   }
   std::sort(by_token.begin(), by_token.end(),
@@ -241,8 +238,8 @@ inline std::vector<Bin> linear_bins(int32_t count, int32_t length) {
 inline Layout random_layout(Random& random) {
   const int32_t height = random.in(1, 8), width = random.in(1, 8), first = random.in(0, 1);
   const int32_t unread = std::max(0, random.in(-3, 3));
-  Layout layout{random.in(1, 4), first + height * width + unread, 0, {}, random.bits() % 4,
-                std::max(0, random.in(-2, 2))};
+  Layout layout{random.in(1, 4),   first + height * width + unread, 0, {},
+                random.bits() % 4, std::max(0, random.in(-2, 2))};
   for (int32_t i = random.in(1, 3); i > 0; --i) {
     const bool class_token = first && random.in(0, 3) == 0, flat = random.in(0, 3) == 0;
     PathwaySpec path{width, random.in(kMax, kLinear), random_bins(random, layout.frames), {}, {}, first, height};
@@ -297,8 +294,7 @@ class Guarded {
  public:
   explicit Guarded(int64_t bytes) : memory_(bytes + 3 * kLine, kPattern), bytes_(bytes) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data()) + kLine;
-    begin_ =
-        static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
+    begin_ = static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
   }
   void* data() { return memory_.data() + begin_; }
   const void* data() const { return memory_.data() + begin_; }
