@@ -12,7 +12,7 @@ struct Tuning {
   int blocks;  // that a multiprocessor must have registers for; 0 leaves it to ptxas
   Load load;   // hints of loads and stores
   Store store;
-  bool slow_first;  // frames with fine tokens come first, where the layout spreads them evenly
+  bool slow_first;  // frames with fine tokens come first, if the layout spreads them evenly
   bool by_strip;    // backward: a strip of a tile is a unit of its own
 };
 

@@ -69,7 +69,7 @@ __device__ Pack<T, N> load(const T* from) {
   if constexpr (N == 1) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
   } else {
-    // Volatile: the compiler would move a plain load to its first use, where the next one waits for it.
+    // Volatile: the compiler would move a plain load to its first use, and the next load would wait for it.
     uint4 bits;
     const auto at = __cvta_generic_to_global(from);
 #define SFLLAVA_LOAD(kind)                                              \

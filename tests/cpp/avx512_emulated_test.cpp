@@ -1,5 +1,4 @@
-// The AVX-512 kernel where no processor has it: the same source on emulated intrinsics (SIMDe), against plain
-// C++.
+// The AVX-512 kernel on any processor: the same source on emulated intrinsics (SIMDe), against plain C++.
 #include "support.h"
 #include "tasks.h"
 #include "vec_generic.h"

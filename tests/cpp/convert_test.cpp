@@ -60,7 +60,7 @@ void test_rounding(int exponent) {
   for (const uint16_t sign : {0, 0x8000}) {
     for (uint16_t low = 0; low < infinity; ++low) {
       const uint16_t high = low + 1;
-      // Infinity stands where the next power of two would.
+      // Infinity has the bits of the next power of two.
       const double above =
           high == infinity ? 2 * value_of(low, exponent) - value_of(low - 1, exponent) : value_of(high, exponent);
       const double middle = (value_of(low, exponent) + above) / 2 * (sign ? -1 : 1);

@@ -1,4 +1,4 @@
-// Means over boxes: a division by way of the reciprocal rounds as IEEE's does, for every divisor that is served so.
+// Means over boxes: a division by way of the reciprocal rounds as IEEE's does, for every divisor that is divided by so.
 #include "support.h"
 #include "vec.h"
 

@@ -117,7 +117,7 @@ uint32_t random_element(Random& random, Dtype dtype, bool any) {
   return half.bits;
 }
 
-// `reach` elements, and nothing behind the last, where the address sanitizer would not see a read past it.
+// `reach` elements, and nothing after the last, so that the address sanitizer sees a read past it.
 void fill(Random& random, const Call& call, int64_t reach, std::vector<uint8_t>& bytes) {
   bytes.resize(64 + (call.offset + reach) * call.element());
   bytes.resize(call.start(bytes) + reach * call.element());
@@ -169,7 +169,7 @@ float weight(const Call& call, const Box& box, int32_t row, int32_t col) {
          along(box.cols, col, box.col, size_of(path.cols), path.width);
 }
 
-// A mean, or what one element hands back to it: by frames, rows and columns, which weights stand for.
+// A mean, or the share of one element in it: divided by frames, rows and columns, or weighted.
 float divided(float sum, const Box& box) {
   sum /= static_cast<float>(box.frames.size());
   if (box.path.reduce == kLinear) return sum;
@@ -210,7 +210,7 @@ void check_tokens(const Call& call, Guarded& out) {
   });
 }
 
-// A mean hands its gradient to its box in equal or weighted parts, a max to the element that it kept, token by token.
+// A mean spreads its gradient over its box in equal or weighted parts, a max gives it to the element that it kept.
 template <class T>
 void scatter(const Call& call, const Box& box, std::vector<float>& sums) {
   for (int64_t d = 0; d < call.channels; ++d) {
@@ -277,7 +277,7 @@ void test_values(gpu::Direction direction) {
   CHECK(direction == gpu::Direction::kForward ? tiles == 180 : tiles > 20);
 }
 
-// A column that counts what is written where.
+// A column that counts the writes to each place.
 struct Counts {
   using T = float;
   static constexpr int N = gpu::kPackBytes / sizeof(T);
@@ -408,7 +408,7 @@ void test_what_nests() {
     fine.cols = boxes(288, 2);
   }));
   CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.reduce = kLinear; }));
-  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // behind a class token
+  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // after a class token
     ++l.patches;
     fine.first_patch = coarse.first_patch = 1;
   }));

@@ -1,4 +1,4 @@
-// Corrupted plan tables: check_plan turns them down, or running them stays inside every buffer.
+// Corrupted plan tables: check_plan refuses them, or running them stays inside every buffer.
 #include "support.h"
 
 using namespace sfllava;

@@ -1,4 +1,4 @@
-// Rows chosen, copied and put back, and attention received, of random sizes and strides against plain loops.
+// Best rows, gather, scatter and attention received, of random sizes and strides against plain loops.
 #include "support.h"
 
 using namespace sfllava;
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int32_t kSizes[] = {1, 7, 16, 33, 64, 130};
 
-// Rows [batch, rows, channels] of small integers, apart from each other, in memory of its own with no room behind it.
+// Rows [batch, rows, channels] of small integers, apart from each other, in memory of its own that ends with the last.
 struct Tensor3 {
   Dtype dtype;
   int64_t batch, rows, channels, pitch;

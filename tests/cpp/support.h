@@ -1,5 +1,4 @@
-// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by
-// arithmetic.
+// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -35,12 +34,12 @@ class Random {
   std::mt19937 engine_;
 };
 
-// Bins on a grid of patches: `height` rows of them, 0 for all behind the first patch.
+// Bins on a grid of patches: `height` rows of them, 0 for all after the first patch.
 struct PathwaySpec {
   int32_t width, reduce;
   std::vector<Bin> frames, rows, cols;
   int32_t first_patch = 0, height = 0;
-  int32_t room = 0;  // tokens behind each row that are not the pathway's
+  int32_t room = 0;  // tokens after each row that are not the pathway's
 };
 
 enum Order : uint32_t { kByPathway = 0, kByFrame = 1 };  // or shuffled, by any other number
@@ -49,7 +48,7 @@ struct Layout {
   int32_t frames, patches, tokens = 0;
   std::vector<PathwaySpec> pathways;
   uint32_t order = kByPathway;
-  int32_t room = 0;  // tokens behind each item that are not its own
+  int32_t room = 0;  // tokens after each item that are not its own
 
   int32_t height(const PathwaySpec& path) const {
     return path.height ? path.height : (patches - path.first_patch) / path.width;
@@ -124,7 +123,7 @@ inline int64_t patch_at(const PathwaySpec& path, int64_t row, int64_t col) {
   return path.first_patch + row * path.width + col;
 }
 
-// Where the middle of one of `count` equal segments of an axis lies, in places: what bilinear interpolation looks up.
+// The middle of one of `count` equal segments of an axis, in places: what bilinear interpolation looks up.
 inline double middle(int32_t index, int32_t count, int32_t length) { return (index + 0.5) * length / count - 0.5; }
 
 // Which of the rising bins hold each of `length` places.
@@ -234,7 +233,7 @@ inline std::vector<Bin> linear_bins(int32_t count, int32_t length) {
   return bins;
 }
 
-// Grids behind class tokens and before patches that nothing reads; tokens in any order, with room between them.
+// Grids after class tokens and before patches that nothing reads; tokens in any order, with room between them.
 inline Layout random_layout(Random& random) {
   const int32_t height = random.in(1, 8), width = random.in(1, 8), first = random.in(0, 1);
   const int32_t unread = std::max(0, random.in(-3, 3));
