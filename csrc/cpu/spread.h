@@ -1,9 +1,9 @@
 // The backward, once for every instruction set and dtype.
 //
-// A patch adds up what the tokens whose boxes hold it hand it, in the order of the tokens, in float32 from zero, which
-// makes it equal to the reference bit for bit. What a box hands its patches is alike for all of them: a mean's gradient
-// divided, a maximum's gradient and which of its patches it came from. It is computed once, and kept in the cache while
-// the patches of a band of a frame are written one after the other.
+// A patch adds up the shares of all tokens whose boxes contain it, in the order of the tokens, in float32 from zero,
+// which makes it equal to the reference bit for bit. A box has one share for all of its patches: a mean's gradient
+// divided, or a maximum's gradient and the number of the patch that it came from. The share is computed once, and kept
+// in the cache while the patches of a band of a frame are written one after the other.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ class Spread {
     const int64_t lines = count_lines(b.channels);
     blocks_ = (lines + fit - 1) / fit;
     block_ = (lines + blocks_ - 1) / blocks_ * Line::kSize;
-    pitch_ = block_ + 32;  // or powers of two of channels would all meet in one set of the cache
+    pitch_ = block_ + 32;  // else powers of two of channels would share one set of the cache
     const int64_t keys = (boxes_ * 2 + 15) / 16 * 16;
     float* floats = thread_floats(keys + (2 * boxes_ + 2) * pitch_);
     keys_ = reinterpret_cast<int32_t*>(floats);
@@ -76,7 +76,7 @@ class Spread {
   static constexpr int kMost = 4;         // shares added in one pass
   static constexpr int kMostPatches = 8;  // written in one pass
 
-  // A term of a patch's sum: the share of a box, times its weight, or where the winner is this element.
+  // A term of a patch's sum: the share of a box, perhaps times a weight, or only in the channels that the element won.
   struct Term {
     enum Kind { kWhole, kWeighted, kWon } kind;
     const float *share, *winner;
@@ -88,7 +88,7 @@ class Spread {
     int count = 0;
     bool first = true;  // nothing is in the sums yet
     T* to = nullptr;
-    int patches = 0;  // one after the other, that are handed this
+    int patches = 0;  // one after the other, with these terms
 
     bool operator==(const Terms& other) const {
       bool same = first && other.first && count == other.count;
@@ -102,9 +102,7 @@ class Spread {
 
   static int64_t count_lines(int64_t channels) { return (channels + Line::kSize - 1) / Line::kSize; }
 
-  int32_t first_of_band(int32_t band) const {
-    return static_cast<int32_t>(int64_t{plan_.patches()} * band / kBands);
-  }
+  int32_t first_of_band(int32_t band) const { return static_cast<int32_t>(int64_t{plan_.patches()} * band / kBands); }
 
   // How many rows of boxes are in use at once: those that hold a patch, or all of a band.
   void measure(const Pathway& path) {
@@ -118,7 +116,7 @@ class Spread {
     }
   }
 
-  // Patches that are handed the same, such as those of a row of a mean's box, are written together.
+  // Patches with the same terms, such as those of a row of a mean's box, are written together.
   void spread_band(int32_t frame, int32_t band) {
     Terms waiting;
     for (int32_t patch = first_of_band(band); patch < first_of_band(band + 1); ++patch) {
@@ -135,8 +133,8 @@ class Spread {
     write(waiting);
   }
 
-  // What a patch is handed; what is not the last of it is in the sums. Writes those that wait before it changes
-  // anything that they need.
+  // The last terms of a patch; earlier ones are added to the sums. Writes the waiting patches before anything that they
+  // need is changed.
   Terms collect(int32_t frame, int32_t patch, Terms& waiting) {
     Terms terms;
     const int32_t readers = plan_.reader_begin(frame);
@@ -195,7 +193,7 @@ class Spread {
     return term;
   }
 
-  // What a box hands its patches.
+  // Computes the share of a box.
   void prepare(const Item& item, const Pathway& path, int32_t r, int32_t c, int64_t box) const {
     const T* grad = grad_ + token_row(item, path, r, c) * b_.token_stride;
     float* share = shares_ + box * pitch_ - begin_;

@@ -10,7 +10,7 @@ namespace sfllava::cpu {
 namespace {
 
 // Share of copy_ in float32 4096, bfloat16 4096, float16 4096, bfloat16 1024, float16 1024, one thread, AVX-512; "none"
-// is the kernel before, which kept the sums of several boxes and asked for nothing:
+// is the kernel before, which kept the sums of several boxes and prefetched nothing:
 //   AMD family 25 model 17 (Zen 4): next step 1.08 1.16 .88 .82 .83; none .99 1.03 .89 .70 .69;
 //                                   streams .81 .75-.80 .71-.84 .60-.66 .63-.67, each 5 to 10 % slower than none.
 //   AMD family 26 (Zen 5): streams .89 .84 .84 .82 .84; none .81 .56 .57 .58 .59. The next step was not tried there.

@@ -1,11 +1,11 @@
-// What is best on which processor, as far as it was measured.
+// The best way to prefetch on each processor that was measured.
 #pragma once
 
 #include <cstdint>
 
 namespace sfllava::cpu {
 
-// What is asked for while some patches are read.
+// What is prefetched while some patches are read.
 enum class Prefetch {
   kNextStep,  // the patches after them, one after the other, into the second-level cache
   kStreams,   // of each patch the line kAheadBytes on, into the first-level cache

@@ -1,4 +1,4 @@
-// The backward kernels' bodies: every patch's gradient is written once. A patch adds what its tokens hand it in the
+// The backward kernels' bodies: every patch's gradient is written once. A patch adds the shares of its tokens in the
 // order of the tokens, in float32 from zero, and rounds once: equal to the reference bit for bit.
 #pragma once
 
@@ -71,7 +71,7 @@ class Gradient {
   float x_[N];
 };
 
-// What a mean over a box hands to each of its elements.
+// The share of each element of a mean's box.
 template <class Column>
 SFLLAVA_HOST_DEVICE Sums<kMean, Column::N> share(const Column& column, int64_t token, int32_t frames, int32_t rows,
                                                  int32_t cols) {
@@ -80,8 +80,8 @@ SFLLAVA_HOST_DEVICE Sums<kMean, Column::N> share(const Column& column, int64_t t
   return sums;
 }
 
-// A row of fine boxes across a tile: their elements' gradients from those of their tokens and of the tile's. All that
-// it reads is on its way before the first number is used.
+// A row of fine boxes across a tile: their elements' gradients from those of their tokens and of the tile's. All
+// loads are issued before the first number is used.
 template <class Shape, class Column>
 class SpreadStrip {
   using T = typename Column::T;
@@ -200,7 +200,7 @@ struct Place {
   int32_t frame, row, col;
 };
 
-// Adds what the token of an item's box (row bin, column bin) hands to the box's element at `place`.
+// Adds the share that the element at `place` has in the token of an item's box (row bin, column bin).
 template <class Column>
 SFLLAVA_HOST_DEVICE void add_share(const Column& column, const Plan& plan, const Item& item, const Place& place,
                                    int32_t row_bin, int32_t col_bin, Gradient<Column::N>& gradient) {

@@ -47,7 +47,7 @@ bool items_nest(const Plan& plan, const Nest& nest) {
   return true;
 }
 
-// A stride matters only where there is a second element to step to.
+// A stride matters only if there is a second element.
 bool steps_by_packs(int64_t size, int64_t stride, int64_t pack) { return size <= 1 || stride % pack == 0; }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
@@ -61,7 +61,7 @@ bool is_packed(const Pooling& p, int64_t pack) {
          steps_by_packs(p.plan.tokens(), t.token_stride, pack);
 }
 
-// Frames with fine tokens come first where the layout spreads them evenly, as SlowFast-LLaVA does: their tiles take
+// Frames with fine tokens come first if the layout spreads them evenly, as SlowFast-LLaVA does: their tiles take
 // longest, and a launch ends with its last tile.
 void put_fine_first(const Plan& plan, Nest* nest) {
   const auto has_fine = [&](uint32_t frame) {

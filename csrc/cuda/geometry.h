@@ -10,7 +10,7 @@
 namespace sfllava::gpu {
 
 constexpr int32_t kWarp = 32;
-constexpr int32_t kBlockWarps = 4;  // where nothing else is tuned
+constexpr int32_t kBlockWarps = 4;  // unless tuned otherwise
 constexpr int32_t kPackBytes = 16;  // the widest load
 
 // Blocks of `across` lanes (along the channels) x `down` units.
@@ -40,7 +40,7 @@ SFLLAVA_HOST_DEVICE inline Lane find_lane(const Grid& grid, uint32_t block, uint
           int64_t{block - row * chunks} * grid.across + x};
 }
 
-// A layout of two pathways on every frame by itself: a mean over equal boxes, the tiles, and another whose small
+// A layout of two pathways on single frames: a mean over equal boxes, the tiles, and another whose small
 // equal boxes nest in them, both on one grid from patch 0 on. Each group holds one frame's items in the order of their
 // tokens, the coarse one at one end.
 struct Nest {
@@ -64,7 +64,7 @@ struct Tile {
   int32_t frame, row, col;
 };
 
-// The frame that is the n-th to be served: after the first frames come those between them, whose numbers are a sequence
+// The n-th frame in the order of the work: after the first frames come those between them, whose numbers are a sequence
 // of the same kind (Beatty's, and its complement).
 SFLLAVA_HOST_DEVICE inline int32_t nth_frame(const Nest& nest, int32_t n) {
   const uint32_t first = nest.first_frames, frames = nest.frames, others = frames - first, i = static_cast<uint32_t>(n);
@@ -110,7 +110,7 @@ SFLLAVA_HOST_DEVICE inline FrameItems find_items(const Plan& plan, const Nest& n
 bool find_nest(const Plan& plan, Nest* nest);
 
 // The units of one group on the box path: enough that the second pathway to read a frame finds it in the cache (few
-// frames in flight at once), that few groups fill a device, and that no more than the boxes can go round.
+// frames in flight at once) and that few groups fill a device, but no more than there are boxes.
 constexpr int64_t kLeastShares = 32, kLeastBlocks = 4096;
 
 inline int32_t count_shares(const Plan& plan, int64_t vectors) {

@@ -11,6 +11,7 @@ template <Direction kDirection, class Shape>
 constexpr int kTileBlocks = Shape::kBoxHeight == 1 ? kTuning<kDirection>.blocks : kTuning<kDirection>.blocks * 3 / 5;
 constexpr int box_blocks(Direction direction) { return direction == Direction::kForward ? 8 : 4; }
 
+// clang-format off: it takes the products for pointers
 template <Direction kDirection, class T, class Shape>
 __global__ __launch_bounds__(kWarp * kTuning<kDirection>.warps, kTileBlocks<kDirection, Shape>)
 void tile_kernel(const __grid_constant__ Launch launch) {
@@ -18,18 +19,19 @@ void tile_kernel(const __grid_constant__ Launch launch) {
 }
 
 template <Direction kDirection, class T, int N>
-__global__ __launch_bounds__(kWarp * kBlockWarps, box_blocks(kDirection)) void box_kernel(const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kWarp * kBlockWarps, box_blocks(kDirection))
+void box_kernel(const __grid_constant__ Launch launch) {
   run_box_lane<kDirection, T, N>(launch, blockIdx.x, threadIdx.x, threadIdx.y);
 }
+// clang-format on
 
 template <Direction kDirection, class T>
 void launch_one(const Choice& choice, cudaStream_t stream) {
   const Launch& call = choice.launch;
   const dim3 blocks(static_cast<unsigned>(call.grid.blocks)), lanes(call.grid.across, call.grid.down);
   if (choice.path == Path::kTile) {
-    with_shape(call.nest, [&](auto shape) {
-      tile_kernel<kDirection, T, decltype(shape)><<<blocks, lanes, 0, stream>>>(call);
-    });
+    with_shape(call.nest,
+               [&](auto shape) { tile_kernel<kDirection, T, decltype(shape)><<<blocks, lanes, 0, stream>>>(call); });
   } else if (choice.packed) {
     box_kernel<kDirection, T, kPackBytes / sizeof(T)><<<blocks, lanes, 0, stream>>>(call);
   } else {

@@ -8,11 +8,11 @@ enum Load { kLoad, kLoadNoAllocate, kLoadStreaming };
 enum Store { kStore, kStoreStreaming };
 
 struct Tuning {
-  int warps;        // of a block
-  int blocks;       // that a multiprocessor must have registers for; 0 leaves it to ptxas
-  Load load;        // hints of loads and stores
+  int warps;   // of a block
+  int blocks;  // that a multiprocessor must have registers for; 0 leaves it to ptxas
+  Load load;   // hints of loads and stores
   Store store;
-  bool slow_first;  // frames with fine tokens come first, where the layout spreads them evenly
+  bool slow_first;  // frames with fine tokens come first, if the layout spreads them evenly
   bool by_strip;    // backward: a strip of a tile is a unit of its own
 };
 

@@ -69,12 +69,12 @@ __device__ Pack<T, N> load(const T* from) {
   if constexpr (N == 1) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
   } else {
-    // Volatile: the compiler would move a plain load to its first use, where the next one waits for it.
+    // Volatile: the compiler would move a plain load to its first use, and the next load would wait for it.
     uint4 bits;
     const auto at = __cvta_generic_to_global(from);
-#define SFLLAVA_LOAD(kind)                                                   \
-  asm volatile("ld.global" kind ".v4.b32 {%0, %1, %2, %3}, [%4];"            \
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)      \
+#define SFLLAVA_LOAD(kind)                                              \
+  asm volatile("ld.global" kind ".v4.b32 {%0, %1, %2, %3}, [%4];"       \
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) \
                : "l"(at))
     if constexpr (kHint == kLoad) SFLLAVA_LOAD(".nc");
     if constexpr (kHint == kLoadNoAllocate) SFLLAVA_LOAD(".nc.L1::no_allocate");

@@ -1,5 +1,4 @@
-// The AVX-512 kernel where no processor has it: the same source on emulated intrinsics (SIMDe), against plain
-// C++.
+// The AVX-512 kernel on any processor: the same source on emulated intrinsics (SIMDe), against plain C++.
 #include "support.h"
 #include "tasks.h"
 #include "vec_generic.h"
@@ -105,8 +104,8 @@ void test_lines() {
       pool_lines<Generic, T, R>(first, second, part, stream, want);
       pool_lines<EmulatedAvx512, T, R>(first, second, part, stream, got);
       CHECK((same<T>(got, want, part.count * static_cast<int64_t>(sizeof(T)))));
-      CHECK(std::memcmp(got + part.count * sizeof(T), want + part.count * sizeof(T),
-                        kLine - part.count * sizeof(T)) == 0);
+      CHECK(std::memcmp(got + part.count * sizeof(T), want + part.count * sizeof(T), kLine - part.count * sizeof(T)) ==
+            0);
     }
   }
 }
@@ -120,13 +119,12 @@ void test_layouts(Dtype dtype) {
     const std::vector<int32_t> table = make_table(layout);
     const int64_t channels = random.in(1, 3) * kLine / static_cast<int64_t>(sizeof(T)) + random.in(0, 3);
     const int64_t bytes = layout.tokens * channels * static_cast<int64_t>(sizeof(T));
-    std::vector<uint8_t> features((layout.frames * layout.patches * channels * sizeof(T) + kLine - 1) /
-                                  kLine * kLine);
+    std::vector<uint8_t> features((layout.frames * layout.patches * channels * sizeof(T) + kLine - 1) / kLine * kLine);
     for (size_t at = 0; at < features.size(); at += kLine) fill<T>(random, &features[at]);
     Guarded want(bytes), got(bytes);
     cpu::Pooling pooling{Plan(table.data()), features.data(), layout.patches * channels,
-                         channels,       want.data(),     channels,
-                         channels,       dtype,           false};
+                         channels,           want.data(),     channels,
+                         channels,           dtype,           false};
     const int64_t tasks = cpu::count_tasks(pooling.plan);
     cpu::run_tasks_with<Generic>(pooling, 0, tasks);
     pooling.out = got.data();

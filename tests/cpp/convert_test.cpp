@@ -48,10 +48,8 @@ void test_widening(int exponent) {
   const std::vector<float> floats = widened<T>(all_numbers());
   for (int i = 0; i < kNumbers; ++i) {
     const double want = value_of(static_cast<uint16_t>(i), exponent);
-    CHECK(std::isnan(want) ? std::isnan(floats[i])
-                           : floats[i] == want && std::signbit(floats[i]) == (i >= 0x8000));
-    CHECK(std::isnan(want) ? std::isnan(value_of(narrowed<T>(floats[i]), exponent))
-                           : narrowed<T>(floats[i]) == i);
+    CHECK(std::isnan(want) ? std::isnan(floats[i]) : floats[i] == want && std::signbit(floats[i]) == (i >= 0x8000));
+    CHECK(std::isnan(want) ? std::isnan(value_of(narrowed<T>(floats[i]), exponent)) : narrowed<T>(floats[i]) == i);
   }
 }
 
@@ -62,9 +60,9 @@ void test_rounding(int exponent) {
   for (const uint16_t sign : {0, 0x8000}) {
     for (uint16_t low = 0; low < infinity; ++low) {
       const uint16_t high = low + 1;
-      // Infinity stands where the next power of two would.
-      const double above = high == infinity ? 2 * value_of(low, exponent) - value_of(low - 1, exponent)
-                                            : value_of(high, exponent);
+      // Infinity has the bits of the next power of two.
+      const double above =
+          high == infinity ? 2 * value_of(low, exponent) - value_of(low - 1, exponent) : value_of(high, exponent);
       const double middle = (value_of(low, exponent) + above) / 2 * (sign ? -1 : 1);
       const float exact = static_cast<float>(middle);
       CHECK(exact == middle);
@@ -87,7 +85,7 @@ std::vector<uint16_t> pooled(const std::vector<uint16_t> (&from)[4], Dtype dtype
   for (const auto& patch : from) features.insert(features.end(), patch.begin(), patch.end());
   const std::vector<int32_t> table = make_table({1, 4, 1, {{4, reduce, every(1), every(1), {{0, 4}}}}});
   const cpu::Pooling pooling{Plan(table.data()), features.data(), 4 * channels, channels, out.data(),
-                             channels,       channels,        dtype,        false};
+                             channels,           channels,        dtype,        false};
   cpu::run_tasks(pooling, 0, cpu::count_tasks(pooling.plan));
   return out;
 }

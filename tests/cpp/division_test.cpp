@@ -1,4 +1,4 @@
-// Means over boxes: a division by way of the reciprocal rounds as IEEE's does, for every divisor that is served so.
+// Means over boxes: a division by way of the reciprocal rounds as IEEE's does, for every divisor that is divided by so.
 #include "support.h"
 #include "vec.h"
 
@@ -22,7 +22,7 @@ void check_quotient(float x, int32_t rows, int32_t size) {
   CHECK(bit_cast<uint32_t>(got) == bit_cast<uint32_t>(expected) || (std::isnan(got) && std::isnan(expected)));
 }
 
-constexpr float kEdges[] = {0.0f,  -0.0f, -1e-45f, -1e-38f,  1e-30f,    2e-30f,
+constexpr float kEdges[] = {0.0f,   -0.0f, -1e-45f, -1e-38f,  1e-30f,    2e-30f,
                             -3e29f, 1e30f, 3.4e38f, INFINITY, -INFINITY, NAN};
 
 }  // namespace

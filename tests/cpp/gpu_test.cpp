@@ -22,9 +22,8 @@ void run(const gpu::Choice& choice) {
   const gpu::Launch& launch = choice.launch;
   for_lanes(launch.grid, [&](uint32_t block, int32_t x, int32_t y) {
     if (choice.path == gpu::Path::kTile) {
-      gpu::with_shape(launch.nest, [&](auto shape) {
-        gpu::run_tile_lane<kDirection, T, decltype(shape)>(launch, block, x, y);
-      });
+      gpu::with_shape(launch.nest,
+                      [&](auto shape) { gpu::run_tile_lane<kDirection, T, decltype(shape)>(launch, block, x, y); });
     } else if (choice.packed) {
       gpu::run_box_lane<kDirection, T, gpu::kPackBytes / sizeof(T)>(launch, block, x, y);
     } else {
@@ -74,7 +73,7 @@ Layout nested_layout(Random& random, const TileSize& size) {
   coarse.room = random.in(0, 1);
   fine.room = random.in(0, 1);
   const bool first = random.in(0, 1);
-  Layout layout{frames, height * width, 0, {first ? coarse : fine, first ? fine : coarse}, random.bits() % 2,
+  Layout layout{frames,         height * width, 0, {first ? coarse : fine, first ? fine : coarse}, random.bits() % 2,
                 random.in(0, 1)};
   count_tokens(layout);
   return layout;
@@ -118,7 +117,7 @@ uint32_t random_element(Random& random, Dtype dtype, bool any) {
   return half.bits;
 }
 
-// `reach` elements, and nothing behind the last, where the address sanitizer would not see a read past it.
+// `reach` elements, and nothing after the last, so that the address sanitizer sees a read past it.
 void fill(Random& random, const Call& call, int64_t reach, std::vector<uint8_t>& bytes) {
   bytes.resize(64 + (call.offset + reach) * call.element());
   bytes.resize(call.start(bytes) + reach * call.element());
@@ -170,7 +169,7 @@ float weight(const Call& call, const Box& box, int32_t row, int32_t col) {
          along(box.cols, col, box.col, size_of(path.cols), path.width);
 }
 
-// A mean, or what one element hands back to it: by frames, rows and columns, which weights stand for.
+// A mean, or the share of one element in it: divided by frames, rows and columns, or weighted.
 float divided(float sum, const Box& box) {
   sum /= static_cast<float>(box.frames.size());
   if (box.path.reduce == kLinear) return sum;
@@ -211,7 +210,7 @@ void check_tokens(const Call& call, Guarded& out) {
   });
 }
 
-// A mean hands its gradient to its box in equal or weighted parts, a max to the element that it kept, token by token.
+// A mean spreads its gradient over its box in equal or weighted parts, a max gives it to the element that it kept.
 template <class T>
 void scatter(const Call& call, const Box& box, std::vector<float>& sums) {
   for (int64_t d = 0; d < call.channels; ++d) {
@@ -278,7 +277,7 @@ void test_values(gpu::Direction direction) {
   CHECK(direction == gpu::Direction::kForward ? tiles == 180 : tiles > 20);
 }
 
-// A column that counts what is written where.
+// A column that counts the writes to each place.
 struct Counts {
   using T = float;
   static constexpr int N = gpu::kPackBytes / sizeof(T);
@@ -364,8 +363,11 @@ bool is_tiled(const Layout& layout, gpu::Direction direction = gpu::Direction::k
 
 // 24 x 24 patches: 4 x 4 tiles of 6 x 6 with pairs on two frames of three.
 Layout paper_layout() {
-  Layout layout{3, 576, 0, {{24, kMax, {{0, 1}, {1, 2}}, every(24), boxes(12, 2)},
-                            {24, kMean, every(3), boxes(4, 6), boxes(4, 6)}}};
+  Layout layout{
+      3,
+      576,
+      0,
+      {{24, kMax, {{0, 1}, {1, 2}}, every(24), boxes(12, 2)}, {24, kMean, every(3), boxes(4, 6), boxes(4, 6)}}};
   count_tokens(layout);
   return layout;
 }
@@ -390,23 +392,23 @@ void test_what_nests() {
   CHECK(tiled([](Layout&, Path&, Path& coarse) { coarse.cols = boxes(6, 4); }));
 
   CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.reduce = kMax; }));
-  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.cols = boxes(3, 8); }));        // no kernel of that width
-  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols = boxes(8, 3); }));            // no kernel for those boxes
-  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols.pop_back(); }));               // a part of a tile
-  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols.back() = {21, 23}; }));        // across each other
-  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.cols[1] = {5, 12}; }));         // overlapping tiles
-  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.rows = boxes(8, 3); }));            // across the tiles
+  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.cols = boxes(3, 8); }));         // no kernel of that width
+  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols = boxes(8, 3); }));             // no kernel for those boxes
+  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols.pop_back(); }));                // a part of a tile
+  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.cols.back() = {21, 23}; }));         // across each other
+  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.cols[1] = {5, 12}; }));          // overlapping tiles
+  CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.rows = boxes(8, 3); }));             // across the tiles
   CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.frames = {{0, 1}, {1, 2}}; }));  // a frame without tiles
-  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.frames = {{0, 3}}; }));         // over time
-  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.frames.push_back({2, 3}); }));  // twice
-  CHECK(!tiled([](Layout& l, Path& fine, Path&) { l.pathways.push_back(fine); }));       // a third pathway
-  CHECK(!tiled([](Layout&, Path& fine, Path&) {                                          // on a flattened grid
+  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.frames = {{0, 3}}; }));          // over time
+  CHECK(!tiled([](Layout&, Path&, Path& coarse) { coarse.frames.push_back({2, 3}); }));   // twice
+  CHECK(!tiled([](Layout& l, Path& fine, Path&) { l.pathways.push_back(fine); }));        // a third pathway
+  CHECK(!tiled([](Layout&, Path& fine, Path&) {                                           // on a flattened grid
     fine.width = 576;
     fine.rows = every(1);
     fine.cols = boxes(288, 2);
   }));
   CHECK(!tiled([](Layout&, Path& fine, Path&) { fine.reduce = kLinear; }));
-  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // behind a class token
+  CHECK(!tiled([](Layout& l, Path& fine, Path& coarse) {  // after a class token
     ++l.patches;
     fine.first_patch = coarse.first_patch = 1;
   }));

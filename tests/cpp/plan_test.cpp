@@ -1,4 +1,4 @@
-// Corrupted plan tables: check_plan turns them down, or running them stays inside every buffer.
+// Corrupted plan tables: check_plan refuses them, or running them stays inside every buffer.
 #include "support.h"
 
 using namespace sfllava;
@@ -12,15 +12,13 @@ void run(const std::vector<int32_t>& table, const Layout& layout) {
   const std::vector<float> features(layout.frames * layout.patches * kChannels, 1.0f);
   Guarded out(layout.tokens * kChannels * 4);
   const cpu::Pooling pooling{Plan(table.data()), features.data(), layout.patches * kChannels,
-                             kChannels,      out.data(),      kChannels,
-                             kChannels,      Dtype::kFloat32, false};
+                             kChannels,          out.data(),      kChannels,
+                             kChannels,          Dtype::kFloat32, false};
   cpu::run_tasks(pooling, 0, cpu::count_tasks(pooling.plan));
   CHECK(out.guards_untouched());
 }
 
-bool accepted(const std::vector<int32_t>& table, const Layout& layout) {
-  return wrong_with(table, layout).empty();
-}
+bool accepted(const std::vector<int32_t>& table, const Layout& layout) { return wrong_with(table, layout).empty(); }
 
 int32_t strange_number(Random& random, int32_t was) {
   switch (random.in(0, 5)) {
@@ -69,10 +67,13 @@ void test_random_mutations(uint32_t seed) {
 void test_each_number() {
   Random random(2);
   const std::vector<Bin> pairs = {{0, 2}, {2, 4}}, flat_pairs = {{0, 2}, {2, 4}, {4, 6}, {6, 8}, {8, 10}, {10, 12}};
-  Layout layout{3, 13, 0, {{4, kMean, every(3), {{0, 2}, {1, 3}}, pairs, 1, 3, 1},
-                           {12, kMax, {{0, 1}, {2, 3}}, every(1), flat_pairs, 1, 1},
-                           {1, kMax, every(3), every(1), every(1), 0, 1},
-                           {4, kLinear, {{0, 2}}, {{0, 2}, {2, 3}}, pairs, 1, 3}}};
+  Layout layout{3,
+                13,
+                0,
+                {{4, kMean, every(3), {{0, 2}, {1, 3}}, pairs, 1, 3, 1},
+                 {12, kMax, {{0, 1}, {2, 3}}, every(1), flat_pairs, 1, 1},
+                 {1, kMax, every(3), every(1), every(1), 0, 1},
+                 {4, kLinear, {{0, 2}}, {{0, 2}, {2, 3}}, pairs, 1, 3}}};
   layout.order = kByFrame;
   count_tokens(layout);
   const std::vector<int32_t> good = make_table(layout);

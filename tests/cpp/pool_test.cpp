@@ -27,8 +27,8 @@ Call random_call(Random& random, Dtype dtype) {
   call.patch_stride = call.channels + random.in(0, 1) * random.in(0, 9);
   call.frame_stride = call.patch_stride * (call.layout.patches + random.in(0, 1));
   call.token_stride = call.channels + random.in(0, 1) * random.in(0, 40);
-  const int64_t reach = (call.layout.frames - 1) * call.frame_stride +
-                        (call.layout.patches - 1) * call.patch_stride + call.channels;
+  const int64_t reach =
+      (call.layout.frames - 1) * call.frame_stride + (call.layout.patches - 1) * call.patch_stride + call.channels;
   call.features.resize(reach * size_of(dtype));
   uint8_t small[17 * 4];
   for (int32_t i = 0; i < 17; ++i) put(small, i, i - 8, dtype);
@@ -54,8 +54,7 @@ struct Expected {
 Expected expected(const Call& call, const Box& box, int64_t d) {
   const PathwaySpec& path = box.path;
   // One rounding to the dtype, and few in float32.
-  const double unit =
-      call.dtype == Dtype::kFloat32 ? 0 : std::ldexp(1, call.dtype == Dtype::kBFloat16 ? -9 : -12);
+  const double unit = call.dtype == Dtype::kFloat32 ? 0 : std::ldexp(1, call.dtype == Dtype::kBFloat16 ? -9 : -12);
   double sum = 0, size = 0, most = -INFINITY;
   for_elements(box, [&](int32_t frame, int32_t row, int32_t col) {
     double x = call.at(frame, patch_at(path, row, col), d);

@@ -1,4 +1,4 @@
-// Rows chosen, copied and put back, and attention received, of random sizes and strides against plain loops.
+// Best rows, gather, scatter and attention received, of random sizes and strides against plain loops.
 #include "support.h"
 
 using namespace sfllava;
@@ -8,14 +8,18 @@ namespace {
 
 constexpr int32_t kSizes[] = {1, 7, 16, 33, 64, 130};
 
-// Rows [batch, rows, channels] of small integers, apart from each other, in memory of its own with no room behind it.
+// Rows [batch, rows, channels] of small integers, apart from each other, in memory of its own that ends with the last.
 struct Tensor3 {
   Dtype dtype;
   int64_t batch, rows, channels, pitch;
   std::vector<uint8_t> bytes;
 
   Tensor3(Random& random, Dtype dtype, int64_t batch, int64_t rows, int64_t channels)
-      : dtype(dtype), batch(batch), rows(rows), channels(channels), pitch(channels + random.in(0, 1) * random.in(0, 9)) {
+      : dtype(dtype),
+        batch(batch),
+        rows(rows),
+        channels(channels),
+        pitch(channels + random.in(0, 1) * random.in(0, 9)) {
     bytes.resize(((batch * rows - 1) * pitch + channels) * size_of(dtype));
     for (int64_t i = 0; i < batch * rows; ++i) {
       for (int64_t d = 0; d < channels; ++d) put(bytes.data(), i * pitch + d, random.in(-8, 8), dtype);
@@ -51,7 +55,7 @@ void test_rows(Random& random, Dtype dtype) {
 
   Guarded copied(batch * count * bytes);
   cpu::gather_rows({hidden.view(), tokens, {static_cast<char*>(copied.data()), count * bytes, bytes}, index, bytes}, 0,
-                 batch * count);
+                   batch * count);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < count; ++k) {
       for (int64_t d = 0; d < channels; ++d) {
@@ -105,16 +109,15 @@ void test_choice(Random& random, Dtype dtype) {
   frames[1].first = frames[0].kept;
   const int64_t places = frames[0].kept + frames[1].kept;
   Guarded kept(places * 8);
-  const cpu::TopPerFrame call{scores.bytes.data(), 0, 1, dtype, frames, 2, start,
-                                 static_cast<int64_t*>(kept.data()), places};
+  const cpu::TopPerFrame call{
+      scores.bytes.data(), 0, 1, dtype, frames, 2, start, static_cast<int64_t*>(kept.data()), places};
   CHECK(cpu::top_per_frame(call, 1, 2) && cpu::top_per_frame(call, 0, 1));
   const auto* got = static_cast<const int64_t*>(kept.data());
   for (const cpu::Frame& frame : frames) {
     std::vector<int64_t> order(frame.tokens);
     for (int32_t i = 0; i < frame.tokens; ++i) order[i] = frame.begin + i;
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return scores.at(0, 0, a - start) > scores.at(0, 0, b - start);
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return scores.at(0, 0, a - start) > scores.at(0, 0, b - start); });
     std::sort(order.begin(), order.begin() + frame.kept);
     CHECK(std::equal(order.begin(), order.begin() + frame.kept, got + frame.first));
   }
@@ -127,9 +130,20 @@ void test_attention(Random& random, Dtype dtype) {
   const int64_t channels = kSizes[random.in(0, 4)];
   const Tensor3 queries(random, dtype, heads, count, channels), keys(random, dtype, groups, tokens, channels);
   std::vector<float> out(tokens);
-  cpu::AttentionReceived call{queries.bytes.data(), {0, count * queries.pitch, queries.pitch},
-                           keys.bytes.data(),    {0, tokens * keys.pitch, keys.pitch},
-                           dtype, 1, heads, groups, count, tokens, channels, 0.05f, nullptr, out.data()};
+  cpu::AttentionReceived call{queries.bytes.data(),
+                              {0, count * queries.pitch, queries.pitch},
+                              keys.bytes.data(),
+                              {0, tokens * keys.pitch, keys.pitch},
+                              dtype,
+                              1,
+                              heads,
+                              groups,
+                              count,
+                              tokens,
+                              channels,
+                              0.05f,
+                              nullptr,
+                              out.data()};
   std::vector<float> parts(cpu::count_tasks(call) * tokens);
   call.parts = parts.data();
   for (int64_t task = cpu::count_tasks(call); task-- > 0;) cpu::attention_received(call, task, task + 1);
@@ -141,7 +155,8 @@ void test_attention(Random& random, Dtype dtype) {
     double sum = 0;
     for (int64_t key = 0; key < seen; ++key) {
       double logit = 0;
-      for (int64_t d = 0; d < channels; ++d) logit += queries.at(head, query, d) * keys.at(head / (heads / groups), key, d);
+      for (int64_t d = 0; d < channels; ++d)
+        logit += queries.at(head, query, d) * keys.at(head / (heads / groups), key, d);
       sum += p[key] = std::exp(logit * 0.05f);
     }
     for (int64_t key = 0; key < seen; ++key) want[key] += p[key] / sum / static_cast<double>(heads * count);

@@ -1,5 +1,4 @@
-// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by
-// arithmetic.
+// What the C++ tests share: a check, random numbers, plan tables, and the values of 16-bit floats by arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -35,12 +34,12 @@ class Random {
   std::mt19937 engine_;
 };
 
-// Bins on a grid of patches: `height` rows of them, 0 for all behind the first patch.
+// Bins on a grid of patches: `height` rows of them, 0 for all after the first patch.
 struct PathwaySpec {
   int32_t width, reduce;
   std::vector<Bin> frames, rows, cols;
   int32_t first_patch = 0, height = 0;
-  int32_t room = 0;  // tokens behind each row that are not the pathway's
+  int32_t room = 0;  // tokens after each row that are not the pathway's
 };
 
 enum Order : uint32_t { kByPathway = 0, kByFrame = 1 };  // or shuffled, by any other number
@@ -49,7 +48,7 @@ struct Layout {
   int32_t frames, patches, tokens = 0;
   std::vector<PathwaySpec> pathways;
   uint32_t order = kByPathway;
-  int32_t room = 0;  // tokens behind each item that are not its own
+  int32_t room = 0;  // tokens after each item that are not its own
 
   int32_t height(const PathwaySpec& path) const {
     return path.height ? path.height : (patches - path.first_patch) / path.width;
@@ -124,10 +123,8 @@ inline int64_t patch_at(const PathwaySpec& path, int64_t row, int64_t col) {
   return path.first_patch + row * path.width + col;
 }
 
-// Where the middle of one of `count` equal segments of an axis lies, in places: what bilinear interpolation looks up.
-inline double middle(int32_t index, int32_t count, int32_t length) {
-  return (index + 0.5) * length / count - 0.5;
-}
+// The middle of one of `count` equal segments of an axis, in places: what bilinear interpolation looks up.
+inline double middle(int32_t index, int32_t count, int32_t length) { return (index + 0.5) * length / count - 0.5; }
 
 // Which of the rising bins hold each of `length` places.
 inline std::vector<Bin> make_covers(const std::vector<Bin>& bins, int32_t length) {
@@ -166,8 +163,7 @@ inline std::vector<int32_t> make_table(const Layout& layout) {
   std::vector<int32_t> groups, numbers, by_token, firsts, readers;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i == 0 || frames_of(items[i]) != frames_of(items[i - 1])) groups.push_back(static_cast<int32_t>(i));
-    numbers.insert(numbers.end(),
-                   {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
+    numbers.insert(numbers.end(), {items[i].pathway, items[i].frame_begin, items[i].frame_end, items[i].first_token});
     by_token.push_back(static_cast<int32_t>(i));
   }
   std::sort(by_token.begin(), by_token.end(),
@@ -237,12 +233,12 @@ inline std::vector<Bin> linear_bins(int32_t count, int32_t length) {
   return bins;
 }
 
-// Grids behind class tokens and before patches that nothing reads; tokens in any order, with room between them.
+// Grids after class tokens and before patches that nothing reads; tokens in any order, with room between them.
 inline Layout random_layout(Random& random) {
   const int32_t height = random.in(1, 8), width = random.in(1, 8), first = random.in(0, 1);
   const int32_t unread = std::max(0, random.in(-3, 3));
-  Layout layout{random.in(1, 4), first + height * width + unread, 0, {}, random.bits() % 4,
-                std::max(0, random.in(-2, 2))};
+  Layout layout{random.in(1, 4),   first + height * width + unread, 0, {},
+                random.bits() % 4, std::max(0, random.in(-2, 2))};
   for (int32_t i = random.in(1, 3); i > 0; --i) {
     const bool class_token = first && random.in(0, 3) == 0, flat = random.in(0, 3) == 0;
     PathwaySpec path{width, random.in(kMax, kLinear), random_bins(random, layout.frames), {}, {}, first, height};
@@ -297,8 +293,7 @@ class Guarded {
  public:
   explicit Guarded(int64_t bytes) : memory_(bytes + 3 * kLine, kPattern), bytes_(bytes) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data()) + kLine;
-    begin_ =
-        static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
+    begin_ = static_cast<int64_t>((at + kLine - 1) / kLine * kLine - reinterpret_cast<uintptr_t>(memory_.data()));
   }
   void* data() { return memory_.data() + begin_; }
   const void* data() const { return memory_.data() + begin_; }

@@ -1,4 +1,4 @@
-// Stands in for the compiler's header: AVX-512 in plain C++ (SIMDe), for processors that lack it.
+// Replaces the compiler's header: AVX-512 in plain C++ (SIMDe), for processors that lack it.
 #pragma once
 
 #define SIMDE_NO_NATIVE
