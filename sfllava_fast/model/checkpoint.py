@@ -149,8 +149,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """The config of the stock model, from config.json. Raises CheckpointError for an unsupported tower or language model,
-    and for more layers than any model has, under whatever name."""
+    """The config of the stock model, from config.json. Raises CheckpointError for an unsupported tower or language
+    model, and for more layers than any model has, under whatever name."""
     if original_llava.is_original(raw):
         return original_llava.stock_config(path, raw)
     from transformers import AutoConfig

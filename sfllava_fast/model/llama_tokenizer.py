@@ -7,7 +7,7 @@ that the model defines, and the "legacy" rule for text behind a special token.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
@@ -24,8 +24,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
     legacy: every stretch of text between special tokens begins with a space of the model's; else the text does.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": MODEL}
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    vocab_files_names = {"vocab_file": MODEL}  # noqa: RUF012  # as its parents
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -281,8 +281,8 @@ def _render(
             ) from None
         except Exception:  # whatever a template raises on content it does not know
             continue
-        parts = [part.strip() for part in (*words, *answers)]
-        if isinstance(text, str) and text.count(MARKER) == 1 and all(part in text for part in parts):
+        needed = [part.strip() for part in (*words, *answers)]
+        if isinstance(text, str) and text.count(MARKER) == 1 and all(part in text for part in needed):
             return text
     raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")
 

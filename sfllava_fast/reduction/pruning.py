@@ -27,6 +27,8 @@ from .scorers import LayerInput, queries_and_keys
 SCORERS = ("similarity", "attention", "question", "norm")
 TokenScorer = Callable[[Tensor, Plan], Tensor]
 
+_CPU = torch.device("cpu")
+
 
 class Pruned(NamedTuple):
     """tokens: [..., k, D]. kept: int64 [..., k], their positions among all tokens, ascending."""
@@ -214,7 +216,7 @@ def novelty(tokens: Tensor, plan: Plan) -> Tensor:
     return scores
 
 
-def places(plan: Plan, device: torch.device | str = "cpu") -> list[Tensor]:
+def places(plan: Plan, device: torch.device = _CPU) -> list[Tensor]:
     """Each pathway's tokens by frame and place, int64 [frames, places]: a column is one place as time goes on."""
     rows = token_rows(plan, device)
     return [of_path.view(-1, path.tokens_per_frame) for of_path, path in zip(rows, plan.pathways)]
