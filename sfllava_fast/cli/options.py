@@ -24,14 +24,14 @@ SHAPES = ("tiny", "small", "7b", "34b")
 
 _TOP_EXAMPLES = """
 examples:
-  sfllava-fast demo                             the embedded model on its sample video
+  sfllava-fast demo                             ask the embedded model
   sfllava-fast ask clip.mp4 "What happens?"     ask about your own video
   sfllava-fast watch - "What happens?"          answer while a stream comes in
   sfllava-fast batch FILE --out answers.jsonl   answer a file of questions
   sfllava-fast score answers.jsonl              count the right answers
   sfllava-fast inspect clip.mp4 --out clip.png  draw what the layout keeps
-  sfllava-fast layouts                          list the layouts that have names
-  sfllava-fast info                             show what is built and used here, and why
+  sfllava-fast layouts                          list the named layouts
+  sfllava-fast info                             show what runs here, and why
 
 `sfllava-fast COMMAND --help` shows the options of a command, with examples.
 """
@@ -159,8 +159,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _fit(self, line: str, width: int) -> str:
         indent = line[: len(line) - len(line.lstrip())]
-        is_command = line.lstrip().startswith((f"{PROGRAM} ", "ffmpeg "))
-        return fit(line, indent + 2 * " " * is_command, is_command * " \\", width)
+        if line.lstrip().startswith((f"{PROGRAM} ", "ffmpeg ")):
+            return fit(line, indent + "  ", " \\", width)
+        return fit(line, indent, "", width)
 
 
 class _Choices(argparse.Action):

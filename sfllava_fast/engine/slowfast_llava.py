@@ -136,10 +136,12 @@ class SlowFastLlava:
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.pipeline.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.pipeline.encoder.dtype
 
     def with_layout(self, layout: str | Layout) -> SlowFastLlava:

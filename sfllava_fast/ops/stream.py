@@ -110,6 +110,7 @@ class SlowFastStream:
 
     @property
     def stride(self) -> int:
+        """Distance between the kept frames."""
         return self.frames.step
 
     @property

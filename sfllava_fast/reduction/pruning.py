@@ -102,6 +102,7 @@ class Pruning:
 
     @property
     def needs_decoder(self) -> bool:
+        """Whether the scorer runs layers of the language model."""
         return self.scorer in ("attention", "question")
 
     def most(self, plan: Plan) -> int:

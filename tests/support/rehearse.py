@@ -1,4 +1,4 @@
-"""The steps of `make gpu` without a GPU: python tests/rehearse.py gpu [--part pipeline] --out FOLDER.
+"""The steps of `make gpu` without a GPU: python tests/support/rehearse.py gpu [--part pipeline] --out FOLDER.
 
 What each step starts is this script again, in place of `python -m bench`: the commands about the op run on the stand-in
 for torch.cuda, those about the pipeline on the CPU, all in small shapes. Tests of the device are collected and skip;
