@@ -43,8 +43,8 @@ def project_pool(hidden, weight, bias, plan, tile=None):
 
     GELU is the exact one, in float32; hidden [T, N, C] is bfloat16 or float16 on a CUDA device (on the CPU under
     TRITON_INTERPRET=1) with unit stride over C, weight [I, C] and bias [I] or None are of its dtype.
-    plan: sfllava_fast.layouts.plan.Plan of T frames of N patches, every bin of frames one frame, else ValueError; of a layout
-        that `is_plain`.
+    plan: sfllava_fast.layouts.plan.Plan of T frames of N patches, of a layout that `is_plain`; ValueError unless every
+        bin of frames is one frame.
     pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
     kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.
     """

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Literal, NamedTuple, cast, get_args, overload
+from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +215,7 @@ def _aggregate_and_project(
         tokens = projector(pooled)
     if plan is not None:
         check_separators(separators, str(layout), tokens)
+        assert separators is not None  # checked
         if hidden.dim() == 4:
             plan = resolve_plan(hidden[0], layout, grid)
         tokens = with_separators(tokens, plan, separators)
@@ -234,7 +235,11 @@ class _Layer(NamedTuple):
 def _layers(projector: Projector) -> tuple[_Layer, _Layer]:
     """The two layers of Linear, GELU, Linear."""
     first, _, second = cast(nn.Module, projector).children()
-    return tuple(_Layer(layer.weight, layer.bias) for layer in (first, second))
+    return _layer(first), _layer(second)
+
+
+def _layer(linear: Any) -> _Layer:
+    return _Layer(linear.weight, linear.bias)
 
 
 def _trace_commuted(hidden, first, second, layout, out, backend, grid, frame_offsets):
@@ -301,7 +306,7 @@ def why_layout_not_commuted(layout: Layout) -> str | None:
     return None
 
 
-def _why_not(projector: nn.Module, hidden: Tensor, layout: Layout | str) -> str | None:
+def _why_not(projector: Any, hidden: Tensor, layout: Layout | str) -> str | None:
     """Why pooling cannot go before the second layer in this call; None where it can."""
     if reason := why_not_commuted(projector):
         return reason
@@ -383,7 +388,8 @@ def _half(plan: Plan, reduce: str) -> _Half:
         replace(path, frames=tuple(tuple((place[f], place[f] + 1) for f, _ in video) for video in path.frames))
         for path in paths
     )
-    rows, at = [], 0
+    rows: list[Range] = []
+    at = 0
     for video in range(len(plan.lengths)):
         for path in plan.pathways:
             count = len(path.frames[video]) * path.tokens_per_frame
@@ -395,8 +401,8 @@ def _half(plan: Plan, reduce: str) -> _Half:
 
 
 def _commuted_launches(hidden, first, second, plan, layout, out, backend, stage=untimed):
-    for part, plan, rows in launches(hidden, plan, layout, out):
-        _commuted(part, first, second, plan, rows, backend, stage)
+    for part, part_plan, rows in launches(hidden, plan, layout, out):
+        _commuted(part, first, second, part_plan, rows, backend, stage)
 
 
 class _Block(NamedTuple):
@@ -420,10 +426,11 @@ def _blocks(plan: Plan, size: int) -> list[_Block]:
     kept = {block: list(frames) for block, frames in groupby(maxima.frames, lambda frame: frame // size)}
     pools = defaultdict(list)
     items = means.plan.items if means.plan else ()
-    for (number, block), run in groupby(items, lambda item: (item.pathway, means.frames[item.frame_begin] // size)):
-        run, path, start = list(run), means.plan.pathways[number], block * size
-        frames = tuple((frame, frame + 1) for frame in (means.frames[item.frame_begin] - start for item in run))
-        part = Plan((min(size, total - start),), plan.grid, (replace(path, frames=(frames,)),))
+    for (number, block), group in groupby(items, lambda item: (item.pathway, means.frames[item.frame_begin] // size)):
+        assert means.plan is not None  # whose items these are
+        run, path, start = [*group], means.plan.pathways[number], block * size
+        read = tuple((frame, frame + 1) for frame in (means.frames[item.frame_begin] - start for item in run))
+        part = Plan((min(size, total - start),), plan.grid, (replace(path, frames=(read,)),))
         pools[block].append((part, (run[0].first_token, run[-1].first_token + path.tokens_per_frame)))
     blocks, at = [], 0
     for block, start in enumerate(range(0, total, size)):
@@ -456,6 +463,7 @@ def _fill(out: Tensor, half: _Half, write: Callable[[Tensor], object]) -> None:
     if len(half.rows) == 1:
         write(out[slice(*half.rows[0])])
         return
+    assert half.plan is not None  # it has rows
     tokens = out.new_empty(half.plan.offsets[-1], out.shape[1])
     write(tokens)
     for rows, part in zip(half.rows, tokens.split([stop - start for start, stop in half.rows])):
@@ -570,21 +578,22 @@ def _is_fused(hidden: Tensor, backend: str) -> bool:
 
 @cache
 def _fused_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernels' tokens on a device are those of torch's operators; says once where they are not."""
+    """Whether the fused kernels' tokens on a device are those of torch's operators; logs once if they are not."""
     generator = torch.Generator().manual_seed(0)
-    layers = (nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False) for _ in range(2))
-    first, second = (_Layer(layer.weight, layer.bias) for layer in layers)
+    first, second = (_layer(nn.Linear(64, 64, device=device, dtype=dtype).requires_grad_(False)) for _ in range(2))
     hidden = torch.randn(3, 64, 64, generator=generator).to(device, dtype)
     plan = SlowFastLayout(2, fast_grid=(2, 2)).plan(3, (8, 8))
-    maxima, means = _split(plan)
+    _, means = _split(plan)
+    assert means.plan is not None  # the fast pathway
     try:
         fused, plain = _FusedLayers(first, second), _TorchLayers(first, second, hidden, "torch")
         for got, expected in zip(fused.pool(hidden, plan), plain.pool(hidden, plan)):
             torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
-        tokens = [hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2)]
-        for layers, out in zip((fused, plain), tokens):
-            layers.project_pooled(plain.pool(hidden, plan)[0], out)
-        torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
+        pooled = plain.pool(hidden, plan)[0]
+        ours, theirs = (hidden.new_empty(means.plan.offsets[-1], 64) for _ in range(2))
+        fused.project_pooled(pooled, ours)
+        plain.project_pooled(pooled, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
     except Exception as error:  # compilers and drivers fail in many ways; torch's operators serve then
         log.warning("the fused projector is not used on %s: %s", device, first_line(error))
         return False

@@ -51,7 +51,7 @@ def placeholder_frames(input_ids: Tensor, placeholders: Collection[int]) -> tupl
     start, stop = int(places[0]), int(places[-1]) + 1
     if not bool(found[:, start:stop].all()):
         raise InputError(
-            f"input_ids have several runs of vision tokens between {start} and {stop}, or rows with theirs at different "
+            f"input_ids have several runs of vision tokens between {start} and {stop}, or rows with theirs at other "
             "places: give one run a prompt and batch prompts of one form, or use `with mixture.on_frames(offsets)`"
         )
     return start, stop

@@ -97,7 +97,8 @@ CALLS = {
     "parse_patches_only": (parse_patches_only, {"layout": LAYOUT}),
     "Layout.plan": (SlowFastLayout().plan, {"frames": 2, "grid": (4, 4)}),
     "top_per_frame": (
-        top_per_frame, {"scores": torch.randn(1, 6), "token_offsets": (0, 3, 6), "ratio": 0.5, "nan": None, "backend": "auto"}
+        top_per_frame,
+        {"scores": torch.randn(1, 6), "token_offsets": (0, 3, 6), "ratio": 0.5, "nan": None, "backend": "auto"},
     ),
     "gather_rows": (gather_rows, {"hidden": HIDDEN, "index": INDEX, "backend": "auto"}),
     "gather_rows_of": (gather_rows_of, {"tensors": [HIDDEN, HIDDEN], "index": INDEX, "backend": "auto"}),
