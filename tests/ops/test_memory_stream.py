@@ -353,8 +353,8 @@ def test_layouts_of_more_than_patches_are_told(layout):
         (dict(clip_frames=2.5), "clip_frames must be"),
         (dict(held_clips="6"), "held_clips must be"),
         (dict(shown_clips=-1), "shown_clips must be"),
-        (dict(recent_frames=2), "keep 3 or more, not 2"),
-        (dict(shown_clips=7), "only 6 clips are held: show so many or fewer, not 7"),
+        (dict(recent_frames=2), "less than clip_frames=3.*keep 3 or more"),
+        (dict(shown_clips=7), "only 6 clips are held: show at most 6, not 7"),
     ],
 )
 def test_settings_that_contradict_are_told(settings, says):

@@ -1,4 +1,4 @@
-"""python tests/support/triton_ahead.py ARCH FILE: the Triton kernels compiled for sm_ARCH, on a machine with any GPU or none.
+"""python tests/support/triton_ahead.py ARCH FILE: compiles the Triton kernels for sm_ARCH, without a GPU.
 
 Writes a list of {kernel, name, dtype, vector, constants, ptx, sass, registers, stack, local} as JSON.
 """

@@ -1,4 +1,4 @@
-"""python tests/support/triton_ahead_project.py ARCH FILE: as triton_ahead.py, the projector's kernels at their real sizes.
+"""python tests/support/triton_ahead_project.py ARCH FILE: the projector's kernels, at their real sizes.
 
 Writes a list of {kernel, name, tile, first, ptx, sass, registers, stack, local} as JSON; first: the tile in use.
 """

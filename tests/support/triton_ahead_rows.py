@@ -1,4 +1,4 @@
-"""python tests/support/triton_ahead_rows.py ARCH FILE: as triton_ahead.py, the kernels for rows and attention at real sizes.
+"""python tests/support/triton_ahead_rows.py ARCH FILE: kernels of rows and attention, at real sizes.
 
 Writes a list of {kernel, name, ptx, sass, registers, stack, local} as JSON.
 """

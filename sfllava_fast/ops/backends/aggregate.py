@@ -26,9 +26,8 @@ _GRID = (24, 24)
 
 @dataclass(frozen=True)
 class Backend(registry.Backend):
-    """A way to compute the aggregator. why_unfit: why it cannot read these features, or None."""
+    """A way to compute the aggregator."""
 
-    why_unfit: Callable[[Tensor], str | None]
     run: Callable[[Tensor, Plan, Tensor], None]  # features [T, N, D], plan, out [S, D]
     run_backward: Callable[[Tensor, Tensor, Plan, Tensor], None]  # grad [S, D], features, plan, out [T, N, D]
 
@@ -182,11 +181,7 @@ BACKENDS = {
     )
 }
 NAMES = ("auto", *BACKENDS)
-
-
-def check_name(name: object) -> None:
-    """BackendError for what is no backend's name, available or not."""
-    registry.check_name(name, NAMES)
+check_name = partial(registry.check_name, names=NAMES)
 
 
 def choose(name: str, features: Tensor, plan: Plan | None = None, backward: bool = False) -> Backend:
@@ -196,4 +191,4 @@ def choose(name: str, features: Tensor, plan: Plan | None = None, backward: bool
     """
     check_name(name)
     order = _by_preference(features, plan, backward) if name == "auto" else (BACKENDS[name],)
-    return registry.choose(name, order, lambda backend: backend.why_unfit(features), features.device)
+    return registry.choose(name, order, features)
