@@ -58,7 +58,7 @@ def dummy_checkpoint(
     config = _config(name)
     text = config.text_config
     chosen = resolve_attention(attention, device, dtype, text.hidden_size // text.num_attention_heads)
-    context = loading._stretch_context(text)
+    context = loading.stretch_context(text)
     model = _random_model(config, device, dtype, chosen.implementation)
     tower = on_the_same_weights(model.model.vision_tower)
     depths = loading.feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)

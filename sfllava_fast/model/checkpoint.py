@@ -88,7 +88,7 @@ def load_checkpoint(
     depths = feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     text = config.text_config
     with as_checkpoint_error(f"{path}: config.json is not usable"):
-        width, context = head_width(text), _stretch_context(text)
+        width, context = head_width(text), stretch_context(text)
     chosen = resolve_attention(attention, device, dtype, width)
     tokenizer = load_tokenizer(path, raw)
     preprocessor = read_preprocessor(path, raw)
@@ -321,7 +321,7 @@ def rope_type(text: Any) -> str:
     return (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
-def _stretch_context(text: Any) -> int:
+def stretch_context(text: Any) -> int:
     """Tokens that the language model may see; stretches its rotary embedding, in place, as published."""
     fits = text.model_type == "llama" and text.max_position_embeddings == _STRETCHED_POSITIONS
     if fits and rope_type(text) == "default":
