@@ -1,4 +1,4 @@
-"""The field's layouts at their published frames and grids: our op against each code base's own poolings."""
+"""The named layouts at their published frames and grids: our op against each code base's own poolings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PresetCall:
         return find_preset(self.name)
 
     def make(self, device: str) -> tuple[Tensor, Tensor | None]:
-        """Features [T, N, D], and separators [K, D] where the layout has any."""
+        """Features [T, N, D], and separators [K, D] if the layout has any."""
         layout, generator = self.preset.layout, torch.Generator(device).manual_seed(0)
         patches, channels = math.prod(self.preset.grid) + layout.class_token, _CHANNELS[layout.stage]
         shapes = (self.preset.frames, patches, channels), (len(layout.separators), channels)
@@ -60,7 +60,7 @@ WORKS = tuple(PresetCall(name, dtype) for name in _NAMES for dtype in (torch.flo
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times both forms of every work chosen by `only`; `save` gets what there is after each."""
+    """Time both forms of every work chosen by `only`; `save` gets the result after each."""
     return pairs.run("layouts", WORKS, _measure, device, rounds, only, save)
 
 

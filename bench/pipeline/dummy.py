@@ -1,4 +1,4 @@
-"""Checkpoints of real shapes with random weights, drawn on the device: nothing is downloaded, nothing is stored."""
+"""Checkpoints of real shapes with random weights, drawn on the device; nothing is downloaded or stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfllava_fast.model.prompts import TEMPLATES
 from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD
 
 _CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)
-# name: (CLIP, Llama); tiny is for tests, small has about 100M weights
+# (CLIP, Llama) by name; tiny is for tests, small has about 100M weights
 _SHAPES = {
     "tiny": (
         dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112),
@@ -50,7 +50,15 @@ _SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 def dummy_checkpoint(
     name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, attention: str = "auto"
 ) -> tuple[Checkpoint, nn.Module]:
-    """A checkpoint of these shapes as `load_checkpoint` gives it, and its vision tower before it was cut."""
+    """A random checkpoint.
+
+    Args:
+        name: One of NAMES.
+        device, dtype, attention: As in `load_checkpoint`.
+
+    Returns:
+        The checkpoint as `load_checkpoint` gives it, and its vision tower with all layers.
+    """
     loading.require_transformers()
     device = loading.choose_device(device)
     dtype = loading.choose_dtype(dtype, device, {})
@@ -80,7 +88,7 @@ def dummy_checkpoint(
 
 
 def on_the_same_weights(module: Any) -> Any:
-    """A copy of a module whose parameters and buffers are the module's own."""
+    """A copy of a module that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
@@ -99,7 +107,7 @@ def _config(name: str) -> Any:
 
 
 def dummy_decoder(shape: str | dict, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The language model alone, without a head: of one of NAMES, or a Llama of such a configuration."""
+    """A random language model without head. shape: one of NAMES, or the arguments of a LlamaConfig."""
     from transformers import LlamaConfig, LlamaModel
 
     text = _SHAPES[shape][1] if isinstance(shape, str) else shape
@@ -117,8 +125,10 @@ def _random_model(config: Any, device: torch.device, dtype: torch.dtype, attenti
 
 
 def _draw(model: nn.Module, device: torch.device) -> nn.Module:
-    """Random weights. What the model says should hang on what it sees: its embeddings are small beside what its layers
-    add to them, and its attention prefers a few of thousands of tokens."""
+    """Draw random weights with which the answer depends on video and question.
+
+    Embeddings are small relative to the layers' outputs, and attention concentrates on few of thousands of tokens.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -133,8 +143,7 @@ def _draw(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _tokenizer(family: str) -> Any:
-    """A byte-level tokenizer that knows the words of the published prompts: they get about as long as with a real one,
-    and whatever else is asked is spelled in bytes."""
+    """A byte-level tokenizer with the words of the published prompts, so that these have about their real length."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -532,13 +532,13 @@ def test_the_steps_of_the_pipeline(tmp_path):
 def test_libraries_that_were_not_carried_are_built_first(tmp_path, monkeypatch):
     pretend_a_device(monkeypatch.setattr)
     monkeypatch.setattr(carried, "why_not", lambda arch: "nothing was built beforehand")
-    monkeypatch.setattr(gpu, "run_steps", lambda steps, file, seconds, told: (steps, file, seconds, told))
+    monkeypatch.setattr(gpu, "run_steps", lambda steps, file, seconds, known: (steps, file, seconds, known))
     steps, file, seconds, told = gpu.run(tmp_path, "op", 300)
     assert steps[0].name == "build first" and parsed(steps[0]).install and parsed(steps[0]).arch == "90"
     assert file == tmp_path / "rehearsal/op-steps.json" and 290 < seconds < 300
     assert told["not_carried"] == "nothing was built beforehand" and "nvcc" in told["facts"]["tools"]
     monkeypatch.setattr(carried, "why_not", lambda arch: None)
-    assert [step.name for step in gpu.run(tmp_path, "op", 300)[0]][0] == "small calls"
+    assert gpu.run(tmp_path, "op", 300)[0][0].name == "small calls"
 
 
 BACKENDS = ("cuda", "triton")

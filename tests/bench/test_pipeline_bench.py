@@ -357,7 +357,7 @@ def test_near_ties_count_only_for_random_weights_of_16_bits(pair, settings, monk
 
     assert difference([5, 6], 0) == (None, 0)
     assert difference([7, 6], 0.1) == (None, 1)
-    wrong = "token 0 is 7, 64.0 units of the last place below; the plain pipeline says 5"
+    wrong = "token 0 is 7, 64.0 units of the last place below; the plain pipeline has 5"
     assert difference([7, 6], 2.0) == (wrong, 0)
     assert difference([7], 0.1)[0]  # an answer that stops too early is no tie
     assert difference([7, 6], 0.1, ours=SimpleNamespace(dtype=torch.float32))[0]
