@@ -104,7 +104,7 @@ def watch(path: Path, mode: str) -> dict[str, np.ndarray]:
 
 
 def _figures(minutes: dict[str, np.ndarray]) -> dict:
-    flat = zip(BARS, (_flatness(minutes[name]) for name in ("frame", "answer", "resident")))
+    flat = zip(BARS, (flatness(minutes[name]) for name in ("frame", "answer", "resident")))
     frame = minutes["frame"]
     return {
         "providers": {"stream": {"p50_ms": 1e3 * median(frame), "ratio": 1.0}},
@@ -113,7 +113,7 @@ def _figures(minutes: dict[str, np.ndarray]) -> dict:
     }
 
 
-def _flatness(values: np.ndarray) -> float:
+def flatness(values: np.ndarray) -> float:
     quarter = len(values) // 4
     return float(np.median(values[quarter : 2 * quarter]) / np.median(values[-quarter:]))
 

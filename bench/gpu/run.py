@@ -118,7 +118,7 @@ def facts() -> dict:
 def op_steps(folder: Path, arch: str, workers: int) -> list[Step]:
     """The most important first, in case time runs out."""
     report, op = folder / "tests.xml", [*BENCH, "op", "--device", "cuda"]
-    tests = [*_pytest(workers), "tests/ops/test_gpu.py", f"--junitxml={report}"]
+    tests = [*pytest_command(workers), "tests/ops/test_gpu.py", f"--junitxml={report}"]
     compiled = [str(work) for work in works.MAIN if work.peers == "all"]
     return [
         Step("small calls", [*BENCH, "small-calls"], 35, 90),
@@ -136,7 +136,13 @@ def pipeline_steps(folder: Path, arch: str, workers: int) -> list[Step]:
     """The most important first, in case time runs out."""
     report, cuda = folder / "tests.xml", ["--device", "cuda"]
     files = ("engine/test_gpu_system", "ops/test_triton_project", "ops/test_triton_rows")
-    tests = [*_pytest(min(4, workers)), *(f"tests/{name}.py" for name in files), "-m", "gpu", f"--junitxml={report}"]
+    tests = [
+        *pytest_command(min(4, workers)),
+        *(f"tests/{name}.py" for name in files),
+        "-m",
+        "gpu",
+        f"--junitxml={report}",
+    ]
     pipeline = [*BENCH, "pipeline", *cuda, "--rounds", "5"]
     projector = [*BENCH, "projector", *cuda, "--rounds", "5", "--only", "bfloat16"]
     reduction, layouts = ([*BENCH, name, *cuda, "--rounds", "3"] for name in ("reduction", "layouts"))
@@ -251,7 +257,7 @@ def _call(command: list[str], limit: float, output: TextIO) -> int | None:
         return None
 
 
-def _pytest(workers: int) -> list[str]:
+def pytest_command(workers: int) -> list[str]:
     """pytest without options of plugins that may be missing."""
     python = ["env", "OMP_NUM_THREADS=1", sys.executable]  # the workers share the cores
     command = [*python, "-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]

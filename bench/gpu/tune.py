@@ -139,10 +139,10 @@ def variants() -> list[Variant]:
 
 def _around(direction: str, base: Tuning) -> list[Tuning]:
     changes = [{name: value} for name, values in _VALUES_OF[direction].items() for value in values]
-    return list(dict.fromkeys([base, *(_changed(base, change) for change in (*changes, *_TOGETHER[direction]))]))
+    return list(dict.fromkeys([base, *(changed(base, change) for change in (*changes, *_TOGETHER[direction]))]))
 
 
-def _changed(base: Tuning, change: dict[str, object]) -> Tuning:
+def changed(base: Tuning, change: dict[str, object]) -> Tuning:
     """A changed tuning; with fewer warps there are more blocks, so that a lane keeps its registers."""
     blocks = base.blocks * base.warps // change.get("warps", base.warps)
     return replace(base, **{"blocks": blocks} | change)

@@ -16,7 +16,7 @@ from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD
 
 _CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)
 # (CLIP, Llama) by name; tiny is for tests, small has about 100M weights
-_SHAPES = {
+SHAPES = {
     "tiny": (
         dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112),
         dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1024),
@@ -42,7 +42,7 @@ _SHAPES = {
         ),
     ),
 }
-NAMES = tuple(_SHAPES)
+NAMES = tuple(SHAPES)
 _TEXT = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
 _SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 
@@ -63,7 +63,7 @@ def dummy_checkpoint(
     device = loading.choose_device(device)
     dtype = loading.choose_dtype(dtype, device, {})
     family = "chatml" if name == "34b" else "vicuna"
-    config = _config(name)
+    config = make_config(name)
     text = config.text_config
     chosen = resolve_attention(attention, device, dtype, text.hidden_size // text.num_attention_heads)
     context = loading._stretch_context(text)
@@ -74,7 +74,7 @@ def dummy_checkpoint(
     checkpoint = Checkpoint(
         f"{name} (random weights)",
         model,
-        _tokenizer(family),
+        make_tokenizer(family),
         None,
         _preprocessor(config.vision_config.image_size),
         chosen,
@@ -93,10 +93,10 @@ def on_the_same_weights(module: Any) -> Any:
     return copy.deepcopy(module, shared)
 
 
-def _config(name: str) -> Any:
+def make_config(name: str) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
-    vision, text = _SHAPES[name]
+    vision, text = SHAPES[name]
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(patch_size=14, **vision),
         text_config=LlamaConfig(**_TEXT | text),
@@ -110,7 +110,7 @@ def dummy_decoder(shape: str | dict, device: torch.device, dtype: torch.dtype, a
     """A random language model without head. shape: one of NAMES, or the arguments of a LlamaConfig."""
     from transformers import LlamaConfig, LlamaModel
 
-    text = _SHAPES[shape][1] if isinstance(shape, str) else shape
+    text = SHAPES[shape][1] if isinstance(shape, str) else shape
     with torch.device(device):
         model = LlamaModel._from_config(LlamaConfig(**_TEXT | text), dtype=dtype, attn_implementation=attention)
     return _draw(model, device)
@@ -142,7 +142,7 @@ def _draw(model: nn.Module, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _tokenizer(family: str) -> Any:
+def make_tokenizer(family: str) -> Any:
     """A byte-level tokenizer with the words of the published prompts, so that these have about their real length."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

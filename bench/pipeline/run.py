@@ -213,11 +213,11 @@ class PipelinePair:
         answers, errors = [], {}
         turns = self._ask_in_turn(self.questions)
         for number, question in enumerate(self.questions):
-            plain = self._ask_plain(question)
-            ours = {"a call of its own": self._ask_ours(question), "the video kept": turns[number]}
+            plain = self.ask_plain(question)
+            ours = {"a call of its own": self.ask_ours(question), "the video kept": turns[number]}
             ties = 0
             for how, answer in ours.items():
-                wrong, tied = self._difference(plain, answer.token_ids)
+                wrong, tied = self.difference(plain, answer.token_ids)
                 ties += tied
                 if wrong:
                     errors[f"{question} ({how})"] = wrong
@@ -226,7 +226,7 @@ class PipelinePair:
             answers.append({"question": question, "token_ids": plain.token_ids, "near_ties": ties})
         return answers, errors
 
-    def _difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
+    def difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
         """The difference, None if there is none that counts; and the number of near ties of random weights."""
         if ids == plain.token_ids:
             return None, 0
@@ -259,16 +259,16 @@ class PipelinePair:
         return times
 
     def _time_ours(self, times: Times) -> None:
-        answer = self._ask_ours(self.questions[0])
+        answer = self.ask_ours(self.questions[0])
         times.add_stages(OURS, {stage: answer.seconds[stage] for stage in STAGES if stage in answer.seconds})
         times.add_first(OURS, FROM_FRAMES, answer.ttft)
-        answer = self._ask_ours(self.questions[0], self.path)
+        answer = self.ask_ours(self.questions[0], self.path)
         times.add_stages(OURS, {"decode": answer.seconds["decode"], "wait": answer.seconds["wait"]})
         times.add_first(OURS, WITH_DECODING, answer.ttft)
         times.add_first(OURS, SECOND, self._ask_in_turn((self.questions[0], self.questions[-1]))[1].ttft)
 
     def _time_plain(self, times: Times) -> None:
-        answer = self._ask_plain(self.questions[0], self.path)
+        answer = self.ask_plain(self.questions[0], self.path)
         times.add_stages(PLAIN, answer.seconds)
         times.add_first(PLAIN, WITH_DECODING, answer.ttft)
         times.add_first(PLAIN, FROM_FRAMES, answer.ttft - answer.seconds["decode"])
@@ -291,13 +291,13 @@ class PipelinePair:
             self.compiled()
         times.add_stages(COMPILED, seconds)
 
-    def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
+    def ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
         settings = self.settings
         return self.ours.answer(
             video or self.decoded, question, frames=settings.frames, max_new_tokens=settings.new_tokens
         )
 
-    def _ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
+    def ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
         return self.plain.answer(video or self.decoded, question, self.settings.frames, self.settings.new_tokens)
 
     def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer]:
@@ -322,8 +322,8 @@ class PipelinePair:
         models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
         weights = {who: memory.size(model.parameters()) for who, model in models.items()}
         grown = {
-            OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
-            PLAIN: memory.growth(self.device, lambda: self._ask_plain(question)),
+            OURS: memory.growth(self.device, lambda: self.ask_ours(question)),
+            PLAIN: memory.growth(self.device, lambda: self.ask_plain(question)),
         }
         peaks = dict.fromkeys(models)
         if self.device.type == "cuda":
@@ -340,6 +340,6 @@ class PipelinePair:
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         with profile(activities=activities) as profiler, record_function("sfllava_fast.answer"):
-            self._ask_ours(self.questions[0])
+            self.ask_ours(self.questions[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))

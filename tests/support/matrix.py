@@ -1,4 +1,4 @@
-"""python tests/matrix.py [ROW ...]: tests under the oldest and the newest versions that are claimed, and a table.
+"""python tests/support/matrix.py [ROW ...]: tests with the oldest and newest supported versions, and a table.
 
 `make test` runs every test with the versions of constraints.txt. A row changes some of them: on top of the environment
 that runs this script, or, if the row names a Python, in an environment of its own. Rows with a Python and torch take

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server in a thread, which answers as the test says."""
+"""A small OpenAI-compatible server in a thread; the test defines its answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from typing import Any
 
 
 class OpenAiServer(ThreadingHTTPServer):
-    """requests: the bodies of the chat requests so far, in order. headers: those of the last request. models: names.
+    """A server on a local port.
 
-    answer: called with a body; gives the text of the reply, (status, body of an error), a function that writes the reply
-    to a binary file itself, or None to break off.
+    Args:
+        answer: Called with the body of a request. Returns the text of the reply, (status, body of an error), a function
+            that writes the reply to a binary file, or None to close the connection.
+        port: 0 takes a free one.
+
+    Attributes:
+        requests: The bodies of the chat requests, in order.
+        headers: Of the last request.
+        models: Names of the models.
     """
 
     daemon_threads = True

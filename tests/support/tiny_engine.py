@@ -1,4 +1,4 @@
-"""What the tests of the whole system share: a clip in memory, a small layout, a question, what is seen of a model."""
+"""Helpers for tests of the engine: a clip in memory, a small layout, a question, spies on a model."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ QUESTION = "What is it?"
 
 
 class Clip(FramesVideo):
-    """A video of noise, its frames told apart by their brightness."""
+    """A video of noise; each frame has its own brightness."""
 
     fps = 25.0
 
@@ -30,20 +30,20 @@ class Unreadable(Clip):
 
 
 def file_session(model, frames):
-    """A session about all of these frames: `open` would sample other ones, so many or not."""
+    """A session about exactly these frames, without the sampling of `open`."""
     plan = model.layout.plan(len(frames), model.checkpoint.grid)
     return Session(model, "file", FramesVideo(frames), range(len(frames)), plan)
 
 
 def count_calls(monkeypatch, owner, name):
-    """The arguments of each call of a method from now on."""
+    """A list that gets the arguments of every later call of a method."""
     calls, plain = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or plain(*a, **k))
     return calls
 
 
 def logits_of(model, ask):
-    """The answer, and the logits that its first token was taken from."""
+    """The answer's token ids, and the logits of its first token."""
     seen, plain = [], model.generate
     model.generate = lambda cache, logits, *rest: seen.append(logits.clone()) or plain(cache, logits, *rest)
     try:
