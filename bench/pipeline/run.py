@@ -318,6 +318,7 @@ class PipelinePair:
 
     def memory(self) -> dict[str, dict[str, int | None]]:
         """By pipeline, bytes of its weights, growth during a call, and on a GPU the peak of both."""
+        self.compiled = None  # its features would count as caches of ours
         question = self.questions[0]
         models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
         weights = {who: memory.size(model.parameters()) for who, model in models.items()}
