@@ -247,9 +247,11 @@ def test_a_key_that_the_server_repeats_is_not_told(said, chat, monkeypatch):
 
 def test_a_key_that_a_server_repeats_in_json_is_not_told(chat, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", 'secret"key')
-    with serving(lambda body: (200, {"choices": ['secret"key']})) as server:
-        with pytest.raises(ServerError, match="a reply without a message") as raised:
-            ask(chat(server))
+    with (
+        serving(lambda body: (200, {"choices": ['secret"key']})) as server,
+        pytest.raises(ServerError, match="a reply without a message") as raised,
+    ):
+        ask(chat(server))
     assert "secret" not in str(raised.value)
 
 
@@ -258,9 +260,11 @@ def test_no_redirect_is_followed_and_the_key_stays(status, chat, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with serving(lambda body: "stolen") as other:
         elsewhere = f"HTTP/1.0 {status} X\r\nLocation: {other.url}/chat/completions\r\n\r\n".encode()
-        with serving(lambda body: lambda file: file.write(elsewhere)) as server:
-            with pytest.raises(BackendError, match=f"redirects .{status}., which is not followed"):
-                ask(chat(server))
+        with (
+            serving(lambda body: lambda file: file.write(elsewhere)) as server,
+            pytest.raises(BackendError, match=f"redirects .{status}., which is not followed"),
+        ):
+            ask(chat(server))
         assert other.requests == [] and other.headers == {}
 
 
