@@ -448,7 +448,7 @@ def test_an_unexpected_exception_while_it_is_opened_is_the_videos(videos, load, 
     from sfllava_fast.engine.slowfast_llava import SlowFastLlava
 
     answerer = ModelAnswerer(load(), videos, 4)
-    monkeypatch.setattr(SlowFastLlava, "open", lambda self, *a, **k: "".split()[0])
+    monkeypatch.setattr(SlowFastLlava, "open", lambda self, *a, **k: [].pop())
     with pytest.raises(VideoError, match="plain.mp4 cannot be opened .IndexError"):
         answerer(Question(1, "plain", "why?"))
 
