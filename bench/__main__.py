@@ -37,7 +37,7 @@ _PLOTS = {
 
 def main() -> int:
     """Runs a command; its exit code is 1 if something failed or missed the gate, 2 for bad usage."""
-    args = _parser().parse_args()
+    args = make_parser().parse_args()
     try:
         return args.run(args)
     except (ResultError, SfllavaError) as error:
@@ -45,7 +45,7 @@ def main() -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -1,8 +1,8 @@
-"""An hour of a stream at a frame a second: time for a frame, memory, and time of an answer, as the stream grows.
+"""An hour of a stream at a frame per second: time per frame, memory, and time of an answer, as the stream grows.
 
-Drawn scenes, encoded to a file and read back as they come; every mode of `SlowFastLlava.open_stream` watches it. A
-question is asked every minute. What is asked of a figure is that it stays flat: its median over the second quarter of
-the stream, when everything is full, over that of the last.
+Drawn scenes are encoded to a file and read back. Every mode of `SlowFastLlava.open_stream` watches it, and a question
+is asked every minute. The target is that figures do not grow: the ratio is the median over the second quarter of the
+stream, when all buffers are full, over that of the last quarter.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ QUESTION = "what number is on the sign?"
 _SCENE_SECONDS = 24
 LEAST_MINUTES = 4
 _MINUTE = 60
-# How much longer, or larger, the last quarter may be: these machines are noisy, allocators keep some pages.
+# Least ratios; below 1, because machines are noisy and allocators keep pages.
 BARS = {"time for a frame": 0.8, "time of an answer": 0.8, "resident memory": 0.98}
 
 
 def write_stream(path: Path, seconds: int) -> None:
-    """Encodes drawn scenes one after the other as H.264, a frame a second."""
+    """Encode drawn scenes one after the other as H.264, a frame per second."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -80,7 +80,7 @@ def show(result: dict, console: Console) -> None:
 
 
 def watch(path: Path, mode: str) -> dict[str, np.ndarray]:
-    """Of each minute of the stream: mean seconds for a frame, median resident bytes; bytes held, seconds to answer."""
+    """By minute: mean seconds per frame, median resident bytes, bytes of the session, seconds of the answer."""
     model = SlowFastLlava.from_pretrained()
     minutes: dict[str, list[float]] = {"frame": [], "answer": [], "resident": [], "held": []}
     frames, resident = [], []
@@ -104,7 +104,7 @@ def watch(path: Path, mode: str) -> dict[str, np.ndarray]:
 
 
 def _figures(minutes: dict[str, np.ndarray]) -> dict:
-    flat = zip(BARS, (_flatness(minutes[name]) for name in ("frame", "answer", "resident")))
+    flat = zip(BARS, (flatness(minutes[name]) for name in ("frame", "answer", "resident")))
     frame = minutes["frame"]
     return {
         "providers": {"stream": {"p50_ms": 1e3 * median(frame), "ratio": 1.0}},
@@ -113,7 +113,7 @@ def _figures(minutes: dict[str, np.ndarray]) -> dict:
     }
 
 
-def _flatness(values: np.ndarray) -> float:
+def flatness(values: np.ndarray) -> float:
     quarter = len(values) // 4
     return float(np.median(values[quarter : 2 * quarter]) / np.median(values[-quarter:]))
 
@@ -124,7 +124,7 @@ def _resident_bytes() -> int:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Writes a picture: time for a frame, time of an answer and memory against the minutes of the stream."""
+    """Write a picture of time per frame, time of an answer and memory against the minutes of the stream."""
     from matplotlib.figure import Figure
 
     panels = {

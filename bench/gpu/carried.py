@@ -1,4 +1,4 @@
-"""What is built on a machine with nvcc and carried to one with a GPU: build/gpu, made by `make gpu-build`."""
+"""`make gpu-build`: builds build/gpu on a machine with nvcc, to be copied to one with a GPU."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from ..harness.record import BUILT, ROOT, ResultError, built, commit, sources_di
 from . import copies, tune
 
 _PACKAGE = ROOT / "sfllava_fast"
-_NEWEST_GLIBC = 34  # 2.34, of 2021: what the machines with a GPU are sure to have
+_NEWEST_GLIBC = 34  # 2.34, of 2021, which the machine with the GPU is assumed to have
 NVCC = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-shared", "-cudart", "static", "-Xlinker=-s"]
 NVCC += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
 
 
 def build(arch: str) -> None:
-    """Builds all of it for an architecture, such as 90; ResultError where a tool is missing or a compiler fails."""
+    """Build the package's libraries, the copy kernel and the variants.
+
+    Args:
+        arch: Compute capability, such as 90.
+
+    Raises:
+        ResultError: A tool is missing, a compiler fails, or a library needs too new a glibc.
+    """
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     if not nvcc:
         raise ResultError("no nvcc was found: install the CUDA toolkit, 13.0 or newer")
-    told = {"commit": commit(), "arch": arch, "nvcc": _said(nvcc, "--version")[-1]}  # without .git an older build's
+    # Before the old build is removed, whose commit is taken if there is no .git.
+    facts = {"commit": commit(), "arch": arch, "nvcc": _output(nvcc, "--version")[-1]}
     shutil.rmtree(BUILT, ignore_errors=True)
     settings = {"SFLLAVA_FAST_CPU": "1", "SFLLAVA_FAST_CUDA": "1", "CUDACXX": nvcc, "CUDAARCHS": f"{arch}-real"}
     extensions = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILT / "lib")]
@@ -37,12 +45,12 @@ def build(arch: str) -> None:
         if (glibc := newest_glibc(library)) > _NEWEST_GLIBC:
             needs = f"{library.name} needs glibc 2.{glibc}, newer than 2.{_NEWEST_GLIBC}"
             raise ResultError(f"{needs}: build on an older system")
-    told |= {"status": _said("git", "status", "--short"), "sources": sources_digest()}
-    write_json(BUILT / "build.json", told)
+    facts |= {"status": _output("git", "status", "--short"), "sources": sources_digest()}
+    write_json(BUILT / "build.json", facts)
 
 
 def build_bench(nvcc: list[str]) -> None:
-    """The copy kernel and the variants, several at a time."""
+    """Build the copy kernel and the variants, several at a time."""
     source = ROOT / "bench/gpu/cuda"
     commands = [[*nvcc, str(source / "copy.cu"), "-o", str(copies.LIBRARY)]]
     commands += [[*nvcc, *v.definitions, str(source / "variant.cu"), "-o", str(v.library)] for v in tune.variants()]
@@ -59,7 +67,7 @@ def _call(command: list[str], settings: dict[str, str] | None = None) -> None:
         raise ResultError(f"{Path(command[0]).name} failed: {reason}")
 
 
-def _said(*command: str) -> list[str]:
+def _output(*command: str) -> list[str]:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     except OSError:
@@ -67,25 +75,25 @@ def _said(*command: str) -> list[str]:
 
 
 def newest_glibc(library: Path) -> int:
-    """The minor version of the newest glibc 2 whose symbols it needs."""
+    """The minor version of the newest glibc 2 whose symbols a library needs."""
     return max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())), default=0)
 
 
 def why_not(arch: str) -> str | None:
-    """Why what is carried cannot be used on a GPU of this architecture; None where it can."""
-    told = built()
-    if told is None:
+    """Why build/gpu cannot be used on a GPU of this architecture; None if it can."""
+    build = built()
+    if build is None:
         return "nothing was built beforehand (make gpu-build)"
-    if told["arch"] != arch:
-        return f"build/gpu is for sm_{told['arch']}, not sm_{arch}"
-    return None if told["sources"] == sources_digest() else "build/gpu was built from other sources"
+    if build["arch"] != arch:
+        return f"build/gpu is for sm_{build['arch']}, not sm_{arch}"
+    return None if build["sources"] == sources_digest() else "build/gpu was built from other sources"
 
 
 def install() -> list[str]:
-    """Copies the carried libraries into the package where it has none or others; their names."""
+    """Copy the libraries of build/gpu that the package lacks or has in another version; returns their names."""
     others = [library for library in BUILT.glob("*.so") if not _is_copy(_PACKAGE / library.name, library)]
     for library in others:
-        (_PACKAGE / library.name).unlink(missing_ok=True)  # a process that has it loaded keeps it
+        (_PACKAGE / library.name).unlink(missing_ok=True)  # processes that have it loaded keep the old file
         shutil.copyfile(library, _PACKAGE / library.name)
     return sorted(library.name for library in others)
 

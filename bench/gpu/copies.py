@@ -1,5 +1,7 @@
-"""Copies, the ceilings of an operator that memory bounds: torch's, and on a GPU a kernel of our own; of random data,
-half of the bytes read and half of them written."""
+"""Copies, the limit of a memory-bound operator: torch's, and on a GPU our own kernel.
+
+They copy random data; of the bytes moved half are read and half written.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def torch_copy(size: int, sets: int, device: str) -> Run:
 
 
 def gpu_copies() -> tuple[dict[str, Copy], dict[str, str]]:
-    """The copies that there are, and why others are not."""
+    """The available copies, and why others are unavailable."""
     copies: dict[str, Copy] = {"copy_": torch_copy}
     if not LIBRARY.exists():
         return copies, {KERNEL: f"{LIBRARY.name} was not built: make gpu-build"}
@@ -42,7 +44,7 @@ def kernel_copy(size: int, sets: int, device: str) -> Run:
 
 
 def large_copy(timer: CudaTimer, device: str) -> float:
-    """GB/s, read and written, of a copy_ of gigabytes, in which no launch and no cache counts."""
+    """GB/s, read and written, of a copy_ of gigabytes, for which launch time and caches are negligible."""
     moved = 2 * _LARGE
     if reason := timer.why_no_room(moved):
         raise RuntimeError(reason)
@@ -51,13 +53,13 @@ def large_copy(timer: CudaTimer, device: str) -> float:
 
 
 def _pairs(size: int, sets: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """From, to."""
-    generator = torch.Generator(device).manual_seed(0)  # its own: a failed capture breaks the default one
+    """Sets of (source, target)."""
+    generator = torch.Generator(device).manual_seed(0)  # a failed capture breaks the default generator
     return [tuple(torch.randn(size // 8, device=device, generator=generator) for _ in range(2)) for _ in range(sets)]
 
 
 def _copy_on_gpu(source: Tensor, target: Tensor) -> None:
-    stream = torch.cuda.current_stream().cuda_stream  # a capture has one of its own
+    stream = torch.cuda.current_stream().cuda_stream  # the current one: a capture uses its own
     raise_reason(_library()(source.data_ptr(), target.data_ptr(), source.nbytes, stream))
 
 
@@ -67,7 +69,7 @@ def _library() -> Callable[..., bytes | None]:
 
 
 def c_function(library: Path, name: str, arguments: list[str]) -> Callable[..., bytes | None]:
-    """A C function that returns why it failed, or null."""
+    """A C function that returns the reason of a failure, or null."""
     types = {"pointer": ctypes.c_void_p, "int64": ctypes.c_int64, "int": ctypes.c_int}
     function = getattr(ctypes.CDLL(str(library)), name)
     function.argtypes, function.restype = [types[kind] for kind in arguments], ctypes.c_char_p

@@ -1,9 +1,11 @@
-"""Everything that needs a GPU, in two parts, each in steps: the op (figures, tunings, counters, tests, sanitizers) and
-the whole pipeline (7B shapes, the projector, tests, the embedded model, reductions, layouts).
+"""`bench gpu`: everything that needs a GPU, in two parts of several steps.
 
-It installs nothing and needs no network: it runs under the Python and the torch that are there, on libraries that
-`make gpu-build` built elsewhere. A step that fails does not stop the others; each has a limit, one that no longer fits
-is dropped, and what is known is written as each step ends.
+- op: figures, tunings, counters, tests, sanitizers.
+- pipeline: 7B shapes, the projector, tests, the embedded model, reductions, layouts.
+
+It installs nothing and needs no network: it uses the installed Python and torch, and libraries that `make gpu-build`
+built elsewhere. A step that fails does not stop the others. Each step has a time limit, a step that no longer fits is
+dropped, and results are written after each step.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ BENCH = [sys.executable, "-m", "bench"]
 _PASSED, _FAILED, _SKIPPED, _DROPPED = "passed", "FAILED", "skipped", "DROPPED"
 _HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 _TOOL_FOLDERS = (f"{_HOME}/bin", str(Path(sys.executable).parent))
-_SHOWN = 12  # last lines of a step's output: all of it is in the log
+_SHOWN = 12  # last lines of a step's output; the log has all
 _TOOLS = ("nvcc", "c++", "cmake", "ncu", "compute-sanitizer")
 _COUNTERS = (
     "gpu__time_duration.sum",
@@ -56,8 +58,15 @@ _COUNTERS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the seconds that it is expected to take and the most that it may. `why_not` may have a reason not to
-    run it, which is a failure unless it is optional; `why_failed` one not to believe its exit status."""
+    """A step of `bench gpu`.
+
+    Attributes:
+        name, command: What runs.
+        expected, limit: Seconds.
+        why_not: Returns a reason not to run it, which is a failure unless the step is optional.
+        why_failed: Returns a reason why it failed in spite of exit status 0.
+        optional: Whether it may be skipped.
+    """
 
     name: str
     command: list[str]
@@ -69,35 +78,47 @@ class Step:
 
 
 def run(results: Path, part: str, seconds: float) -> int:
-    """0 where no step failed or was dropped; ResultError without a GPU."""
-    began = time.monotonic()
+    """Run the steps of a part.
+
+    Args:
+        results: The folder with a folder for each device.
+        part: One of PARTS.
+        seconds: Time limit.
+
+    Returns:
+        0 if no step failed or was dropped, else 1.
+
+    Raises:
+        ResultError: There is no GPU.
+    """
+    start = time.monotonic()
     if not torch.cuda.is_available():
         raise ResultError(f"no CUDA device was found (torch {torch.__version__}): this needs an NVIDIA GPU")
     folder = results.resolve() / folder_name(torch.cuda.get_device_name())
     arch = "".join(map(str, torch.cuda.get_device_capability()))
-    workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests take up to 12 GB
+    workers = torch.cuda.mem_get_info()[1] >> 34  # the largest tests need 12 GB
     steps = PARTS[part](folder, arch, min(8, max(1, workers)))
     if missing := carried.why_not(arch):
-        print(f"not carried: {missing}")
+        print(f"build/gpu cannot be used: {missing}")
         steps = [_carried_build(arch), *steps]
     else:
-        print(f"installed: {', '.join(carried.install()) or 'nothing, what is there is the same'}")
-    told = {"facts": facts(), "not_carried": missing}
-    return run_steps(steps, folder / f"{part}-steps.json", seconds - (time.monotonic() - began), told)
+        print(f"installed: {', '.join(carried.install()) or 'nothing, the package has the same libraries'}")
+    known = {"facts": facts(), "not_carried": missing}
+    return run_steps(steps, folder / f"{part}-steps.json", seconds - (time.monotonic() - start), known)
 
 
 def facts() -> dict:
-    """What this machine is, and which tools it has."""
-    called = ["nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,memory.total", "--format=csv"]
-    told = subprocess.run(called, capture_output=True, text=True).stdout.split("\n") if shutil.which(called[0]) else []
+    """Facts about this machine, and the tools that it has."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,memory.total", "--format=csv"]
+    clocks = subprocess.run(query, capture_output=True, text=True).stdout.split("\n") if shutil.which(query[0]) else []
     tools = {name: find(name) for name in _TOOLS}
-    return {"machine": machine("cuda"), "nvidia-smi": told, "kernel": os.uname().release, "tools": tools}
+    return {"machine": machine("cuda"), "nvidia-smi": clocks, "kernel": os.uname().release, "tools": tools}
 
 
 def op_steps(folder: Path, arch: str, workers: int) -> list[Step]:
-    """In the order of what would be missed most."""
+    """The most important first, in case time runs out."""
     report, op = folder / "tests.xml", [*BENCH, "op", "--device", "cuda"]
-    tests = [*_pytest(workers), "tests/ops/test_gpu.py", f"--junitxml={report}"]
+    tests = [*pytest_command(workers), "tests/ops/test_gpu.py", f"--junitxml={report}"]
     compiled = [str(work) for work in works.MAIN if work.peers == "all"]
     return [
         Step("small calls", [*BENCH, "small-calls"], 35, 90),
@@ -112,14 +133,20 @@ def op_steps(folder: Path, arch: str, workers: int) -> list[Step]:
 
 
 def pipeline_steps(folder: Path, arch: str, workers: int) -> list[Step]:
-    """In the order of what would be missed most."""
+    """The most important first, in case time runs out."""
     report, cuda = folder / "tests.xml", ["--device", "cuda"]
     files = ("engine/test_gpu_system", "ops/test_triton_project", "ops/test_triton_rows")
-    tests = [*_pytest(min(4, workers)), *(f"tests/{name}.py" for name in files), "-m", "gpu", f"--junitxml={report}"]
+    tests = [
+        *pytest_command(min(4, workers)),
+        *(f"tests/{name}.py" for name in files),
+        "-m",
+        "gpu",
+        f"--junitxml={report}",
+    ]
     pipeline = [*BENCH, "pipeline", *cuda, "--rounds", "5"]
     projector = [*BENCH, "projector", *cuda, "--rounds", "5", "--only", "bfloat16"]
     reduction, layouts = ([*BENCH, name, *cuda, "--rounds", "3"] for name in ("reduction", "layouts"))
-    embedded = [*pipeline, "--dtype", "float32"]  # in 16 bits trained weights have near ties, too
+    embedded = [*pipeline, "--dtype", "float32"]  # trained weights have near ties in 16 bits
     return [
         Step("7B shapes", [*pipeline, "--config", "7b", *_json(folder, "pipeline-7b")], 60, 130, why_no_system),
         Step("projector", [*projector, *_json(folder, "projector")], 15, 60),
@@ -145,7 +172,7 @@ def _json(folder: Path, name: str) -> list[str]:
 
 
 def _carried_build(arch: str) -> Step:
-    """What should have been carried, built here; installed by the command itself."""
+    """Builds and installs here what `make gpu-build` should have built."""
     return Step("build first", [*BENCH, "gpu-build", "--arch", arch, "--install"], 45, 120, _why_no_build)
 
 
@@ -156,9 +183,18 @@ def _build(arch: str) -> Step:
     return Step("build", [*settings, *built], 20, 70, _why_no_build)
 
 
-def run_steps(steps: list[Step], file: Path, seconds: float, told: dict | None = None) -> int:
-    """Runs all that fits into so many seconds and says how each step went, here and in `file`, with `told`; what the
-    steps print goes into a log beside it."""
+def run_steps(steps: list[Step], file: Path, seconds: float, known: dict | None = None) -> int:
+    """Run all steps that fit into the time.
+
+    Args:
+        steps: The most important first.
+        file: JSON with the outcome of each step; the log of their output is beside it.
+        seconds: Time limit.
+        known: Further fields of the JSON.
+
+    Returns:
+        0 if no step failed or was dropped, else 1.
+    """
     deadline, log = time.monotonic() + seconds, file.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -167,9 +203,9 @@ def run_steps(steps: list[Step], file: Path, seconds: float, told: dict | None =
         print(f"\n--- {step.name}: {' '.join(step.command)}", flush=True)
         start = time.monotonic()
         status, reason = _run(step, deadline, log)
-        told_of_step = {"step": step.name, "status": status, "reason": reason, "expected": step.expected}
-        outcomes.append(told_of_step | {"limit": step.limit, "seconds": time.monotonic() - start})
-        write_json(file, (told or {}) | {"steps": outcomes})
+        outcome = {"step": step.name, "status": status, "reason": reason, "expected": step.expected}
+        outcomes.append(outcome | {"limit": step.limit, "seconds": time.monotonic() - start})
+        write_json(file, (known or {}) | {"steps": outcomes})
     Console(width=150).print(_table(outcomes, file.parent))
     return 1 if any(outcome["status"] in (_FAILED, _DROPPED) for outcome in outcomes) else 0
 
@@ -190,7 +226,7 @@ def _run(step: Step, deadline: float, log: Path) -> tuple[str, str]:
     left = deadline - time.monotonic()
     if left < step.expected:
         return _DROPPED, f"{max(left, 0):.0f} s were left"
-    if reason := step.why_not():  # asking may take a while, too
+    if reason := step.why_not():  # the check takes time, too
         return _SKIPPED if step.optional else _FAILED, reason
     left = deadline - time.monotonic()
     limit = min(step.limit, left)
@@ -207,7 +243,7 @@ def _run(step: Step, deadline: float, log: Path) -> tuple[str, str]:
 
 
 def _call(command: list[str], limit: float, output: TextIO) -> int | None:
-    """The exit status; None where it took too long and was ended, with all that it had started."""
+    """The exit status; None if the command took too long and was killed with all its processes."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_TOOL_FOLDERS])
     modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
@@ -221,15 +257,15 @@ def _call(command: list[str], limit: float, output: TextIO) -> int | None:
         return None
 
 
-def _pytest(workers: int) -> list[str]:
-    """pytest without the options of plugins that may not be there."""
+def pytest_command(workers: int) -> list[str]:
+    """pytest without options of plugins that may be missing."""
     python = ["env", "OMP_NUM_THREADS=1", sys.executable]  # the workers share the cores
     command = [*python, "-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
     return [*command, "-n", str(workers), "--dist", "loadgroup"] if util.find_spec("xdist") else command
 
 
 def why_no_proof(report: Path, needed: Sequence[str]) -> str | None:
-    """None where for each word some test ran that has it in its name, else the reason."""
+    """Why a report proves nothing: for some of the needed words, no test with it in its name ran; None if it does."""
     if not report.exists():
         return "the tests did not run to their end"
     ran = dict.fromkeys(needed, 0)
@@ -262,15 +298,15 @@ def why_no_system() -> str | None:
 def _counters(folder: Path) -> Step:
     ncu = find("ncu") or next(map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"), reverse=True)), "ncu")
     kernels = ["-k", "regex:tile_kernel|pool_tiles|spread_tiles"]
-    told = ["--csv", "--page", "raw", "--log-file", str(folder / "counters.csv")]
-    command = [ncu, "--clock-control", "none", "--metrics", ",".join(_COUNTERS), *kernels, *told]
+    output = ["--csv", "--page", "raw", "--log-file", str(folder / "counters.csv")]
+    command = [ncu, "--clock-control", "none", "--metrics", ",".join(_COUNTERS), *kernels, *output]
     reason = None if shutil.which(ncu) else "ncu was not found"
     return Step("counters", [*command, *BENCH, "small-calls", "--main-works"], 35, 60, lambda: reason, optional=True)
 
 
 def _memcheck() -> Step:
     sanitizer = find("compute-sanitizer") or "compute-sanitizer"
-    # Without torch's cache every tensor is an allocation of its own, whose bounds are watched.
+    # Without torch's cache every tensor is its own allocation with checked bounds.
     alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", "memcheck", "--error-exitcode", "3"]
     refused = partial(why_refused, sanitizer)
     return Step("memcheck", [*alone, "--print-limit", "5", *BENCH, "small-calls"], 40, 90, refused, optional=True)
@@ -278,7 +314,7 @@ def _memcheck() -> Step:
 
 @cache
 def why_refused(sanitizer: str) -> str | None:
-    """Why compute-sanitizer cannot watch even a program that does next to nothing."""
+    """Why compute-sanitizer cannot run even a minimal program; None if it can."""
     if not shutil.which(sanitizer):
         return "compute-sanitizer was not found"
     touch = "import torch; torch.ones(1, device='cuda').cpu()"
@@ -288,8 +324,8 @@ def why_refused(sanitizer: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"compute-sanitizer: {error}"
     lines = [line.strip("= ") for line in probed.stdout.splitlines() if line.startswith("=") and line.strip("= ")]
-    said = next((line for line in lines if "COMPUTE-SANITIZER" not in line), f"exit status {probed.returncode}")
-    return f"this machine refuses it: {said}" if probed.returncode else None
+    reason = next((line for line in lines if "COMPUTE-SANITIZER" not in line), f"exit status {probed.returncode}")
+    return f"this machine refuses it: {reason}" if probed.returncode else None
 
 
 def find(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What tools watch: small calls of every GPU kernel (compute-sanitizer), and the main works once each (ncu)."""
+"""Small calls of every GPU kernel for compute-sanitizer, and the main works once each for ncu."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sfllava_fast.ops.backends import reference
 from ..op import works
 from ..op.run import run_backward, run_forward
 
-# Layouts and grids: bins that nest in tiles too narrow for CUDA's, bins that overlap, frames that are slow twice, and
-# CUDA's tiles of 6 and of 4 patches; vectors of 16 bytes, and channels that make none.
+# Layouts and grids: nested bins that are too narrow for CUDA's tiles, overlapping bins, repeated slow frames, and
+# CUDA's tiles of 6 and of 4 patches.
 CASES = (
     (SlowFastLayout(2), (8, 8)),
     (SlowFastLayout(2, "spatial_2d_avg_pool", (3, 5)), (8, 8)),
@@ -21,13 +21,13 @@ CASES = (
     (SlowFastLayout(6, "spatial_2d_avg_pool", (2, 2)), (8, 8)),
 )
 LENGTHS = 3, 2  # frames of the videos
-_CHANNELS = (64, 7)
+_CHANNELS = (64, 7)  # with and without 16-byte vectors
 _DTYPES = (torch.float32, torch.bfloat16)
 _Case = tuple[SlowFastLayout, tuple[int, int]]
 
 
 def names() -> tuple[str, ...]:
-    """The GPU's backends that can serve."""
+    """The available GPU backends."""
     return tuple(name for name in ("cuda", "triton") if not backends.BACKENDS[name].why_unavailable(None))
 
 
@@ -66,7 +66,7 @@ def run_main_works(names: tuple[str, ...], device: str) -> None:
 
 
 def main(device: str, main_works: bool) -> int:
-    """Exit code 1 where a value is wrong, or there is no backend."""
+    """Returns 1 if a value is wrong or there is no backend."""
     found = names()
     if main_works:
         run_main_works(found, device)

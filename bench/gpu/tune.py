@@ -1,5 +1,7 @@
-"""The tunings of the tile kernels: every variant's bits first, then its time against the copies; the best of each kind
-goes back into the sources (`make gpu-pick`)."""
+"""Tunings of the tile kernels: the bits of every variant are checked, then its time is compared with copies.
+
+`make gpu-pick` writes the best of each kind into the sources.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ CUDA_FILE, TRITON_FILE = ROOT / "csrc/cuda/tuning.h", ROOT / "kernels/triton/tun
 
 @dataclass(frozen=True)
 class Tuning:
-    """As in csrc/cuda/tuning.h."""
+    """The tuning of a kernel, as in csrc/cuda/tuning.h."""
 
     warps: int
     blocks: int
@@ -47,7 +49,7 @@ class Tuning:
 
     @classmethod
     def parse(cls, text: str) -> Tuning:
-        """From C++: {4, 0, kLoad, kStore, false, false}."""
+        """A tuning from C++, such as {4, 0, kLoad, kStore, false, false}."""
         words = re.findall(r"\w+", text)
         return cls(*({"true": True, "false": False}.get(word, int(word) if word.isdigit() else word) for word in words))
 
@@ -56,14 +58,14 @@ class Tuning:
         return f"{{{', '.join(values)}}}"
 
 
-# One axis changed at a time, then what is promising together.
+# Values of one axis at a time, then promising combinations.
 _VALUES = {
     "warps": (1, 2, 4, 8),
     "load": ("kLoad", "kLoadNoAllocate", "kLoadStreaming"),
     "store": ("kStore", "kStoreStreaming"),
     "slow_first": (False, True),
 }
-# More blocks than these have too few registers, and spill.
+# More blocks leave too few registers and spill.
 _VALUES_OF = {FORWARD: _VALUES, BACKWARD: _VALUES | {"blocks": (4, 5), "by_strip": (False, True)}}
 _STREAMING = {"load": "kLoadNoAllocate", "store": "kStoreStreaming"}
 _TOGETHER = {
@@ -80,14 +82,14 @@ _TRITON_WARPS, _TRITON_VECTORS = (1, 2, 4), (1, 2)
 
 @dataclass(frozen=True)
 class Variant:
-    """A direction's CUDA kernel in one tuning: a library of its own."""
+    """The CUDA kernel of a direction with one tuning, a library of its own."""
 
     direction: str
     tuning: Tuning
 
     @property
     def definitions(self) -> list[str]:
-        tuning = str(self.tuning).replace(" ", "").replace(",", r"\,")  # nvcc takes a comma for the next definition
+        tuning = str(self.tuning).replace(" ", "").replace(",", r"\,")  # nvcc splits definitions at commas
         return [f"-DVARIANT_DIRECTION=k{self.direction.capitalize()}", f"-DSFLLAVA_TUNING={tuning}"]
 
     @property
@@ -104,12 +106,12 @@ class Variant:
         return c_function(self.library, "sfllava_variant", ["pointer", "pointer", *sizes, "pointer"])
 
     def run(self, work: OpWork, features: Tensor, tokens: Tensor, gradient: Tensor | None) -> None:
-        """tokens: filled, or of a backward the tokens' gradient, for which `gradient` is filled."""
+        """Fill `tokens`, or in a backward fill `gradient` from the tokens' gradient `tokens`."""
         plan = work.plan
         grad, out = (None, tokens) if gradient is None else (tokens.data_ptr(), gradient)
         strides = features.stride(0), features.stride(1)
         tables = plan_table(plan).data_ptr(), device_table(plan, features.device).data_ptr()
-        stream = torch.cuda.current_stream().cuda_stream  # a capture has one of its own
+        stream = torch.cuda.current_stream().cuda_stream  # the current one: a capture uses its own
         raise_reason(
             self._call(
                 *tables,
@@ -125,23 +127,23 @@ class Variant:
 
 
 def defaults() -> dict[str, Tuning]:
-    """Of both directions, from the sources."""
+    """The default tunings of both directions, from the sources."""
     found = re.findall(r"constexpr Tuning k(Forward|Backward)Tuning(\{.*\});", CUDA_FILE.read_text())
     return {direction.lower(): Tuning.parse(text) for direction, text in found}
 
 
 def variants() -> list[Variant]:
-    """The default of each direction first."""
+    """All variants, the default of each direction first."""
     return [Variant(direction, tuning) for direction, base in defaults().items() for tuning in _around(direction, base)]
 
 
 def _around(direction: str, base: Tuning) -> list[Tuning]:
     changes = [{name: value} for name, values in _VALUES_OF[direction].items() for value in values]
-    return list(dict.fromkeys([base, *(_changed(base, change) for change in (*changes, *_TOGETHER[direction]))]))
+    return list(dict.fromkeys([base, *(changed(base, change) for change in (*changes, *_TOGETHER[direction]))]))
 
 
-def _changed(base: Tuning, change: dict[str, object]) -> Tuning:
-    """Blocks of fewer warps are more, so that a lane keeps its registers."""
+def changed(base: Tuning, change: dict[str, object]) -> Tuning:
+    """A changed tuning; with fewer warps there are more blocks, so that a lane keeps its registers."""
     blocks = base.blocks * base.warps // change.get("warps", base.warps)
     return replace(base, **{"blocks": blocks} | change)
 
@@ -150,7 +152,7 @@ def _changed(base: Tuning, change: dict[str, object]) -> Tuning:
 
 
 def run(setup: DeviceSetup, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times every tuning on works.MAIN; `save` gets what there is after each."""
+    """Time every tuning on works.MAIN; `save` gets the result after each work."""
     result = {"kind": "tune", "machine": machine(setup.device), "unavailable": setup.unavailable}
     result |= {"works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
@@ -202,7 +204,7 @@ def _row(name: str, times: dict[str, list[float]], size: int, copies: Sequence[s
 
 
 def cuda_runs(work: OpWork, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
-    """The variants that were built, as "cuda {...}"."""
+    """The calls of the built variants, named "cuda {...}"."""
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) if work.backward else None for x, _ in sets]
 
     def run(variant: Variant, number: int) -> Tensor:
@@ -215,7 +217,7 @@ def cuda_runs(work: OpWork, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]
 
 
 def triton_runs(work: OpWork, sets: list[tuple[Tensor, Tensor]]) -> dict[str, Run]:
-    """As "triton Tuning(...)"."""
+    """The calls of Triton's tunings, named "triton Tuning(...)"."""
     untuned = run_backward(work, sets, "triton") if work.backward else partial(run_forward, work, sets, "triton")
     direction, kind = direction_of(work), _triton_module().Tuning
 
@@ -250,7 +252,7 @@ def _fastest(rows: dict[str, dict], kind: str) -> str | None:
 
 
 def best_over(measured: dict[str, dict], direction: str) -> dict[str, str]:
-    """By kind, the tuning whose times over all works of a direction have the least geometric mean."""
+    """By kind, the tuning with the least geometric mean of times over all works of a direction."""
     rows = [measured[str(work)]["providers"] for work in works.MAIN
             if direction_of(work) == direction and str(work) in measured]  # fmt: skip
     common = set.intersection(*map(set, rows)) if rows else set()
@@ -285,7 +287,18 @@ def show(result: dict, console: Console) -> None:
 
 
 def pick(result: Path, cuda: Path = CUDA_FILE, triton: Path = TRITON_FILE) -> list[str]:
-    """Writes the best tunings of a result into the sources; what was written. ResultError where it names none."""
+    """Write the best tunings of a result into the sources.
+
+    Args:
+        result: A result of `bench tune`.
+        cuda, triton: The sources.
+
+    Returns:
+        What was written, one line per kind and direction.
+
+    Raises:
+        ResultError: The file has no best tuning.
+    """
     try:
         best = json.loads(result.read_text())["best"]
         chosen = [(direction, *name.split(" ", 1)) for direction, found in best.items() for name in found.values()]
@@ -294,7 +307,7 @@ def pick(result: Path, cuda: Path = CUDA_FILE, triton: Path = TRITON_FILE) -> li
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{result} is not a result of python -m bench tune") from error
     if not chosen:
-        raise ResultError(f"{result} names no best tuning: the sweep did not come to its end")
+        raise ResultError(f"{result} has no best tuning: the sweep did not finish")
     texts = {path: path.read_text() for path in (cuda, triton)}
     for direction, kind, tuning in chosen:
         if kind == "cuda":

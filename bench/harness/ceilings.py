@@ -1,4 +1,4 @@
-"""What the device can do at best, measured: a large matrix product in the run's dtype, and a copy."""
+"""The device's measured limits: a large matrix product in the run's dtype, and a copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CALLS = {"cpu": 1, "cuda": 10}
 
 
 class Ceilings:
-    """FLOP/s and bytes/s, one pair a call; what it works on is made for each and freed, so that it weighs nothing."""
+    """FLOP/s and bytes/s, one pair for each call of `measure`, which frees its tensors."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

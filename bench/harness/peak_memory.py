@@ -1,4 +1,4 @@
-"""The most memory that a call takes: what torch allocates, or on Linux's CPU what the process holds."""
+"""Peak memory of a call: torch's allocations on a GPU, the process's resident memory on a CPU (Linux)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RESET_PEAK = "5"
 
 
 def growth(device: torch.device, call: Callable[[], object]) -> int | None:
-    """Bytes by which a call's peak exceeds what was held before; None where it cannot be measured."""
+    """Bytes by which a call's peak exceeds the memory in use before it; None if it cannot be measured."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -27,7 +27,7 @@ def growth(device: torch.device, call: Callable[[], object]) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later calls would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that glibc keeps would hide a part of the growth
         _CLEAR.write_text(_RESET_PEAK)
         before = _status("VmHWM")
         call()
@@ -37,9 +37,9 @@ def growth(device: torch.device, call: Callable[[], object]) -> int | None:
 
 
 def tensor_peak(device: torch.device, call: Callable[[], object]) -> int:
-    """Bytes of the tensors that a call holds at its peak: the same in every run, where what a process holds is not."""
+    """Bytes of a call's tensors at its peak; unlike resident memory the same in every run."""
     if device.type == "cuda":
-        return growth(device, call)
+        return growth(device, call) or 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -47,7 +47,7 @@ def tensor_peak(device: torch.device, call: Callable[[], object]) -> int:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, each storage once."""
+    """Bytes of tensors; shared storages count once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

@@ -1,4 +1,4 @@
-"""Results as JSON: what a figure has to be read with, the one writer and the one reader."""
+"""Results as JSON files: facts about the machine and the commit, writing and reading."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from sfllava_fast.errors import BackendError
 from sfllava_fast.ops.backends import registry
 
 ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build/gpu"  # what bench/gpu/carried.py builds on one machine for another
+BUILT = ROOT / "build/gpu"  # bench/gpu/carried.py builds it on one machine for another
 
 
 class ResultError(Exception):
-    """A result that cannot be used; one line."""
+    """A result or an option that cannot be used; the message is one line."""
 
 
 def machine(device: str, outputs: str = "allocated and touched before timing") -> dict[str, str]:
-    """What a figure has to be read with. outputs: how those of a call on the CPU are had."""
+    """Facts that figures depend on.
+
+    Args:
+        device: "cpu" or "cuda".
+        outputs: On a CPU, how the outputs of a call are allocated.
+    """
     facts = {
         "cpu": _cpu_name(),
         "torch": torch.__version__,
@@ -45,6 +50,7 @@ def machine(device: str, outputs: str = "allocated and touched before timing") -
 
 
 def device_name(result: dict) -> str:
+    """The GPU of a result, else its CPU."""
     return result["machine"].get("gpu") or result["machine"]["cpu"]
 
 
@@ -54,6 +60,7 @@ def folder_name(device: str) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -66,12 +73,13 @@ def guarded(name: str, errors: dict[str, str], measure: Callable[[], None]) -> N
 
 
 def write_json(path: Path, result: object) -> None:
+    """Write a file, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_result(path: Path) -> dict:
-    """The result in a file; ResultError where there is none."""
+    """Read a result; ResultError if the file has none."""
     try:
         result = json.loads(path.read_text())
         device_name(result)
@@ -84,24 +92,23 @@ def read_result(path: Path) -> dict:
 
 
 def passes(result: dict, margin: float) -> bool:
-    """Whether every ratio reaches `margin` times its bar."""
+    """Whether every ratio with a target reaches `margin` times it."""
     measured = [*result["works"].values(), result.get("host", {"bars": {}})]
     bars = (bar for figures in measured for bar in figures["bars"].values() if bar["bar"] is not None)
     return all(bar["ratio"] >= bar["bar"] * margin for bar in bars)
 
 
 def commit() -> str:
-    """The source tree's, without .git from what was built in it; of an installed package its version, whatever
-    repository it was installed into."""
+    """The commit of the source tree; without .git, that of the build in it; of an installed package, its version."""
     if (ROOT / ".git").exists():
         return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    if told := built():
-        return told["commit"] if told["sources"] == sources_digest() else f"{told['commit']}, changed since"
+    if build := built():
+        return build["commit"] if build["sources"] == sources_digest() else f"{build['commit']}, changed since"
     return f"release {_version('sfllava_fast')}"
 
 
 def built() -> dict | None:
-    """What bench/gpu/carried.py wrote of what it built."""
+    """The facts that bench/gpu/carried.py wrote about its build; None if there is none."""
     try:
         return json.loads((BUILT / "build.json").read_text())
     except (OSError, ValueError):
@@ -109,7 +116,7 @@ def built() -> dict | None:
 
 
 def sources_digest() -> str:
-    """Of all that figures depend on."""
+    """Digest of all source files that figures depend on."""
     kinds, digest = {".py", ".h", ".cpp", ".cu", ".txt"}, hashlib.sha256()
     folders = (ROOT / name for name in ("csrc", "kernels", "sfllava_fast", "bench"))
     for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in kinds):
@@ -125,11 +132,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")  # those that kernels and products choose by
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")  # that kernels and matrix products are chosen by
 
 
 def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor as Linux names it, which a virtual machine's model name hides: vendor, family, model and flags."""
+    """Vendor, family, model and flags of the processor; a virtual machine's model name does not identify it."""
     facts = {}
     try:
         with open(cpuinfo) as lines:

@@ -1,6 +1,6 @@
-"""Paired timing: every contender runs once a round, in one process, and ratios are taken round by round.
+"""Paired timing: every contender runs once per round, in one process, and ratios are taken round by round.
 
-Machines are shared and drift; a ratio of neighbours in time survives that, a single time does not.
+On shared machines times drift, but ratios of calls close in time stay comparable.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ Run = Callable[[int], Any]  # a call on one of the sets of tensors, by number
 
 @dataclass(frozen=True)
 class Sample:
-    """What is timed as a whole: so many calls."""
+    """Calls that are timed as a whole.
+
+    Attributes:
+        run: Makes all calls.
+        calls: Their number.
+        graph: Whether they are captured in a CUDA graph; None on a CPU.
+    """
 
     run: Callable[[], Any]
     calls: int = 1
-    graph: bool | None = None  # captured in a CUDA graph or not; None on the CPU
+    graph: bool | None = None
 
 
 class CpuTimer:
-    """One call at a time, caches emptied before each."""
+    """Times single calls, each after evicting the caches."""
 
     _EVICT_BYTES = 96 << 20
 
@@ -46,12 +52,12 @@ class CpuTimer:
         return Sample(lambda: run(0))
 
     def times(self, samples: dict[str, Sample], rounds: int) -> dict[str, list[float]]:
-        """Seconds of a call of each contender in each round."""
+        """Seconds per call of each contender in each round; the order is random."""
         evict = torch.zeros(self._EVICT_BYTES, dtype=torch.uint8)
         times: dict[str, list[float]] = {name: [] for name in samples}
         order = random.Random(0)
         for round_ in range(-self._warm_up, rounds):
-            # Anew each time: a call's speed depends on the memory that the one before it left behind.
+            # A new order each time: a call's speed depends on the memory that the previous one used.
             for name, sample in order.sample([*samples.items()], len(samples)):
                 evict.add_(1)
                 start = time.perf_counter()
@@ -68,20 +74,21 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Calls that go round sets of tensors larger than the L2 together, in a CUDA graph, between two events.
+    """Times CUDA graphs of calls that rotate over sets of tensors, together larger than the L2, between two events.
 
-    `cuda` is torch.cuda; the tests, which have no GPU, bring one of their own.
+    Args:
+        cuda: torch.cuda, or a fake one in tests.
     """
 
-    _LEAST_CALLS = 8  # so that what a graph's start takes is little of a sample
-    _HEAD_START = 2_000_000  # cycles, about a millisecond: the queue is full before the first event is reached
-    _WARM_UP = 0.2  # seconds: clocks have to rise
+    _LEAST_CALLS = 8  # so that the launch of a graph is a small part of a sample
+    _HEAD_START = 2_000_000  # cycles, about a millisecond, in which the queue fills before the first event
+    _WARM_UP = 0.2  # seconds, in which the clocks rise
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
 
     def sets(self, size: int) -> int:
-        """How many sets of `size` bytes: after each, three times the L2 go by before it comes again."""
+        """Number of sets of `size` bytes, so that three times the L2 is accessed before a set is used again."""
         cache = self._cuda.get_device_properties(self._cuda.current_device()).L2_cache_size
         return 1 + max(1, math.ceil(3 * cache / size))
 
@@ -94,7 +101,7 @@ class CudaTimer:
     def prepare(self, run: Run, sets: int, capture: bool = True) -> Sample:
         """The calls of a sample, in a CUDA graph if they can be captured."""
         calls = sets * math.ceil(self._LEAST_CALLS / sets)
-        for number in range(sets):  # compiles, tunes and uploads what a capture could not
+        for number in range(sets):  # compilation, tuning and uploads cannot be captured
             run(number)
 
         def run_all() -> None:
@@ -114,13 +121,13 @@ class CudaTimer:
             graph.replay()
             self._cuda.synchronize()
         except Exception:
-            self._cuda.set_stream(stream)  # a capture that fails leaves its own behind
-            self._cuda.synchronize()  # raises if it is the device that failed
+            self._cuda.set_stream(stream)  # a failed capture does not restore it
+            self._cuda.synchronize()  # raises if the device failed
             return None
         return graph
 
     def times(self, samples: dict[str, Sample], rounds: int) -> dict[str, list[float]]:
-        """Seconds of a call of each contender in each round; each round begins with another contender."""
+        """Seconds per call of each contender in each round; the order rotates."""
         names = list(samples)
         warm_until = time.perf_counter() + self._WARM_UP
         while time.perf_counter() < warm_until:
@@ -147,7 +154,7 @@ class CudaTimer:
         self._cuda.synchronize()
 
     def memory_growth(self, call: Callable[[], Any]) -> int:
-        """The most bytes that a call asks for at a time, its result among them."""
+        """Peak bytes that a call allocates, including its result."""
         self.synchronize()
         before = self._cuda.memory_stats()["requested_bytes.all.current"]
         self._cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The peers, in our own words: each fills tokens [S, D] from features [T, 576, D] of one video."""
+"""The peers, written for this benchmark: each fills tokens [S, D] from features [T, 576, D] of one video."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fill = Callable[[Tensor, Tensor], None]
 
 
 def peers(work: OpWork, device: str, compile_mode: str | None) -> dict[str, Fill]:
-    """The peers of a work by name; all but the plain form know the default layout alone."""
+    """The peers of a work, by name; all but the plain form compute only the default layout."""
     if work.peers == "none":
         return {}
     slow_frames = torch.linspace(0, work.frames, work.layout.slow_frames + 1)[:-1].long()
@@ -25,10 +25,10 @@ def peers(work: OpWork, device: str, compile_mode: str | None) -> dict[str, Fill
     found = {"plain eager": plain}
     if work.peers in ("eager", "all"):
         found["best eager"] = best_eager(slow_frames.tolist())
-        if device != "cpu":  # the CPU's bars were set without it
+        if device != "cpu":  # the CPU's targets were set without it
             found["eager means"] = means
     if work.peers == "all":
-        torch._dynamo.reset()  # it gives up on functions that it has compiled often
+        torch._dynamo.reset()  # else it stops compiling after several recompilations
         found["compiled plain"] = torch.compile(plain, dynamic=False, mode=compile_mode)
         found["compiled best"] = torch.compile(means, dynamic=False, mode=compile_mode)
     return found
@@ -40,7 +40,7 @@ def plain_eager(work: OpWork, slow_frames: Tensor) -> Fill:
 
 
 def plain_tokens(layout: SlowFastLayout, slow_frames: Tensor, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """Features [T, N, D] to tokens [S, D] as published: channels first, pool, channels last again."""
+    """The published form, features [T, N, D] to tokens [S, D]: channels first, pool, channels last."""
     pool = {
         "concat": lambda x: x,
         "spatial_1d_max_pool": lambda x: F.max_pool1d(x, 2, 2),
@@ -59,7 +59,7 @@ def plain_tokens(layout: SlowFastLayout, slow_frames: Tensor, grid: tuple[int, i
 
 
 def best_eager(slow_frames: list[int]) -> Fill:
-    """The fastest that we could write with PyTorch's operators: no transpose, results straight into out."""
+    """The fastest form found with PyTorch's operators: no transpose, results written into `out`."""
     pairs = PATCHES // 2
 
     def fill(features: Tensor, out: Tensor) -> None:
@@ -74,7 +74,7 @@ def best_eager(slow_frames: list[int]) -> Fill:
 
 
 def eager_means(slow_frames: Tensor) -> Fill:
-    """The same sums and maxima without out=, the form that torch.compile fuses best."""
+    """Means and maxima without out=, the form that torch.compile fuses best."""
 
     def fill(features: Tensor, out: Tensor) -> None:
         channels = features.shape[2]

@@ -1,4 +1,4 @@
-"""The roofline of an operator that memory bounds: bytes per second against bytes moved, under the measured copy."""
+"""The roofline of a memory-bound operator: bytes per second against bytes moved, with the measured copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OURS = ("cpu", "cuda", "triton")
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Writes a picture with a panel for each result."""
+    """Write a picture with a panel for each result."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(8 * len(results), 5), layout="constrained")

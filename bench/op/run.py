@@ -1,4 +1,4 @@
-"""The aggregator against its peers: correctness first, then paired ratios. What fails is recorded; the rest goes on."""
+"""The aggregation against its peers: values are checked, then ratios are taken. Failures are recorded and skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .peers import peers
 from .works import OpWork
 
 COPY, PLAIN, BEST_PEER, FAIREST = "copy_", "plain eager", "best peer", "fairest copy"
-# Of these the fastest is the best peer; the copies are the memory's own speed.
+# The fastest of these is the best peer.
 _CONTESTED = ("best eager", "eager means", "compiled plain", "compiled best")
 _REFERENCE = "torch"
 _SLOW_ROUNDS = 5
@@ -34,16 +34,27 @@ _Sets = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class DeviceSetup:
-    """A device: what is measured there, whose bars they are, and by which clock."""
+    """What is measured on a device, and how.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        works: What is measured.
+        ours: Backends; ratios are relative to the first.
+        slow: Providers that are tens of times slower and get few rounds.
+        timer: The clock.
+        compile_mode: Of torch.compile.
+        unavailable: Backends and copies that cannot be measured, with the reasons.
+        copies: By name; targets refer to the fastest.
+    """
 
     device: str
     works: tuple[OpWork, ...]
     ours: tuple[str, ...]
-    slow: tuple[str, ...]  # tens of times slower than ours: few rounds, where asked for, tell enough
+    slow: tuple[str, ...]
     timer: CpuTimer | CudaTimer
     compile_mode: str | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
-    copies: dict[str, Copy] = field(default_factory=lambda: {COPY: torch_copy})  # bars are held against the fastest
+    copies: dict[str, Copy] = field(default_factory=lambda: {COPY: torch_copy})
 
 
 def cpu_setup() -> DeviceSetup:
@@ -51,7 +62,7 @@ def cpu_setup() -> DeviceSetup:
 
 
 def cuda_setup() -> DeviceSetup:
-    """Raises ResultError where there is no GPU, or no backend for it."""
+    """ResultError without a GPU or a backend for it."""
     if not torch.cuda.is_available():
         raise ResultError("no CUDA device was found")
     unavailable = {name: backends.BACKENDS[name].why_unavailable(None) for name in ("cuda", "triton")}
@@ -68,8 +79,18 @@ SETUPS = {"cpu": cpu_setup, "cuda": cuda_setup}
 
 
 def run(setup: DeviceSetup, rounds: int, slow_peers: bool, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times every provider on the works chosen by `only` (works.chosen), host overhead first; `save` gets what there
-    is after each."""
+    """Measure host overhead, then every provider on every work.
+
+    Args:
+        setup: The device.
+        rounds: Paired rounds.
+        slow_peers: Also time slow providers without a target.
+        only: Names of works, as in `works.chosen`.
+        save: Gets the result after each work.
+
+    Returns:
+        The result, with "errors" by name.
+    """
     chosen, result = works.chosen(setup.works, only), {"machine": machine(setup.device)}
     result |= {"unavailable": setup.unavailable, "works": {}, "skipped": {}, "errors": {}}
     errors = result["errors"]
@@ -90,10 +111,12 @@ def run(setup: DeviceSetup, rounds: int, slow_peers: bool, only: Sequence[str], 
 def _measure(work: OpWork, setup: DeviceSetup, rounds: int, slow_peers: bool, result: dict) -> None:
     size = work.bytes_moved()
     count = setup.timer.sets(size)
-    if reason := setup.timer.why_no_room(((1 + len(setup.copies)) * count + 8) * size):  # 8: what the reference takes
+    if reason := setup.timer.why_no_room(
+        ((1 + len(setup.copies)) * count + 8) * size
+    ):  # 8: temporaries of the reference
         result["skipped"][str(work)] = reason
         return
-    generator = torch.Generator(setup.device).manual_seed(0)  # its own: a failed capture breaks the default one
+    generator = torch.Generator(setup.device).manual_seed(0)  # a failed capture breaks the default generator
     sets = [work.make_set(setup.device, generator) for _ in range(count)]
     samples = _samples(work, setup, sets, result["errors"])
     ours = tuple(name for name in setup.ours if name in samples)
@@ -131,7 +154,7 @@ def _measure(work: OpWork, setup: DeviceSetup, rounds: int, slow_peers: bool, re
 
 
 def _samples(work: OpWork, setup: DeviceSetup, sets: _Sets, errors: dict[str, str]) -> dict[str, Sample]:
-    """Every provider that computes the right tokens, ready to be timed."""
+    """Samples of every provider that computes the right values."""
     runs = {name: partial(_fill, fill, sets) for name, fill in peers(work, setup.device, setup.compile_mode).items()}
     reference = (_REFERENCE,) if _REFERENCE in setup.slow and (work.peers == "all" or _REFERENCE in work.bars) else ()
     for name in (*reference, *setup.ours):
@@ -142,7 +165,7 @@ def _samples(work: OpWork, setup: DeviceSetup, sets: _Sets, errors: dict[str, st
     def prepare(name: str, run: Run) -> None:
         if name not in setup.copies:
             check(name, run, expected, work)
-        # The reference copies from the host, which no graph captures.
+        # The reference copies from the host, which cannot be captured.
         samples[name] = setup.timer.prepare(run, len(sets), capture=name != _REFERENCE)
 
     def prepare_copy(name: str, copy: Copy) -> None:
@@ -178,9 +201,19 @@ def run_backward(work: OpWork, sets: _Sets, backend: str) -> Run:
 
 
 def check(name: str, run: Run, expected: Tensor, work: OpWork, exact: bool = False) -> None:
-    """Ours must equal the reference bit for bit (exact: whatever its name); peers may round elsewhere, within two units
-    of the last place."""
-    run(0).fill_(math.nan)  # or what another one wrote would be taken for its own
+    """Check a provider's values against the reference's.
+
+    Args:
+        name: Of the provider. Our backends must be bit-identical; peers may differ by rounding.
+        run: The provider's call.
+        expected: The reference's values.
+        work: What is computed.
+        exact: Peers must be bit-identical, too.
+
+    Raises:
+        AssertionError: The values differ.
+    """
+    run(0).fill_(math.nan)  # values that another provider wrote must not count
     got = run(0)
     right = torch.equal(got, expected)
     if not right and not exact and name not in backends.BACKENDS:
@@ -214,7 +247,7 @@ def _bars(
 
 
 def _measure_memory(work: OpWork, setup: DeviceSetup, backend: str, features: Tensor, bars: dict[str, dict]) -> None:
-    """Adds the bytes of the tokens over all that a call allocates: 1 where that is the tokens alone."""
+    """Add the ratio of the tokens' bytes to all bytes that a call allocates: 1 if it allocates only the tokens."""
     size = work.tokens * work.channels * work.dtype.itemsize
     call = partial(slowfast_aggregate, features, work.layout, backend=backend, frame_offsets=work.frame_offsets)
     if growth := setup.timer.memory_growth(call):
@@ -230,7 +263,7 @@ def _bar_name(backend: str, against: str) -> str:
 
 
 def host_overhead(setup: DeviceSetup) -> dict:
-    """Host time of a call on tiny features, nothing waited for; copy_, one bare operator of torch, for comparison."""
+    """Host time of an asynchronous call on tiny features, and of torch's copy_ for comparison."""
     layout = SlowFastLayout(1, fast_grid=(2, 2))
     features, out = torch.ones(2, 16, 8, device=setup.device), torch.zeros(16, 8, device=setup.device)
     source = torch.ones_like(out)
@@ -247,13 +280,15 @@ def host_overhead(setup: DeviceSetup) -> dict:
                 times[name].append((time.perf_counter() - start) / _HOST_CALLS)
     rows = paired_rows(times, setup.ours[0])
     ratios = {name: _HOST_BAR_US / rows[name]["p50_ms"] / 1e3 for name in setup.ours}
-    bar = (None,) if setup.device == "cpu" else (1, _HOST_BAR_US / _HOST_STRETCH_US)  # there the kernel's time is in it
+    bar = (
+        (None,) if setup.device == "cpu" else (1, _HOST_BAR_US / _HOST_STRETCH_US)
+    )  # on a CPU the kernel's time is included
     bars = {_bar_name(name, f"{_HOST_BAR_US} us"): _bar(ratio, *bar) for name, ratio in ratios.items()}
     return {"providers": rows, "best_peer": None, "bars": bars}
 
 
 def _compare_works(result: dict) -> None:
-    """What only several works together can say."""
+    """Add the figures that depend on several works: many videos against one, and the growth over T."""
     measured = result["works"]
     many, one = (measured.get(str(work), {}).get("bars", {}) for work in (works.VIDEOS, works.ONE_VIDEO))
     for name in [name for name in many if name in one and name.endswith(FAIREST)]:

@@ -1,4 +1,4 @@
-"""What is measured: shapes, layouts, the bytes that must move, and the bars."""
+"""What `bench op` measures: shapes, layouts, the bytes that must move, and targets."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ from ..harness.record import ResultError
 PAPER = SlowFastLayout()
 GRID = (24, 24)
 PATCHES = GRID[0] * GRID[1]
-# None, the published form, all that are not compiled, all.
+# No peer, the published form, all uncompiled ones, all.
 PEERS = ("none", "plain", "eager", "all")
 
 
 @dataclass(frozen=True)
 class OpWork:
-    """Calls of one kind; by default T=50 frames of 24 x 24 patches in the default layout.
+    """One kind of call; by default T=50 frames of 24 x 24 patches in the default layout.
 
-    bars: what is measured against -> the ratio to reach and, where there is one, the ratio to hope for.
-    peers: one of PEERS: the peers of bench/op/peers.py that compute it. A backward has none: they write tokens.
+    Attributes:
+        dtype, channels: Of the features.
+        cls_token: Whether a class token precedes the patches, so that the features are a view.
+        bars: By opponent, the target ratio and, optionally, a higher one that is hoped for.
+        peers: One of PEERS, the peers of bench/op/peers.py that compute it. A backward has none.
+        frames: Of one video, or of several.
+        layout: The layout.
+        backward: Measure the gradient instead.
     """
 
     dtype: torch.dtype
@@ -60,6 +66,7 @@ class OpWork:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens that a call makes, or for a backward that it gets gradients of."""
         return self.plan.offsets[-1]
 
     @property
@@ -67,7 +74,7 @@ class OpWork:
         return np.cumsum([0, *self.frames]).tolist() if isinstance(self.frames, tuple) else None
 
     def make_set(self, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Features [T, N, D] and the tokens' buffer [S, D], or for a backward the tokens' gradient."""
+        """Features [T, N, D], and the tokens' buffer [S, D] or for a backward their gradient."""
         plan, skip = self.plan, int(self.cls_token)
         kind = {"dtype": self.dtype, "device": device}
         features = torch.randn(sum(plan.lengths), PATCHES + skip, self.channels, generator=generator, **kind)[:, skip:]
@@ -82,8 +89,11 @@ class OpWork:
         return reference.aggregate(features, self.plan)
 
     def bytes_moved(self) -> int:
-        """Every patch that is needed read once and every token written once; of a backward, the tokens' gradient and
-        what a max chose from read once, and the features' gradient written once."""
+        """The bytes that must move.
+
+        Every patch that is used is read once and every token written once. In a backward, the tokens' gradient and the
+        inputs of a max are read once, and the features' gradient is written once.
+        """
         plan = self.plan
         if self.backward:
             chosen_from = patches_of(plan, [path for path in plan.pathways if _chooses(path)])
@@ -94,7 +104,7 @@ class OpWork:
 
 
 def patches_of(plan: Plan, paths: Iterable[PathwayTables]) -> int:
-    """How many different patches these pathways pool."""
+    """Number of different patches that these pathways pool."""
     pooled = np.zeros((sum(plan.lengths), *plan.grid), dtype=bool)
     for path in paths:
         frames = [bin_ for video in path.frames for bin_ in video]
@@ -107,7 +117,7 @@ def _members(bins: Iterable[Range]) -> list[int]:
 
 
 def _chooses(path: PathwayTables) -> bool:
-    """Whether it is a max over more than one element."""
+    """Whether a pathway is a max over more than one element."""
     bins = (bin_ for axis in (*path.frames, path.rows, path.cols) for bin_ in axis)
     return path.pathway.reduce == "max" and any(stop - start > 1 for start, stop in bins)
 
@@ -129,7 +139,7 @@ CPU_WORKS = (
     ),
 )
 
-# Of an H200. The copy is the fairest one: the faster of the captured copy_ and our own copy kernel.
+# Targets on an H200. The fairest copy is the faster of the captured copy_ and our copy kernel.
 _AGAINST_PEERS = {"plain eager": (5.0, 8.0), "best peer": (1.25, 1.4)}
 _PROJECTED = {"fairest copy": (0.92, 0.95), **_AGAINST_PEERS}
 _BEHIND_CLS = {"fairest copy": (0.85, 0.90), **_AGAINST_PEERS}
@@ -141,7 +151,7 @@ VIDEOS = OpWork(torch.bfloat16, 1024, peers="none", frames=tuple(8 + 37 * i % 57
 
 
 def _one_video_like(work: OpWork) -> OpWork:
-    """One video that moves as many bytes, but for half a frame's."""
+    """One video that moves the same number of bytes, within half a frame."""
     short, longer = (replace(work, frames=frames).bytes_moved() for frames in (100, 101))
     return replace(work, frames=100 + round((work.bytes_moved() - short) / (longer - short)))
 
@@ -154,14 +164,14 @@ _LAYOUTS = (  # the last one's bins overlap
     "slowfast-slow_10frms_spatial_1d_max_pool-fast_3x3",
     "slowfast-slow_10frms_spatial_1d_max_pool-fast_5x5",
 )
-# The works of the bars, and of the sweep of tunings.
+# The works with targets, which are also those of `bench tune`.
 MAIN = (
     OpWork(torch.bfloat16, 4096, False, _PROJECTED),
     OpWork(torch.bfloat16, 1024, True, _BEHIND_CLS),
     OpWork(torch.bfloat16, 4096, False, _BACKWARD, peers="none", backward=True),
     OpWork(torch.bfloat16, 1024, True, _BACKWARD_BEHIND_CLS, peers="none", backward=True),
 )
-# In the order of what would be missed most if time ran out.
+# The most important first, in case time runs out.
 CUDA_WORKS = (
     *MAIN,
     OpWork(torch.float16, 4096, False, _PROJECTED),
@@ -177,7 +187,7 @@ CUDA_WORKS = (
 
 
 def capped(work: OpWork, most: str) -> OpWork:
-    """The work with no more peers than `most`, one of PEERS: without those that it asks for there is no best peer."""
+    """The work with at most the peers `most`, one of PEERS; with fewer than its own, without a target for the best."""
     if PEERS.index(work.peers) <= PEERS.index(most):
         return work
     bars = {against: bar for against, bar in work.bars.items() if against != "best peer"}
@@ -185,8 +195,11 @@ def capped(work: OpWork, most: str) -> OpWork:
 
 
 def chosen(works: Iterable[Any], only: Sequence[str]) -> list[Any]:
-    """The works of these names; without such, those whose names contain one of them; without `only`, all. ResultError
-    where that is none."""
+    """The works with these names, else those whose names contain one of them; all if `only` is empty.
+
+    Raises:
+        ResultError: There is none.
+    """
     works = list(works)
     exact = [work for work in works if str(work) in only]
     found = exact or [work for work in works if not only or any(text in str(work) for text in only)]

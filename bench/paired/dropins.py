@@ -1,6 +1,6 @@
-"""The drop-ins in the code bases they are for: the published form of each method, in our own words, then patched.
+"""The drop-ins in the code bases that they are for: each method as published (written for this benchmark) and patched.
 
-50 frames of 24x24 patches behind the projector; tokens are made anew by every call, as those code bases do.
+50 frames of 24x24 patches after the projector; every call allocates its tokens, as in those code bases.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class NextCode:
 
 @dataclass(frozen=True)
 class DropinCall:
-    """A method of one of the two, or two of them in a row, called with `name`."""
+    """A call of a method, or of two in a row, with `name`."""
 
     method: str
     name: str
@@ -127,7 +127,7 @@ WORKS = tuple(DropinCall(*call, dtype) for call in _CALLS for dtype in (torch.fl
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times both forms of every work chosen by `only`; `save` gets what there is after each."""
+    """Time both forms of every work chosen by `only`; `save` gets the result after each."""
     return pairs.run("dropins", WORKS, _measure, device, rounds, only, save)
 
 

@@ -1,4 +1,4 @@
-"""The field's layouts at their published frames and grids: our op against each code base's own poolings."""
+"""The named layouts at their published frames and grids: our op against each code base's own poolings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = (
     "video_chatgpt",
     "videollm_online-interval",
 )
-_CHANNELS = {"after": 4096, "before": 1024}
+CHANNELS = {"after": 4096, "before": 1024}
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -48,9 +48,9 @@ class PresetCall:
         return find_preset(self.name)
 
     def make(self, device: str) -> tuple[Tensor, Tensor | None]:
-        """Features [T, N, D], and separators [K, D] where the layout has any."""
+        """Features [T, N, D], and separators [K, D] if the layout has any."""
         layout, generator = self.preset.layout, torch.Generator(device).manual_seed(0)
-        patches, channels = math.prod(self.preset.grid) + layout.class_token, _CHANNELS[layout.stage]
+        patches, channels = math.prod(self.preset.grid) + layout.class_token, CHANNELS[layout.stage]
         shapes = (self.preset.frames, patches, channels), (len(layout.separators), channels)
         features, separators = (torch.randn(s, generator=generator, device=device).to(self.dtype) for s in shapes)
         return features, separators if len(separators) else None
@@ -60,8 +60,8 @@ WORKS = tuple(PresetCall(name, dtype) for name in _NAMES for dtype in (torch.flo
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times both forms of every work chosen by `only`; `save` gets what there is after each."""
-    return pairs.run("layouts", WORKS, _measure, device, rounds, only, save)
+    """Time both forms of every work chosen by `only`; `save` gets the result after each."""
+    return pairs.run("layouts", WORKS, measure, device, rounds, only, save)
 
 
 def show(result: dict, console: Console) -> None:
@@ -74,7 +74,8 @@ def show(result: dict, console: Console) -> None:
 
 
 @torch.inference_mode()
-def _measure(work: PresetCall, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
+def measure(work: PresetCall, device: str, timer: CpuTimer | CudaTimer, rounds: int) -> dict:
+    """Check the tokens of both forms, then time them."""
     sets = [work.make(device)]
     grid, published = work.preset.grid, LAYOUTS[work.name]
 

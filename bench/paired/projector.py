@@ -22,17 +22,14 @@ from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 EXACT, COMMUTED = "exact", "commuted"
 FRAMES, GRID, VISION, LANGUAGE = 50, (24, 24), 1024, 4096
 _CHECKED_FRAMES = 4  # in float64
-# A maximum of the same roundings differs by chance alone.
+# Of the exact order's; the maximum in the slow pathway makes it exceed 1 by chance.
 _MOST_ERROR = 1.01
-_SLOW_ROUNDS = 3  # where 16-bit products are emulated a call takes a minute
+_SLOW_ROUNDS = 3  # a call takes a minute if 16-bit products are emulated
 
 
 @dataclass(frozen=True)
 class ProjectorCall:
-    """The paper's layout with one of the slow poolings, on LLaVA-NeXT-7B's projector.
-
-    bars: by device, the ratio to reach.
-    """
+    """The paper's layout with a slow pooling, on LLaVA-NeXT-7B's projector; `bars` are target ratios by device."""
 
     dtype: torch.dtype
     pool: str
@@ -55,7 +52,7 @@ WORKS = (
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Times both orders on every work chosen by `only`; `save` gets what there is after each."""
+    """Time both orders of every work chosen by `only`; `save` gets the result after each."""
     return pairs.run("projector", WORKS, _measure, device, rounds, only, save)
 
 
@@ -112,14 +109,14 @@ def make_projector(dtype: torch.dtype, device: str) -> nn.Sequential:
 
 
 def _hidden(frames: int, dtype: torch.dtype, device: str) -> Tensor:
-    """The vision tower's output behind CLS: a view."""
+    """The vision tower's output without the class token, as a view."""
     generator = torch.Generator(device).manual_seed(0)
     shape = frames, math.prod(GRID) + 1, VISION
     return torch.randn(shape, generator=generator, device=device).to(dtype)[:, 1:]
 
 
 def _errors(work: ProjectorCall, projector: nn.Sequential, device: str) -> dict[str, float]:
-    """By pathway, the commuted order's root mean square error over the exact one's, both against float64."""
+    """By pathway, the RMS error of the commuted order over that of the exact one, both against float64."""
     hidden = _hidden(_CHECKED_FRAMES, work.dtype, device)
     layout = work.layout(_CHECKED_FRAMES)
     wide = project_and_aggregate(hidden.double(), make_wide(projector), layout)

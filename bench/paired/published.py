@@ -1,7 +1,7 @@
-"""The field's token layouts in the words of their code bases: PyTorch's own poolings, nothing of the package.
+"""The named layouts as their code bases compute them, with PyTorch's poolings and nothing of the package.
 
-Each takes patches [T, N, D], in float64 or as its code base has them in a narrower dtype, the grid (rows, columns) of
-the patches, and separators [K, D] or None; and gives tokens [S, D].
+Each function takes patches [T, N, D], the grid (rows, columns) of the patches, and separators [K, D] or None, and
+returns tokens [S, D].
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bilinear(x: Tensor, stride: int = 2) -> Tensor:
 
 
 def pooled(x: Tensor, grid: Grid, pool: Pool) -> Tensor:
-    """[T, rows, columns, D] of patches [T, N, D], by a pooling of [T, D, rows, columns]."""
+    """Patches [T, N, D] pooled to [T, rows, columns, D]; pool takes [T, D, rows, columns]."""
     return pool(x.transpose(1, 2).unflatten(2, grid)).permute(0, 2, 3, 1)
 
 
@@ -57,12 +57,12 @@ def slowfast(slow: int, pool: str, fast: Grid | None) -> MakeTokens:
 
 
 def each_frame(pool: Pool, newline: str = "no_token") -> MakeTokens:
-    """LLaVA-NeXT-Video (LLaVA-VL/LLaVA-NeXT): every frame pooled, newlines where mm_newline_position says."""
+    """LLaVA-NeXT-Video (LLaVA-VL/LLaVA-NeXT): every frame pooled, newlines by mm_newline_position."""
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
         frames = list(pooled(x, grid, pool))
         if newline == "grid":
-            frames = [behind_rows(frame, separators[0]) for frame in frames]
+            frames = [append_to_rows(frame, separators[0]) for frame in frames]
         frames = [frame.flatten(0, 1) for frame in frames]
         if newline == "frame":
             frames = [torch.cat([frame, separators]) for frame in frames]
@@ -72,21 +72,23 @@ def each_frame(pool: Pool, newline: str = "no_token") -> MakeTokens:
 
 
 def slow_or_fast(pool: Pool, every: int, newline: bool) -> MakeTokens:
-    """LLaVA-Video's add_faster_video: every k-th frame slow, the others pooled by twice the stride. The last separator
-    stands behind each frame; the first, a newline, behind each row (in its code base always)."""
+    """LLaVA-Video's add_faster_video: every k-th frame is slow, the others are pooled with twice the stride.
+
+    The last separator follows each frame; the first, a newline, each row (in its code base always).
+    """
 
     def tokens(x: Tensor, grid: Grid, separators: Tensor | None) -> Tensor:
         parts = []
         for t in range(len(x)):
             frame = pooled(x[t : t + 1], grid, partial(pool, stride=4 if t % every else 2))[0]
-            frame = behind_rows(frame, separators[0]) if newline else frame
+            frame = append_to_rows(frame, separators[0]) if newline else frame
             parts += [frame.flatten(0, 1), separators[-1:]]
         return torch.cat(parts)
 
     return tokens
 
 
-def behind_rows(frame: Tensor, newline: Tensor) -> Tensor:
+def append_to_rows(frame: Tensor, newline: Tensor) -> Tensor:
     return torch.cat([frame, newline.expand(len(frame), 1, -1)], dim=1)
 
 

@@ -1,8 +1,10 @@
-"""The plain pipeline, in our own words: the published order and operators on the stock transformers model.
+"""The plain pipeline: the published order and operators on the stock transformers model.
 
-Pillow resizes frame by frame, the whole vision tower runs on all frames at once and keeps every hidden state, every
-patch is projected before it is pooled, embeddings are put together by torch.cat, the prefill computes every token's
-logits, and tokens come one step at a time from a cache that grows.
+- Pillow resizes frame by frame.
+- The whole vision tower runs on all frames at once and keeps every hidden state.
+- Every patch is projected before pooling.
+- Embeddings are joined by torch.cat; the prefill computes every token's logits.
+- Tokens are generated one by one with a cache that grows.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .dummy import on_the_same_weights
 
 @dataclass
 class PlainAnswer:
-    """Token ids, and seconds by stage; what they were generated from, for those who want to see the logits."""
+    """Token ids, seconds by stage, and the prompt's embeddings, from which `Baseline.logits` computes logits."""
 
     token_ids: list[int]
     seconds: dict[str, float]
@@ -38,22 +40,26 @@ class PlainAnswer:
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first token: one stage comes after the other."""
+        """Seconds to the first token: the sum of the stages up to it."""
         return sum(seconds for stage, seconds in self.seconds.items() if stage != "generate")
 
 
 class Baseline:
-    """Answers as `ours` should: same weights, prompt, layout, attention and stops; nothing else is shared.
+    """The plain pipeline with the weights, prompt, layout, attention and stops of ours; nothing else is shared.
 
-    tower: the vision tower, not cut. Made before `ours`, which may rebuild its model as it likes.
+    It is made before ours, which may change its model.
+
+    Args:
+        model: The checkpoint's model.
+        tower: The vision tower with all layers.
     """
 
     def __init__(self, model: nn.Module, tower: nn.Module) -> None:
         self.model = on_the_same_weights(model)
         self.model.model.vision_tower = tower
 
-    def stand_by(self, ours: SlowFastLlava) -> Baseline:
-        """Take from ours what is no computation: settings, prompts, the rules where an answer stops."""
+    def use_settings_of(self, ours: SlowFastLlava) -> Baseline:
+        """Take settings, prompts and stop rules from our pipeline."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         self.ours = ours
@@ -119,9 +125,9 @@ class Baseline:
 
     @torch.inference_mode()
     def logits(self, answer: PlainAnswer, token_ids: list[int]) -> Tensor:
-        """What the plain pipeline thinks [n, V] before each of these tokens, after the prompt of its own answer."""
-        spoken = self.model.get_input_embeddings()(torch.tensor([token_ids[:-1]], dtype=int, device=self.device))
-        embeds = torch.cat([answer.embeds, spoken], dim=1)
+        """The plain pipeline's logits [n, V] for each of these tokens, after the prompt of its own answer."""
+        generated = self.model.get_input_embeddings()(torch.tensor([token_ids[:-1]], dtype=int, device=self.device))
+        embeds = torch.cat([answer.embeds, generated], dim=1)
         self._forget_length()
         return self.model(inputs_embeds=embeds, logits_to_keep=len(token_ids)).logits[0].float()
 
@@ -133,7 +139,7 @@ class Baseline:
         return ended or ids[-1] in prompts.stop_ids or len(ids) == max_new_tokens
 
     def _forget_length(self) -> None:
-        """A rotary embedding that stretches keeps the scale of its longest input until it sees a short one."""
+        """Reset a dynamic rotary embedding, which keeps the scale of its longest input until it gets a short one."""
         language_model = self.model.model.language_model
         if rope_type(language_model.config) == "dynamic":
             first = torch.zeros(1, 1, dtype=torch.long, device=self.device)

@@ -1,4 +1,4 @@
-"""What the pipeline is shown: a drawn clip encoded as a camera's would be, and decoded frames that cost nothing."""
+"""The benchmark's videos: a drawn clip with camera noise, and frames that are decoded already."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sfllava_fast.embedded.scenes import draw_scene, frame_times, render
 from sfllava_fast.video import Numbered, Video
 
 HEIGHT, WIDTH, RATE, TOTAL = 720, 1280, 25, 250
-_GRAIN = 4.0  # standard deviation, of 255: a flat drawing would decode faster than any footage
+_GRAIN = 4.0  # standard deviation, of 255; without noise a drawing decodes faster than camera footage
 
 
 def write_clip(path: Path, total: int = TOTAL, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
-    """Encodes a drawn scene as H.264, a key frame a second, as fast as x264 can."""
+    """Encode a drawn scene as H.264 with a key frame per second, at x264's fastest preset."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -39,7 +39,7 @@ def write_images(folder: Path, total: int, size: tuple[int, int] = (HEIGHT, WIDT
 
 
 def draw(total: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """uint8 RGB frames [H, W, 3] of a scene with a camera's grain."""
+    """Yields frames of a scene with camera noise, uint8 RGB [H, W, 3]."""
     scene, noise = draw_scene("bench"), np.random.default_rng(0)
     grain = torch.from_numpy(noise.normal(0, _GRAIN, (8, *size, 1)).astype(np.float32))
     for i, moment in enumerate(frame_times(list(range(total)), total)):
@@ -49,7 +49,7 @@ def draw(total: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 class DecodedVideo(Video):
-    """A video whose wanted frames are in memory: reading them back copies nothing, as a whole or one by one."""
+    """A video whose frames are in memory; reading them makes no copy."""
 
     def __init__(self, video: Video, indices: list[int]) -> None:
         super().__init__(video.path)

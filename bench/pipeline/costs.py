@@ -1,7 +1,7 @@
 """FLOP and bytes of every stage, counted from shapes.
 
-FLOP are those of matrix products, two a multiply-add; of causal attention the half that is needed. Bytes are those
-that must move even if each stage were one kernel: its weights, what it reads and what it leaves, each once.
+FLOP are those of matrix products, two per multiply-add; of causal attention only the lower triangle. Bytes are those
+that must move if each stage were one kernel: its weights, inputs and outputs, each once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Job:
-    """One answer. config: a LlavaConfig. depths: encoder layers to run for each feature that is read. prompt: tokens
-    besides the video's, `after` of them behind it. itemsize: bytes of a weight."""
+    """One answer.
+
+    Attributes:
+        config: A LlavaConfig.
+        plan: The layout's.
+        frame_size: Height and width of a frame.
+        depths: Encoder layers to run for each feature that is read.
+        prompt: Tokens besides the video's, `after` of them after it.
+        new_tokens: Of the answer.
+        itemsize: Bytes of a weight.
+    """
 
     config: Any
     plan: Plan
@@ -48,8 +57,11 @@ class Job:
 
 
 def ours(job: Job) -> dict[str, Cost]:
-    """Each stage where only what is read is computed: the tower's first layers, one row of logits, and of the video's
-    last layer its keys and values."""
+    """The stages of our pipeline, which computes only what is used.
+
+    That is: the tower's first layers, one row of logits, and of the video's tokens in the last layer only keys and
+    values.
+    """
     stages = _stages(job, max(job.depths), len(job.depths), logits=1)
     prefill = stages["prefill"]
     stages["prefill"] = Cost(prefill.flop - unread(job.config.text_config, job.tokens - job.after), prefill.bytes)
@@ -57,7 +69,7 @@ def ours(job: Job) -> dict[str, Cost]:
 
 
 def plain(job: Job) -> dict[str, Cost]:
-    """Each stage of the plain pipeline: all of the tower, all its hidden states, all logits."""
+    """The stages of the plain pipeline: the whole tower, all its hidden states, all logits."""
     layers = job.config.vision_config.num_hidden_layers
     return _stages(job, layers, layers + 1, logits=job.tokens)
 
@@ -91,7 +103,7 @@ def tower(vision: Any, frames: int, depth: int, states: int, itemsize: int) -> C
 
 
 def tower_weights(vision: Any, depth: int) -> int:
-    """How many weights CLIP has up to `depth` layers, without the norm that comes after the last."""
+    """Number of CLIP's weights up to `depth` layers, without the final norm."""
     width, inner = vision.hidden_size, vision.intermediate_size
     embeddings = width * (_patch_values(vision) + 1 + _patches(vision) + 1) + 2 * width
     return embeddings + depth * (4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width)
@@ -110,7 +122,7 @@ def aggregate(plan: Plan, width: int, itemsize: int) -> Cost:
 
 
 def prefill(text: Any, tokens: int, logits: int, itemsize: int) -> Cost:
-    """The language model over a whole prompt, with logits for so many of its tokens."""
+    """The language model over a whole prompt, with `logits` rows of logits."""
     layers = mixture_of_depths(text, tokens, tokens, 0)
     flop = sum(layers.values()) + 2 * logits * text.vocab_size * text.hidden_size
     moved = tokens * (text.hidden_size + _cached(text)) + logits * text.vocab_size
@@ -118,8 +130,18 @@ def prefill(text: Any, tokens: int, logits: int, itemsize: int) -> Cost:
 
 
 def mixture_of_depths(text: Any, tokens: int, kept: int, mixed: int, scores: int = 0) -> dict[str, int]:
-    """FLOP of a prompt's hidden states where `mixed` of the layers compute on `kept` tokens, chosen for `scores` each:
-    of its matrix products with weights or for scores, and of causal attention."""
+    """FLOP of a prompt's hidden states if `mixed` of the layers run on `kept` tokens.
+
+    Args:
+        text: The language model's config.
+        tokens: Of the prompt.
+        kept: Tokens in a mixed layer.
+        mixed: Number of mixed layers.
+        scores: FLOP of a mixed layer's scores.
+
+    Returns:
+        FLOP of matrix products and of causal attention.
+    """
     layers = text.num_hidden_layers
     whole = layers - mixed
     rows = whole * tokens + mixed * kept
@@ -129,7 +151,7 @@ def mixture_of_depths(text: Any, tokens: int, kept: int, mixed: int, scores: int
 
 
 def score(text: Any, scorer: str, tokens: int, vision: int) -> int:
-    """FLOP of a layer's scores of `vision` of its tokens: of "attention", that which the last token pays, all keys."""
+    """FLOP of a layer's scores of `vision` tokens; "attention" is that of the last token over all keys."""
     heads = text.num_attention_heads * _head_dim(text)
     keys = text.num_key_value_heads * _head_dim(text)
     attention = 2 * text.hidden_size * (tokens * keys + heads) + 2 * tokens * heads
@@ -137,20 +159,20 @@ def score(text: Any, scorer: str, tokens: int, vision: int) -> int:
 
 
 def unread(text: Any, tokens: int) -> int:
-    """FLOP of the last layer behind the keys and values of a prompt's first tokens: attention and what comes after."""
+    """FLOP of the last layer for a prompt's first tokens, without their keys and values: attention and after."""
     heads = text.num_attention_heads * _head_dim(text)
     products = text.hidden_size * (heads + 3 * text.intermediate_size)
     return 2 * tokens * products + _attention(text, range(1, tokens + 1)) // text.num_hidden_layers
 
 
 def step(text: Any, context: int, itemsize: int) -> Cost:
-    """One token after context - 1 others: all weights, and their keys and values."""
+    """A decode step with a context of `context` tokens: all weights, and the cache."""
     flop = 2 * (_linear(text) + text.vocab_size * text.hidden_size) + _attention(text, [context])
     return Cost(flop, itemsize * (language_weights(text) + context * _cached(text)))
 
 
 def language_weights(text: Any) -> int:
-    """How many weights a Llama reads for a token: all but the other rows of its embeddings."""
+    """Number of weights that a Llama reads for a token: all but the unused rows of its embeddings."""
     norms = (2 * text.num_hidden_layers + 1) * text.hidden_size
     return _linear(text) + norms + text.vocab_size * text.hidden_size
 
@@ -166,7 +188,7 @@ def _attention(text: Any, contexts: Iterable[int]) -> int:
 
 
 def _cached(text: Any) -> int:
-    """Values of a token in the key/value cache."""
+    """Number of values of a token in the KV cache."""
     return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_dim(text)
 
 

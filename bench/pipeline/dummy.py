@@ -1,4 +1,4 @@
-"""Checkpoints of real shapes with random weights, drawn on the device: nothing is downloaded, nothing is stored."""
+"""Checkpoints of real shapes with random weights, drawn on the device; nothing is downloaded or stored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sfllava_fast.model.prompts import TEMPLATES
 from sfllava_fast.video.preprocess import CLIP_MEAN, CLIP_STD
 
 _CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)
-# name: (CLIP, Llama); tiny is for tests, small has about 100M weights
-_SHAPES = {
+# (CLIP, Llama) by name; tiny is for tests, small has about 100M weights
+SHAPES = {
     "tiny": (
         dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=112),
         dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1024),
@@ -42,7 +42,7 @@ _SHAPES = {
         ),
     ),
 }
-NAMES = tuple(_SHAPES)
+NAMES = tuple(SHAPES)
 _TEXT = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
 _SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 
@@ -50,12 +50,20 @@ _SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
 def dummy_checkpoint(
     name: str, device: str | torch.device | None, dtype: str | torch.dtype | None, attention: str = "auto"
 ) -> tuple[Checkpoint, nn.Module]:
-    """A checkpoint of these shapes as `load_checkpoint` gives it, and its vision tower before it was cut."""
+    """A random checkpoint.
+
+    Args:
+        name: One of NAMES.
+        device, dtype, attention: As in `load_checkpoint`.
+
+    Returns:
+        The checkpoint as `load_checkpoint` gives it, and its vision tower with all layers.
+    """
     loading.require_transformers()
     device = loading.choose_device(device)
     dtype = loading.choose_dtype(dtype, device, {})
     family = "chatml" if name == "34b" else "vicuna"
-    config = _config(name)
+    config = make_config(name)
     text = config.text_config
     chosen = resolve_attention(attention, device, dtype, text.hidden_size // text.num_attention_heads)
     context = loading.stretch_context(text)
@@ -66,7 +74,7 @@ def dummy_checkpoint(
     checkpoint = Checkpoint(
         f"{name} (random weights)",
         model,
-        _tokenizer(family),
+        make_tokenizer(family),
         None,
         _preprocessor(config.vision_config.image_size),
         chosen,
@@ -80,15 +88,15 @@ def dummy_checkpoint(
 
 
 def on_the_same_weights(module: Any) -> Any:
-    """A copy of a module whose parameters and buffers are the module's own."""
+    """A copy of a module that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
 
-def _config(name: str) -> Any:
+def make_config(name: str) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
-    vision, text = _SHAPES[name]
+    vision, text = SHAPES[name]
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(patch_size=14, **vision),
         text_config=LlamaConfig(**_TEXT | text),
@@ -99,10 +107,10 @@ def _config(name: str) -> Any:
 
 
 def dummy_decoder(shape: str | dict, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The language model alone, without a head: of one of NAMES, or a Llama of such a configuration."""
+    """A random language model without head. shape: one of NAMES, or the arguments of a LlamaConfig."""
     from transformers import LlamaConfig, LlamaModel
 
-    text = _SHAPES[shape][1] if isinstance(shape, str) else shape
+    text = SHAPES[shape][1] if isinstance(shape, str) else shape
     with torch.device(device):
         model = LlamaModel._from_config(LlamaConfig(**_TEXT | text), dtype=dtype, attn_implementation=attention)
     return _draw(model, device)
@@ -117,8 +125,10 @@ def _random_model(config: Any, device: torch.device, dtype: torch.dtype, attenti
 
 
 def _draw(model: nn.Module, device: torch.device) -> nn.Module:
-    """Random weights. What the model says should hang on what it sees: its embeddings are small beside what its layers
-    add to them, and its attention prefers a few of thousands of tokens."""
+    """Draw random weights with which the answer depends on video and question.
+
+    Embeddings are small relative to the layers' outputs, and attention concentrates on few of thousands of tokens.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -132,9 +142,8 @@ def _draw(model: nn.Module, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _tokenizer(family: str) -> Any:
-    """A byte-level tokenizer that knows the words of the published prompts: they get about as long as with a real one,
-    and whatever else is asked is spelled in bytes."""
+def make_tokenizer(family: str) -> Any:
+    """A byte-level tokenizer with the words of the published prompts, so that these have about their real length."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

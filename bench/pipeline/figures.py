@@ -1,4 +1,4 @@
-"""What a run comes to: times, costs, rates and bars as the JSON has them."""
+"""The figures of a run as the JSON has them: times, costs, rates and targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .costs import Cost, Job
 
 OURS, PLAIN = "ours", "plain"
 COMPILED = "torch.compile"  # of the plain aggregation alone
-# Ours decodes and preprocesses in the background: busy seconds there, and "wait" is what the tower waited for pixels.
+# Our pipeline decodes and preprocesses in the background; "wait" is the time that the tower waited for pixels.
 STAGES = ("preprocess", "vision", "projector", "aggregate", "prefill", "generate")
 TO_FIRST_TOKEN = ("decode", "wait", *STAGES[:-1])
 FROM_FRAMES, WITH_DECODING = "first token, from decoded frames", "first token, decoding included"
@@ -21,7 +21,7 @@ SECOND, STEP = "second question's first token", "decode step"
 
 @dataclass(frozen=True)
 class Bars:
-    """What is to be reached; None: nothing is asked. Ratios are plain's time over ours."""
+    """Targets; None for no target. Ratios are plain's time over ours."""
 
     from_frames: float | None = None
     with_decoding: float | None = None
@@ -33,13 +33,13 @@ class Bars:
     first_token_hoped_ms: float | None = None
 
 
-# By device (its folder in bench/results, any CPU as "cpu") and model, for the clip, frames and layout of the default.
+# By device (its folder in bench/results; "cpu" for any CPU) and model, for the default clip, frames and layout.
 BARS = {
     ("cpu", "embedded"): Bars(from_frames=2.5, with_decoding=1.6),
     ("cpu", "small"): Bars(five_questions=1.4),
     ("nvidia-h200", "7b"): Bars(
-        # To the first token bench/costs counts 70.4 TFLOP, 92 ms at a large product's 770 TFLOP/s: asked is 1.5 times
-        # that, hoped for 1.25.
+        # costs.py counts 70.4 TFLOP to the first token, 92 ms at a large product's 770 TFLOP/s. The target is 1.5 times
+        # that, the hope 1.25 times.
         first_token_ms=138,
         first_token_hoped_ms=115,
         second_share=0.1,
@@ -52,7 +52,7 @@ BARS = {
 
 @dataclass
 class Times:
-    """Seconds of each round; the same place in every list is the same round."""
+    """Seconds of each round, by pipeline and stage; equal positions are the same round."""
 
     stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     first: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -68,7 +68,16 @@ class Times:
 def figures(
     job: Job, steps: dict[str, int], times: Times, ceilings: Ceilings, memory: dict[str, dict], bars: Bars
 ) -> dict:
-    """The part of a result that is measured. steps: tokens by pipeline that the timed answer has after its first."""
+    """The measured part of a result.
+
+    Args:
+        job: The answer's shapes.
+        steps: By pipeline, the tokens of the timed answer after the first.
+        times: Of all rounds.
+        ceilings: The device's limits.
+        memory: As `PipelinePair.memory` gives it.
+        bars: Targets.
+    """
     counted = {
         OURS: costs.ours(replace(job, new_tokens=steps[OURS] + 1)),
         PLAIN: costs.plain(replace(job, new_tokens=steps[PLAIN] + 1)),
@@ -89,7 +98,7 @@ def figures(
 
 
 def _step(steps: dict[str, int], times: Times, counted: dict[str, dict[str, Cost]], copy: float) -> dict:
-    """The mean step of each answer; what it moves over the copy's bandwidth is its floor."""
+    """The mean decode step of each answer; its floor is the bytes moved over the copy's bandwidth."""
     seconds = {who: {STEP: [t / count for t in times.stages[who]["generate"]]} for who, count in steps.items()}
     totals = {who: counted[who]["generate"] for who in steps}
     mean = {who: {STEP: Cost(total.flop // steps[who], total.bytes // steps[who])} for who, total in totals.items()}
@@ -134,7 +143,7 @@ def _bar(ratio: float, bar: float | None = None) -> dict:
 
 
 def set_bars(works: dict[str, dict], bars: Bars, memory: dict[str, dict]) -> None:
-    """Puts in what is asked for; a limit becomes the ratio limit / measured, of which 1 is asked."""
+    """Add the targets; an upper limit becomes the ratio limit / measured with target 1."""
     against = f"{OURS}: {PLAIN}"
     works[FROM_FRAMES]["bars"][against]["bar"] = bars.from_frames
     works[WITH_DECODING]["bars"][against]["bar"] = bars.with_decoding

@@ -1,4 +1,4 @@
-"""A result of the pipeline as text and as a picture; the command behind `bench pipeline` and `sfllava-fast bench`."""
+"""`bench pipeline` and `sfllava-fast bench`: the command, its result as text and as a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .figures import COMPILED, FROM_FRAMES, OURS, PLAIN, SECOND, STEP, TO_FIRST_
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code 1 where answers differ, or a ratio misses the gate."""
+    """Run the benchmark; returns 1 if answers differ or a ratio misses the gate."""
     names = ("model", "config", "video", "frames", "layout", "rounds", "device", "dtype", "attention", "backend")
     settings = {name: getattr(args, name) for name in (*names, "new_tokens") if getattr(args, name) is not None}
     save = (lambda result: write_json(args.json, result)) if args.json else (lambda result: None)
@@ -110,7 +110,7 @@ def _bytes(count: int) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Writes a picture: each pipeline's stages to the first token, stacked."""
+    """Write a picture of each pipeline's stages to the first token."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -141,7 +141,7 @@ def _stacked(result: dict, who: str) -> dict[str, float]:
 
 
 def _overlapped(result: dict) -> dict[str, float]:
-    """Ours, whose decoding and preprocessing cost what the other stages leave of the time to the first token."""
+    """Our stages; decoding and preprocessing take the part of the time to the first token that the others do not."""
     widths = {
         stage: width for stage, width in _stacked(result, OURS).items() if stage not in ("decode", "preprocess", "wait")
     }

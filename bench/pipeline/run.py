@@ -1,7 +1,7 @@
 """The whole pipeline against the plain one: the same answers first, then paired rounds, stage by stage.
 
-Ours, the plain pipeline and the device's ceilings take turns in one process. What is measured is what `answer` and
-`open(...).ask(...)` say of themselves, so a caller sees the same figures.
+Ours, the plain pipeline and the device's ceilings are measured in turns in one process. The times are those that
+`answer` and `open(...).ask(...)` report to any caller.
 """
 
 from __future__ import annotations
@@ -39,13 +39,24 @@ from .dummy import NAMES, dummy_checkpoint
 from .figures import BARS, COMPILED, FROM_FRAMES, OURS, PLAIN, SECOND, STAGES, WITH_DECODING, Bars, Times, figures
 
 DEFAULT_FRAMES, DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, _QUESTIONS = 50, 32, 9, 3
-# Of 16-bit random weights many logits are nearly equal: so many units of the last place are a tie.
+# With random 16-bit weights many logits are nearly equal; a difference of this many units in the last place is a tie.
 _TIE_UNITS = 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. model: a checkpoint's directory or hub id; config: one of dummy.NAMES; neither: the embedded one."""
+    """The options of a run.
+
+    Attributes:
+        model: A checkpoint's directory or hub id; without model and config, the embedded model.
+        config: One of dummy.NAMES, for random weights.
+        video: A file or a folder of frames (default: a drawn clip).
+        questions: The first one is timed.
+        frames: To sample.
+        new_tokens: The longest answer.
+        layout, device, dtype, attention, backend: As in `SlowFastLlava.from_pretrained`.
+        rounds: Paired rounds.
+    """
 
     model: str | None = None
     config: str | None = None
@@ -74,7 +85,16 @@ class Settings:
 
 
 def run(settings: Settings, save: Callable[[dict], None] = lambda result: None, trace: Path | None = None) -> dict:
-    """Measures; where an answer differs from the plain pipeline's the result says so in "errors"."""
+    """Measure both pipelines.
+
+    Args:
+        settings: The options.
+        save: Gets the result after the comparison of answers and at the end.
+        trace: Write a profile of one answer there.
+
+    Returns:
+        The result; questions whose answers differ are in "errors".
+    """
     with _video(settings) as path:
         pair = PipelinePair.set_up(settings, path)
         result = {"kind": "pipeline", "machine": machine(pair.device.type), "settings": pair.describe()}
@@ -104,7 +124,7 @@ def _video(settings: Settings) -> Iterator[Path]:
 
 
 def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
-    """The checkpoint, and its vision tower before it was cut."""
+    """The checkpoint, and its vision tower with all layers."""
     if settings.config:
         return dummy_checkpoint(settings.config, settings.device, settings.dtype, settings.attention)
     name = settings.model or embedded.model_dir()
@@ -119,7 +139,7 @@ def load(settings: Settings) -> tuple[Checkpoint, nn.Module]:
 
 @dataclass
 class PipelinePair:
-    """Both pipelines on one device, the same video before them."""
+    """Both pipelines on one device, with the same video."""
 
     settings: Settings
     path: Path
@@ -143,7 +163,7 @@ class PipelinePair:
         decoded = clip.DecodedVideo(video, sample_frames(video.total, settings.frames))
         questions = settings.questions or tuple(embedded.sample_questions()[:_QUESTIONS])
         ceilings = Ceilings(ours.device, ours.dtype)
-        return cls(settings, path, ours, plain.stand_by(ours), decoded, questions, ceilings)
+        return cls(settings, path, ours, plain.use_settings_of(ours), decoded, questions, ceilings)
 
     @property
     def device(self) -> torch.device:
@@ -158,9 +178,9 @@ class PipelinePair:
         return sample_frames(self.decoded.total, self.settings.frames)
 
     def describe(self) -> dict:
-        """The settings as they turned out."""
+        """The settings with their defaults filled in, and what follows from them."""
         ours, plan = self.ours, self.job().plan
-        told = asdict(self.settings) | {
+        facts = asdict(self.settings) | {
             "model": self.settings.name,
             "config": None,
             "video": self.path.name,
@@ -173,7 +193,7 @@ class PipelinePair:
             "backend": ours.pipeline.encoder.backend,
         }
         size = list(self.decoded.size)
-        return told | {
+        return facts | {
             "frames": len(self.indices),
             "frame_size": size,
             "video_tokens": plan.offsets[-1],
@@ -192,15 +212,15 @@ class PipelinePair:
     # --- correctness
 
     def compare_answers(self) -> tuple[list[dict], dict[str, str]]:
-        """Every question's tokens by both; what differs, by question."""
+        """Both pipelines' tokens for every question, and the differences by question."""
         answers, errors = [], {}
         turns = self._ask_in_turn(self.questions)
         for number, question in enumerate(self.questions):
-            plain = self._ask_plain(question)
-            ours = {"a call of its own": self._ask_ours(question), "the video kept": turns[number]}
+            plain = self.ask_plain(question)
+            ours = {"a call of its own": self.ask_ours(question), "the video kept": turns[number]}
             ties = 0
             for how, answer in ours.items():
-                wrong, tied = self._difference(plain, answer.token_ids)
+                wrong, tied = self.difference(plain, answer.token_ids)
                 ties += tied
                 if wrong:
                     errors[f"{question} ({how})"] = wrong
@@ -209,8 +229,8 @@ class PipelinePair:
             answers.append({"question": question, "token_ids": plain.token_ids, "near_ties": ties})
         return answers, errors
 
-    def _difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
-        """What differs (None: nothing that counts), and how many tokens of random weights were ties."""
+    def difference(self, plain: PlainAnswer, ids: list[int]) -> tuple[str | None, int]:
+        """The difference, None if there is none that counts; and the number of near ties of random weights."""
         if ids == plain.token_ids:
             return None, 0
         if not ids:
@@ -224,12 +244,12 @@ class PipelinePair:
         pairs = enumerate(zip([*ids, None], [*plain.token_ids, None]))
         place, (our, their) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         gap = f", {short[place]:.1f} units of the last place below" if place < len(ids) else ""
-        return f"token {place} is {our}{gap}; the plain pipeline says {their}", 0
+        return f"token {place} is {our}{gap}; the plain pipeline has {their}", 0
 
     # --- times
 
     def rounds(self) -> Times:
-        """Who begins alternates; one more round before the first is warm-up."""
+        """Times of all rounds, after one of warm-up; the order alternates."""
         times, turns = Times(), [self._time_ours, self._time_plain]
         if self.compiled:
             turns.append(self._time_compiled)
@@ -242,16 +262,16 @@ class PipelinePair:
         return times
 
     def _time_ours(self, times: Times) -> None:
-        answer = self._ask_ours(self.questions[0])
+        answer = self.ask_ours(self.questions[0])
         times.add_stages(OURS, {stage: answer.seconds[stage] for stage in STAGES if stage in answer.seconds})
         times.add_first(OURS, FROM_FRAMES, answer.ttft)
-        answer = self._ask_ours(self.questions[0], self.path)
+        answer = self.ask_ours(self.questions[0], self.path)
         times.add_stages(OURS, {"decode": answer.seconds["decode"], "wait": answer.seconds["wait"]})
         times.add_first(OURS, WITH_DECODING, answer.ttft)
         times.add_first(OURS, SECOND, self._ask_in_turn((self.questions[0], self.questions[-1]))[1].ttft)
 
     def _time_plain(self, times: Times) -> None:
-        answer = self._ask_plain(self.questions[0], self.path)
+        answer = self.ask_plain(self.questions[0], self.path)
         times.add_stages(PLAIN, answer.seconds)
         times.add_first(PLAIN, WITH_DECODING, answer.ttft)
         times.add_first(PLAIN, FROM_FRAMES, answer.ttft - answer.seconds["decode"])
@@ -274,17 +294,17 @@ class PipelinePair:
             self.compiled()
         times.add_stages(COMPILED, seconds)
 
-    def _ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
+    def ask_ours(self, question: str, video: Video | Path | None = None) -> Answer:
         settings = self.settings
         return self.ours.answer(
             video or self.decoded, question, frames=settings.frames, max_new_tokens=settings.new_tokens
         )
 
-    def _ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
+    def ask_plain(self, question: str, video: Video | Path | None = None) -> PlainAnswer:
         return self.plain.answer(video or self.decoded, question, self.settings.frames, self.settings.new_tokens)
 
     def _ask_in_turn(self, questions: Sequence[str]) -> list[Answer]:
-        """Answers to questions about the video, which is opened once."""
+        """Answers to questions in one session."""
         session = self.ours.open(self.decoded, frames=self.settings.frames)
         try:
             return [session.ask(question, max_new_tokens=self.settings.new_tokens) for question in questions]
@@ -300,29 +320,30 @@ class PipelinePair:
     # --- memory, trace
 
     def memory(self) -> dict[str, dict[str, int | None]]:
-        """By pipeline: bytes of its weights, by how much a call grows, and on a GPU the peak of both together."""
+        """By pipeline, bytes of its weights, growth during a call, and on a GPU the peak of both."""
+        self.compiled = None  # its features would count as caches of ours
         question = self.questions[0]
         models = {OURS: self.ours.checkpoint.model, PLAIN: self.plain.model}
         weights = {who: memory.size(model.parameters()) for who, model in models.items()}
         grown = {
-            OURS: memory.growth(self.device, lambda: self._ask_ours(question)),
-            PLAIN: memory.growth(self.device, lambda: self._ask_plain(question)),
+            OURS: memory.growth(self.device, lambda: self.ask_ours(question)),
+            PLAIN: memory.growth(self.device, lambda: self.ask_plain(question)),
         }
         peaks = dict.fromkeys(models)
         if self.device.type == "cuda":
             both = memory.size([*models[OURS].parameters(), *models[PLAIN].parameters()])
-            others = torch.cuda.memory_allocated(self.device) - both  # ours but for its weights: caches it keeps
+            others = torch.cuda.memory_allocated(self.device) - both  # caches of our pipeline
             peaks = {who: weights[who] + grown[who] + (others if who == OURS else 0) for who in models}
         return {
             who: {"weights_bytes": weights[who], "growth_bytes": grown[who], "peak_bytes": peaks[who]} for who in models
         }
 
     def trace(self, path: Path) -> None:
-        """A profile of one of our answers, stages named, which Perfetto and chrome://tracing open."""
+        """Write a profile of one answer with named stages, for Perfetto or chrome://tracing."""
         from torch.profiler import ProfilerActivity, profile, record_function
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         with profile(activities=activities) as profiler, record_function("sfllava_fast.answer"):
-            self._ask_ours(self.questions[0])
+            self.ask_ours(self.questions[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))

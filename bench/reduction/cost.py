@@ -1,4 +1,4 @@
-"""Fewer vision tokens inside the language model: what a prefill takes, and the kernels that choose and move rows."""
+"""Cost of a prefill with fewer vision tokens in the language model, and of the kernels that choose and move rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .first_logits import FirstLogits
 from .mixture_prefill import BARS, MID_SIZE, PLAIN, RATIO, RATIOS, SWEPT, Mixed, MixturePrefill, shares
 from .row_kernels import OURS, TORCH
 
-# 16-bit products would be emulated on many a CPU.
+# float32 on a CPU: many emulate 16-bit products.
 PREFILLS = {
     "cpu": MixturePrefill("mid-size", MID_SIZE, torch.float32),
     "cuda": MixturePrefill("7b", "7b", torch.bfloat16),
@@ -26,7 +26,7 @@ QUESTIONS = {"cpu": FirstLogits("small", torch.float32), "cuda": FirstLogits("7b
 
 
 def run(device: str, rounds: int, only: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Every work chosen by `only`; `save` gets what there is after each."""
+    """Measure every work chosen by `only`; `save` gets the result after each."""
     works = PREFILLS[device], QUESTIONS[device], *row_kernels.WORKS
     return pairs.run("reduction", works, lambda work, *how: work.measure(*how), device, rounds, only, save)
 
@@ -86,9 +86,10 @@ def _kernels(works: dict[str, dict]) -> Table:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Writes a picture: a prefill's time, FLOP, cache and peak memory against the share of the tokens kept.
+    """Write a picture of a prefill's time, FLOP, cache and peak memory against the share of tokens kept.
 
-    ResultError where no prefill was measured.
+    Raises:
+        ResultError: The result has no prefill.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
@@ -101,7 +102,7 @@ def plot(result: dict, path: Path) -> None:
     for what, style in {"time": "o-", "FLOP": "s--", "cache": "^:"}.items():
         [line] = of_plain.plot(RATIOS, [shares(rows, contender)[what] for contender in swept], style, label=what)
         if (limit := BARS["cuda" if "gpu" in result["machine"] else "cpu"].get(what)) is not None:
-            of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"asked of {what}")
+            of_plain.plot(RATIO, limit, "_", ms=22, mew=2, color=line.get_color(), label=f"target for {what}")
     of_plain.set(ylabel="of the plain model's prefill", ylim=(0, None))
     for key, label in {"peak_bytes": "tensors at the peak of a prefill", "cache_bytes": "key/value cache"}.items():
         megabytes.plot(RATIOS, [rows[contender][key] / 1e6 for contender in swept], "o-", label=label)

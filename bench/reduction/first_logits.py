@@ -1,5 +1,7 @@
-"""A video prefilled and a first question, under each of the reductions: the plain model's logits where nothing is left
-out, then time and key/value cache."""
+"""Prefill of a video and the logits of a first question, with each reduction.
+
+Logits are checked first, with nothing left out; then time and KV cache are measured.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,18 @@ from .mixture_prefill import AFTER, BEFORE, PLAIN
 
 COMPRESSED = 4  # tokens
 REDUCTIONS = (None, "mixture:0.2:norm", "prune:0.2", "prune:0.2:attention", f"compress:{COMPRESSED}")
-_MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # other shapes, other roundings in every layer
-_SHORT = SlowFastLayout(2), 3, (6, 6)  # a layout, frames and grid whose masks are small
+_MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # relative; other shapes round differently in every layer
+_SHORT = SlowFastLayout(2), 3, (6, 6)  # layout, frames and grid with small masks
 
 
 @dataclass(frozen=True)
 class FirstLogits:
-    """SF-LLaVA's prompt in two parts: the video with the text before it, the text behind it, of which the last token
-    has its logits. shape: one of dummy.NAMES."""
+    """SF-LLaVA's prompt in two parts: the text before the video with the video, and the question with its logits.
+
+    Attributes:
+        shape: One of dummy.NAMES.
+        dtype: Of the weights.
+    """
 
     shape: str
     dtype: torch.dtype
@@ -50,14 +56,14 @@ class FirstLogits:
             for reduction in REDUCTIONS
         }
         held = {name: call()[1].nbytes for name, call in calls.items()}
-        timer = CpuTimer(warm_up=0) if isinstance(timer, CpuTimer) else timer  # that was it
+        timer = CpuTimer(warm_up=0) if isinstance(timer, CpuTimer) else timer  # the calls above were the warm-up
         times = timer.times({name: Sample(call) for name, call in calls.items()}, rounds)
         rows = {name: row | {"cache_bytes": held[name]} for name, row in paired_rows(times, PLAIN).items()}
         return {"tokens": place.token_offsets[-1] + AFTER, "providers": rows, "best_peer": PLAIN, "bars": {}}
 
 
 def ask(prefilling: Prefilling, video: Tensor, question: Tensor, place: Place) -> tuple[Tensor, KvCache]:
-    """Logits [1, V] behind a question, and the cache."""
+    """Logits [1, V] after a question, and the cache."""
     chosen = prefilling.choose(video, place)
     places = prefilling.length(video.shape[1]) + question.shape[1]
     cache = prefilling.language.new_cache(1, places, chosen.skipped)
@@ -75,7 +81,7 @@ def _prompt(checkpoint: Checkpoint, layout: SlowFastLayout, frames: int, grid: t
 
 
 def _prefilling(checkpoint: Checkpoint, reduction: str | None) -> Prefilling:
-    """On the checkpoint's weights, of modules of its own."""
+    """A prefilling on modules of its own that share the checkpoint's weights."""
     model = on_the_same_weights(checkpoint.model)
     settings = _compression(checkpoint) if reduction == REDUCTIONS[-1] else reduction
     return make_prefilling(settings, LanguageModel(model, checkpoint.attention), model, checkpoint.context)
@@ -87,8 +93,10 @@ def _compression(checkpoint: Checkpoint) -> Compression:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """AssertionError where, about a short video, logits differ from the stock model's: with nothing left out, or, under
-    compression, with a mask."""
+    """AssertionError if logits on a short video differ from the stock model's.
+
+    Nothing is left out; for compression, the stock model gets a mask.
+    """
     video, question, place = _prompt(checkpoint, *_SHORT)
     whole = torch.cat([video, question], dim=1)
     spans = [(place.start, place.token_offsets[-1])]

@@ -1,5 +1,7 @@
-"""Mixture of depths against the plain model, by the share of vision tokens kept: the same hidden states first, then
-time, FLOP, key/value cache and peak memory of a prefill."""
+"""Prefill of a mixture of depths against the plain model, by the share of vision tokens kept.
+
+Hidden states are checked first; then time, FLOP, KV cache and peak memory are measured.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,9 @@ from ..pipeline.dummy import dummy_decoder, on_the_same_weights
 
 PLAIN, SWEPT, OTHERS = "plain", "learned", ("norm", "text", "attention")
 RATIOS, RATIO = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1), 0.2
-# Of the plain model's, at RATIO in every other layer: asked of every scorer, by device.
+# Targets by device, as shares of the plain model's, for every scorer at RATIO in every other layer.
 BARS = {device: {"time": time, "FLOP": 0.65, "peak memory": 0.8} for device, time in (("cpu", 0.75), ("cuda", 0.7))}
-FRAMES, GRID, BEFORE, AFTER = 50, (24, 24), 35, 25  # the text of a published prompt, before and behind the video
+FRAMES, GRID, BEFORE, AFTER = 50, (24, 24), 35, 25  # BEFORE, AFTER: the text of a published prompt around the video
 MID_SIZE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16, vocab_size=64)
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -39,7 +41,7 @@ Forward = Callable[[], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Mixed:
-    """A share of the vision tokens in every other layer, by a scorer."""
+    """A mixture of depths: a share of the vision tokens in every other layer, chosen by a scorer."""
 
     scorer: str
     ratio: float
@@ -48,7 +50,7 @@ class Mixed:
         return f"{self.scorer} {self.ratio}"
 
     def wrap(self, decoder: nn.Module) -> tuple[nn.Module, MixtureOfDepths]:
-        """A mixed decoder on the weights of this one, and its mixture."""
+        """A mixed decoder that shares the weights of this one, and its mixture."""
         decoder = on_the_same_weights(decoder)
         torch.manual_seed(0)
         return decoder, MixtureOfDepths(decoder, self.ratio, self.scorer).to(decoder.device)
@@ -59,7 +61,7 @@ MIXED = (*(Mixed(SWEPT, ratio) for ratio in RATIOS), *(Mixed(scorer, RATIO) for 
 
 @dataclass(frozen=True)
 class MixturePrefill:
-    """Prefills of SF-LLaVA's prompt. shape: as `dummy_decoder` takes it."""
+    """Prefills of SF-LLaVA's prompt; shape as in `dummy_decoder`."""
 
     name: str
     shape: str | dict
@@ -78,7 +80,7 @@ class MixturePrefill:
         calls = {PLAIN: partial(prefill, decoder, embeds)}
         calls |= {str(mixed): partial(prefill_mixed, *pair, embeds, frames) for mixed, pair in wrapped.items()}
         held = _check(decoder, embeds, frames, wrapped, calls)
-        # What the check ran was the warm-up; a call takes seconds, so that one is a sample.
+        # The check was the warm-up; a call takes seconds, so that one call is a sample.
         timer = CpuTimer(warm_up=0) if isinstance(timer, CpuTimer) else timer
         times = timer.times({name: Sample(call) for name, call in calls.items()}, rounds)
         counted = {str(mixed): flop(decoder.config, mixed, frames, embeds.shape[1]) for mixed in MIXED}
@@ -97,7 +99,7 @@ class MixturePrefill:
 
 
 def prefill(decoder: nn.Module, embeds: Tensor) -> tuple[Tensor, Any]:
-    """Hidden states [1, S, D], and a key/value cache that holds what the layers computed on."""
+    """Hidden states [1, S, D] and the KV cache."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=decoder.config)
@@ -121,7 +123,7 @@ def flop(text: Any, mixed: Mixed, frames: Sequence[int], tokens: int) -> dict[st
 
 
 def shares(rows: dict[str, dict], name: str) -> dict[str, float]:
-    """What a contender takes of what the plain model takes."""
+    """Time, FLOP, cache and peak memory as shares of the plain model's."""
     plain, row = rows[PLAIN], rows[name]
     return {
         "time": row["ratio"],
@@ -132,7 +134,7 @@ def shares(rows: dict[str, dict], name: str) -> dict[str, float]:
 
 
 def bars(rows: dict[str, dict], limits: dict[str, float]) -> dict[str, dict]:
-    """Limits as ratios limit / measured, of which 1 is asked."""
+    """Upper limits as ratios limit / measured with target 1."""
     return {
         f"{name}: {limits[what]:g} of {PLAIN}'s {what}": {"bar": 1.0, "ratio": limits[what] / share}
         for name in rows
@@ -142,14 +144,14 @@ def bars(rows: dict[str, dict], limits: dict[str, float]) -> dict[str, dict]:
     }
 
 
-# --- what must hold before anything is timed
+# --- checks before timing
 
 
 def _check(
     decoder: nn.Module, embeds: Tensor, frames: Sequence[int], wrapped: dict, calls: dict[str, Forward]
 ) -> dict[str, dict]:
-    """Bytes of the cache, and of the most that a call takes, by name; AssertionError where hidden states are wrong."""
-    prefill(decoder, embeds[:, :AFTER])  # whatever is made once
+    """Bytes of the cache and of a call's peak, by name; AssertionError if hidden states are wrong."""
+    prefill(decoder, embeds[:, :AFTER])  # warm-up
     plain, held = _held(calls[PLAIN], embeds.device)
     found = {PLAIN: held}
     for mixed, (_, mixture) in wrapped.items():
@@ -157,7 +159,7 @@ def _check(
         if mixed.ratio == 1 and not torch.equal(hidden, plain):
             raise AssertionError(f"{mixed} differs from the plain model")
         if mixed.ratio == RATIO:
-            close, expected = _CLOSE[embeds.dtype], by_hand(decoder, mixture, RATIO, embeds, frames)
+            close, expected = _CLOSE[embeds.dtype], reference_hidden(decoder, mixture, RATIO, embeds, frames)
             torch.testing.assert_close(hidden, expected, rtol=close, atol=close)
     return found
 
@@ -170,11 +172,14 @@ def _held(call: Forward, device: torch.device) -> tuple[Tensor, dict[str, int]]:
     return hidden, {"cache_bytes": held, "peak_bytes": peak}
 
 
-def by_hand(
+def reference_hidden(
     decoder: nn.Module, mixture: MixtureOfDepths, ratio: float, embeds: Tensor, frames: Sequence[int]
 ) -> Tensor:
-    """The hidden states of a mixed decoder from the plain one: of each frame the best by sorting in Python, the plain
-    layer on them and on the text, at their positions."""
+    """Hidden states of a mixed decoder, computed with the plain one.
+
+    In each mixed layer the best tokens of each frame are found by sorting in Python, and the plain layer runs on them
+    and on the text, at their positions.
+    """
     tokens, hidden = embeds.shape[1], embeds
     cos, sin = decoder.rotary_emb(hidden, torch.arange(tokens, device=hidden.device)[None])
     for number, layer in enumerate(decoder.layers):
@@ -193,9 +198,9 @@ def by_hand(
     return decoder.norm(hidden)
 
 
-# --- where the time goes
+# --- time by part
 
-# Of each part, how its operators' names begin.
+# Prefixes of the operators of each part.
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": tuple(f"aten::_{name}" for name in ("scaled_dot", "flash_att", "efficient_att", "cudnn_att")),
@@ -204,7 +209,7 @@ _PARTS = {
 
 
 def parts(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Milliseconds of a call by part; on a GPU, kernels that are no operator of PyTorch's are among the rest."""
+    """Milliseconds of a call by part; on a GPU, kernels that are not PyTorch operators count as rest."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:
         start = time.perf_counter()

@@ -1,12 +1,12 @@
-"""How right the embedded model is when fewer of a video's tokens go into its language model.
+"""Accuracy of the embedded model with fewer video tokens in its language model.
 
-Drawn clips that training never saw, 16 questions each; an answer is right where every token of it is the most likely
-one, which is what greedy decoding would say. Nothing was trained for it: the model has only ever seen all its tokens.
+The clips are drawn and were not in the training data; each has 16 questions. An answer is right if each of its tokens
+is the most likely one, which is what greedy decoding gives. The model was trained with all tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,11 @@ from ..harness.tables import make_table, show_machine
 
 KEPT = (144, 96, 64, 48, 32, 16, 8)
 RANDOM, IN_PLACE = "random", "question, in place"
-_IN_PLACE_LAYERS = 2  # FastV's K: they run on every token
+_IN_PLACE_LAYERS = 2  # FastV's K: the layers before pruning
 _CHOSEN_BY = {
     "similarity": "similarity between frames",
     "question": "attention from the question",
-    IN_PLACE: "the same, pruned behind layer 2 (FastV)",
+    IN_PLACE: "the same, pruned after layer 2 (FastV)",
     "attention": "attention from the video's last tokens",
     "norm": "norm",
     RANDOM: "random",
@@ -40,7 +40,15 @@ _CHOSEN_BY = {
 
 
 class ExamClip(NamedTuple):
-    """tokens: [S, D]. ids, targets: [Q, L], questions with their answers, and what is to come next in answers."""
+    """A clip and its questions.
+
+    Attributes:
+        number: Of the clip.
+        tokens: [S, D].
+        ids: Questions with their answers, [Q, L].
+        targets: The next token within answers, else IGNORE, [Q, L].
+        types: Indices of the questions' types, [Q].
+    """
 
     number: int
     tokens: Tensor
@@ -49,12 +57,12 @@ class ExamClip(NamedTuple):
     types: Tensor
 
     def questions(self) -> list[Tensor]:
-        """Ids of each question up to where its answer begins."""
+        """Ids of each question up to its answer."""
         return [row[: int((target != IGNORE).int().argmax()) + 1] for row, target in zip(self.ids, self.targets)]
 
 
-class Examinee:
-    """The embedded model, asked about clips of which it sees some tokens."""
+class PrunedModel:
+    """The embedded model, evaluated on clips with some of their tokens."""
 
     def __init__(self) -> None:
         self.model = SlowFastLlava.from_pretrained()
@@ -70,8 +78,8 @@ class Examinee:
         return ExamClip(number, tokens, batch.ids[0], batch.targets[0], batch.types[0])
 
     def scores(self, clip: ExamClip, scorer: str) -> Tensor:
-        """Of each token [S]; [Q, S] where questions differ."""
-        if scorer == RANDOM:  # other tokens of every clip
+        """Scores of the tokens, [S], or [Q, S] if they depend on the question."""
+        if scorer == RANDOM:  # different for every clip
             return torch.rand(len(clip.tokens), generator=torch.Generator().manual_seed(clip.number))
         pruning = Pruning(1, scorer)
         asked = [self.decoder.embed_tokens(ids) for ids in clip.questions()] if pruning.needs_question else [None]
@@ -79,7 +87,7 @@ class Examinee:
         return torch.stack(each) if pruning.needs_question else each[0]
 
     def answer(self, clip: ExamClip, kept: Tensor) -> Tensor:
-        """Which questions are answered right, bool [Q], where tokens `kept`, [k] or [Q, k], go in."""
+        """Whether each question is answered right, bool [Q], with the tokens `kept`, [k] or [Q, k]."""
         count, start = len(clip.ids), len(self.before)
         kept = kept.expand(count if kept.dim() == 2 else 1, -1)
         positions = torch.cat([torch.arange(start).expand(len(kept), -1), start + kept], dim=1)
@@ -88,12 +96,12 @@ class Examinee:
         held = cache_argument(self.decoder, cache)
         self.decoder(inputs_embeds=embeds, position_ids=positions, use_cache=True, **held)
         cache.batch_repeat_interleave(count // len(kept))
-        behind = start + len(clip.tokens) + torch.arange(clip.ids.shape[1]).expand(count, -1)
-        hidden = self.decoder(input_ids=clip.ids, position_ids=behind, use_cache=True, **held)
+        positions_after = start + len(clip.tokens) + torch.arange(clip.ids.shape[1]).expand(count, -1)
+        hidden = self.decoder(input_ids=clip.ids, position_ids=positions_after, use_cache=True, **held)
         return self._is_right(clip, hidden.last_hidden_state)
 
     def enter(self, clip: ExamClip) -> tuple[Tensor, Tensor, Tensor]:
-        """What enters the first layer that is pruned in place [Q, n, D], and its rotary cos and sin."""
+        """The input [Q, n, D] of the first layer after pruning in place, and its rotary cos and sin."""
         visual = torch.cat([self.before, clip.tokens]).expand(len(clip.ids), -1, -1)
         embeds = torch.cat([visual, self.decoder.embed_tokens(clip.ids)], dim=1)
         entered = layer_input(self.decoder, embeds, len(self.before), visual.shape[1], _IN_PLACE_LAYERS)
@@ -101,7 +109,7 @@ class Examinee:
         return entered.hidden, *turns
 
     def answer_in_place(self, clip: ExamClip, entered: tuple[Tensor, Tensor, Tensor], kept: Tensor) -> Tensor:
-        """The same, where all tokens went through the first layers (FastV, arXiv 2403.06764)."""
+        """As `answer`, but pruned after the first layers (FastV, arXiv 2403.06764)."""
         start, text = len(self.before), clip.ids.shape[1]
         stays = torch.ones(entered[0].shape[:2], dtype=torch.bool)
         stays[:, start:-text] = False
@@ -120,15 +128,15 @@ def run(clips: int, save: Callable[[dict], None]) -> dict:
     """Every scorer at every number of tokens kept; `save` gets the result after each clip."""
     if clips < 1:
         raise ResultError(f"{clips} clips ask nothing: give --clips 1 or more")
-    examinee = Examinee()
-    total = examinee.plan.tokens["total"]
+    model = PrunedModel()
+    total = model.plan.tokens["total"]
     result = {"kind": "pruning", "machine": machine("cpu"), "clips": 0, "tokens": total, "asked": [0] * len(TYPES)}
     result |= {"types": TYPES, "works": {}, "errors": {}}
     for number in progress(range(clips)):
-        clip = examinee.draw(number)
+        clip = model.draw(number)
         result["clips"] += 1
         result["asked"] = (torch.tensor(result["asked"]) + clip.types.bincount(minlength=len(TYPES))).tolist()
-        for name, kept, right in _examine(examinee, clip):
+        for name, kept, right in _examine(model, clip):
             rows = result["works"].setdefault(name, {"bars": {}, "providers": {}})["providers"]
             row = rows.setdefault(str(kept), {"right": [0] * len(TYPES)})
             row["right"] = (torch.tensor(row["right"]) + clip.types[right].bincount(minlength=len(TYPES))).tolist()
@@ -137,17 +145,17 @@ def run(clips: int, save: Callable[[dict], None]) -> dict:
     return result
 
 
-def _examine(examinee: Examinee, clip: ExamClip):
-    """(scorer, how many are kept, which questions are answered right)."""
-    yield "all", len(clip.tokens), examinee.answer(clip, torch.arange(len(clip.tokens)))
-    entered = examinee.enter(clip)
+def _examine(model: PrunedModel, clip: ExamClip) -> Iterator[tuple[str, int, Tensor]]:
+    """Yields (scorer, number of tokens kept, which questions are answered right)."""
+    yield "all", len(clip.tokens), model.answer(clip, torch.arange(len(clip.tokens)))
+    entered = model.enter(clip)
     for scorer in (*SCORERS, RANDOM):
-        scores = examinee.scores(clip, scorer)
+        scores = model.scores(clip, scorer)
         for count in KEPT:
             kept = prune_tokens(clip.tokens.expand(*scores.shape[:-1], -1, -1), scores, count).kept
-            yield scorer, count, examinee.answer(clip, kept)
+            yield scorer, count, model.answer(clip, kept)
             if scorer == "question":
-                yield IN_PLACE, count, examinee.answer_in_place(clip, entered, kept)
+                yield IN_PLACE, count, model.answer_in_place(clip, entered, kept)
 
 
 def show(result: dict, console: Console) -> None:
@@ -166,7 +174,7 @@ def _percent(row: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Writes a picture: per cent right against tokens kept."""
+    """Write a picture of accuracy against tokens kept."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The kernels under the reductions against PyTorch's own operators: the same results first, then paired times."""
+"""The kernels of the reductions against PyTorch's operators: results are checked first, then paired times."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..harness.timers import CpuTimer, CudaTimer, paired_rows
 
 OURS, TORCH = "ours", "torch"
 WIDTH, HEADS, QUERIES, RATIO = 4096, 32, 32, 0.2
-_ROUNDS = 3  # for one of the prefills': these take milliseconds
+_ROUNDS = 3  # per round of a prefill: these calls take milliseconds
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # PyTorch's logits are rounded to the keys' dtype
 
 
 @dataclass(frozen=True)
 class RowKernel:
-    """One of `reduction.rows` on SF-LLaVA's 3680 vision tokens, of a 7B model's width."""
+    """An op of `sfllava_fast.ops.rows` on SF-LLaVA's 3680 vision tokens with a 7B model's width."""
 
     name: str
     dtype: torch.dtype
@@ -51,7 +51,7 @@ def _frames() -> tuple[int, ...]:
     return token_frames(SlowFastLayout().plan(50, (24, 24)))
 
 
-# Each gives our call and PyTorch's. make: draws a tensor of a shape.
+# Each returns our call and PyTorch's. make: draws a tensor with a shape.
 
 
 def _top(make: Callable[..., Tensor], frames: Sequence[int]) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

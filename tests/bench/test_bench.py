@@ -495,7 +495,7 @@ def test_no_time_left_is_a_failure(tmp_path):
 def parsed(step):
     """The arguments of a step that is a command of ours, under whatever tool it runs."""
     place = next((i for i in range(len(step.command)) if step.command[i : i + 3] == gpu.BENCH), None)
-    return None if place is None else cli._parser().parse_args(step.command[place + 3 :])
+    return None if place is None else cli.make_parser().parse_args(step.command[place + 3 :])
 
 
 def check_steps(found, folder, most_seconds):
@@ -532,7 +532,7 @@ def test_the_steps_of_the_pipeline(tmp_path):
 def test_libraries_that_were_not_carried_are_built_first(tmp_path, monkeypatch):
     pretend_a_device(monkeypatch.setattr)
     monkeypatch.setattr(carried, "why_not", lambda arch: "nothing was built beforehand")
-    monkeypatch.setattr(gpu, "run_steps", lambda steps, file, seconds, told: (steps, file, seconds, told))
+    monkeypatch.setattr(gpu, "run_steps", lambda steps, file, seconds, known: (steps, file, seconds, known))
     steps, file, seconds, told = gpu.run(tmp_path, "op", 300)
     assert steps[0].name == "build first" and parsed(steps[0]).install and parsed(steps[0]).arch == "90"
     assert file == tmp_path / "rehearsal/op-steps.json" and 290 < seconds < 300
@@ -579,7 +579,7 @@ def test_a_sanitizer_that_refuses_is_told_from_one_that_finds(tmp_path):
 def test_the_reports_names_are_those_of_pytest(tmp_path):
     """What `why_no_proof` looks for is in the names that pytest gives the GPU tests."""
     report = tmp_path / "tests.xml"
-    command = [*gpu._pytest(0), "tests/ops/test_gpu.py", "-k", "test_no_channels", f"--junitxml={report}"]
+    command = [*gpu.pytest_command(0), "tests/ops/test_gpu.py", "-k", "test_no_channels", f"--junitxml={report}"]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert ended.returncode in (0, 5)
     assert "test_no_channels[cuda]" in report.read_text()
@@ -624,7 +624,7 @@ def test_a_sweep_ends_in_the_best_of_each_direction(rehearsed, tmp_path, monkeyp
 
     def run(variant, work, features, tokens, gradient):
         right(variant, work, features, tokens, gradient)
-        if variant.tuning in [tune._changed(base, spoiled) for base in tune.defaults().values()]:
+        if variant.tuning in [tune.changed(base, spoiled) for base in tune.defaults().values()]:
             (tokens if gradient is None else gradient).view(torch.int16)[0, 0] += 1
 
     monkeypatch.setattr(tune.Variant, "run", run)
@@ -634,9 +634,9 @@ def test_a_sweep_ends_in_the_best_of_each_direction(rehearsed, tmp_path, monkeyp
     assert list(result["works"]) == [str(work) for work in works.MAIN] and not result["errors"]
     for work in works.MAIN:
         figures, base = result["works"][str(work)], tune.defaults()[tune.direction_of(work)]
-        wrong = f"cuda {tune._changed(base, spoiled)}"
+        wrong = f"cuda {tune.changed(base, spoiled)}"
         assert set(figures["wrong"]) == {wrong} and wrong not in figures["providers"]
-        timed = {f"cuda {base}", f"cuda {tune._changed(base, slow)}", "copy_", "copy kernel"}
+        timed = {f"cuda {base}", f"cuda {tune.changed(base, slow)}", "copy_", "copy kernel"}
         assert timed <= figures["providers"].keys()
         assert figures["best"]["cuda"] in figures["providers"]
     assert all(found["cuda"].startswith("cuda {") for found in result["best"].values())
@@ -832,7 +832,7 @@ def test_drop_ins_of_other_tokens_are_not_timed(small_dropins, monkeypatch, caps
 
 @pytest.fixture
 def small_layouts(monkeypatch):
-    monkeypatch.setattr(layouts, "_CHANNELS", {"after": 8, "before": 4})
+    monkeypatch.setattr(layouts, "CHANNELS", {"after": 8, "before": 4})
 
 
 def test_layouts_are_measured_after_their_tokens(small_layouts, tmp_path, monkeypatch, capsys):
@@ -849,7 +849,7 @@ def test_layouts_are_measured_after_their_tokens(small_layouts, tmp_path, monkey
 
 def test_layouts_on_a_gpu_go_round_the_cache_in_a_graph(small_layouts):
     fake, work = FakeCuda(l2=1 << 20), layouts.WORKS[0]
-    figures = layouts._measure(work, "cpu", timers.CudaTimer(fake), 3)
+    figures = layouts.measure(work, "cpu", timers.CudaTimer(fake), 3)
     assert timers.CudaTimer(fake).sets(figures["bytes"]) > 2
     assert fake.log.count("replay") == 2 + 2 * 3  # each form once when it was captured, then in every round
 
@@ -883,5 +883,5 @@ def test_a_stream_without_quarters_is_refused(monkeypatch, capsys):
 
 
 def test_what_grows_is_not_flat():
-    assert stream._flatness(np.full(8, 2.0)) == 1.0
-    assert stream._flatness(np.arange(1.0, 9.0)) == 3.5 / 7.5
+    assert stream.flatness(np.full(8, 2.0)) == 1.0
+    assert stream.flatness(np.arange(1.0, 9.0)) == 3.5 / 7.5

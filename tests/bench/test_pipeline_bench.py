@@ -131,7 +131,7 @@ def language_flop(model, **inputs):
 def test_flop_and_weights_of_the_language_model(kv_heads, logits):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    text = LlamaConfig(**dummy._SHAPES["tiny"][1] | {"num_key_value_heads": kv_heads}, attn_implementation="eager")
+    text = LlamaConfig(**dummy.SHAPES["tiny"][1] | {"num_key_value_heads": kv_heads}, attn_implementation="eager")
     model, tokens = LlamaForCausalLM(text).eval(), 20
     linear, attention = language_flop(model, inputs_embeds=torch.zeros(1, tokens, 64), logits_to_keep=logits)
     cost = costs.prefill(text, tokens, logits or tokens, 4)
@@ -166,7 +166,7 @@ def test_flop_that_a_videos_prefill_leaves_out(eager):
 
 def test_costs_of_the_issues_7b_by_the_known_figures():
     """About 19 TFLOP of CLIP, 1.2 of projector, 50 of prefill; the aggregator moves 266 MB."""
-    config = dummy._config("7b")
+    config = dummy.make_config("7b")
     job = costs.Job(config, SlowFastLayout().plan(50, (24, 24)), (720, 1280), (23,), 60, 40, 3, 2)
     ours, plain = costs.ours(job), costs.plain(job)
     assert list(ours) == list(plain) == list(STAGES)
@@ -191,9 +191,9 @@ def test_dummies_have_the_real_shapes(name, billions, family):
     from transformers import LlavaNextForConditionalGeneration
 
     with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(dummy._config(name))
+        model = LlavaNextForConditionalGeneration(dummy.make_config(name))
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
-    tokenizer = dummy._tokenizer(family)
+    tokenizer = dummy.make_tokenizer(family)
     prompt = prompts.build_prompt("What happens?", tokenizer, family)
     assert prompts.prompt_family("llama", None, tokenizer.get_vocab()) == family
     assert 40 < len(prompt) < 100 and (prompt.before[0] == 1) == (family == "vicuna")
@@ -203,10 +203,10 @@ def test_dummies_have_the_real_shapes(name, billions, family):
 
 def test_a_dummys_answer_hangs_on_question_and_video(pair, monkeypatch):
     """Else equal tokens would show nothing."""
-    answers = [pair._ask_plain(question).token_ids for question in pair.questions]
+    answers = [pair.ask_plain(question).token_ids for question in pair.questions]
     right = pair.plain.aggregate
     monkeypatch.setattr(pair.plain, "aggregate", lambda features: right(features.roll(1, 0)))
-    answers += [pair._ask_plain(question).token_ids for question in pair.questions]
+    answers += [pair.ask_plain(question).token_ids for question in pair.questions]
     assert len({tuple(ids) for ids in answers}) == 6 and all(len(set(ids)) > 2 for ids in answers)
 
 
@@ -232,7 +232,7 @@ def test_a_checkpoints_whole_tower_is_loaded_for_the_plain_pipeline(tmp_path, se
 
 
 def test_the_plain_pipeline_says_what_stock_generate_says(pair):
-    answer = pair._ask_plain("What is it?")
+    answer = pair.ask_plain("What is it?")
     mask = torch.ones(answer.embeds.shape[:2], dtype=torch.long)
     stock = pair.plain.model.generate(
         inputs_embeds=answer.embeds, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
@@ -244,9 +244,9 @@ def test_the_plain_pipeline_says_what_stock_generate_says(pair):
 
 
 def test_the_plain_pipeline_stops_where_ours_does(pair, monkeypatch):
-    ids = pair._ask_plain("What is it?").token_ids
+    ids = pair.ask_plain("What is it?").token_ids
     monkeypatch.setattr(pair.ours.pipeline.prompts, "stop_ids", frozenset({ids[2]}))
-    assert pair._ask_plain("What is it?").token_ids == ids[: ids.index(ids[2]) + 1]
+    assert pair.ask_plain("What is it?").token_ids == ids[: ids.index(ids[2]) + 1]
 
 
 def test_the_plain_stages_compute_what_ours_do(pair):
@@ -267,7 +267,7 @@ def test_the_plain_tower_runs_whole_on_all_frames_at_once(pair):
     seen = []
     layers = core(pair.plain.model.model.vision_tower).encoder.layers
     handle = layers[-1].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    pair._ask_plain("What is it?")
+    pair.ask_plain("What is it?")
     handle.remove()
     assert seen == [FRAMES]
 
@@ -355,11 +355,11 @@ def test_near_ties_count_only_for_random_weights_of_16_bits(pair, settings, monk
         logits[0, 7] = 4 - gap
         baseline = SimpleNamespace(logits=lambda answer, ids: logits, ends=lambda ids, most: len(ids) == new_tokens)
         own = replace(pair, ours=options.get("ours", ours), plain=baseline, settings=options.get("settings", settings))
-        return own._difference(plain, ids)
+        return own.difference(plain, ids)
 
     assert difference([5, 6], 0) == (None, 0)
     assert difference([7, 6], 0.1) == (None, 1)
-    wrong = "token 0 is 7, 64.0 units of the last place below; the plain pipeline says 5"
+    wrong = "token 0 is 7, 64.0 units of the last place below; the plain pipeline has 5"
     assert difference([7, 6], 2.0) == (wrong, 0)
     assert difference([7], 0.1)[0]  # an answer that stops too early is no tie
     assert difference([7, 6], 0.1, ours=SimpleNamespace(dtype=torch.float32))[0]

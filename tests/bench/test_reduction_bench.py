@@ -86,7 +86,7 @@ def test_flop_by_torchs_own_counter(mixed, kv_heads):
 def test_the_flop_asked_for_is_a_matter_of_shapes(monkeypatch):
     """SF-LLaVA's prompt in the shapes that are measured, by every scorer: FLOP over those of the plain model."""
     for work in (cost.PREFILLS["cpu"], cost.PREFILLS["cuda"]):
-        text = LlamaConfig(**work.shape if isinstance(work.shape, dict) else dummy._SHAPES[work.shape][1])
+        text = LlamaConfig(**work.shape if isinstance(work.shape, dict) else dummy.SHAPES[work.shape][1])
         frames = token_frames(SlowFastLayout().plan(50, (24, 24)), 35)
         tokens = frames[-1] + 25
         assert tokens == 3740 and frames[-1] - frames[0] == 3680
@@ -202,8 +202,8 @@ def test_the_work_on_a_gpus_clock(tiny, monkeypatch):
 
 def test_on_a_gpu_it_is_a_step_of_the_pipelines_part(tmp_path):
     found = {step.name: step for step in gpu.PARTS["pipeline"](tmp_path, "90", 4)}["reduction"]
-    args = cli._parser().parse_args(found.command[3:])
-    assert args.device == "cuda" and args.json == tmp_path / "reduction.json" and args.run is cli._reduction
+    args = cli.make_parser().parse_args(found.command[3:])
+    assert args.device == "cuda" and args.json == tmp_path / "reduction.json" and found.command[3] == "reduction"
     work = cost.PREFILLS["cuda"]
     assert (work.shape, work.dtype) == ("7b", torch.bfloat16)
 

@@ -163,7 +163,7 @@ def test_patch_labels_lie_on_drawn_pixels():
         centres = {t.centre(0.5) for t in scene.things if t.visible(0.5)}
         for row, column in np.argwhere(labels["shape"] > 0):
             away = labels["offset"][row, column]
-            x, y = ((away + (column + 0.5, row + 0.5)) * 24).round().astype(int)
+            x, y = ((away + np.array([column + 0.5, row + 0.5])) * 24).round().astype(int)
             assert (x, y) in centres
             place = scenes.PLACES[labels["down"][row, column] - 1][labels["across"][row, column] - 1]
             assert place == scenes.place_name((x, y))

@@ -9,7 +9,7 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from damage import damaged
+from damaged_bytes import damaged
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_engine import LAYOUT, QUESTION, Clip

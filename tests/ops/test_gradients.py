@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from distributed_modules import make_projector
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.library import opcheck
-from wrapped_modules import make_projector
 
 from sfllava_fast import project_and_aggregate, slowfast_aggregate
 from sfllava_fast.errors import InputError

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.multiprocessing as mp
+from distributed_modules import LAYOUT, SIDE, C, make_hidden, make_net, make_projector, work
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from wrapped_modules import LAYOUT, SIDE, C, make_hidden, make_net, make_projector, work
 
 from sfllava_fast import (
     FusedProjectorAggregator,

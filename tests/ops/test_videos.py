@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distributed_modules import make_projector
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from wrapped_modules import make_projector
 
 from sfllava_fast import (
     FusedProjectorAggregator,

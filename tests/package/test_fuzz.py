@@ -1,4 +1,4 @@
-"""`make fuzz` itself: it counts, it ends at the first finding, and says how to make it again."""
+"""`make fuzz`: it counts cases, ends at the first finding and prints the seed that reproduces it."""
 
 from contextlib import contextmanager
 
@@ -27,8 +27,8 @@ def test_a_finding_ends_it_with_its_seed(monkeypatch, capsys):
     monkeypatch.setattr(fuzz, "TARGETS", {"wrong": wrong})
     monkeypatch.setenv("SECONDS", "60")
     assert fuzz.main([]) == 1
-    told = capsys.readouterr().out
-    seed = told.partition("SEED=")[2].split()[0]
+    out = capsys.readouterr().out
+    seed = out.partition("SEED=")[2].split()[0]
     monkeypatch.setenv("SECONDS", "0")
     monkeypatch.setenv("SEED", seed)
     assert fuzz.main(["wrong"]) == 1 and fuzz.main(["other"]) == 2

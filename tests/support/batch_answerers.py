@@ -1,4 +1,4 @@
-"""Answerers for the tests of batches, made in worker processes: one does what the question says."""
+"""Answerers for tests of batches, made in worker processes; one does what the question says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sfllava_fast.errors import BackendError, InputError, OutOfMemoryError, Vide
 
 
 class Obedient:
-    """Does what the first word of a question says, and notes the process that was asked it.
+    """Does what the first word of a question says, and logs the question and its process.
 
-    Further words of "once" and "dies": a file that says whether that has happened.
+    Questions with "once" and "dies" also name a file that records that it has happened.
     """
 
     def __init__(self, log: Path) -> None:

@@ -53,7 +53,7 @@ COPIED = {
 
 
 def ffmpeg(*arguments: str | Path) -> bytes:
-    """Standard output of one run of ffmpeg; skips the test where there is no binary."""
+    """Standard output of one run of ffmpeg; skips the test if there is no binary."""
     binary = pytest.importorskip("imageio_ffmpeg", reason="needs the ffmpeg of imageio-ffmpeg").get_ffmpeg_exe()
     command = [binary, "-v", "error", "-nostdin", "-y", *map(str, arguments)]
     run = subprocess.run(command, capture_output=True)

@@ -1,9 +1,9 @@
-"""What `make fuzz` runs: random calls, files, kills and replies, until the time is up. Not part of `make test`.
+"""`make fuzz`: random calls, files, kills and replies, until the time is up. Not part of `make test`.
 
     python tests/support/fuzz.py [op] [video] [decord] [images] [plan] [batch] [session] [server]
 
-Environment: SECONDS for each (60), SEED (0). Case n of a target is drawn from "SEED+n" alone, and the first finding
-ends the run with the seed that makes it again: SEED=that SECONDS=0 runs one case.
+Environment: SECONDS per target (60), SEED (0). Case n of a target depends only on "SEED+n". The first finding ends the
+run and prints its seed; `SEED=that SECONDS=0` reproduces it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import oracle
-from damage import damaged
+from damaged_bytes import damaged
 from kernel_cases import DTYPES, SOURCES, VIEWS, GuardedRows, assert_same, normal
 
 from sfllava_fast import SlowFastLayout, slowfast_aggregate
@@ -232,7 +232,7 @@ _READER_BYTES = 16 << 30
 
 
 class _Reader:
-    """A process that reads videos, begun anew where it ended."""
+    """A process that reads videos, restarted after it ended."""
 
     patience = 20.0
 
@@ -371,7 +371,7 @@ def batch(folder: Path) -> Iterator[Case]:
 
 
 def _wait_for_lines(log: Path, lines: int, process: subprocess.Popen) -> None:
-    """Until so many more questions were asked, or the batch is over."""
+    """Wait until this many more questions were asked, or the batch ended."""
     count = lambda: log.read_bytes().count(b"\n") if log.exists() else 0  # noqa: E731
     begun = count()
     while count() < begun + lines and process.poll() is None:

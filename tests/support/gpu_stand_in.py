@@ -1,4 +1,4 @@
-"""A GPU that is none, on the CPU: torch.cuda as CudaTimer uses it, and `rehearse` for the commands of `make gpu`."""
+"""A fake GPU on the CPU: torch.cuda as CudaTimer uses it, and `rehearse` for the commands of `make gpu`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sfllava_fast.ops.backends import registry
 
 
 class FakeGraph:
-    """Replays what ran while it was captured; what copies from the host cannot be captured."""
+    """Replays the calls made during its capture."""
 
     def replay(self):
         self.calls()
 
 
 class FakeCuda:
-    """torch.cuda as CudaTimer uses it, on the CPU. `elapsed` gives every pair of events its milliseconds."""
+    """torch.cuda as CudaTimer uses it, on the CPU. elapsed: returns the milliseconds between two events."""
 
     CUDAGraph = FakeGraph
 
@@ -85,11 +85,13 @@ Set = Callable[[Any, str, Any], None]  # setattr, or pytest's monkeypatch.setatt
 
 
 def rehearse(set_: Set, set_item: Set) -> None:
-    """Makes the commands that `bench gpu` starts run on the CPU, in few channels: kernels, variants and the copy kernel
-    are stood in for by the CPU's."""
+    """Make the commands that `bench gpu` starts run on the CPU with few channels.
+
+    The CPU's kernels replace the GPU's kernels, variants and copy kernel.
+    """
     _make_works_small(set_)
     set_(timers.CudaTimer, "_WARM_UP", 0)
-    set_(timers, "gc", SimpleNamespace(collect=int))  # no memory is short
+    set_(timers, "gc", SimpleNamespace(collect=int))  # there is enough memory
     set_(copies, "_LARGE", 1 << 20)
     for name in ("cuda", "triton"):
         set_item(backends.BACKENDS, name, replace(_on_the_cpu(), name=name))
@@ -100,7 +102,7 @@ def rehearse(set_: Set, set_item: Set) -> None:
 
 
 def pretend_a_device(set_: Set) -> None:
-    """What `bench gpu` itself asks of a device, and libraries that were carried for it."""
+    """Fake the device that `bench gpu` queries, and the libraries built for it."""
     fake = FakeCuda()
     for name in ("get_device_properties", "mem_get_info", "current_device"):
         set_(torch.cuda, name, getattr(fake, name))
@@ -109,7 +111,7 @@ def pretend_a_device(set_: Set) -> None:
     set_(torch.cuda, "get_device_capability", lambda: (9, 0))
     set_(carried, "why_not", lambda arch: None)
     set_(carried, "install", list)
-    _make_works_small(set_)  # steps name some
+    _make_works_small(set_)  # the steps contain names of works
 
 
 def _make_works_small(set_: Set) -> None:

@@ -1,4 +1,4 @@
-"""What Python and torch hold: bytes of every tensor that is alive, each storage once."""
+"""Bytes of all live tensors; shared storages count once."""
 
 import gc
 

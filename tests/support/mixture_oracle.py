@@ -34,7 +34,7 @@ def kept_tokens(scores: Tensor, frames: Sequence[int], ratio: float) -> Tensor:
 
 
 def allowed_pairs(total: int, padding: int = 0, window: int | None = None) -> Tensor:
-    """Bool [S, S]: which earlier tokens each one may see, behind so many tokens of padding."""
+    """Causal mask, bool [S, S], with `padding` masked tokens at the start."""
     query, key = torch.arange(total)[:, None], torch.arange(total)[None]
     seen = (key <= query) & (key >= padding)
     return seen if window is None else seen & (key > query - window)

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server in a thread, which answers as the test says."""
+"""A small OpenAI-compatible server in a thread; the test defines its answers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The steps of `make gpu` without a GPU: python tests/support/rehearse.py gpu [--part pipeline] --out FOLDER.
 
-What each step starts is this script again, in place of `python -m bench`: the commands about the op run on the stand-in
-for torch.cuda, those about the pipeline on the CPU, all in small shapes. Tests of the device are collected and skip;
-ncu and compute-sanitizer are skipped where there are none.
+Each step runs this script instead of `python -m bench`. Commands of the op run on a fake torch.cuda, those of the
+pipeline on the CPU, all with small shapes. Tests of the device are collected and skipped; ncu and compute-sanitizer are
+skipped if they are not installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def make_small(command: str) -> None:
-    layouts._CHANNELS = {"after": 8, "before": 4}
+    layouts.CHANNELS = {"after": 8, "before": 4}
     for name, value in {"FRAMES": 6, "GRID": (8, 8), "VISION": 32, "LANGUAGE": 64, "_CHECKED_FRAMES": 3}.items():
         setattr(projector, name, value)
     if command == "reduction":  # it imports transformers
@@ -51,7 +51,7 @@ def make_small(command: str) -> None:
 
 
 def _why_no_report(report: Path, needed: tuple[str, ...], why_no_proof=gpu.why_no_proof) -> str | None:
-    """Skipped tests are what is expected here."""
+    """As gpu.why_no_proof, but skipped tests are expected."""
     reason = why_no_proof(report, needed)
     return None if reason and reason.endswith("was skipped") else reason
 

@@ -1,4 +1,4 @@
-"""What SASS, the GPU's own instructions, says about the order of loads."""
+"""Order of loads in SASS, the GPU's machine code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _INSTRUCTION = re.compile(r"(?:\*/|:\w)\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)\s+([^;]*
 
 
 def most_in_flight(sass: str) -> int:
-    """The most 16-byte loads of a kernel that are issued before the first number of any of them is used."""
+    """The largest number of 16-byte loads that a kernel issues before it uses a value of any of them."""
     most, pending, loads = 0, set(), 0
     for name, operands in _INSTRUCTION.findall(sass):
         registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]

@@ -1,4 +1,4 @@
-"""What the tests of the whole system share: a clip in memory, a small layout, a question, what is seen of a model."""
+"""Helpers for tests of the engine: a clip in memory, a small layout, a question, spies on a model."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ QUESTION = "What is it?"
 
 
 class Clip(FramesVideo):
-    """A video of noise, its frames told apart by their brightness."""
+    """A video of noise; each frame has its own brightness."""
 
     fps = 25.0
 
@@ -37,7 +37,7 @@ def file_session(model, frames):
 
 
 def count_calls(monkeypatch, owner, name):
-    """The arguments of each call of a method from now on."""
+    """A list that gets the arguments of every later call of a method."""
     calls, plain = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or plain(*a, **k))
     return calls

@@ -106,7 +106,7 @@ def tiny_config(family: str = "vicuna", next_: bool = False, **settings: Any) ->
 
 
 def tiny_video_config(kind: str, family: str = "vicuna", **settings: Any) -> Any:
-    """A config of LlavaNextVideo or LlavaOnevision; video placeholders are the one id behind those of the bytes."""
+    """A config of LlavaNextVideo or LlavaOnevision; the video placeholder is the first id after the bytes."""
     import transformers
 
     siglip = kind == "LlavaOnevision"
@@ -288,7 +288,7 @@ def write_original(
 def write_clip(
     path: Path, config: Any, vision: dict[str, torch.Tensor] | None, kind: str = "CLIPModel", pickled: bool = False
 ) -> None:
-    """Write a CLIP checkpoint with OpenAI's old preprocessor_config.json; no weights where vision is None."""
+    """Write a CLIP checkpoint with OpenAI's old preprocessor_config.json; without weights if vision is None."""
     whole = kind == "CLIPModel"
     vision_config = config.to_dict() | {"model_type": "clip_vision_model"}
     stored = {"model_type": "clip", "vision_config": vision_config, "text_config": {}} if whole else vision_config

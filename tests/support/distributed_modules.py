@@ -1,4 +1,4 @@
-"""A small model of the two modules, and what one process of several does with it; apart, to be quick to import."""
+"""A small model of the two modules, and what each process of a distributed run does with it."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ def make_hidden(frames=9, dtype=torch.float32):
 
 
 class Net(nn.Module):
-    """The two modules in a model that is trained."""
+    """A trainable model with both modules."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ def wrappings():
 
 
 def work(rank, world, file, out):
-    """One step of training and one pass of inference in every wrapping, on this rank's part of the videos."""
+    """One training step and one inference pass with every wrapper, on this rank's videos."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     found = {}
@@ -71,7 +71,7 @@ def work(rank, world, file, out):
         net = wrap(make_net())
         optimizer = torch.optim.SGD(net.parameters(), lr=10)
         net(make_hidden(5 + rank)).backward()
-        if name == "fsdp projector":  # what lies outside of it is nobody's to average
+        if name == "fsdp projector":  # FSDP does not average gradients outside of its module
             for weight in net.first.parameters():
                 dist.all_reduce(weight.grad)
                 weight.grad /= world

@@ -9,7 +9,7 @@ KINDS = ("bit", "cut", "zeros", "noise", "longer", "head", "swap", "gap", "doubl
 
 
 def damaged(data: bytes, random_: random.Random) -> bytes:
-    """The bytes with one thing wrong; now and then it changes nothing."""
+    """The bytes with one random damage, which sometimes changes nothing."""
     made, at = bytearray(data), random_.randrange(len(data))
     few = random_.randrange(1, 4096)
     kind = random_.choice(KINDS)
