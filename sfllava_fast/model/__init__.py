@@ -1,1 +1,1 @@
-"""The model around the tokens: checkpoints, prompts, tower, language model and its key/value cache."""
+"""The model around the tokens: checkpoints, prompts, vision tower, language model, KV cache."""

@@ -1,4 +1,4 @@
-"""Which attention kernel the model runs on, and why."""
+"""Choice of the attention kernel that the model runs on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..errors import BackendError, dtype_name, first_line
 
 log = logging.getLogger("sfllava_fast")
 
-# The flash-attn packages that serve a compute capability, the fastest first. The third is written for Hopper, the
-# fourth for Hopper and Blackwell: on 8 and 12 its 4.0.0b36 runs Ampere's instructions, untuned on 8.
+# The flash-attn packages that support a compute capability, the fastest first. FlashAttention 3 is written for Hopper,
+# 4 for Hopper and Blackwell: on 8 and 12 its 4.0.0b36 runs Ampere's instructions, untuned on 8.
 _FLASH = {
     8: ("flash_attention_2", "flash_attention_4"),
     9: ("flash_attention_3", "flash_attention_4", "flash_attention_2"),
@@ -29,24 +29,30 @@ _FLASH = {
 _NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 CHOICES = ("auto", "eager", "sdpa", *_NAMES)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-_HEADS, _TOKENS, _CALLS = 32, 3712, 10  # what SDPA's kernels are measured on: the paper's prefill on a 7B model
+_HEADS, _TOKENS, _CALLS = 32, 3712, 10  # SDPA's kernels are measured on the paper's prefill of a 7B model
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention that can serve: its name in transformers, the kernel behind it, and why it was taken."""
+    """A supported attention.
+
+    Attributes:
+        implementation: Its name in transformers.
+        kernel: The kernel that computes it, such as "cudnn, cuda".
+        reason: Why it was chosen.
+    """
 
     implementation: str
     kernel: str
     reason: str
 
     def describe(self) -> str:
-        """Short form for reports, such as "sdpa (cpu)"."""
+        """Short text for reports, such as "sdpa (cpu)"."""
         return f"{self.implementation} ({self.kernel})"
 
     @contextmanager
     def for_prefill(self) -> Iterator[None]:
-        """Has PyTorch take the kernel that was measured to be the faster one for causal prefill."""
+        """Context in which SDPA uses the kernel that was measured to be the fastest for causal prefill."""
         if not self.kernel.startswith("cudnn"):
             yield
             return
@@ -63,9 +69,15 @@ def resolve_attention(
 ) -> Attention:
     """The attention to load a model with.
 
-    "auto" takes the flash-attn package (3, 4 or 2) that is installed and usable (GPU, 16 bits), else PyTorch's SDPA,
-    where the faster of its flash and cuDNN kernels is measured and taken for prefill. Raises BackendError where a
-    choice by name cannot serve.
+    Args:
+        requested: One of CHOICES. "auto" uses the fastest flash-attn package that is installed and supported, else
+            PyTorch's SDPA. For the prefill, SDPA uses the faster of its flash and cuDNN kernels, which are measured.
+        device: Of the model.
+        dtype: Of the model.
+        head_dim: Channels of an attention head.
+
+    Raises:
+        BackendError: If the attention is unknown, or if one that is requested by name is not supported.
     """
     device = torch.device(device)
     if requested not in CHOICES:
@@ -74,7 +86,7 @@ def resolve_attention(
         return Attention("eager", device.type, "asked for by name")
     obstacles = {name: flash_attn_obstacle(name, device, dtype) for name in _NAMES}
     if obstacle := obstacles.get(requested):
-        raise BackendError(f"{requested} cannot serve: {obstacle}; use attention='sdpa'")
+        raise BackendError(f"{requested} is not supported: {obstacle}; use attention='sdpa'")
     usable = [name for name in _NAMES if requested in ("auto", name) and not obstacles[name]]
     if usable:
         name = min(usable, key=_FLASH[_capability(device)].index)
@@ -85,7 +97,7 @@ def resolve_attention(
 
 
 def flash_attn_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a flash-attn package cannot serve this device and dtype; None where it can."""
+    """Why a flash-attn package does not support this device and dtype; None if it does."""
     if device.type != "cuda":
         return f"it needs a CUDA GPU and the model is on {device.type}"
     if dtype not in _SIXTEEN_BIT:
@@ -94,7 +106,7 @@ def flash_attn_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> 
 
     is_available = getattr(transformers.utils, f"is_flash_attn_{name[-1]}_available", None)
     if is_available is None:
-        return f"transformers {transformers.__version__} does not know it"
+        return f"transformers {transformers.__version__} does not support it"
     if not is_available():
         return "the flash-attn package is not installed"
     if name not in _FLASH.get(_capability(device), ()):
@@ -104,12 +116,12 @@ def flash_attn_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _capability(device: torch.device) -> int:
-    """The major number."""
+    """The major number of the compute capability."""
     return torch.cuda.get_device_capability(device)[0]
 
 
 def _sdpa_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The kernel that serves causal prefill, and how it compares."""
+    """The kernel for causal prefill, and the measured times as text."""
     if device.type != "cuda":
         return device.type, ""
     query = torch.empty(1, 1, 16, head_dim, device=device, dtype=dtype)
@@ -129,7 +141,7 @@ def _prefill_times(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:
             times.append(_time_attention(backend, device, dtype, head_dim))
-        except RuntimeError as error:  # a kernel that is missing, or has no memory, is not taken
+        except RuntimeError as error:  # a kernel that is missing or runs out of memory is not used
             log.info("SDPA's %s was not measured: %s", backend.name, first_line(error))
             times.append(math.inf)
     return times[0], times[1]

@@ -1,4 +1,4 @@
-"""Loading: a LLaVA checkpoint, in Hugging Face's or the original format, as the stock transformers model."""
+"""Loading of LLaVA checkpoints, in Hugging Face's or the original format, as stock transformers models."""
 
 from __future__ import annotations
 
@@ -29,28 +29,37 @@ DTYPES = {
     "fp16": torch.float16,
 }
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-# Which every config has, some under other names too.
+# Entries that every config has, some under other names too.
 _SIZES = ("num_hidden_layers", "num_attention_heads")
-# Files that any Hugging Face tokenizer needs one of.
+# A Hugging Face tokenizer needs one of these files.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # Of the entry "sfllava_fast" of config.json, all of them texts but the first.
 _OPTIONS = ("frames", "layout", "prompt", "caveat", "choices")
 _WIDEST_GRID = 1024
 
-# SlowFast-LLaVA's published runs stretch the Llama models' 4096 positions by dynamic NTK scaling with
-# factor 2, which changes nothing up to 4096 tokens.
+# SlowFast-LLaVA's published runs scale the 4096 positions of Llama models by dynamic NTK scaling with factor 2, which
+# changes nothing up to 4096 tokens.
 _STRETCHED_POSITIONS = 4096
 _STRETCH = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the stock model, cut after the vision layers it reads, and what belongs to it.
+    """A loaded checkpoint.
 
-    name: what the caller asked for. depths: encoder layers to run for each feature that is read, as in
-    `hidden_states[depth]`. drops_first: whether the first vision token (CLS) is left out. context: tokens
-    the language model may see. options: the "sfllava_fast" entry of config.json, or None.
+    Attributes:
+        name: The path or hub id that the caller gave.
+        model: The stock model. Its vision tower ends after the last layer whose features are read.
+        tokenizer: The tokenizer.
+        chat_template: The chat template, or None.
+        preprocessor: The image processor's config.
+        attention: The attention that the model was loaded with.
+        depths: Number of encoder layers before each feature that is read, as in `hidden_states[depth]`.
+        drops_first: Whether the first vision token (CLS) is dropped.
+        grid: (rows, columns) of a frame's patches.
+        context: Maximum number of tokens of the language model.
+        options: The "sfllava_fast" entry of config.json, or None.
     """
 
     name: str
@@ -72,27 +81,36 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     attention: str = "auto",
 ) -> Checkpoint:
-    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: Hugging Face's format, in the keys of transformers 4 and 5, or the
-    original one. Every weight is read from its files, none is missing, left over or random.
+    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, in Hugging Face's format (transformers 4 or 5) or the original one.
 
-    Raises CheckpointError for anything missing, corrupt, incomplete or of another architecture,
-    BackendError for a device, dtype or attention that cannot serve, InputError for an unknown dtype.
+    Every weight is read from the files; no weight is missing, left over or random.
+
+    Args:
+        path_or_hub_id: A directory, or a hub id such as owner/name.
+        dtype: As in `choose_dtype`.
+        device: As in `choose_device`.
+        attention: As in `resolve_attention`.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, corrupt, incomplete or of another architecture.
+        BackendError: If the device, dtype or attention is not supported.
+        InputError: If the dtype is unknown.
     """
     require_transformers()
     path = locate(path_or_hub_id)
     refuse_part(path)
     raw = read_config(path)
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device, raw)
+    on = choose_device(device)
+    of_dtype = choose_dtype(dtype, on, raw)
     config = stock_config(path, raw)
     depths = feature_depths(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     text = config.text_config
     with as_checkpoint_error(f"{path}: config.json is not usable"):
         width, context = head_width(text), stretch_context(text)
-    chosen = resolve_attention(attention, device, dtype, width)
+    chosen = resolve_attention(attention, on, of_dtype, width)
     tokenizer = load_tokenizer(path, raw)
     preprocessor = read_preprocessor(path, raw)
-    model = load_model(path, raw, config, dtype, device, chosen.implementation, max(depths))
+    model = load_model(path, raw, config, of_dtype, on, chosen.implementation, max(depths))
     drops_first = config.vision_feature_select_strategy == "default"
     return Checkpoint(
         str(path_or_hub_id),
@@ -110,7 +128,7 @@ def load_checkpoint(
 
 
 def require_transformers() -> None:
-    """Raise BackendError unless transformers 5 or newer can be imported."""
+    """Raise BackendError unless transformers 5 or later can be imported."""
     try:
         from transformers import __version__
     except ImportError as error:
@@ -120,7 +138,7 @@ def require_transformers() -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint, as it stands."""
+    """config.json of a LLaVA-1.5 or LLaVA-NeXT checkpoint. Raises CheckpointError for any other."""
     config = checkpoint_files.read_config(path)
     if config is None:
         refuse_part(path)
@@ -133,24 +151,27 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     model_type = str(config.get("model_type"))
-    found = (config.get("architectures") or [CLASSES.get(model_type, model_type)])[0]
-    if not original_llava.is_original(config) and found != CLASSES.get(model_type):
+    found = (config.get("architectures") or [CLASSES.get(model_type, config.get("model_type"))])[0]
+    if not original_llava.is_original(config) and (found is None or found != CLASSES.get(model_type)):
         readable = ", ".join([*CLASSES.values(), *original_llava.ARCHITECTURES])
-        raise CheckpointError(f"{path} is a {found}: only {readable} can be read")
+        raise CheckpointError(f"{path} holds {found}: only {readable} can be read")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{path} is quantized, which is not supported: take the checkpoint that it was made from")
+        raise CheckpointError(f"{path} is quantized, which is not supported: use the checkpoint that it was made from")
     options = config.get("sfllava_fast")
     if options is not None and not isinstance(options, dict):
         raise ValueError("its entry sfllava_fast is no object")
     for name, value in (options or {}).items():
-        right = isinstance(value, int) and value > 0 if name == "frames" else isinstance(value, str)
-        if name in _OPTIONS and not right:
+        valid = isinstance(value, int) and value >= 1 if name == "frames" else isinstance(value, str)
+        if name in _OPTIONS and not valid:
             raise ValueError(f"its entry sfllava_fast has {name} {value!r}")
 
 
 def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """The config of the stock model, from config.json. Raises CheckpointError for an unsupported tower or language
-    model, and for more layers than any model has, under whatever name."""
+    """The config of the stock model.
+
+    Raises:
+        CheckpointError: If the vision tower or the language model is not supported, or has too many layers.
+    """
     if original_llava.is_original(raw):
         return original_llava.stock_config(path, raw)
     from transformers import AutoConfig
@@ -161,12 +182,12 @@ def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         tower, text = config.vision_config, config.text_config
         if tower.model_type not in TOWERS:
             raise CheckpointError(
-                f"{path} has the vision tower {tower.model_type}, and {' or '.join(TOWERS)} are read: use a CLIP LLaVA"
+                f"{path} has the vision tower {tower.model_type}, not {' or '.join(TOWERS)}: use a CLIP LLaVA"
             )
         if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text.get_text_config() is not text:
             raise CheckpointError(
-                f"{path} has the language model {text.model_type}, which is no decoder alone: use vicuna, mistral, Yi "
-                "or Qwen2"
+                f"{path} has the language model {text.model_type}, which is not a decoder: use vicuna, mistral, Yi or "
+                "Qwen2"
             )
         for part in (tower, text):
             check_sizes(path / "config.json", {name: getattr(part, name) for name in _SIZES})
@@ -174,7 +195,7 @@ def stock_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
 
 
 def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:
-    """(rows, columns) of a frame's patches, from config.json alone."""
+    """(rows, columns) of a frame's patches, from config.json only."""
     original = original_llava.is_original(raw)
     vision = original_llava.tower_config(path, raw) if original else raw.get("vision_config") or {}
     with as_checkpoint_error(f"{path}: config.json is not usable"):
@@ -185,7 +206,7 @@ def config_grid(path: Path, raw: dict[str, Any]) -> tuple[int, int]:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: CUDA where there is one, else the CPU. BackendError for one that is not there."""
+    """The device to run on: by default the GPU if there is one, else the CPU. Raises BackendError for any other."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -193,36 +214,46 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise BackendError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise BackendError(f"device {device.type} is not served: use cpu or cuda")
+        raise BackendError(f"device {device.type} is not supported: use cpu or cuda")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise BackendError(f"device {device} is not there ({count} CUDA devices are visible): use cpu")
+        raise BackendError(f"device {device} does not exist ({count} CUDA devices are visible): use cpu")
     return device
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: dict[str, Any]) -> torch.dtype:
-    """The dtype to load: float32 on a CPU, the checkpoint's 16 bits on a GPU (bfloat16 where it has none)."""
+    """The dtype to load the model in.
+
+    Args:
+        dtype: A torch dtype or a name in DTYPES. None stands for float32 on a CPU, and on a GPU for the checkpoint's
+            own, or bfloat16 if that is float32.
+        device: Of the model.
+        config: The checkpoint's config.json.
+
+    Raises:
+        InputError: If the dtype is unknown.
+        BackendError: If it is float16 on a CPU.
+    """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     if dtype is None:
-        stored = config.get("dtype") or config.get("torch_dtype")
-        stored = DTYPES.get(dtype_name(stored), torch.float32)
+        stored = DTYPES.get(dtype_name(config.get("dtype") or config.get("torch_dtype")), torch.float32)
         if device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if stored is torch.float32 else stored
     if dtype not in DTYPES.values():
-        raise InputError(f"dtype {dtype} is not served: use float32, bfloat16 or float16")
+        raise InputError(f"dtype {dtype} is not supported: use float32, bfloat16 or float16")
     if dtype is torch.float16 and device.type == "cpu":
         raise BackendError("float16 matrix products are unusably slow on a CPU: use bfloat16 or float32")
     return dtype
 
 
 def feature_depths(layers: int | list[int], count: int) -> tuple[int, ...]:
-    """Encoder layers to run for each entry of `vision_feature_layer` in a tower of `count` layers.
+    """Number of encoder layers before each feature in `vision_feature_layer`, of a tower of `count` layers.
 
-    Entry i names `hidden_states[i]` of the stock tower: count + 1 states, the first before any layer.
+    Entry i means `hidden_states[i]` of the stock tower, which has count + 1 states, the first before any layer.
     """
     named = layers if isinstance(layers, list) else [layers]
     if not named or not all(isinstance(i, int) and -count - 1 <= i <= count for i in named):
@@ -239,9 +270,19 @@ def load_model(
     attention: str,
     depth: int | None = None,
 ) -> PreTrainedModel:
-    """The stock model with its weights from the checkpoint's files, checked one by one, in evaluation mode.
+    """The stock model in evaluation mode, with weights from the checkpoint's files.
 
-    depth: cuts the vision tower after so many layers. Raises CheckpointError, as `load_weights` does.
+    Args:
+        path: The checkpoint's directory.
+        raw: Its config.json.
+        config: The stock model's config.
+        dtype: Of the weights.
+        device: Of the weights.
+        attention: The attention's name in transformers.
+        depth: Number of the vision tower's layers to keep; None keeps all, and the post-norm.
+
+    Raises:
+        CheckpointError: As in `load_weights`.
     """
     import transformers
 
@@ -260,22 +301,22 @@ def load_model(
 
 
 def cut_tower(tower: torch.nn.Module, depth: int) -> None:
-    """Drop the layers after `depth` and the post-norm from a vision tower, in place."""
+    """Remove the layers after `depth` and the post-norm from a vision tower, in place."""
     core = _core(tower)
     layers = getattr(getattr(core, "encoder", None), "layers", None)
     if layers is None or not hasattr(core, "post_layernorm"):
-        raise CheckpointError(f"the vision tower {type(tower).__name__} is not of the CLIP kind: use a CLIP LLaVA")
+        raise CheckpointError(f"the vision tower {type(tower).__name__} is not like CLIP's: use a CLIP LLaVA")
     core.encoder.layers = layers[:depth]
     core.post_layernorm = torch.nn.Identity()
 
 
 def _core(tower: torch.nn.Module) -> Any:
-    # transformers 5.0 keeps the level .vision_model that later releases drop.
+    # transformers 5.0 has the level .vision_model, later releases do not.
     return getattr(tower, "vision_model", tower)
 
 
 def patch_grid(tower: torch.nn.Module, config: Any, drops_first: bool) -> tuple[int, int]:
-    """(rows, columns) of a frame's patches. CheckpointError where the features are not exactly those."""
+    """(rows, columns) of a frame's patches. Raises CheckpointError if the tower's features have another number."""
     rows, columns = tower_grid(config)
     extra = int(hasattr(_core(tower).embeddings, "class_embedding")) - int(drops_first)
     if extra:
@@ -299,14 +340,16 @@ def load_tokenizer(path: Path, raw: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def read_chat_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template of a checkpoint: the processor's (chat_template.json) or the tokenizer's."""
+    """A checkpoint's chat template: the processor's (chat_template.json), else the tokenizer's, or None."""
     template = (read_json(path / "chat_template.json") or {}).get("chat_template") or tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
 def read_preprocessor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """The image processor's settings: preprocessor_config.json, or their entry in processor_config.json; those of the
-    vision tower in the original format."""
+    """The image processor's config: preprocessor_config.json, or the entry in processor_config.json.
+
+    In the original format it is the vision tower's.
+    """
     if original_llava.is_original(raw):
         return original_llava.tower_preprocessor(path, raw)
     settings = read_json(path / "preprocessor_config.json")
@@ -317,15 +360,15 @@ def read_preprocessor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_type(text: Any) -> str:
-    """The kind of rotary embedding that a language model's config names."""
+    """The type of rotary embedding in a language model's config."""
     return (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
 def stretch_context(text: Any) -> int:
-    """Tokens that the language model may see; stretches its rotary embedding, in place, as published."""
+    """Maximum number of tokens of the language model. Scales its rotary embedding in place, as published."""
     fits = text.model_type == "llama" and text.max_position_embeddings == _STRETCHED_POSITIONS
     if fits and rope_type(text) == "default":
         text.rope_parameters = {**text.rope_parameters, **_STRETCH}
-    # Other kinds of scaling are configured with the positions that they reach.
+    # In other types of scaling, max_position_embeddings includes the factor.
     factor = text.rope_parameters.get("factor", 1.0) if rope_type(text) in ("linear", "dynamic") else 1.0
     return int(text.max_position_embeddings * factor)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: its directory, here or from the hub, and the JSON in it."""
+"""The files of a checkpoint: its directory, local or from the hub, and the JSON in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _HUB_PICKLES = ["pytorch_model*.bin"]
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded, or taken from the local cache."""
+    """The directory of a checkpoint. A hub id is downloaded unless it is in the local cache.
+
+    Raises:
+        CheckpointError: If there is no such directory or hub id.
+    """
     if not isinstance(path_or_hub_id, (str, os.PathLike)):
         kind = type(path_or_hub_id).__name__
         raise CheckpointError(f"a checkpoint is a directory or a hub id such as owner/name, not a {kind}")
@@ -34,7 +38,7 @@ def locate(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"no checkpoint directory {name}: give a directory or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
 
-    with as_checkpoint_error(f"{name} is neither a directory here nor a checkpoint that the hub gives out"):
+    with as_checkpoint_error(f"{name} is neither a directory nor a checkpoint on the hub"):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
         if not any(path.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=_HUB_PICKLES)
@@ -52,20 +56,20 @@ _LEAST = {"num_hidden_layers": 0, "num_attention_heads": 1}
 
 
 def refuse_part(path: Path) -> None:
-    """CheckpointError for a directory of a part of a checkpoint: an adapter (LoRA), or a projector."""
+    """Raise CheckpointError if a directory has only a part of a checkpoint: an adapter (LoRA) or a projector."""
     if any(not file.name.startswith("adapter_") for name in _WHOLE for file in path.glob(name)):
         return
     for what, names in _PARTS.items():
         found = next((name for name in names if (path / name).is_file()), None)
         if found:
             raise CheckpointError(
-                f"{path} holds {what} ({found}) and no whole model: merge it into its base model first, and give the "
-                "directory that this writes"
+                f"{path} holds {what} ({found}) and no whole model: merge it into its base model, and give the merged "
+                "model's directory"
             )
 
 
 def refuse_outer(path: Path) -> None:
-    """CheckpointError for a directory in whose folders, such as checkpoint-500, a checkpoint or a part of one is."""
+    """Raise CheckpointError if a checkpoint, or a part of one, is in a subfolder such as checkpoint-500."""
     with as_checkpoint_error(f"{path} cannot be listed"):
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     for folder in folders:
@@ -75,7 +79,7 @@ def refuse_outer(path: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file."""
+    """The object in a JSON file; None if the file does not exist."""
     if not file.is_file():
         return None
     with as_checkpoint_error(f"{file} is not readable JSON"):
@@ -86,7 +90,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a checkpoint, of sizes that `check_sizes` lets pass; None if it has none."""
+    """config.json of a checkpoint, after `check_sizes`; None if it has none."""
     file = folder / "config.json"
     config = read_json(file)
     with as_checkpoint_error(f"{file} is not usable"):
@@ -95,11 +99,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def check_sizes(file: Path, value: Any, name: str = "") -> None:
-    """CheckpointError for a number in a config that no model has: each layer, and each entry of a list, takes memory
-    before a weight is read.
+    """Raise CheckpointError for an implausible size in a config, which would take memory before any weight is read.
 
-    value: of `name`, or all of the file. At most `_MOST` are layers, under any name that ends in "layer" or "layers",
-    attention heads, and entries of a list, however deep in the file.
+    The numbers of layers (under any name that ends in "layer" or "layers"), of attention heads, and of entries of lists
+    may be at most `_MOST`, at any depth.
+
+    Args:
+        file: The config, for the message.
+        value: The value of `name`, or the whole config.
+        name: The key of the value.
     """
     if isinstance(value, dict):
         for inner, part in value.items():
@@ -117,7 +125,7 @@ def check_sizes(file: Path, value: Any, name: str = "") -> None:
 
 @contextlib.contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one line; a device out of memory is no fault of the checkpoint."""
+    """Context that turns any exception into a CheckpointError of one line, except that a device is out of memory."""
     try:
         yield
     except (torch.OutOfMemoryError, CheckpointError):

@@ -1,6 +1,6 @@
-"""The language model's side: prefill into a cache, extension by a question, greedy tokens.
+"""The language model: prefill into a KV cache, extension by a question, greedy decoding.
 
-A video's tokens are prefilled once, without a logit; a question extends them, and only its last token gets logits.
+A video's tokens are prefilled once, without logits. A question extends the cache, and only its last token gets logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
-_NAN = -1  # among token ids: the host, which waits for them anyway, learns it with them
+_NAN = -1  # in place of a token id, so that checking for NaN needs no further synchronisation
 
 
 class LanguageModel:
@@ -35,18 +35,19 @@ class LanguageModel:
         self.attention = attention
         self.core, self.head, self.embed = model.model.language_model, model.lm_head, model.get_input_embeddings()
         self.config, self.dtype, self.device = self.core.config, model.dtype, model.device
-        # Beyond this many tokens a dynamic rotary embedding rescales every position; None: it never does.
+        # Number of tokens after which a dynamic rotary embedding rescales every position; None if it never does.
         self.rescales_after = self.config.max_position_embeddings if rope_type(self.config) == "dynamic" else None
 
     def new_cache(self, rows: int, capacity: int, skipped: Sequence[int] | None = None) -> KvCache:
+        """An empty KV cache; the arguments are those of `KvCache`."""
         return KvCache(self.config, rows, capacity, self.dtype, self.device, skipped)
 
     def cache_bytes(self, capacity: int, skipped: Sequence[int] | None = None) -> int:
-        """Bytes of a cache of one row."""
+        """Bytes of a KV cache of one row."""
         return self.meta_cache(capacity, skipped).nbytes
 
     def meta_cache(self, capacity: int, skipped: Sequence[int] | None = None) -> KvCache:
-        """A cache of one row that has shapes and no memory."""
+        """A KV cache of one row on the meta device: shapes without memory."""
         return KvCache(self.config, 1, capacity, self.dtype, torch.device("meta"), skipped)
 
     def embed_tokens(self, ids: Sequence[int]) -> Tensor:
@@ -54,21 +55,24 @@ class LanguageModel:
         return self.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
 
     def rescales(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens has other rotary embeddings than a shorter one."""
+        """Whether the rotary embeddings of a sequence of `tokens` tokens differ from those of a shorter one."""
         return self.rescales_after is not None and tokens > self.rescales_after
 
     def forget_scale(self) -> None:
-        """A dynamic rotary embedding keeps the scale of the longest input it saw; a short input makes it forget."""
+        """Reset a dynamic rotary embedding, which keeps the scale of its longest input until a short one."""
         if self.rescales_after is not None:
             first = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self.core.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), first)
 
     def prefill(self, cache: KvCache, embeds: Tensor, positions: Tensor | None = None) -> None:
-        """Keys and values of embeds [rows, n, D], the same number of tokens in each row, without their logits.
+        """Append the keys and values of tokens to a cache, without computing logits.
 
-        positions: [rows, n], ascending, of tokens that some were left out between (see `KvCache.skipped`).
+        The last layer stops after its keys and values are written, since nothing reads its output.
 
-        The last layer stops when its keys and values are written: nothing reads what it would go on to compute.
+        Args:
+            cache: The cache.
+            embeds: [rows, n, D].
+            positions: [rows, n], ascending, if some tokens between these were left out (see `KvCache.skipped`).
         """
         cache.positions, cache.fill_only = None, True
         try:
@@ -81,7 +85,10 @@ class LanguageModel:
         cache.advance(embeds.shape[1])
 
     def extend(self, cache: KvCache, embeds: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [1, V] behind embeds [1, n, D], appended to a cache of one row; positions as in `prefill`."""
+        """Append embeds [1, n, D] to a cache of one row. Returns the last token's logits [1, V].
+
+        The arguments are those of `prefill`.
+        """
         cache.positions = None
         with self._placed(positions):
             hidden = self._run(cache, embeds)
@@ -89,10 +96,10 @@ class LanguageModel:
         return self.head(hidden[:, -1])
 
     def drop(self, cache: KvCache, start: int, count: int) -> None:
-        """Forget `count` tokens of a cache of one row from `start` on; those behind take their place and positions.
+        """Remove tokens [start, start + count) from a cache of one row, in place. Later tokens move to lower positions.
 
-        In place, a layer at a time: an interrupt leaves the cache torn. What deeper layers computed with the dropped
-        tokens in sight stays as it is.
+        Values that deeper layers computed while they attended to the removed tokens are kept. After an interrupt the
+        cache is inconsistent, since layers are changed one by one.
         """
         stop = cache.length
         cos, sin = self._turn(torch.arange(start + count, stop, device=self.device), count)
@@ -102,10 +109,10 @@ class LanguageModel:
         cache.length -= count
 
     def _turn(self, positions: Tensor, down: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [n, width] that take keys from these positions to lower ones: a rotary embedding is a rotation.
+        """cos and sin [n, width] that rotate keys from `positions` to positions that are lower by `down`.
 
-        Off goes what the model put on, its own rounded cos and sin, and on comes what it would put on there: so keys
-        differ by their last rounding alone from those that were always there.
+        They undo the rotation with the model's own rounded cos and sin, then apply that of the new position. The keys
+        differ from those computed at the new position by one rounding.
         """
         anything = torch.empty(1, dtype=self.dtype, device=self.device)
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -116,7 +123,7 @@ class LanguageModel:
 
     @cached_property
     def moves_keys(self) -> bool:
-        """Whether `drop` holds for this model's keys, tried on the first layer's."""
+        """Whether `drop` is valid for this model, tested on the first layer's keys."""
         embeds = torch.randn(1, 3, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
         embeds = embeds.to(self.device, self.dtype)
         moved, there = self.new_cache(1, 3), self.new_cache(1, 3)
@@ -125,15 +132,23 @@ class LanguageModel:
                 self.prefill(moved, embeds)
                 self.drop(moved, 0, 2)
                 self.prefill(there, embeds[:, 2:])
-        except (AttributeError, TypeError, RuntimeError):  # no rotary embedding, or one of another form
+        except (AttributeError, TypeError, RuntimeError):  # no rotary embedding, or another kind of one
             return False
         keys, expected = (cache.buffers[0][0, ..., 0, :].float() for cache in (moved, there))
         return bool((keys - expected).norm() <= 0.02 * expected.norm())
 
     def extend_rows(self, cache: KvCache, parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        """Logits [rows, V] behind parts [n_i, D], appended to rows of different lengths in one forward pass.
+        """Append tokens to rows of different lengths in one forward pass.
 
-        Parts are padded on the right: what a pad writes lies beyond its row's length, where nothing looks.
+        Parts are padded on the right. Padding writes past its row's length, where no query attends.
+
+        Args:
+            cache: The cache.
+            parts: Embeddings [n_i, D] for each row.
+            lengths: Number of tokens in each row of the cache.
+
+        Returns:
+            Logits [rows, V] of the last token of each part.
         """
         embeds = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         cache.positions = torch.tensor(lengths, device=self.device)
@@ -143,9 +158,19 @@ class LanguageModel:
         return self.head(hidden[torch.arange(len(parts), device=self.device), last])
 
     def tokens(self, cache: KvCache, logits: Tensor, lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Greedy token ids from logits [rows, V] on: one for each row at a time, `most` times.
+        """Greedy decoding.
 
-        Raises NumberError where a logit is NaN.
+        Args:
+            cache: The cache.
+            logits: [rows, V] of the last token of each row.
+            lengths: Number of tokens in each row of the cache.
+            most: Number of tokens to generate for each row.
+
+        Yields:
+            The next token id of each row.
+
+        Raises:
+            NumberError: If a logit is NaN.
         """
         ids, step = _greedy(logits), None
         if cache.rows > 1 or (self.device.type == "cuda" and not self.rescales(max(lengths) + most)):
@@ -157,23 +182,25 @@ class LanguageModel:
             made_now = ids.tolist()
             if _NAN in made_now:
                 raise NumberError(
-                    "the model computed NaN, which is no answer: its weights or this session are damaged, or float16 "
-                    "overflows; load the model and open the video again, or take bfloat16 or float32"
+                    "the model computed NaN: its weights or this session are damaged, or float16 overflows; load the "
+                    "model and open the video again, or use bfloat16 or float32"
                 )
             yield made_now
             if made < most - 1:
                 ids = step() if step else _greedy(self.extend(cache, self.embed(ids[:, None])))
 
     def _run(self, cache: KvCache, embeds: Tensor, **arguments: Tensor) -> Tensor:
-        if "position_ids" not in arguments:  # the model would count the tokens that its first layer holds
+        if "position_ids" not in arguments:  # the model would count the tokens in its first layer
             arguments["position_ids"] = torch.arange(embeds.shape[1], device=self.device)[None] + cache.length
         arguments |= cache_argument(self.core, cache)
         return self.core(inputs_embeds=embeds, use_cache=True, **arguments).last_hidden_state
 
     @contextmanager
     def _placed(self, positions: Tensor | None) -> Iterator[None]:
-        """Within it the rotary embedding is that of these positions, where there are any. Attention is told nothing of
-        them: FlashAttention would take a gap for the beginning of another sequence."""
+        """Context in which the rotary embedding, and nothing else, uses `positions`, if given.
+
+        Attention does not get them: FlashAttention would take a gap for the beginning of another sequence.
+        """
         if positions is None:
             yield
             return
@@ -186,10 +213,10 @@ class LanguageModel:
             place.remove()
 
     def _run_masked(self, cache: KvCache, embeds: Tensor) -> Tensor:
-        """Rows at `cache.positions`, each of which sees itself up to there and no more."""
-        assert cache.positions is not None  # the caller has set them
+        """A forward pass in which each row attends to its own tokens up to `cache.positions`."""
+        assert cache.positions is not None
         queries = cache.positions[:, None] + torch.arange(embeds.shape[1], device=self.device)
-        columns = torch.arange(cache.skipped[0], cache.stop, device=self.device)  # a video is in sight of all behind it
+        columns = torch.arange(cache.skipped[0], cache.stop, device=self.device)  # all later tokens attend to the video
         seen = columns <= queries[..., None]
         if window := getattr(self.config, "sliding_window", None):
             seen &= columns > queries[..., None] - window
@@ -212,7 +239,10 @@ class LanguageModel:
 
     @contextmanager
     def unscaled_rope(self) -> Iterator[None]:
-        """Within its first positions a dynamic rotary embedding is a plain one, that need not look at them."""
+        """Context with a plain rotary embedding, which a dynamic one equals up to its first rescaling.
+
+        A dynamic one would read the positions on the host.
+        """
         if self.rescales_after is None:
             yield
             return
@@ -224,10 +254,10 @@ class LanguageModel:
 
 
 class StaticStep:
-    """One more token for every row, with all state in tensors that stay where they are: a CUDA graph on a GPU.
+    """A decoding step of all rows with its state in fixed tensors: a CUDA graph on a GPU.
 
-    Launching a model's kernels one by one takes the host several times as long as a GPU takes to run them. The first
-    call runs without a graph, which is the warm-up that a capture needs; the second call is captured.
+    Launching the kernels one by one takes the host several times as long as the GPU takes to run them. The first call
+    runs eagerly, which is the warm-up that a capture needs; the second call is captured.
     """
 
     def __init__(self, model: LanguageModel, cache: KvCache) -> None:
@@ -238,13 +268,13 @@ class StaticStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, ids: Tensor, lengths: Sequence[int]) -> None:
-        """Begin with token ids [rows] that follow so many tokens of each row."""
+        """Set the token ids [rows] that follow `lengths` tokens in each row."""
         self.ids.copy_(ids)
         self.positions.copy_(torch.tensor(lengths))
         self.cache.positions, self.cache.stop = self.positions, self.cache.capacity
 
     def __call__(self) -> Tensor:
-        """The next token ids [rows]; overwritten by the next call."""
+        """The next token ids [rows], in a tensor that the next call overwrites."""
         if self.captures and self.warm and self.graph is None:
             self._capture()
         if self.graph is not None:
@@ -267,7 +297,7 @@ class StaticStep:
                 self._run()
         except RuntimeError as error:
             log.warning(
-                "the decode step cannot be captured in a CUDA graph (%s): it runs without one", first_line(error)
+                "the decode step cannot be captured in a CUDA graph (%s): running it eagerly", first_line(error)
             )
             self.captures = False
             return
@@ -275,13 +305,13 @@ class StaticStep:
 
 
 def _greedy(logits: Tensor) -> Tensor:
-    """The ids [rows] of the highest of logits [rows, V]; _NAN where one is NaN, which argmax takes for the highest."""
+    """The ids [rows] of the maxima of logits [rows, V]; _NAN for a row with NaN, which is argmax's maximum."""
     ids = logits.argmax(-1, keepdim=True)
     return ids.masked_fill(logits.gather(-1, ids).isnan(), _NAN)[:, 0]
 
 
 def _rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys [..., n, width] turned in the plane of each pair of channels, halves apart, as Llama pairs them."""
+    """Rotate keys [..., n, width]. As in Llama, channel i is paired with channel i + width / 2."""
     keys = keys.to(cos.dtype)
     first, second = keys.chunk(2, dim=-1)
     return keys * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Keys and values of a language model, in buffers that never move."""
+"""KV cache of a language model, in buffers with fixed addresses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from .config_sizes import head_width
 
 
 class Filled(Exception):
-    """Raised out of a forward pass once the last layer's keys and values are written: nothing after them is wanted."""
+    """Ends a forward pass after the last layer's keys and values are written."""
 
 
 class KvCache(Cache):
-    """A transformers cache of `rows` sequences with room for `capacity` tokens each.
+    """A transformers cache of `rows` sequences with a capacity of `capacity` tokens each.
 
-    length: tokens that every row has had; the next ones are written behind them, and the cache is seen up to there.
-        Setting it back forgets tokens.
-    skipped: by layer, how many of a video's tokens it never gets a place for. They count in `length`, which stays the
-        position of the next token, and go missing in the first tokens that are written: all later ones go everywhere.
-    positions: [rows] on the device, or None. Where each row's next tokens go when rows differ in length; the forward
-        pass then needs a mask of its own, over the first `stop` tokens, so that shapes can stay the same.
+    Attributes:
+        length: Number of tokens of every row, and the position of the next one. Setting it back drops tokens.
+        skipped: Number of a video's tokens that each layer does not store. `length` includes them. The tokens that are
+            written first lack them; later tokens are stored in all layers.
+        positions: [rows] on the device, or None. The position of each row's next token if rows differ in length. The
+            forward pass then needs a mask over the first `stop` tokens; shapes stay fixed.
+        stop: Number of tokens that queries may attend to if `positions` is set.
+        fill_only: Whether the last layer raises Filled after it is written.
+        step: The `StaticStep` that decodes in this cache, kept for the next answer.
+        buffers: Keys and values of each layer, [2, rows, heads, tokens, width].
     """
 
     def __init__(
@@ -48,18 +52,19 @@ class KvCache(Cache):
         self.length, self.stop = 0, capacity
         self.positions: Tensor | None = None
         self.fill_only = False
-        self.step: Any = None  # what decodes in this cache, kept for the next answer
+        self.step: Any = None
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def first(self, tokens: int) -> list[Tensor]:
-        """What each layer holds of so many tokens, [2, rows, heads, n, width]."""
+        """Keys and values of the first `tokens` tokens in each layer, [2, rows, heads, n, width]."""
         return [buffer[..., : tokens - absent, :] for buffer, absent in zip(self.buffers, self.skipped)]
 
     def take(self, other: KvCache, rows: Sequence[int]) -> None:
-        """Copy these rows of another cache that skips the same, as far as they fit."""
+        """Copy rows of another cache with the same `skipped`, up to this one's capacity."""
         for mine, theirs in zip(self.buffers, other.buffers):
             places = min(mine.shape[3], theirs.shape[3])
             for row, source in enumerate(rows):
@@ -67,20 +72,20 @@ class KvCache(Cache):
         self.length = other.length
 
     def take_around(self, other: KvCache, start: int, stop: int) -> None:
-        """Copy all rows of another cache, which skips nothing, without its tokens [start, stop): those this skips."""
+        """Copy all rows of another cache, which skips no tokens, without tokens [start, stop), which this one skips."""
         for mine, theirs in zip(self.buffers, other.buffers):
             mine[..., :start, :] = theirs[..., :start, :]
             mine[..., start : start + other.length - stop, :] = theirs[..., stop : other.length, :]
         self.length = other.length
 
-    def update(  # type: ignore[override]  # the names of the states differ by release
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, n, width] into a layer and return all that its queries may see."""
+        """Write [rows, heads, n, width] into a layer. Returns the keys and values that its queries attend to."""
         written = self.buffers[layer_idx]
         start = self.get_seq_length(layer_idx)
-        stop = start + keys.shape[2] if self.positions is None else self.stop - self.skipped[layer_idx]
-        for kind, new in enumerate((keys, values)):
+        stop = start + key_states.shape[2] if self.positions is None else self.stop - self.skipped[layer_idx]
+        for kind, new in enumerate((key_states, value_states)):
             if self.positions is None:
                 written[kind, :, :, start:stop] = new
             else:
@@ -94,15 +99,15 @@ class KvCache(Cache):
         return written[0, :, :, :stop], written[1, :, :, :stop]
 
     def advance(self, tokens: int) -> None:
-        """So many tokens were written into the first layer: those that it skips went with the first of them."""
+        """Count `tokens` tokens that were written to the first layer, and before these the tokens that it skips."""
         self.length += tokens if self.length else tokens + self.skipped[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that a layer holds."""
+        """Number of tokens that a layer stores."""
         return max(0, self.length - self.skipped[layer_idx])
 
     def get_mask_sizes(self, queries: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        # Earlier releases of transformers pass the queries' positions.
+        # Earlier releases of transformers pass the positions of the queries.
         count = queries.shape[0] if isinstance(queries, Tensor) else queries
         return self.get_seq_length(layer_idx) + count, 0
 

@@ -1,7 +1,7 @@
-"""Llama's slow tokenizer, a SentencePiece model and no more, as SlowFast-LLaVA's published code loads it.
+"""Llama's slow tokenizer, a SentencePiece model, as in transformers 4.38.2, which SlowFast-LLaVA's published code uses.
 
-That is transformers 4.38.2. Release 5 dropped it, and converts such a model without the pieces' scores, the symbols
-that the model defines, and the "legacy" rule for text behind a special token.
+transformers 5 dropped it. It converts such a model without the pieces' scores, the symbols that the model defines, and
+the "legacy" rule for text after a special token.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from transformers import PreTrainedTokenizer
 
 MODEL = "tokenizer.model"
 _SPACE = "\u2581"
-# A message of the model file's format that follows it is merged into it: normalizer_spec.add_dummy_prefix = false.
+# Appended to the model file, this protobuf message sets normalizer_spec.add_dummy_prefix = false.
 _NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class LlamaTokenizer(PreTrainedTokenizer):
-    """A SentencePiece model, and special tokens that are cut out before it sees the text.
+    """A SentencePiece model, applied to the text between special tokens.
 
-    legacy: every stretch of text between special tokens begins with a space of the model's; else the text does.
+    Attributes:
+        legacy: Whether the model's leading space is added to every stretch of text, instead of only to the first.
+        add_bos_token: Whether BOS is added before a text.
+        pieces: The SentencePiece model.
     """
 
-    vocab_files_names = {"vocab_file": MODEL}  # noqa: RUF012  # as its parents
+    # Not ClassVar, as transformers declares them.
+    vocab_files_names = {"vocab_file": MODEL}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(
@@ -44,20 +48,20 @@ class LlamaTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the model; `len` counts added tokens too."""
+        """Number of pieces of the model; `len` includes added tokens."""
         return self.pieces.get_piece_size()
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token and its id."""
+        """The id of every token."""
         return {self.pieces.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
     def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
-        """The ids with BOS before each text, where the tokenizer adds any."""
+        """The ids with BOS before each text, if the tokenizer adds it."""
         bos = [self.bos_token_id] if self.add_bos_token else []
         return bos + ids + (bos + pair if pair is not None else [])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens, without the space that encoding put before it."""
+        """The text of tokens, without the leading space of the encoding."""
         if tokens and tokens[0].startswith(_SPACE):
             tokens = [tokens[0][1:], *tokens[1:]]
         added, text = self.added_tokens_encoder, ""
@@ -69,11 +73,11 @@ class LlamaTokenizer(PreTrainedTokenizer):
                 stretch.append(token)
         return text + self.pieces.decode(stretch)
 
-    def tokenize(self, text: str, **settings: Any) -> list[str]:  # type: ignore[override]  # as its slow tokenizers
+    def tokenize(self, text: str, *args: Any, **settings: Any) -> list[str]:
         """The tokens of a text."""
         if self.legacy or not text:
-            return super().tokenize(text, **settings)
-        tokens = super().tokenize(_SPACE + text.replace(_SPACE, " "), **settings)
+            return super().tokenize(text, *args, **settings)
+        tokens = super().tokenize(_SPACE + text.replace(_SPACE, " "), *args, **settings)
         redundant = len(tokens) > 1 and tokens[0] == _SPACE and tokens[1] in self.all_special_tokens
         return tokens[redundant:]
 

@@ -1,5 +1,8 @@
-"""The original LLaVA format, which SlowFast-LLaVA's published runs read: a language model's config with `mm_*` entries,
-`model.mm_projector.*`, and a CLIP vision tower of its own, fine-tuned (LLaVA-1.6) or in another place (LLaVA-1.5)."""
+"""The original LLaVA format, which SlowFast-LLaVA's published runs use.
+
+It has a language model's config with `mm_*` entries, weights `model.mm_projector.*`, and a CLIP vision tower, which is
+fine-tuned and in the checkpoint (LLaVA-1.6) or another checkpoint (LLaVA-1.5).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _NAMES: tuple[Renaming, ...] = (
     (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
 _TOWER = "model.vision_tower."
-# Of a CLIP checkpoint, whose keys have the level .vision_model or, written by today's CLIPVisionModel, have not.
+# Keys of a CLIP checkpoint, with the level .vision_model or, written by today's CLIPVisionModel, without it.
 _CLIP_NAMES: tuple[Renaming, ...] = (
     (r"^(vision_model\.|(?=(embeddings|pre_layrnorm|encoder|post_layernorm)\.))", _TOWER),
 )
@@ -47,7 +50,7 @@ _TEXT_KEYS = (
     "eos_token_id",
     "pad_token_id",
 )
-# The tower of every published checkpoint: those that bring its weights need no other file.
+# The vision tower of all published checkpoints. Those that contain its weights need no other file.
 _PUBLISHED_TOWER = "openai/clip-vit-large-patch14-336"
 _PUBLISHED_TOWER_CONFIG = {
     "hidden_size": 1024,
@@ -59,9 +62,9 @@ _PUBLISHED_TOWER_CONFIG = {
     "projection_dim": 768,
 }
 _PUBLISHED_PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": 336, "crop_size": 336}
-# The published code's stand-in for the video's place, which is no token of the vocabulary.
+# The published code's placeholder of an image, which is outside the vocabulary.
 _IMAGE_TOKEN_INDEX = -200
-# What a config may say of what cannot be the stock model.
+# Values of entries that the stock models support.
 _ONLY = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_vision_select_feature": ("patch", None),
@@ -72,14 +75,15 @@ _ONLY = {
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a config.json is one of the original format that can be read."""
+    """Whether a config.json is of a supported architecture in the original format."""
     return (config.get("architectures") or [None])[0] in ARCHITECTURES
 
 
 def stock_config(path: Path, config: dict[str, Any]) -> PreTrainedConfig:
-    """The config of the stock LLaVA-1.5 or, with image_newline, LLaVA-NeXT model of the same shapes.
+    """The config of the stock model with the same shapes: LLaVA-1.5 or, with image_newline, LLaVA-NeXT.
 
-    Raises CheckpointError for entries that change what is computed in a way that the stock models do not know.
+    Raises:
+        CheckpointError: If an entry has a value that the stock models do not support.
     """
     import transformers
 
@@ -106,7 +110,7 @@ def stock_config(path: Path, config: dict[str, Any]) -> PreTrainedConfig:
 
 
 def tower_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The vision tower's config as JSON has it. Raises CheckpointError where there is none, or not of the CLIP kind."""
+    """The vision tower's config, as in JSON. Raises CheckpointError if it is missing or not CLIP's."""
     folder = _tower_folder(path, config)
     if folder is None:
         return _PUBLISHED_TOWER_CONFIG
@@ -117,7 +121,7 @@ def tower_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tower_preprocessor(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The image processor's settings, which are the vision tower's."""
+    """The image processor's config, which is in the vision tower's checkpoint."""
     folder = _tower_folder(path, config)
     if folder is None:
         return _PUBLISHED_PREPROCESSOR
@@ -128,9 +132,10 @@ def tower_preprocessor(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_class(path: Path) -> type[PreTrainedTokenizerBase]:
-    """What reads the tokenizer; not AutoTokenizer, which asks config.json, and takes it for Hugging Face's format.
+    """The class of the tokenizer. AutoTokenizer would read config.json as Hugging Face's format.
 
-    Raises BackendError where tokenizer.model needs a package that is not there.
+    Raises:
+        BackendError: If tokenizer.model needs a package that is not installed.
     """
     model = path / "tokenizer.model"
     if not model.is_file():
@@ -145,18 +150,20 @@ def tokenizer_class(path: Path) -> type[PreTrainedTokenizerBase]:
 
 
 def tensors(path: Path, config: dict[str, Any]) -> list[StoredTensor]:
-    """What the checkpoint stores, and where that is no vision tower, what the CLIP checkpoint stores of one."""
+    """The checkpoint's tensors, and the CLIP checkpoint's if it has no vision tower."""
     stored = stored_tensors(path, _NAMES)
     if any(tensor.name.startswith(_TOWER) for tensor in stored):
         return stored
-    clip = stored_tensors(_tower_folder(path, config, weights=True), _CLIP_NAMES)
+    folder = _tower_folder(path, config, weights=True)
+    assert folder is not None
+    clip = stored_tensors(folder, _CLIP_NAMES)
     return stored + [tensor for tensor in clip if not _CLIP_TEXT.match(tensor.key)]
 
 
-def _tower_folder(path: Path, config: dict[str, Any], weights: bool = False) -> Any:
-    """The directory of the CLIP checkpoint that the config names: beside the checkpoint, here, or the hub's.
+def _tower_folder(path: Path, config: dict[str, Any], weights: bool = False) -> Path | None:
+    """The directory of the CLIP checkpoint in the config: relative to the checkpoint, or local, or from the hub.
 
-    None where it is the published one, is in neither place, and its weights are not asked for: its config is known.
+    None for the published one if it is not local and `weights` is False, since its config is known.
     """
     name = config.get("mm_vision_tower")
     if not isinstance(name, str):
@@ -170,6 +177,6 @@ def _tower_folder(path: Path, config: dict[str, Any], weights: bool = False) -> 
         return locate(name)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{path} takes its vision tower from {name}, which cannot be had: download it and set mm_vision_tower in "
+            f"{path} needs the vision tower {name}, which cannot be found: download it and set mm_vision_tower in "
             f"config.json to its directory ({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""Errors that mean that memory ran out."""
+"""Detection of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a GPU or the host ran out of memory."""
+    """Whether a GPU or the host is out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,16 +1,15 @@
-"""Prompts: the published templates, tokens around the video's place, and the published option rule.
+"""Prompts: the published templates, the tokens around the video, and the published option rule.
 
-Which prompt a checkpoint gets (`prompt_family`), first match:
-1. a checkpoint made for this package (its config.json has a "sfllava_fast" entry): what the entry's "prompt"
-   names, else its own chat template;
-2. a Mistral language model: "mistral", the instruction form that the published code uses for it;
-3. a Llama language model: by the markers of its chat template, "chatml" (Yi-34B), "llama2" or "vicuna";
-   without a chat template, "chatml" where the tokenizer knows <|im_start|>, else "vicuna";
-4. anything else: its own chat template.
+The prompt of a checkpoint (`prompt_family`) is the first match of:
 
-"vicuna" and "chatml" are the prompts of SlowFast-LLaVA's published evaluation (open-ended and multiple
-choice). It has no multiple-choice prompt for "mistral" and "llama2": they get the same words in their own
-frame.
+1. Its config.json has a "sfllava_fast" entry: the entry's "prompt", else the checkpoint's chat template.
+2. A Mistral language model: "mistral", the instruction form of the published code.
+3. A Llama language model: by the markers in its chat template "chatml" (Yi-34B), "llama2" or "vicuna". Without a chat
+   template "chatml" if the tokenizer has <|im_start|>, else "vicuna".
+4. Any other: the checkpoint's chat template.
+
+"vicuna" and "chatml" are the prompts of SlowFast-LLaVA's published evaluation, open-ended and multiple choice. It has
+no multiple-choice prompt for "mistral" and "llama2", which use the same words in their own form.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import re
 import string
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointError, InputError
 from .time_limit import TooLong, time_limit
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "<image>"
-_SECONDS = 5.0  # for a chat template, which takes a millisecond
+_SECONDS = 5.0  # time limit of a chat template, which usually takes a millisecond
 
 _FRAMES = "The input consists of a sequence of key frames from a video."
 _CONCISE = (
@@ -50,8 +49,14 @@ _SYS = f"<<SYS>>\n{_LLAMA2_SYSTEM}\n<</SYS>>\n\n"
 
 @dataclass(frozen=True)
 class Template:
-    """Prompt texts of a model family: the first turn's, what goes between an answer and the next one, and the text that
-    ends answers besides the EOS token."""
+    """Prompt texts of a model family.
+
+    Attributes:
+        open_ended: The first turn, with {question}.
+        multiple_choice: The first turn, with {question} and {options}.
+        next_turn: The text between an answer and the next one, with {words}.
+        stop: Text that ends an answer besides the EOS token, or None.
+    """
 
     open_ended: str
     multiple_choice: str
@@ -91,7 +96,7 @@ FAMILIES = (*TEMPLATES, "chat_template")
 
 @dataclass(frozen=True)
 class Turn:
-    """A question that was asked, and its answer."""
+    """A previous question and its answer."""
 
     question: str
     answer: str
@@ -100,7 +105,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids before and after the place of the video, and the text they came from (one MARKER in it)."""
+    """A tokenized prompt.
+
+    Attributes:
+        text: The text, with MARKER once in place of the video.
+        before: Token ids before the video.
+        after: Token ids after the video.
+    """
 
     text: str
     before: tuple[int, ...]
@@ -116,7 +127,20 @@ def prompt_family(
     vocabulary: Collection[str] = (),
     package_config: dict[str, Any] | None = None,
 ) -> str:
-    """One of FAMILIES, by the rule at the top of this module. Raises CheckpointError where none fits."""
+    """The prompt family of a checkpoint, by the rule in the module's docstring.
+
+    Args:
+        text_model: model_type of the language model.
+        chat_template: The checkpoint's chat template, or None.
+        vocabulary: The tokenizer's tokens.
+        package_config: The "sfllava_fast" entry of config.json, or None.
+
+    Returns:
+        One of FAMILIES.
+
+    Raises:
+        CheckpointError: If none matches.
+    """
     if package_config is not None:
         return check_family(package_config.get("prompt", "chat_template"))
     if text_model == "mistral":
@@ -137,7 +161,7 @@ def prompt_family(
 
 
 def check_family(family: str) -> str:
-    """The family itself; InputError where there is none of that name."""
+    """The family, if it is one of FAMILIES. Raises InputError otherwise."""
     if family not in FAMILIES:
         raise InputError(f"unknown prompt {family!r}: choose one of {', '.join(FAMILIES)}")
     return family
@@ -151,18 +175,25 @@ def build_prompt(
     chat_template: str | None = None,
     turns: Sequence[Turn] = (),
 ) -> Prompt:
-    """The prompt of a question in a family's form, tokenised around the video's place.
+    """The prompt of a question.
 
-    chat_template: used by the family "chat_template"; None takes the tokenizer's own. turns: earlier ones of the same
-    conversation, which come between the video and the question. Blanks around question and choices are kept, as
-    published.
-    Raises InputError for an empty question, one that holds MARKER or half of a character, or choices that are not 2 to
-    26 texts.
+    Args:
+        question: The question. Blanks around it and the choices are kept, as published.
+        tokenizer: The tokenizer.
+        family: One of FAMILIES.
+        choices: 2 to 26 texts for multiple choice, or None.
+        chat_template: For the family "chat_template"; None uses the tokenizer's.
+        turns: Earlier turns of the conversation, which are between the video and the question.
+
+    Raises:
+        InputError: If the question is empty or contains MARKER or half of a surrogate pair, or the choices are not 2 to
+            26 texts.
+        CheckpointError: If the chat template does not write the prompt.
     """
     check_question(question, choices)
     asked = [*((turn.question, turn.choices) for turn in turns), (question, choices)]
     if any(MARKER in part for text, options in asked for part in (text, *map(str, options or ()))):
-        raise InputError(f"the question holds {MARKER}, which marks the place of the video: leave it out")
+        raise InputError(f"the question contains {MARKER}, which marks the place of the video: remove it")
     answers = [turn.answer for turn in turns]
     if family == "chat_template":
         text = _render(tokenizer, chat_template, [user_words(*turn) for turn in asked], answers)
@@ -177,7 +208,7 @@ def build_prompt(
 
 
 def check_question(question: object, choices: Sequence[Any] | None = None) -> None:
-    """InputError for a question without words, and for half of a surrogate pair, which no tokenizer takes."""
+    """Raise InputError for an empty question, or for half of a surrogate pair, which tokenizers do not accept."""
     if not isinstance(question, str) or not question.strip():
         raise InputError("the question is empty: ask something about the video")
     for text in (question, *map(str, choices or ())):
@@ -185,16 +216,16 @@ def check_question(question: object, choices: Sequence[Any] | None = None) -> No
             text.encode()
         except UnicodeEncodeError as error:
             half = ascii(text[error.start])
-            raise InputError(f"the question holds {half}, half of a surrogate pair: write all of it") from None
+            raise InputError(f"the question contains {half}, half of a surrogate pair: write the whole pair") from None
 
 
 def user_words(question: str, choices: Sequence[str] | None) -> str:
-    """What a user's turn says; InputError for choices that are not 2 to 26 texts."""
+    """The text of a user's turn. Raises InputError unless the choices are 2 to 26 texts."""
     return question if choices is None else _OPTIONS.format(question=question, options=format_options(choices))
 
 
 def format_options(choices: Sequence[str]) -> str:
-    """The choices as published, a line each: "(A) first", an empty one as well."""
+    """The choices as published, one a line, "(A) first", also if a text is empty."""
     if isinstance(choices, str):
         raise InputError(f"choices must be a list of 2 to 26 texts, not the text {choices!r}")
     texts = [str(choice) for choice in choices]
@@ -204,14 +235,19 @@ def format_options(choices: Sequence[str]) -> str:
 
 
 def pick_option(text: str, choices: Sequence[Any], published: bool = False) -> int | None:
-    """Index of the choice that a model's text names; None where it names none.
+    """Index of the choice in a model's answer, or None.
 
-    By the published rule the first character names an option if it is a letter of A to E (of more letters where there
-    are more choices), overruled by the first option whose letter stands before ":" or ")", searched from "answer is" on
-    where the text says so. A letter beyond the last choice names none.
+    The published rule takes the first option whose letter is followed by ":" or ")", searched after "answer is" if the
+    text contains that. Otherwise it takes the first character, if it is one of A to E, or of more letters if there are
+    more choices. A letter after the last choice gives None.
 
-    Ours differs in two points: only letters of the choices count, and a text that repeats one choice alone is that
-    choice, whatever its letters (`same_choice`).
+    Our rule differs in two points: only letters of the choices count, and a text that repeats exactly one choice is
+    that choice (`same_choice`).
+
+    Args:
+        text: The model's answer.
+        choices: The choices.
+        published: Whether to apply the published rule.
     """
     text = text.strip()
     letters = string.ascii_uppercase[: max(len(choices), _PUBLISHED_OPTIONS) if published else len(choices)]
@@ -226,10 +262,9 @@ def pick_option(text: str, choices: Sequence[Any], published: bool = False) -> i
 
 
 def same_choice(text: str, choices: Sequence[Any]) -> int | None:
-    """Index of the one choice that a text is, but for case, blanks and outer punctuation; None where it is none, or
-    several.
+    """Index of the only choice that equals a text except for case, blanks and outer punctuation; None otherwise.
 
-    For a model whose prompt holds no choices: the letters of its words name none.
+    For a model whose prompt has no choices, so that letters in its answer do not mean options.
     """
     said = _bare(text)
     same = [number for number, choice in enumerate(choices) if said and _bare(str(choice)) == said]
@@ -237,24 +272,28 @@ def same_choice(text: str, choices: Sequence[Any]) -> int | None:
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`“”‘’«»()[]")  # noqa: RUF001  # quotes of any language
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`“”\u2018\u2019«»()[]")
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Tokenise the two sides of MARKER apart, as published, with one BOS where the tokenizer adds any."""
+    """Tokenize the two sides of MARKER separately, as published, with one BOS if the tokenizer adds it.
+
+    Raises:
+        CheckpointError: If the text does not contain MARKER exactly once.
+    """
     if text.count(MARKER) != 1:
-        raise CheckpointError(f"the prompt must hold {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}")
+        raise CheckpointError(f"the prompt must contain {MARKER} once, not {text.count(MARKER)} times: {text[:80]!r}")
     before, after = text.split(MARKER)
     ids = [tokenizer(side, add_special_tokens=False).input_ids if side else [] for side in (before, after)]
     bos = tokenizer.bos_token_id
-    # A chat template may have written BOS itself.
+    # A chat template may write BOS itself.
     if bos is not None and tokenizer("a").input_ids[:1] == [bos] and ids[0][:1] != [bos]:
         ids[0] = [bos, *ids[0]]
     return Prompt(text, tuple(ids[0]), tuple(ids[1]))
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words of the text that the tokenizer cannot spell, in order; none where it has no unknown token."""
+    """Words of the text with the tokenizer's unknown token, in order; none if it has no unknown token."""
     unk = tokenizer.unk_token_id
     if unk is None or unk not in tokenizer(text, add_special_tokens=False).input_ids:
         return []
@@ -265,35 +304,37 @@ def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _render(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, words: Sequence[str], answers: Sequence[str]
 ) -> str:
-    # Templates of image models take a list of parts; plain text ones take a string.
+    # The content is a list of parts for templates of image models, and a string for those of text models.
     for parts in (True, False):
         try:
             with time_limit(_SECONDS):
-                text = tokenizer.apply_chat_template(
-                    _messages(words, answers, parts),
-                    chat_template=chat_template,
-                    tokenize=False,
-                    add_generation_prompt=True,
+                text = cast(
+                    str,
+                    tokenizer.apply_chat_template(
+                        _messages(words, answers, parts),
+                        chat_template=chat_template,
+                        tokenize=False,
+                        add_generation_prompt=True,
+                    ),
                 )
         except TooLong:
             raise CheckpointError(
-                f"the chat template is not done after {_SECONDS:g} seconds: correct it, or choose another prompt"
+                f"the chat template takes more than {_SECONDS:g} seconds: correct it, or choose another prompt"
             ) from None
-        except Exception:  # whatever a template raises on content it does not know
+        except Exception:  # a template may raise any type for content of the other form
             continue
-        needed = [part.strip() for part in (*words, *answers)]
-        if isinstance(text, str) and text.count(MARKER) == 1 and all(part in text for part in needed):
+        if text.count(MARKER) == 1 and all(part.strip() in text for part in (*words, *answers)):
             return text
     raise CheckpointError(f"the chat template does not write {MARKER} once and the question: choose another prompt")
 
 
 def _messages(words: Sequence[str], answers: Sequence[str], parts: bool) -> list[dict[str, Any]]:
-    """The turns so far and the question, the video in the first."""
+    """The previous turns and the question, with the video in the first turn."""
     messages = []
-    for turn, said in enumerate(words):
-        content: Any = [{"type": "text", "text": said}] if parts else said
+    for turn, text in enumerate(words):
+        content: Any = [{"type": "text", "text": text}] if parts else text
         if turn == 0:
-            content = [{"type": "image"}, *content] if parts else f"{MARKER}\n{said}"
+            content = [{"type": "image"}, *content] if parts else f"{MARKER}\n{text}"
         messages.append({"role": "user", "content": content})
         if turn < len(answers):
             answer = [{"type": "text", "text": answers[turn]}] if parts else answers[turn]

@@ -1,4 +1,4 @@
-"""The vectors that a layout's separators are, in a checkpoint."""
+"""Vectors of a layout's separators, from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..layouts.pathways import Separator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sfllava_fast")
 
-# VideoLLM-online's interval is a comma of the text; a line break is what comes nearest to a newline that was learned.
+# VideoLLM-online's interval is the token of a comma. A line break is the closest to a learned newline.
 _TEXTS = {"interval": ","}
 _ELSE = "\n"
 
@@ -25,11 +25,21 @@ _ELSE = "\n"
 def find_separators(
     separators: tuple[Separator, ...], checkpoint: Checkpoint, given: Mapping[str, Tensor] | None = None
 ) -> Tensor | None:
-    """Separators [K, D] of the model's dtype and device; None where the layout has none.
+    """The vectors of a layout's separators.
 
-    By name: as given, else the newline that LLaVA-NeXT learned, else the embedding of a text's token, else the mean of
-    all embeddings; the log says what stands for a vector that was never learned.
-    Raises InputError for a vector of another shape, or of a name that the layout does not have.
+    A vector is the given one, else LLaVA-NeXT's learned newline, else the embedding of a token, else the mean of all
+    embeddings. A replacement for a learned vector is logged.
+
+    Args:
+        separators: The layout's separators.
+        checkpoint: The checkpoint.
+        given: Vectors [D] by name.
+
+    Returns:
+        [K, D] of the model's dtype and device, or None if the layout has no separators.
+
+    Raises:
+        InputError: If a given vector has another shape, or a name that the layout does not have.
     """
     names, given = [separator.name for separator in separators], dict(given or {})
     if unknown := set(given) - set(names):
@@ -53,12 +63,11 @@ def _find(name: str, checkpoint: Checkpoint, given: Tensor | None) -> Tensor:
 
 
 def _embed(text: str, name: str, checkpoint: Checkpoint) -> Tensor:
-    """The embedding of a text's last token; the mean of all embeddings if the tokenizer does not have it."""
-    tokenizer = checkpoint.tokenizer
-    embeddings = cast(nn.Embedding, checkpoint.model.get_input_embeddings()).weight
+    """The embedding of a text's last token; the mean of all embeddings if the tokenizer has no such token."""
+    tokenizer, embeddings = checkpoint.tokenizer, cast(Tensor, checkpoint.model.get_input_embeddings().weight)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     spelled = bool(ids) and ids[-1] != tokenizer.unk_token_id
     if not spelled or name not in _TEXTS:
         stand_in = f"the embedding of {text!r}" if spelled else "the mean of its embeddings"
-        log.warning("this checkpoint has no vector of its own for the separator %s: %s is used", name, stand_in)
+        log.warning("this checkpoint has no vector for the separator %s: using %s", name, stand_in)
     return embeddings[ids[-1]] if spelled else embeddings.mean(0)

@@ -1,4 +1,4 @@
-"""Where the embedded model, its reductions and its sample video are in the package."""
+"""Paths of the embedded model, its reductions and its sample video in the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def model_dir() -> Path:
 
 def mixture_file() -> Path:
     """The scorers of a mixture of depths, and the decoder that was trained with them."""
-    return model_dir() / "reduction" / "mixture.safetensors"  # not beside the weights: vLLM loads all that are there
+    return (
+        model_dir() / "reduction" / "mixture.safetensors"
+    )  # in a subfolder, since vLLM loads all safetensors of the model's
 
 
 def compression_file() -> Path:
@@ -25,7 +27,7 @@ def compression_file() -> Path:
 
 
 def sample_video() -> Path:
-    """An encoded clip that training never drew."""
+    """A video that training never drew."""
     return _EMBEDDED / "sample.mp4"
 
 

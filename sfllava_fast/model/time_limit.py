@@ -1,4 +1,4 @@
-"""An end for code of a checkpoint's, such as its chat template, that may have none of its own."""
+"""A time limit for code from a checkpoint, such as its chat template, which may not terminate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class TooLong(BaseException):
-    """The time is over; no Exception, so that what runs cannot take it for one of its own."""
+    """The time limit was exceeded. Not an Exception, so that the limited code does not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooLong in the block once it has run so long, as soon as Python code of it goes on.
+    """Context that raises TooLong at the next traced Python call or line after `seconds`.
 
-    It works in every thread, as signals do not; one call into C that takes long by itself is waited for. Functions are
-    looked at where they are called, and line by line where they were made of text, as a template's are.
+    Unlike signals it works in every thread. It does not interrupt a call into C. Calls of all functions are traced, and
+    lines only in code that was compiled from text, as templates are.
     """
     end, before = time.perf_counter() + seconds, sys.gettrace()
 

@@ -1,4 +1,4 @@
-"""What differs between releases of transformers, and which one is loaded."""
+"""Differences between releases of transformers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from torch import nn
 
 from ..errors import PatchError
 
-# How models, decoder layers and outputs name a key/value cache: since 5.24, where the second one warns, and before.
+# Names of the KV cache in models, decoder layers and outputs: since 5.24, where the second one warns, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def release() -> str:
-    """Name and version of the transformers that is loaded, for error lines."""
+    """Name and version of the loaded transformers, for error messages."""
     return f"transformers {getattr(sys.modules.get('transformers'), '__version__', '(not loaded)')}"
 
 
 def name_of_cache(names: Collection[str]) -> str | None:
-    """The one of these names, of parameters, arguments or outputs, that a key/value cache has; None: none of them."""
+    """The name of the KV cache among names of parameters, arguments or outputs; None if there is none."""
     return next((name for name in CACHE_NAMES if name in names), None)
 
 
 def cache_in(named: Mapping[str, Any]) -> Any:
-    """The key/value cache among arguments by name, or in a model's output; None: there is none."""
+    """The KV cache among arguments by name, or in a model's output; None if there is none."""
     name = name_of_cache(named)
     return None if name is None else named[name]
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A key/value cache as the keyword argument that a model takes by its signature; a wrapper's is the model's inside.
+    """A KV cache as the keyword argument of a model; a wrapper has the keyword of the model inside.
 
-    Raises PatchError where neither it nor a module inside takes one.
+    Raises:
+        PatchError: If neither the model nor a module inside has a parameter for a KV cache.
     """
     for module in model.modules():
         if name := _name_in(type(module).forward):

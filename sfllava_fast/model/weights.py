@@ -1,4 +1,4 @@
-"""Weights: every tensor of a checkpoint's files is matched to one of the stock model's before any is read."""
+"""Loading of weights: all tensors in a checkpoint's files are matched to the stock model's before any is read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .transformers_release import release
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Renaming = tuple[str, str]  # a pattern and what it becomes, as in re.sub
+Renaming = tuple[str, str]  # pattern and replacement, as in re.sub
 
-# To the names of today's transformers: those of release 4, and of 5.0, whose vision tower has one level more.
+# From the names of transformers 4, and of 5.0, whose vision tower has one level more, to the current names.
 HUGGING_FACE_NAMES: tuple[Renaming, ...] = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -34,17 +34,24 @@ HUGGING_FACE_NAMES: tuple[Renaming, ...] = (
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDICES = tuple(f"{name}.index.json" for name in _WHOLE)
 
-# Buffers that old checkpoints store and the model computes itself.
+# Buffers that old checkpoints store and the model computes.
 _COMPUTED = re.compile(r"\.embeddings\.position_ids$|\.rotary_emb\.inv_freq$")
-# Of each weight, that tell it from another's.
-_SAMPLES = 64
+_SAMPLES = 64  # values of each weight in a model's hash
 _VISION_LAYER = re.compile(r"^model\.vision_tower\.encoder\.layers\.(\d+)\.")
 _VISION_POST_NORM = "model.vision_tower.post_layernorm."
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. name: what the stock model calls it. key: what the file does."""
+    """A tensor in a file.
+
+    Attributes:
+        name: Its name in the stock model.
+        key: Its name in the file.
+        file: The file.
+        shape: Its shape.
+        read: Reads it, on the CPU.
+    """
 
     name: str
     key: str
@@ -54,10 +61,16 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path, names: Sequence[Renaming]) -> list[StoredTensor]:
-    """What a checkpoint directory stores, safetensors before pickles; only headers are read. An index tells which files
-    there are, and they tell what is in them.
+    """The tensors in a checkpoint directory; only headers are read.
 
-    Raises CheckpointError for files that are missing, corrupt or truncated.
+    Safetensors files are preferred to pickles. An index gives the files, and the files give their tensors.
+
+    Args:
+        path: The directory.
+        names: Renamings from the files' names to the stock model's.
+
+    Raises:
+        CheckpointError: If a file is missing, corrupt or truncated.
     """
     return [tensor for file in _weight_files(path) for tensor in _open(file, names)]
 
@@ -69,11 +82,11 @@ def _weight_files(path: Path) -> list[Path]:
         index = read_json(path / index_name)
         if index is None:
             continue
-        with as_checkpoint_error(f"{path / index_name} is no index of weights: download it again"):
+        with as_checkpoint_error(f"{path / index_name} is not an index of weights: download it again"):
             names = sorted(set(map(Path, index["weight_map"].values())))
         for name in names:
             if name.is_absolute() or ".." in name.parts:
-                raise CheckpointError(f"{path / index_name} names {name}, which is not in its folder: correct it")
+                raise CheckpointError(f"{path / index_name} has {name}, which is outside its folder: correct it")
         files = [path / name for name in names]
         for file in files:
             if not file.is_file():
@@ -88,9 +101,10 @@ def _open(file: Path, names: Sequence[Renaming]) -> list[StoredTensor]:
             from safetensors import safe_open
 
             opened = safe_open(file, framework="pt")
-            found = [(key, opened.get_slice(key).get_shape(), partial(opened.get_tensor, key)) for key in opened.keys()]
+            keys = list(opened.keys())
+            found = [(key, opened.get_slice(key).get_shape(), partial(opened.get_tensor, key)) for key in keys]
         else:
-            # Pickles from before torch 1.6 are no archives and cannot be mapped.
+            # Pickles from before torch 1.6 are not archives and cannot be memory-mapped.
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             found = [(key, tensor.shape, partial(tensors.get, key)) for key, tensor in tensors.items()]
     return [StoredTensor(_renamed(key, names), key, file, tuple(shape), read) for key, shape, read in found]
@@ -105,19 +119,26 @@ def _renamed(key: str, names: Sequence[Renaming]) -> str:
 def load_weights(
     model: PreTrainedModel, tensors: Iterable[StoredTensor], path: Path, layers: int, device: torch.device
 ) -> None:
-    """Give a model on the meta device, its vision tower cut or not, the stored tensors, one by one in its own dtype.
+    """Load stored tensors into a model on the meta device, in the model's dtype.
 
-    layers: of the vision tower before it was cut; those that were cut, and the norm behind them, are left unread.
+    Args:
+        model: The model; its vision tower may be cut.
+        tensors: The stored tensors.
+        path: The checkpoint, for messages.
+        layers: Number of layers of the vision tower before it was cut. Layers that were cut, and the post-norm, are not
+            read.
+        device: Of the weights.
 
-    Raises CheckpointError, before anything is read, unless every weight is stored once and in its shape, and
-    everything stored is a weight, or known to be unread.
+    Raises:
+        CheckpointError: Before any tensor is read, unless every weight is stored once in its shape, and every stored
+            tensor is a weight or known to be unused.
     """
     matched = _match(model, tensors, path, layers)
     own, dtype = model.state_dict(keep_vars=True), model.dtype
-    values: dict[int, Tensor] = {}  # by the model's tensor: tied weights are one
+    values: dict[int, Tensor] = {}  # by id of the model's tensor, since tied weights are one tensor
     with as_checkpoint_error(f"{path}: the weights cannot be read"):
         for name, tensor in matched.items():
-            # A copy: the files may change while the model is in use.
+            # A copy, since the files may change while the model is in use.
             value = tensor.read().to(device, dtype, copy=True)
             first = values.setdefault(id(own[name]), value)
             if first is not value and not torch.equal(first, value):
@@ -128,24 +149,26 @@ def load_weights(
     _compute_buffers(model, device)
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"{path}: nothing gives {', '.join(empty[:3])} a value in {release()}: try another")
+        raise CheckpointError(f"{path}: {', '.join(empty[:3])} has no value in {release()}: use another release")
 
 
-def hash_weights(told: hashlib._Hash, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Feed a hash with the name, shape and dtype of every weight and with `_SAMPLES` of its values, evenly spaced: a
-    model of any size takes milliseconds, and one copy from its device."""
+def hash_weights(digest: hashlib._Hash, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Update a hash with the name, shape, dtype and `_SAMPLES` evenly spaced values of every weight.
+
+    It takes milliseconds for a model of any size, and one copy from its device.
+    """
     samples: list[Tensor] = []
     for name, weight in weights:
-        told.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
         flat = weight.detach().reshape(-1)
-        step = flat.numel() // _SAMPLES | 1  # odd: not always the same column
+        step = flat.numel() // _SAMPLES | 1  # odd, so that the samples are of several columns
         samples.append(flat[::step][:_SAMPLES].float())
     if samples:
-        told.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
+        digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
 
 
 def _match(model: PreTrainedModel, tensors: Iterable[StoredTensor], path: Path, layers: int) -> dict[str, StoredTensor]:
-    """The stored tensor of each of the model's weights, by the model's own names for them."""
+    """The stored tensor of each of the model's weights, by the model's names."""
     expected = model.state_dict(keep_vars=True)
     own_names = {_renamed(name, HUGGING_FACE_NAMES): name for name in expected}
     matched: dict[str, StoredTensor] = {}
@@ -163,12 +186,12 @@ def _match(model: PreTrainedModel, tensors: Iterable[StoredTensor], path: Path, 
             matched[name] = tensor
             if tensor.shape != expected[name].shape:
                 misshapen.append(f"{tensor.key} {list(tensor.shape)}, not {list(expected[name].shape)}")
-    given = {id(expected[name]) for name in matched}  # tied weights are one tensor
+    given = {id(expected[name]) for name in matched}  # by id, since tied weights are one tensor
     missing = [name for name, weight in expected.items() if id(weight) not in given]
     for what, keys in (("lacks", missing), ("holds unknown", unknown), ("holds misshapen", misshapen)):
         if keys:
             raise CheckpointError(
-                f"{path} {what} weights ({_shown(keys)}): it is damaged, or not what its config.json says"
+                f"{path} {what} weights ({_shown(keys)}): it is damaged, or does not match its config.json"
             )
     return matched
 
@@ -178,18 +201,18 @@ def _shown(keys: list[str]) -> str:
 
 
 def _unread(name: str, layers: int) -> bool:
-    """Whether a stored tensor that the model has no place for may be left where it is."""
+    """Whether a stored tensor that is not in the model is known to be unused."""
     layer = _VISION_LAYER.match(name)
     cut = layer is not None and int(layer.group(1)) < layers
     return cut or name.startswith(_VISION_POST_NORM) or _COMPUTED.search(name) is not None
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that are not stored, from fresh copies of the modules that compute them."""
+    """Set buffers that are not stored, from new instances of the modules that compute them."""
     for module in model.modules():
         absent = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if absent:
-            with torch.random.fork_rng(devices=[]):  # it may draw weights, which are not taken
+            with torch.random.fork_rng(devices=[]):  # the new instance may draw weights, which are not used
                 fresh: Any = type(module)(module.config)
             for name in absent:
                 setattr(module, name, getattr(fresh, name).to(device))

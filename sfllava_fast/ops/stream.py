@@ -21,10 +21,10 @@ Encode = Callable[[Any], Tensor]
 def kept_frames(seen: int, most: int) -> range:
     """The frames of a stream that are kept, by the dyadic rule.
 
-    Every stride-th frame from frame 0 on is kept; the stride is the smallest power of two that leaves `most` or less: if
-    `most` frames are held and another is due, every other one is dropped and the stride doubles. Of `most` frames
-    or more, over most / 2 are kept at any time, evenly spaced, and no dropped frame is needed again. Uniform sampling
-    has no such property: every position moves with each new frame.
+    Every stride-th frame from frame 0 on is kept; the stride is the smallest power of two that leaves `most` or fewer.
+    If `most` frames are held and another is due, every other one is dropped and the stride doubles. Of `most` frames or
+    more, over most / 2 are kept at any time, evenly spaced, and no dropped frame is needed again. Uniform sampling has
+    no such property: every position moves with each new frame.
 
     Args:
         seen: frames of the stream so far.

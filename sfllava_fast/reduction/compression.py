@@ -1,10 +1,14 @@
-"""Compressing a video into a few tokens (VoCo-LLaMA, arXiv 2406.12275): k learned tokens stand behind a video's own,
-and what comes after sees the video through them alone, so that the video's keys and values can be dropped.
+"""Compression of a video into a few tokens (VoCo-LLaMA, arXiv 2406.12275).
 
-The paper's sequence is vision, compression tokens, text; its adjusted attention mask is causal, less text that attends
-to vision. Where it says nothing, this holds: text before a video stays in sight of all that follows (the published code
-hides it: let the span begin at 0 for that), and a later video sees an earlier one as text does (the published code has
-one mask from the first to the last compression token: with several videos, text sees the later ones' own tokens).
+k learned tokens follow a video's tokens. Later tokens attend to these, not to the video, so that the video's keys and
+values can be dropped.
+
+The paper's sequence is vision, compression tokens, text, and its attention mask is causal, except that text does not
+attend to vision. Cases that the paper does not define:
+
+- All later tokens attend to text before a video. The published code hides it; begin the span at 0 for that.
+- A later video attends to an earlier one only through its compression tokens. The published code has one mask from the
+  first to the last compression token, so that with several videos text attends to tokens of the later ones.
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
-_UNLABELLED = -100  # what losses leave out
+_UNLABELLED = -100  # the label that losses ignore
 
 
 class Span(NamedTuple):
-    """A video's own tokens [start, stop) in a sequence, and how many compression tokens stand right behind them."""
+    """A video's tokens [start, stop) in a sequence, and the number of compression tokens right after them."""
 
     start: int
     stop: int
@@ -42,11 +46,11 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first token behind the compression tokens."""
+        """The end of the compression tokens."""
         return self.stop + self.tokens
 
 
-Spans = Sequence[Span] | Sequence[Sequence[Span]]  # the same in every row, or each row's own
+Spans = Sequence[Span] | Sequence[Sequence[Span]]  # of all rows, or of each row
 
 
 def compression_mask(
@@ -56,13 +60,22 @@ def compression_mask(
     dtype: torch.dtype = torch.bool,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Who may attend to whom, [B, 1, stop - start, stop]; B is 1 for spans that hold for every row.
+    """The attention mask of compressed videos.
 
-    length: of the whole sequence. queries: (start, stop) of those in this forward pass, on a cache of all tokens before
-        them; None: the whole sequence.
-    dtype: bool for `scaled_dot_product_attention` and transformers' "sdpa", True where attention is allowed; a floating
-        dtype for "eager", added to the scores: 0 or the dtype's minimum.
-    Raises InputError for spans that overlap, lie outside, or have no or too many compression tokens.
+    Args:
+        spans: The videos, the same in all rows or for each row.
+        length: Length of the whole sequence.
+        queries: (start, stop) of the tokens in this forward pass, if a cache has all tokens before them. None stands
+            for the whole sequence.
+        dtype: bool for `scaled_dot_product_attention` and transformers' "sdpa", True if attention is allowed. A
+            floating dtype for "eager", added to the logits: 0 or the dtype's minimum.
+        device: Of the mask.
+
+    Returns:
+        [B, 1, stop - start, stop]; B is 1 if the spans are the same in all rows.
+
+    Raises:
+        InputError: If spans overlap, are outside of the sequence, or have no or too many compression tokens.
     """
     start, stop = queries or (0, length)
     if not 0 <= start < stop <= length:
@@ -77,22 +90,22 @@ def compression_mask(
 def compression_mask_mod(
     spans: Spans, length: int, start: int = 0, device: torch.device | str | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same rule for `torch.nn.attention.flex_attention.create_block_mask`; its first query is token `start`."""
+    """`compression_mask` for flex_attention's `create_block_mask`; the first query is token `start`."""
     hidden_from = _hidden_from(spans, length, device)
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _may_attend(start + query, key, hidden_from[row % len(hidden_from), key])  # one row serves all
+        return _may_attend(start + query, key, hidden_from[row % len(hidden_from), key])  # one row may apply to all
 
     return mask_mod
 
 
 def _may_attend(query: Tensor, key: Tensor, hidden_from: Tensor) -> Tensor:
-    """The rule; `hidden_from` is the key's."""
+    """Whether a query attends to a key, which `hidden_from` belongs to."""
     return (key <= query) & (query < hidden_from)
 
 
 def _hidden_from(spans: Spans, length: int, device: torch.device | str | None) -> Tensor:
-    """[rows, length]: from which token on this one is out of sight; `length` for all but the videos' own."""
+    """[rows, length]: the first token that does not attend to this one; `length` except for tokens of videos."""
     rows = [_checked(row, length) for row in _by_row(spans)]
     hidden_from = torch.full((len(rows), length), length, device=device)
     for row, of_row in zip(hidden_from, rows):
@@ -102,29 +115,37 @@ def _hidden_from(spans: Spans, length: int, device: torch.device | str | None) -
 
 
 def _by_row(spans: Sequence[Any]) -> Sequence[Sequence[Any]]:
-    """Spans that hold for every row, as the only row's."""
+    """Spans of each row; of one row if they are the same in all rows."""
     return [spans] if all(isinstance(span, tuple) for span in spans) else spans
 
 
-def _checked(triples: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
-    spans, free = [Span(*triple) for triple in triples], 0
+def _checked(given: Sequence[tuple[int, int, int]], length: int) -> list[Span]:
+    spans, free = [Span(*span) for span in given], 0
     for span in spans:
         if not free <= span.start < span.stop or span.end > length:
-            raise InputError(f"{span} is empty, or overlaps the one before, or is not within {length} tokens")
+            raise InputError(f"{span} is empty, overlaps the one before, or is not within {length} tokens")
         if not 1 <= span.tokens <= span.stop - span.start:
-            raise InputError(f"{span}: give at least 1 compression token, and at most as many as the video has")
+            raise InputError(f"{span} must have at least 1 compression token, and at most as many as the video has")
         free = span.end
     return spans
 
 
 def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[Span], **arguments: Any) -> ModelOutput:
-    """The forward pass that `compression_mask` describes, without any mask: each video is dropped from the cache when
-    its compression tokens are in (the paper's two-stage forward, figure 4). FlashAttention serves; gradients flow.
+    """The forward pass of `compression_mask` without a mask: the paper's two-stage forward (figure 4).
 
-    embeds: [B, S, D], compression tokens included; the spans are those of every row.
-    Returns the output for the tokens behind the last video, or for that video and its tokens where nothing follows. Its
-    `cache` (`past_key_values` before transformers 5.24) is a DynamicCache that goes on at position S (see
-    `dropping.drop_tokens`).
+    Each video is dropped from the cache after its compression tokens were computed. It runs with FlashAttention, and
+    gradients flow.
+
+    Args:
+        model: The language model.
+        embeds: [B, S, D], including compression tokens.
+        spans: The videos, the same in all rows.
+        arguments: Further arguments of the model.
+
+    Returns:
+        The output for the tokens after the last video; if there are none, for that video and its compression tokens.
+        Its `cache` (`past_key_values` before transformers 5.24) is a DynamicCache whose next position is S (see
+        `drop_tokens`).
     """
     from transformers import DynamicCache
 
@@ -142,7 +163,7 @@ def prefill_compressed(model: PreTrainedModel, embeds: Tensor, spans: Sequence[S
 
 
 def cache_bytes(config: Any, tokens: int, dtype: torch.dtype = torch.float16) -> int:
-    """Bytes of so many tokens' keys and values, by the shapes in a decoder's transformers config."""
+    """Bytes of the keys and values of `tokens` tokens, from a decoder's transformers config."""
     values = config.num_hidden_layers * config.num_key_value_heads * head_width(config)
     return 2 * values * tokens * dtype.itemsize
 
@@ -150,8 +171,9 @@ def cache_bytes(config: Any, tokens: int, dtype: torch.dtype = torch.float16) ->
 class Compression(nn.Module):
     """k learned compression tokens, and the weights of the decoder that was trained with them.
 
-    tokens: embeddings [k, D], the parameter. weights: by name as in `get_decoder().named_parameters()`, and
-        "lm_head.weight"; what is not among them stays the model's own.
+    Attributes:
+        tokens: Embeddings [k, D], the parameter.
+        weights: By name as in `get_decoder().named_parameters()`, and "lm_head.weight". Other weights are the model's.
     """
 
     def __init__(self, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -163,40 +185,51 @@ class Compression(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Compression:
-        """From a safetensors file: `tokens`, and the weights by their names. Raises CheckpointError for any other."""
+        """Read a safetensors file with `tokens` and the weights by name. Raises CheckpointError for any other file."""
         with as_checkpoint_error(f"{path} holds no compression tokens"):
             tensors, _ = load_tensors(path)
             return cls(tensors.pop("tokens"), tensors)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file that `load` reads, whole or not at all. Raises InputError where it cannot be written."""
+        """Write the file that `load` reads, atomically. Raises InputError if it cannot be written."""
         return save_tensors("the compression tokens", path, {"tokens": self.tokens} | self.weights, {})
 
     def install(self, model: PreTrainedModel) -> Patch:
-        """Put the weights into a model, tied ones in every place; `undo` of what is returned puts back its own.
+        """Put the weights into a model, tied weights in all modules.
 
-        Raises InputError, with the model as it was, where its embeddings have another width, or it lacks a weight of
-        that name and shape.
+        Returns:
+            The patch, whose `undo` restores the model's weights.
+
+        Raises:
+            InputError: If the embeddings have another width, or the model has no weight with a name and shape. The
+                model is unchanged.
         """
         embedding: Any = model.get_input_embeddings()
         if self.tokens.shape[1] != embedding.weight.shape[1]:
-            wide = f"{self.tokens.shape[1]} wide, the model's embeddings {embedding.weight.shape[1]}"
-            raise InputError(f"the compression tokens are {wide}: train them with this model")
-        # Not on the decoder or the model, where other patches leave their handles.
+            widths = f"{self.tokens.shape[1]} wide, the model's embeddings {embedding.weight.shape[1]}"
+            raise InputError(f"the compression tokens are {widths}: train them with this model")
+        # Not on the decoder or the model, which other patches have as target.
         return Patch(embedding, weight_replacements(model, model.get_decoder(), self.weights))
 
     def insert(self, embeds: Tensor, videos: Sequence[Any]) -> tuple[Tensor, list[list[Span]]]:
-        """embeds [B, S, D] with the tokens behind every video, [B, S + n * k, D], and each row's spans in it.
+        """Insert the compression tokens after every video.
 
-        videos: (start, stop) of each in embeds, the same in every row, or each row's own; as many in each.
-        Raises InputError as `compression_mask` does.
+        Args:
+            embeds: [B, S, D].
+            videos: (start, stop) of each video in `embeds`, the same in all rows or for each row, equally many in each.
+
+        Returns:
+            Embeddings [B, S + n * k, D] for n videos, and the spans of each row.
+
+        Raises:
+            InputError: As in `compression_mask`.
         """
         rows = _videos_of_rows(videos, len(embeds))
         k = len(self.tokens)
         spans = [[Span(start + n * k, stop + n * k, k) for n, (start, stop) in enumerate(row)] for row in rows]
         for row in spans:
             _checked(row, embeds.shape[1] + len(row) * k)
-        return _behind(embeds, rows, self.tokens.to(embeds)), spans
+        return _insert_after(embeds, rows, self.tokens.to(embeds)), spans
 
     def forward(
         self,
@@ -206,36 +239,41 @@ class Compression(nn.Module):
         labels: Tensor | None = None,
         **arguments: Any,
     ) -> ModelOutput:
-        """A model's output for embeds with the tokens put in, under the mask: what training runs.
+        """A model's output for embeddings with the tokens inserted, with the mask, for training.
 
-        embeds, videos: as `insert` takes them. labels: int64 [B, S], of embeds before that.
+        Args:
+            model: The language model.
+            embeds: As in `insert`.
+            videos: As in `insert`.
+            labels: int64 [B, S], of `embeds`.
+            arguments: Further arguments of the model.
         """
-        put, spans = self.insert(embeds, videos)
+        inserted, spans = self.insert(embeds, videos)
         if labels is not None:
             unlabelled = labels.new_full((len(self.tokens),), _UNLABELLED)
-            arguments["labels"] = _behind(labels, _videos_of_rows(videos, len(embeds)), unlabelled)
-        return model(inputs_embeds=put, attention_mask=_mask_for(model, put, spans), **arguments)
+            arguments["labels"] = _insert_after(labels, _videos_of_rows(videos, len(embeds)), unlabelled)
+        return model(inputs_embeds=inserted, attention_mask=_mask_for(model, inserted, spans), **arguments)
 
 
 def _videos_of_rows(videos: Sequence[Any], rows: int) -> list[Sequence[tuple[int, int]]]:
     by_row = list(_by_row(videos))
     by_row = by_row * rows if len(by_row) == 1 else by_row
     if len(by_row) != rows or len({len(row) for row in by_row}) != 1:
-        raise InputError(f"give the videos of each of {rows} rows, as many in every row")
+        raise InputError(f"videos must have {rows} rows with equally many videos")
     return by_row
 
 
-def _behind(rows: Tensor, videos: list[Sequence[tuple[int, int]]], piece: Tensor) -> Tensor:
-    """rows [B, S, ...] with a piece put in behind every video of each."""
-    put = []
+def _insert_after(rows: Tensor, videos: list[Sequence[tuple[int, int]]], piece: Tensor) -> Tensor:
+    """rows [B, S, ...] with a piece inserted after every video."""
+    inserted = []
     for row, of_row in zip(rows, videos):
         first, *others = row.tensor_split([stop for _, stop in of_row])
-        put.append(torch.cat([first, *chain.from_iterable((piece, part) for part in others)]))
-    return torch.stack(put)
+        inserted.append(torch.cat([first, *chain.from_iterable((piece, part) for part in others)]))
+    return torch.stack(inserted)
 
 
 def _mask_for(model: PreTrainedModel, embeds: Tensor, spans: list[list[Span]]) -> Tensor | BlockMask:
-    """The mask in the form that the model's attention takes."""
+    """The mask in the form of the model's attention."""
     attention, (rows, length, _) = model.get_decoder().config._attn_implementation, embeds.shape
     if attention == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -243,6 +281,6 @@ def _mask_for(model: PreTrainedModel, embeds: Tensor, spans: list[list[Span]]) -
         rule = compression_mask_mod(spans, length, device=embeds.device)
         return create_block_mask(rule, rows, None, length, length, device=embeds.device)
     if attention not in ("sdpa", "eager"):
-        raise InputError(f"{attention} takes no mask: set sdpa, eager or flex_attention, or use prefill_compressed")
+        raise InputError(f"{attention} has no mask: set sdpa, eager or flex_attention, or use prefill_compressed")
     dtype = torch.bool if attention == "sdpa" else embeds.dtype
     return compression_mask(spans, length, dtype=dtype, device=embeds.device)

@@ -1,4 +1,4 @@
-"""What says which vision tokens matter to a layer."""
+"""Scores of a layer's vision tokens."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from ..ops.rows import attention_received
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a scorer may look at.
+    """The input of a scorer.
 
-    hidden: [B, S, D], what enters the layer. start, stop: the vision tokens in it; what is outside of them is text.
-    layer: the decoder layer. arguments: what else the layer is called with, such as `position_embeddings`.
+    Attributes:
+        hidden: [B, S, D], the layer's input.
+        start: First vision token. Tokens outside [start, stop) are text.
+        stop: End of the vision tokens.
+        layer: The decoder layer.
+        arguments: The layer's other arguments, such as `position_embeddings`.
     """
 
     hidden: Tensor
     start: int
     stop: int
-    layer: Any  # of a transformers decoder: its attributes differ by model
+    layer: nn.Module
     arguments: dict[str, Any]
 
     @property
     def vision(self) -> Tensor:
-        """[B, V, D]"""
+        """The vision tokens, [B, V, D]."""
         return self.hidden[:, self.start : self.stop]
 
     @property
     def seen(self) -> Tensor | None:
-        """Which of the S tokens the last one sees, bool [B, S]; None where that is all of them, so without padding."""
+        """The tokens that the last token attends to, bool [B, S]; None if these are all, without padding."""
         mask = self.arguments.get("attention_mask")
         if mask is None:
             return None
@@ -51,7 +55,7 @@ Scorer = str | Score | Mapping[int, str | Score]
 
 
 class Norm(nn.Module):
-    """The length of a token's hidden state."""
+    """The Euclidean norm of a token's hidden state."""
 
     @torch.no_grad()
     def forward(self, layer: LayerInput) -> Tensor:
@@ -59,7 +63,7 @@ class Norm(nn.Module):
 
 
 class LayerExpert(nn.Module):
-    """A learned score: a linear map of the hidden state (VideoLLM-MoD, arXiv 2408.16730)."""
+    """A learned linear score of the hidden state (VideoLLM-MoD, arXiv 2408.16730)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,14 +74,14 @@ class LayerExpert(nn.Module):
 
 
 class TextSimilarity(nn.Module):
-    """The cosine of a token's hidden state with the mean of the text's, of the text in the same forward pass."""
+    """The cosine similarity of a token's hidden state and the mean of the text's in the same forward pass."""
 
     needs_text = True
 
     @torch.no_grad()
     def forward(self, layer: LayerInput) -> Tensor:
         if layer.stop - layer.start == layer.hidden.shape[1]:
-            raise InputError(_NO_TEXT.format("text", "beside"))
+            raise InputError(_NO_TEXT.format("text", "before or after"))
         hidden = layer.hidden.float()
         text = torch.ones_like(hidden[..., 0]) if layer.seen is None else layer.seen.to(hidden, copy=True)
         text[:, layer.start : layer.stop] = 0
@@ -86,12 +90,19 @@ class TextSimilarity(nn.Module):
 
 
 class AttentionReceived(nn.Module):
-    """The attention that a token gets in this layer from the last `queries` tokens of the text behind it, the mean over
-    them and the heads (FastV, arXiv 2403.06764, which asks the last token alone).
+    """The attention that a token receives in this layer from the last tokens of the text after it.
 
-    Computed from the layer's own projections, norms and rotary positions, one block of rows: no attention matrix is
-    stored, whatever attention the model runs on. Softcapped logits are taken without the cap. Of a prompt prefilled in
-    parts it sees the part, in a layer with a sliding window what the last token sees. A batch is padded on the left.
+    It is the mean over these tokens and the heads; FastV (arXiv 2403.06764) takes the last token. It is computed from
+    the layer's projections, norms and rotary embeddings without storing an attention matrix, with any attention of the
+    model.
+
+    - Softcapped logits are not capped.
+    - If a prompt is prefilled in parts, only the current part counts.
+    - In a layer with a sliding window, only tokens count that the last token attends to.
+    - A batch must be padded on the left.
+
+    Attributes:
+        queries: Maximum number of last tokens.
     """
 
     needs_text = True
@@ -103,34 +114,38 @@ class AttentionReceived(nn.Module):
 
     @torch.no_grad()
     def forward(self, layer: LayerInput) -> Tensor:
-        behind = layer.hidden.shape[1] - layer.stop
-        if not behind:
-            raise InputError(_NO_TEXT.format("attention", "behind"))
-        queries, keys = queries_and_keys(layer, min(self.queries, behind))
-        scale = layer.layer.self_attn.scaling
+        after = layer.hidden.shape[1] - layer.stop
+        if not after:
+            raise InputError(_NO_TEXT.format("attention", "after"))
+        queries, keys = queries_and_keys(layer, min(self.queries, after))
+        scale = attention_of(layer.layer).scaling
         if layer.seen is None:
             return attention_received(queries, keys, scale)[:, layer.start : layer.stop]
         scores = queries.new_zeros(layer.hidden.shape[:2], dtype=torch.float32)
-        for row, seen in enumerate(layer.seen):  # padding takes part in no softmax
+        for row, seen in enumerate(layer.seen):  # padding is in no softmax
             scores[row, seen] = attention_received(queries[row, None], keys[row, None, :, seen], scale)[0]
         return scores[:, layer.start : layer.stop]
 
 
 _NO_TEXT = (
     'the scorer "{}" needs text {} the vision tokens in the same forward pass: '
-    'prefill them with the question, or take the scorer "norm" or "learned"'
+    'prefill them with the question, or use the scorer "norm" or "learned"'
 )
 
 
 def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
-    """A layer's queries [B, H, count, d] of the last tokens and keys [B, G, S, d] of all, as its attention has them."""
-    attention = layer.layer.self_attn
+    """A layer's queries [B, H, count, d] of the last tokens, and its keys [B, G, S, d], as its attention computes them.
+
+    Raises:
+        PatchError: If the attention is not supported.
+    """
+    attention = attention_of(layer.layer)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     split = hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
     if rotate is None or not (split or hasattr(attention, "qkv_proj")):
         found = f"{type(attention).__name__} ({release()})"
-        raise PatchError(f'the scorer "attention" does not know {found}: take another scorer')
-    norm = getattr(layer.layer, "input_layernorm", None)  # OLMo 2 norms what comes out
+        raise PatchError(f'the scorer "attention" does not support {found}: use another scorer')
+    norm = getattr(layer.layer, "input_layernorm", None)  # OLMo 2 norms the output instead
     hidden = layer.hidden if norm is None else norm(layer.hidden)
     if split:
         queries, keys = attention.q_proj(hidden[:, -count:]), attention.k_proj(hidden)
@@ -145,8 +160,13 @@ def queries_and_keys(layer: LayerInput, count: int) -> tuple[Tensor, Tensor]:
     return queries, rotate(keys, keys, cos, sin)[0]
 
 
+def attention_of(layer: nn.Module) -> Any:
+    """The attention module of a decoder layer."""
+    return layer.self_attn
+
+
 def _heads(projected: Tensor, attention: Any, norm_name: str) -> Tensor:
-    """[B, n, heads * d] as [B, heads, n, d], normed where the model does: each head, or all of them as one."""
+    """[B, n, heads * d] as [B, heads, n, d], normed if the model does that: per head, or over all heads."""
     norm = getattr(attention, norm_name, None)
     if norm is not None and norm.weight.numel() == projected.shape[-1]:
         projected, norm = norm(projected), None
@@ -155,7 +175,7 @@ def _heads(projected: Tensor, attention: Any, norm_name: str) -> Tensor:
 
 
 class _Function(nn.Module):
-    """A plain function as a scorer."""
+    """A function as a scorer."""
 
     def __init__(self, score: Score) -> None:
         super().__init__()
@@ -174,9 +194,18 @@ _BY_NAME = {
 
 
 def make_scorers(scorer: Scorer, layers: Sequence[int], width: int) -> nn.ModuleDict:
-    """A scorer for each layer: by name, a module or function for all of them, or a mapping that has one for each."""
+    """A scorer for each layer.
+
+    Args:
+        scorer: A name, a module or a function for all layers, or a mapping of all layers to these.
+        layers: The layers.
+        width: Channels of the hidden states.
+
+    Raises:
+        InputError: If a scorer is unknown, or if the mapping has other layers.
+    """
     if isinstance(scorer, Mapping) and set(scorer) != set(layers):
-        raise InputError(f"the scorers are for layers {sorted(scorer)}, and scored are {sorted(layers)}")
+        raise InputError(f"the scorers have layers {sorted(scorer)}, and these are needed: {sorted(layers)}")
     each = {layer: scorer[layer] if isinstance(scorer, Mapping) else scorer for layer in layers}
     return nn.ModuleDict({str(layer): _make(each[layer], width) for layer in layers})
 

@@ -1,4 +1,4 @@
-"""What the language model computes on of a video's tokens, as settings and as the texts that they are written in."""
+"""Settings of the reductions of a video's tokens, and their text forms."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ FORMS = "mixture[:RATIO[:SCORER[:LAYERS]]], fastv[:RATIO[:LAYER]], prune:KEEP[:S
 
 @dataclass(frozen=True)
 class Mixture:
-    """Mixture of depths (`mixture.MixtureOfDepths`): some layers compute on a share of each frame's tokens.
+    """Mixture of depths (`MixtureOfDepths`): some layers compute on a share of each frame's tokens.
 
-    ratio: that share, in (0, 1]; None: what learned scorers were trained at, else 0.2. scorer: as `MixtureOfDepths`
-    takes it, or the safetensors file of learned ones; None: those that ship with the model, else "norm". layers: the
-    mixed ones; None: those of learned scorers, else every other one, from the second.
+    Attributes:
+        ratio: The share, in (0, 1]. None stands for that of learned scorers, else 0.2.
+        scorer: As in `MixtureOfDepths`, or the safetensors file of learned scorers. None stands for those that ship
+            with the model, else "norm".
+        layers: The mixed layers. None stands for those of learned scorers, else every other one, from the second.
     """
 
     ratio: float | None = None
@@ -32,18 +34,22 @@ class Mixture:
         if self.ratio is not None:
             check_ratio(self.ratio)
         if self.file and self.layers is not None:
-            raise InputError(f"{self.file} says which layers are mixed: leave out layers")
+            raise InputError(f"{self.file} has the mixed layers: leave out layers")
 
     @property
     def file(self) -> str | None:
-        """That of learned scorers."""
+        """The file of learned scorers, or None."""
         return self.scorer if isinstance(self.scorer, str) and self.scorer.endswith(".safetensors") else None
 
     @classmethod
     def parse(cls, text: str) -> Mixture:
-        """RATIO, RATIO:SCORER or RATIO:SCORER:LAYERS, such as 0.2:norm:1,3,5; nothing is the default."""
+        """The mixture of a text RATIO, RATIO:SCORER or RATIO:SCORER:LAYERS, such as 0.2:norm:1,3,5.
+
+        Empty parts stand for the defaults. Raises InputError for any other text.
+        """
         try:
-            ratio, scorer, layers = text.split(":") + [""] * (2 - text.count(":"))
+            parts = text.split(":")
+            ratio, scorer, layers = parts + [""] * (3 - len(parts))
             numbers = tuple(int(layer) for layer in layers.split(",")) if layers else None
             return cls(float(ratio) if ratio else None, scorer or None, numbers)
         except ValueError as error:
@@ -60,8 +66,12 @@ class Mixture:
 
 @dataclass(frozen=True)
 class FastV:
-    """FastV (`mixture.MixtureOfDepths.fastv`): the layers from `layer` on compute on a share of a video's tokens, those
-    that the question attended to most in the layer before."""
+    """FastV (`MixtureOfDepths.fastv`): layers from `layer` on compute on a share of a video's tokens.
+
+    Attributes:
+        ratio: The share, in (0, 1].
+        layer: The paper's K.
+    """
 
     ratio: float = 0.5
     layer: int = 2
@@ -71,12 +81,15 @@ class FastV:
 
     @classmethod
     def parse(cls, text: str) -> FastV:
-        """RATIO or RATIO:LAYER, such as 0.25:3; nothing is the paper's."""
+        """The setting of a text RATIO or RATIO:LAYER, such as 0.25:3. Empty parts stand for the paper's values.
+
+        Raises InputError for any other text.
+        """
         ratio, _, layer = text.partition(":")
         try:
             share, first = float(ratio or cls.ratio), int(layer or cls.layer)
         except ValueError:
-            raise InputError(f"cannot read {text!r} as FastV's: write 0.5 or 0.5:2") from None
+            raise InputError(f"cannot read the FastV setting {text!r}: write 0.5 or 0.5:2") from None
         return cls(share, first)
 
     def __str__(self) -> str:
@@ -85,14 +98,17 @@ class FastV:
 
 @dataclass(frozen=True)
 class CompressionFile:
-    """Compression into the learned tokens of a file (`compression.Compression.load`); None: those that ship with the
-    model."""
+    """Compression into learned tokens (`Compression`).
+
+    Attributes:
+        file: Their safetensors file. None stands for the tokens that ship with the model.
+    """
 
     file: str | None = None
 
 
 def parse_reduction(text: str) -> Mixture | FastV | Pruning | CompressionFile:
-    """The settings that a text means, one of FORMS. Raises InputError."""
+    """The settings of a text in one of FORMS. Raises InputError for any other text."""
     kind, _, rest = text.partition(":")
     if kind == "mixture":
         return Mixture.parse(rest)

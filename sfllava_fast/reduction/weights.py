@@ -1,4 +1,4 @@
-"""Weights of a decoder that were trained with a reduction, as replacements in a model."""
+"""Replacement of a decoder's weights by those that were trained with a reduction."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from ..errors import InputError, dtype_name
 def weight_replacements(
     model: nn.Module, decoder: nn.Module, weights: Mapping[str, Tensor]
 ) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """What a `Patch` takes to put weights into a model, tied ones in every place.
+    """The replacements for a `Patch` that put weights into a model, tied weights in all modules.
 
-    weights: by name as in `decoder.named_parameters()`, and "lm_head.weight".
-    Raises InputError where the model lacks a weight of that name and shape, or it is not floating point.
+    Args:
+        model: The model.
+        decoder: Its decoder.
+        weights: By name as in `decoder.named_parameters()`, and "lm_head.weight".
+
+    Raises:
+        InputError: If the model has no weight with this name and shape, or if it is not floating point.
     """
     own, head = dict(decoder.named_parameters()), getattr(model, "lm_head", None)
     if head is not None:
@@ -25,11 +30,11 @@ def weight_replacements(
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape or not weight.is_floating_point():
             given = f"{list(weight.shape)} {dtype_name(weight.dtype)}"
-            raise InputError(f"this model has no {name} {given}, which the reduction brings")
-        # A copy: memory of a file is not aligned, by which kernels may round otherwise.
+            raise InputError(f"this model has no {name} {given}, which the reduction replaces")
+        # A copy, since the memory of a file is not aligned, and kernels may then round differently.
         put = nn.Parameter(weight.to(own[name], copy=True), own[name].requires_grad)
         if not torch.equal(swaps.setdefault(own[name], put), put):
-            raise InputError(f"this model ties {name} to another weight, of which the reduction has other values")
+            raise InputError(f"this model ties {name} to another weight, for which the reduction has other values")
     return [
         (module, name, swaps[held])
         for module in model.modules()

@@ -438,7 +438,7 @@ def test_bad_choices_of_layout_backend_and_device(checkpoints, monkeypatch):
     with pytest.raises(BackendError):
         SlowFastLlava.from_pretrained(path, backend="abacus")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(BackendError, match="device cuda is not there"):
+    with pytest.raises(BackendError, match="device cuda does not exist"):
         SlowFastLlava.from_pretrained(path, device="cuda")
     with pytest.raises(BackendError, match="float16 matrix products are unusably slow on a CPU"):
         SlowFastLlava.from_pretrained(path, dtype=torch.float16)

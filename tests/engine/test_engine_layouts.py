@@ -101,7 +101,7 @@ def test_separators_as_given_and_as_found(checkpoints, caplog):
     assert torch.equal(session.video_tokens()[-1], vector)
     with caplog.at_level(logging.WARNING, "sfllava_fast"):
         model = SlowFastLlava.from_pretrained(path, layout)
-    assert "newline" in caplog.text and "is used" in caplog.text
+    assert "newline" in caplog.text and "has no vector" in caplog.text
     assert model.pipeline.encoder.separators.shape == (1, width)
     with pytest.raises(InputError, match="must be"):
         SlowFastLlava.from_pretrained(path, layout, separators={"newline": torch.zeros(width + 1)})

@@ -385,7 +385,7 @@ def test_bad_texts_are_one_line_before_anything_is_loaded(text, said, capsys):
         ("mixture:0.2:norm:0", InputError, "layer 0"),
         ("mixture:0.2:norm:9", InputError, "layers must be among"),
         ("fastv:0.5:9", InputError, "layer"),
-        ("mixture::TOKENS", InputError, "holds no scorers"),
+        ("mixture::TOKENS", InputError, "has no scorers"),
         ("compress", InputError, "name a file of them"),
         ("compress:nowhere.safetensors", CheckpointError, "nowhere.safetensors"),
         (3, InputError, "is no reduction"),

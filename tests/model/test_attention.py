@@ -27,7 +27,9 @@ def test_on_a_cpu(requested, device, dtype, expected):
 
 def test_says_why():
     assert "needs a CUDA GPU" in resolve_attention("auto").reason
-    with pytest.raises(BackendError, match="flash_attention_2 cannot serve: it needs a CUDA GPU.*use attention='sdpa'"):
+    with pytest.raises(
+        BackendError, match="flash_attention_2 is not supported: it needs a CUDA GPU.*use attention='sdpa'"
+    ):
         resolve_attention("flash_attention_2", "cpu", HALF)
     with pytest.raises(BackendError, match="unknown attention 'linear': choose one of auto, eager, sdpa"):
         resolve_attention("linear")
@@ -111,7 +113,7 @@ def test_transformers_without_a_later_flash_attention(gpu, monkeypatch):
 
     monkeypatch.delattr(transformers.utils, "is_flash_attn_4_available")
     assert resolve_attention("auto", "cuda", HALF).implementation == "flash_attention_2"
-    with pytest.raises(BackendError, match="flash_attention_4 cannot serve: transformers .* does not know it"):
+    with pytest.raises(BackendError, match="flash_attention_4 is not supported: transformers .* does not support it"):
         resolve_attention("flash_attention_4", "cuda", HALF)
 
 

@@ -124,7 +124,7 @@ def test_an_index_only_names_the_files(path):
 def test_indices_of_nothing(path, index):
     rewrite(path, shards=2)
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with one_line(CheckpointError, "index.json is no index of weights"):
+    with one_line(CheckpointError, "index.json is not an index of weights"):
         load_checkpoint(path)
 
 
@@ -133,7 +133,7 @@ def test_an_index_that_names_files_elsewhere(name, path):
     rewrite(path, shards=2)
     name = name.format(path.name, path=path)
     edit_index(path, lambda index: index["weight_map"].update({HEAD: name}))
-    with one_line(CheckpointError, "which is not in its folder: correct it"):
+    with one_line(CheckpointError, "which is outside its folder: correct it"):
         load_checkpoint(path)
 
 
@@ -234,10 +234,10 @@ def test_what_is_given_no_value_is_loud(path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(weights, "_match", forgetful)
-        with one_line(CheckpointError, "nothing gives lm_head.weight a value in transformers [0-9.]+: try another"):
+        with one_line(CheckpointError, "lm_head.weight has no value in transformers [0-9.]+: use another release"):
             load_checkpoint(path)
     monkeypatch.setattr(weights, "_compute_buffers", lambda *_: None)
-    with one_line(CheckpointError, "nothing gives .*position_ids.*inv_freq"):
+    with one_line(CheckpointError, "position_ids.*inv_freq.* has no value"):
         load_checkpoint(path)
 
 

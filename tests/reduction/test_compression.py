@@ -399,8 +399,8 @@ def test_queries_outside_of_the_sequence(queries):
         ([(3, 13), (12, 20)], "overlaps"),
         ([(3, 30)], "not within"),
         ([(3, 4)], "at most as many"),
-        ([[(3, 13)], [(3, 13), (14, 20)]], "as many in every row"),
-        ([[(3, 13)]] * 3, "each of 2 rows"),
+        ([[(3, 13)], [(3, 13), (14, 20)]], "equally many videos"),
+        ([[(3, 13)]] * 3, "must have 2 rows"),
     ],
 )
 def test_videos_that_cannot_be(videos, message):
@@ -461,5 +461,5 @@ def test_a_cache_that_cannot_drop(model):
 def test_attention_that_takes_no_mask():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match="flash_attention_2 takes no mask"):
+    with pytest.raises(InputError, match="flash_attention_2 has no mask"):
         learned()(model, embeddings(1, 27), [(3, 13)])

@@ -101,10 +101,10 @@ def test_saved_experts_are_loaded(tmp_path):
 
     save_file({"anything": torch.zeros(1)}, other)
     for wrong in (other, tmp_path / "missing"):
-        with pytest.raises(InputError, match="holds no scorers"):
+        with pytest.raises(InputError, match="has no scorers"):
             MixtureOfDepths.load(model, wrong)
     other.write_bytes(b"not safetensors")
-    with pytest.raises(InputError, match="holds no scorers"):
+    with pytest.raises(InputError, match="has no scorers"):
         MixtureOfDepths.load(model, other)
     assert attributes(model) == before
 
@@ -144,15 +144,15 @@ def test_weights_that_were_trained_with_experts_come_and_go_with_them(tmp_path):
         (dict(ratio=1.5), "ratio must be"),
         (dict(ratio=float("nan")), "ratio must be"),
         (dict(ratio={1: 0.5}, layers=[3]), "give one"),
-        (dict(ratio={}), "one or more"),
-        (dict(layers=[]), "one or more"),
+        (dict(ratio={}), "at least one"),
+        (dict(layers=[]), "at least one"),
         (dict(layers=[1, 1]), "each once"),
         (dict(layers=[6]), "among 0 to 5"),
         (dict(layers=[-1]), "among 0 to 5"),
-        (dict(layers=[0, 2]), "layer 0 must hold every token"),
+        (dict(layers=[0, 2]), "layer 0 must keep all tokens"),
         (dict(scorer="best"), "unknown scorer 'best'"),
         (dict(scorer=3), "unknown scorer 3"),
-        (dict(scorer={1: "norm"}), "the scorers are for layers"),
+        (dict(scorer={1: "norm"}), "the scorers have layers"),
         (dict(layers=[2, 4], select_at=3), "select_at=3"),
         (dict(ratio={2: 0.5, 4: 0.2}, select_at=1), "one ratio"),
     ],
@@ -166,14 +166,14 @@ def test_settings_that_cannot_be(arguments, message):
 
 
 def test_a_model_too_shallow():
-    with pytest.raises(InputError, match="one or more"):
+    with pytest.raises(InputError, match="at least one"):
         MixtureOfDepths(tiny(num_hidden_layers=1))
 
 
 def test_layers_by_which_the_cache_is_measured_are_left_out():
     model = tiny("Gemma2")  # sliding, full, sliding, full, ...
     assert MixtureOfDepths(model).layers == (3, 5)
-    with pytest.raises(InputError, match="layer 1 must hold every token"):
+    with pytest.raises(InputError, match="layer 1 must keep all tokens"):
         MixtureOfDepths(model, layers=[1, 3])
 
 
@@ -196,7 +196,7 @@ def test_models_that_are_not_known():
 
     decoder = nn.Module()
     decoder.layers = nn.ModuleList([Layer(), Layer()])
-    with pytest.raises(PatchError, match="Layer takes per_layer_input, which may go by token"):
+    with pytest.raises(PatchError, match="Layer takes per_layer_input, which may be per token"):
         MixtureOfDepths(decoder)
 
 
@@ -263,7 +263,7 @@ def test_a_cache_that_was_cut():
     for tokens in (12, 33):  # among the vision tokens, and before them
         cut = copy.deepcopy(cache)
         cut.crop(-tokens)
-        with pytest.raises(InputError, match="prefill a new one"):
+        with pytest.raises(InputError, match="start from an empty cache"):
             model(ids[:, :2], **cache_argument(model, cut))
     cache.reset()
     if not cache.get_seq_length():  # early releases keep zeros

@@ -47,9 +47,9 @@ def test_text_similarity_leaves_padding_out(kind):
 
 
 def test_text_is_needed():
-    with pytest.raises(InputError, match='"text" needs text beside .* prefill them with the question'):
+    with pytest.raises(InputError, match='"text" needs text before or after .* prefill them with the question'):
         TextSimilarity()(layer_input(0, 12))
-    with pytest.raises(InputError, match='"attention" needs text behind'):
+    with pytest.raises(InputError, match='"attention" needs text after'):
         AttentionReceived()(layer_input(3, 12))
     with pytest.raises(InputError, match="queries must be"):
         AttentionReceived(0)
@@ -59,7 +59,7 @@ def test_attention_that_is_not_known():
     given = layer_input()
     given.layer.self_attn = nn.MultiheadAttention(8, 2)
     given.layer.self_attn.scaling = 1.0
-    with pytest.raises(PatchError, match=r"does not know MultiheadAttention \(transformers \d"):
+    with pytest.raises(PatchError, match=r"does not support MultiheadAttention \(transformers \d"):
         AttentionReceived()(given)
 
 

@@ -1,1 +1,1 @@
-"""Mixture of depths: layers in which the video's tokens are partly left out."""
+"""Mixture of depths: decoder layers that skip a part of the video's tokens."""

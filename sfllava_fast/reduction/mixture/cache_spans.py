@@ -1,4 +1,4 @@
-"""Which tokens of a sequence each layer of a key/value cache holds, where some were left out."""
+"""Record of the token positions in each layer of a KV cache when layers skip tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import InputError
 
 
 class KeptSpan(NamedTuple):
-    """Tokens [start, stop) of a sequence, of which a layer holds those at positions `kept` [B, K], ascending."""
+    """Tokens [start, stop) of a sequence, of which a layer stores those at positions `kept` [B, K], ascending."""
 
     start: int
     stop: int
@@ -19,42 +19,48 @@ class KeptSpan(NamedTuple):
 
     @property
     def left_out(self) -> int:
+        """Number of tokens that the layer does not store."""
         return self.stop - self.start - self.kept.shape[1]
 
 
 def spans_of(cache: Any, number: int, past: int) -> list[KeptSpan]:
-    """What a layer of a cache of `past` tokens holds of vision tokens, to be added to; of no cache, nothing."""
+    """The spans of a layer of a cache of `past` tokens, a list that the caller may append to."""
     if cache is None:
         return []
-    if hasattr(cache, "skipped"):  # a KvCache counts for itself; text sees all alike, so that any may stand for them
+    # A KvCache tracks its own length. Text attends to every kept token, so an empty span in any place suffices.
+    if hasattr(cache, "skipped"):
         absent = cache.skipped[number] if past else 0
         return [KeptSpan(0, absent, torch.empty(1, 0, dtype=torch.long))] if absent else []
     return _layers(cache).setdefault(number, [])
 
 
 def recall(cache: Any, past: int) -> bool:
-    """Whether a cache of `past` tokens lacks some in some layer; what it was set back from is forgotten.
+    """Whether a cache of `past` tokens lacks tokens in any layer. Drops spans of tokens that are no longer in it.
 
-    Raises InputError where it was cut so that its layers no longer fit together.
+    Raises:
+        InputError: If the cache was truncated so that its layers are inconsistent.
     """
     for number, spans in _layers(cache).items():
         spans[:] = [span for span in spans if span.start < past]
         held = past - sum(span.left_out for span in spans)
         if (spans and spans[-1].stop > past) or cache.get_seq_length(number) != held:
-            raise InputError("the cache was cut before or among its vision tokens: prefill a new one")
+            raise InputError("the KV cache was truncated inside the vision tokens: start from an empty cache")
     return any(_layers(cache).values())
 
 
 def _layers(cache: Any) -> dict[int, list[KeptSpan]]:
-    return vars(cache).setdefault("sfllava_fast_spans", {})  # on it, so that what copies it or drops it has them too
+    return vars(cache).setdefault("sfllava_fast_spans", {})  # on the cache, so that copies have them too
 
 
 def columns(spans: list[KeptSpan], total: int, rows: int, device: torch.device) -> Tensor:
-    """Positions [B, n] of the first `total` tokens that a layer with these spans holds, ascending."""
-    parts, at = [], 0
+    """Positions [B, n], ascending, of those of the first `total` tokens that a layer with these spans stores."""
+    parts: list[Tensor] = []
+    at = 0
     for span in spans:
         if len(span.kept) not in (1, rows):
-            raise InputError(f"the cache's vision tokens are of {len(span.kept)} rows, not {rows}: prefill a new one")
+            raise InputError(
+                f"the cache's vision tokens have {len(span.kept)} rows, not {rows}: start from an empty cache"
+            )
         parts += [torch.arange(at, span.start, device=device)[None], span.kept]
         at = span.stop
     parts.append(torch.arange(at, total, device=device)[None])
@@ -62,11 +68,17 @@ def columns(spans: list[KeptSpan], total: int, rows: int, device: torch.device) 
 
 
 def cut_mask(mask: Tensor | None, columns: Tensor, rows: Tensor | None = None, total: int = 0) -> Tensor | None:
-    """An attention mask that has only these columns [B, n], and rows [B, m] where given: positions of the sequence and
-    of its queries.
+    """Select columns, and rows if given, of an attention mask.
 
-    mask: [B, P], or [B or 1, H or 1, Q, P], bool or additive. Its columns are the last P of `total` positions: those
-        before them are out of a sliding window.
+    Args:
+        mask: [B, P], or [B or 1, H or 1, Q, P], bool or additive, or None. Its columns are the last P of `total`
+            positions; earlier ones are outside a sliding window.
+        columns: [B, n], positions of keys in the sequence.
+        rows: [B, m], numbers of queries, or None for all.
+        total: Number of positions of the sequence.
+
+    Returns:
+        The mask, [B, n] or [B, H or 1, m, n], or None without a mask.
     """
     if mask is None:
         return None

@@ -1,5 +1,13 @@
-"""Mixture of depths for vision tokens (VideoLLM-MoD, arXiv 2408.16730): in some layers only the vision tokens of each
-frame that score highest are computed on; the others pass unchanged, and leave no keys and values there."""
+"""Mixture of depths for vision tokens (VideoLLM-MoD, arXiv 2408.16730).
+
+Mixed layers compute only on the vision tokens of each frame with the highest scores. Other vision tokens are unchanged,
+and those layers store no keys and values of them.
+
+How it works: `forward` of the model, its decoder and the mixed layers is replaced. The decoder's creates a `Pass`, with
+the offsets of the vision tokens and the current selection. Layers read it from the wrapper. A checkpointed layer, which
+runs again in backward, reads it from an attribute of its rotary embeddings. The tokens that each layer stores are an
+attribute of the cache (cache_spans.py), so that copies of the cache have it too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,30 +36,40 @@ _FORMAT = "sfllava_fast.mixture_of_depths"
 
 
 class MixtureOfDepths(nn.Module):
-    """Wraps a transformers model with a Llama-like decoder, in place; `undo`, or leaving it as a context, restores it
-    exactly. Its parameters are the scorers' alone; the model's own, and its state_dict, stay as they are.
+    """Wraps a transformers model with a Llama-like decoder, in place.
 
-    model: for causal language modelling, LLaVA-style, or a bare decoder; wrap it after `patch_transformers`.
-    ratio: of each frame's n vision tokens, a mixed layer computes on the ceil(ratio * n) that score highest; or a
-        mapping of layers to ratios. With 1 a layer is the plain one, bit for bit.
-    scorer: "norm", "learned" (LayerExpert), "text", "attention"; an nn.Module or function of LayerInput to scores
-        [B, V], higher is kept; or a mapping of layers to these.
-    layers: which layers are mixed, counted from 0; None: every other one, from the second on, as published. The first
-        of each kind of attention never is: transformers measures the cache by it.
-    weighted: False: a kept token becomes block(token), and the score gets a gradient straight through, as if its
-        sigmoid weighed the block; trained weights serve as they are. True, as published: it becomes
-        token + score * (block(token) - token), with the raw score; scorer and model must have been trained so.
-    per_frame: False: all vision tokens compete, as if they were one frame's.
-    select_at: None: every mixed layer selects for itself. A layer's number: what that one's scorer selects, of what
-        enters it, all mixed layers keep; it comes before them or is their first.
-    weights: of the decoder, by name as in its `named_parameters`, that were trained with learned scorers: they take the
-        place of the model's own until `undo`.
+    `undo`, or the end of a `with` block, restores the model exactly. The module's parameters are the scorers'; the
+    model's parameters and state_dict are unchanged.
 
     `on_frames` sets where the vision tokens are. Without it they are the run of the config's image or video
-    placeholders in `input_ids`, as one frame. All rows of a batch have theirs at the same offsets: pad on the left,
-    where prompts differ before the video, or on the right (`attention_mask` tells), where they differ behind it.
+    placeholders in `input_ids`, as one frame. All rows of a batch must have them at the same offsets: pad on the left
+    if prompts differ before the video, or on the right (with an `attention_mask`) if they differ after it.
 
-    Raises PatchError for a model whose layers it does not know, InputError for the rest; either leaves it as it was.
+    Args:
+        model: For causal language modelling, LLaVA-style, or a bare decoder. Wrap it after `patch_transformers`.
+        ratio: A mixed layer computes on the ceil(ratio * n) of a frame's n vision tokens with the highest scores. May
+            be a mapping of layers to ratios. With 1 the layer's bits are unchanged.
+        scorer: "norm", "learned" (LayerExpert), "text" or "attention"; an nn.Module or function of a LayerInput that
+            returns scores [B, V], of which the highest are kept; or a mapping of layers to these.
+        layers: Numbers of the mixed layers, from 0. None stands for every other one, from the second, as published. The
+            first layer of each attention type cannot be mixed, since transformers takes the cache's length from it.
+        weighted: If False, a kept token becomes block(token); the score gets a straight-through gradient, as if its
+            sigmoid scaled the block. Models need no training. If True, as published, it becomes
+            token + score * (block(token) - token) with the raw score; scorer and model must be trained with it.
+        per_frame: Whether tokens compete within their frame. If False, all vision tokens compete.
+        select_at: The number of the layer whose scorer selects the tokens of all mixed layers, from the layer's input;
+            it must not follow the first mixed layer. None if every mixed layer selects.
+        weights: Weights of the decoder, by name as in its `named_parameters`, that were trained with learned scorers.
+            They replace the model's until `undo`.
+
+    Attributes:
+        ratios: The ratio of each mixed layer.
+        layers: The mixed layers, ascending.
+        scorers: The scorer of each selecting layer.
+
+    Raises:
+        PatchError: If the model's layers are not supported. The model is unchanged.
+        InputError: For other wrong arguments. The model is unchanged.
     """
 
     def __init__(
@@ -70,7 +88,7 @@ class MixtureOfDepths(nn.Module):
         decoder = find_decoder(model)
         if isinstance(ratio, Mapping):
             if layers is not None and set(layers) != set(ratio):
-                raise InputError(f"ratio is for layers {sorted(ratio)}, and layers are {sorted(layers)}: give one")
+                raise InputError(f"ratio has layers {sorted(ratio)}, and layers are {sorted(layers)}: give one of them")
             layers = list(ratio)
         self.ratio, self.layers = ratio, check_layers(decoder, layers)
         self.ratios = {at: check_ratio(ratio[at] if isinstance(ratio, Mapping) else ratio) for at in self.layers}
@@ -84,7 +102,7 @@ class MixtureOfDepths(nn.Module):
         self._token_offsets: tuple[int, ...] | None = None
         self._pass: Pass | None = None
         self._depth = len(decoder.layers)
-        undo(decoder)  # what is replaced now, and what it calls, are the stock attributes
+        undo(decoder)  # so that stock attributes are replaced, and called
         replaced = [_Forward(decoder.layers[at], self._run_layer, at) for at in {*self.layers, *selecting}]
         replaced.append(_Forward(decoder, self._run_decoder))
         if decoder is not model:
@@ -95,9 +113,16 @@ class MixtureOfDepths(nn.Module):
 
     @classmethod
     def fastv(cls, model: nn.Module, ratio: float = 0.5, layer: int = 2) -> MixtureOfDepths:
-        """FastV (arXiv 2403.06764) inside the language model, under any attention: layers before `layer` see every
-        token; of all vision tokens the later ones compute on those that get the most attention from the last token of
-        the prompt, in the layer before. ratio: of the tokens that are kept, 1 - R in the paper's terms."""
+        """FastV (arXiv 2403.06764), with any attention.
+
+        Layers before `layer` compute on all tokens. Later layers compute on the vision tokens that receive the most
+        attention from the prompt's last token in the layer before `layer`.
+
+        Args:
+            model: As in the class.
+            ratio: Share of the vision tokens that is kept, the paper's 1 - R.
+            layer: The paper's K.
+        """
         layers = range(layer, len(find_decoder(model).layers))
         return cls(model, ratio, AttentionReceived(), layers, per_frame=False, select_at=layer - 1)
 
@@ -128,23 +153,33 @@ class MixtureOfDepths(nn.Module):
         return tuple(sum(size - kept_of(ratio, size) for size in sizes) for ratio in ratios)
 
     def save(self, path: str | Path) -> Path:
-        """Write the scorers' weights and `weights` as safetensors, layers and ratios in the metadata, for `load`: whole
-        or not at all. Raises InputError where they cannot be written."""
+        """Write the scorers, `weights` and settings as a safetensors file for `load`, atomically.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
         settings = {name: getattr(self, name) for name in ("ratios", "weighted", "per_frame", "select_at")}
         return save_tensors("the scorers", path, self.state_dict() | self.weights, {_FORMAT: json.dumps(settings)})
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, ratio: float | None = None) -> MixtureOfDepths:
-        """A model wrapped with the learned scorers and the weights that were saved; ratio: instead of theirs.
+        """Wrap a model with the learned scorers and weights in a file.
 
-        Raises InputError where the file holds none, or they are not for this model; it is left as it was.
+        Args:
+            model: As in the class.
+            path: A file that `save` wrote.
+            ratio: Replaces the ratios in the file.
+
+        Raises:
+            InputError: If the file has no scorers, or scorers for another model. The model is unchanged.
         """
         try:
             tensors, metadata = load_tensors(path)
             settings = _parse_settings(metadata[_FORMAT])
         except (KeyError, ValueError, RecursionError) as error:
-            said = f"{path} holds no scorers of a mixture of depths ({first_line(error)}): give what `save` wrote"
-            raise InputError(said) from error
+            raise InputError(
+                f"{path} has no scorers of a mixture of depths ({first_line(error)}): give a file that `save` wrote"
+            ) from error
         ratios = {at: saved if ratio is None else ratio for at, saved in settings.pop("ratios").items()}
         selecting = ratios if settings["select_at"] is None else [settings["select_at"]]
         width = find_decoder(model).config.hidden_size
@@ -154,13 +189,13 @@ class MixtureOfDepths(nn.Module):
         if {name: list(value.shape) for name, value in tensors.items()} != shapes:
             raise InputError(f"the scorers in {path} are not LayerExperts of this model's width, {width}")
         if not all(value.is_floating_point() and value.isfinite().all() for value in tensors.values()):
-            raise InputError(f"the scorers in {path} are not finite numbers: give what `save` wrote")
+            raise InputError(f"the scorers in {path} are not finite numbers: give a file that `save` wrote")
         mixture = cls(model, ratios, "learned", **settings, weights=weights)
         mixture.load_state_dict(tensors)
         return mixture
 
     def undo(self) -> None:
-        """Put back the model's original attributes; PatchError where something else replaced one since."""
+        """Restore the model's attributes. Raises PatchError if one of them was replaced again since."""
         self._patch.undo()
 
     def __enter__(self) -> MixtureOfDepths:
@@ -176,7 +211,7 @@ class MixtureOfDepths(nn.Module):
         """The whole model, on the placeholders in its input_ids unless `on_frames` gives the offsets."""
         named = forward.named(args, kwargs)
         ids, found = named.get("input_ids"), None
-        if self._token_offsets is None and ids is not None and ids.shape[1] > 1:  # a single token is a step's
+        if self._token_offsets is None and ids is not None and ids.shape[1] > 1:  # a single token is a decoding step
             names = [getattr(forward.owner.config, name, None) for name in ("image_token_id", "video_token_id")]
             found = placeholder_frames(ids, [token for token in names if token is not None])
         with self.on_frames([_past(named) + at for at in found]) if found else nullcontext():
@@ -190,20 +225,31 @@ class MixtureOfDepths(nn.Module):
         offsets = clip_frames(self._token_offsets, past, end) if self._token_offsets else ()
         if (cache is not None and recall(cache, past)) or offsets:
             check_pass(forward.owner, self.layers, named, end)
-        self._pass = Pass(past, self._competing(offsets))
+        self._pass = now = Pass(past, self._competing(offsets))
         try:
             return forward.plain(*args, **kwargs)
         finally:
-            self._pass.forget_graph()
+            now.forget_graph()
             self._pass = None
 
     def _run_layer(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A layer that selects, that is mixed, or both.
+
+        ========  =====  ====================================================
+        selects   mixed
+        ========  =====  ====================================================
+        yes       yes    selects, then runs on the selection
+        yes       no     selects, then runs on all tokens
+        no        yes    runs on the selection of an earlier layer
+        ========  =====  ====================================================
+
+        Without vision tokens, or with ratio 1 and no weights, it runs on all tokens.
+        """
         arguments = forward.named(args, kwargs)
-        hidden, number, now = arguments.pop("hidden_states"), forward.number, self._current(arguments)
+        hidden, number, now = arguments.pop("hidden_states"), cast(int, forward.number), self._current(arguments)
         if now is None:
             return forward.plain(hidden, **arguments)
-        assert number is not None  # of a layer's forward
-        ratio = self.ratios.get(number, self.ratios[self.layers[0]])  # one for all where another layer selects
+        ratio = self.ratios.get(number, self.ratios[self.layers[0]])  # all ratios are equal if another layer selects
         if now.token_offsets and (ratio < 1 or self.weighted):
             if str(number) in self.scorers:
                 at = LayerInput(hidden, now.token_offsets[0], now.token_offsets[-1], forward.owner, arguments)
@@ -213,22 +259,22 @@ class MixtureOfDepths(nn.Module):
         return run_on_all(forward.plain, hidden, arguments, number, now)
 
     def _current(self, arguments: dict[str, Any]) -> Pass | None:
-        """The forward pass that a layer is called in; None where it is called by itself."""
+        """The forward pass of a call of a layer; None if the layer is called outside of one."""
         rotary = arguments.get("position_embeddings")
         if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
             found = f"{type(rotary).__name__}, not cosines and sines ({release()})"
-            raise PatchError(f"the model's rotary positions are a {found}: the model is not known")
+            raise PatchError(f"the model's rotary embeddings are a {found}: the model is not supported")
         if self._pass is not None:
-            rotary[0].sfllava_fast_pass = self._pass  # a checkpointed layer is called again in backward, with these
+            rotary[0].sfllava_fast_pass = self._pass  # for a checkpointed layer, which runs again in backward
         return getattr(rotary[0], "sfllava_fast_pass", None)
 
 
 class _Forward:
-    """What a module's `forward` is replaced by. An object, so that a copy of the model calls the copy's own."""
+    """The replacement of a module's `forward`. An object, so that a copy of the model calls the copy's module."""
 
-    def __init__(self, owner: Any, run: Callable[..., Any], number: int | None = None) -> None:
+    def __init__(self, owner: nn.Module, run: Callable[..., Any], number: int | None = None) -> None:
         self.owner, self.run, self.number = owner, run, number
-        self.own = vars(owner).get("forward")  # as hooks of other libraries put it there
+        self.own = vars(owner).get("forward")  # set by other libraries
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -247,7 +293,7 @@ class _Forward:
 
 
 def _parse_settings(text: str) -> dict[str, Any]:
-    """What `save` wrote beside the tensors, ratios by layer; ValueError for anything else."""
+    """The settings that `save` wrote, with integer layers. Raises ValueError for any other text."""
     settings = json.loads(text)
     if not isinstance(settings, dict) or set(settings) != {"ratios", "weighted", "per_frame", "select_at"}:
         raise ValueError("its settings are not a mixture's")
