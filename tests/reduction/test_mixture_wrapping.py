@@ -275,9 +275,9 @@ def test_frames_and_placeholders_that_cannot_be():
     model = tiny()
     mixture = MixtureOfDepths(model)
     for frames in ((), (3,), (3, 3), (5, 2), (-1, 4)):
-        with pytest.raises(InputError, match="frames must be"), mixture.on_frames(frames):
+        with pytest.raises(InputError, match="token_offsets must be"), mixture.on_frames(frames):
             pass
-        with pytest.raises(InputError, match="frames must be"):
+        with pytest.raises(InputError, match="token_offsets must be"):
             mixture.skipped(frames)
     ids = torch.tensor([[1, 9, 9, 2], [1, 9, 9, 4]])
     assert placeholder_frames(ids, [9]) == (1, 3)
