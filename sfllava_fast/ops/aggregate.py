@@ -93,29 +93,29 @@ def slowfast_aggregate(
         features: [T, N, D], floating point, with unit stride over D and any other strides, such as `hidden[:, 1:]`. N
             is the rows * columns of `grid`, row-major, and one more at the front if the layout reads the class token.
             16-bit input is accumulated in float32 and rounded once. [B, T, N, D] is a batch of B videos of one length:
-            one launch if the videos are contiguous in memory, in `out` too, else one launch each. Nothing is copied.
+            one launch if the videos are contiguous in memory, also in `out`, else one launch each. Nothing is copied.
         layout: a layout or its text, which is a name of `layouts.PRESETS` or, for example,
             "slowfast-slow_10frms_spatial_1d_max_pool-fast_4x4".
         out: [S, D] or [B, S, D] of the features' dtype and device, with unit stride over D, such as rows of a language
             model's `inputs_embeds`. It is written in place and returned. Not differentiable.
         backend: "auto" or a name of `ops.backends.aggregate.BACKENDS`.
         grid: (rows, columns); None means square.
-        frame_offsets: [V + 1] integers 0, ..., T, the cumulative lengths of V videos packed along T of [T, N, D]. Values
-            on a GPU are read, and waited for, at each call.
+        frame_offsets: [V + 1] integers 0, ..., T, the cumulative lengths of V videos packed along T of [T, N, D]. Each
+            call waits for values on a GPU.
         separators: [K, D] of the features' dtype and device, one for each separator of the layout, such as a learned
             newline.
 
     Returns:
         Tokens [S, D], by default all slow tokens (frame, row, column), then all fast tokens: 3680 of 50 frames of
-        24 x 24 patches. [B, S, D] for a batch. With `frame_offsets`, a tuple of the tokens, video after video, and their
-        int64 offsets [V + 1].
+        24 x 24 patches. [B, S, D] for a batch. With `frame_offsets`, a tuple of the tokens, video after video, and
+        their int64 offsets [V + 1].
 
     Raises:
         InputError: a tensor, the grid or the offsets do not fit.
         LayoutError: the layout is malformed or does not fit the frames.
         BackendError: the named backend cannot run this call.
     """
-    layout = str(layout)  # the op parses it: a trace holds nothing but the string
+    layout = str(layout)  # the op parses it, so that a trace contains only the string
     kind = None
     if frame_offsets is None and separators is None and _is_plain(features, out) and _is_known_grid(grid):
         kind = _kind(features, layout, out, backend, grid)
@@ -137,7 +137,7 @@ def slowfast_aggregate(
         if unwatched:
             _aggregate_out(features, *call, out, separators)
         else:
-            _check_same_kind(out, features)  # the dispatcher would serve a meta tensor with nothing
+            _check_same_kind(out, features)  # the dispatcher would do nothing for a meta tensor
             torch.ops.sfllava_fast.aggregate_out(features, *call, out, separators)
         tokens = out
     else:
@@ -186,9 +186,9 @@ def check_apart(layout: Layout) -> None:
 
 
 def is_unwatched(features: Tensor) -> bool:
-    """Whether nothing traces, transforms or intercepts the call: then what the op would run can be called at once.
+    """True if no tracer, transform or dispatch mode is active, so that the implementation can be called directly.
 
-    Dispatching to an op written in Python takes as long as all of the rest of a call.
+    Dispatching to an op that is written in Python takes as long as the rest of a call.
     """
     return (
         not is_compiling()
@@ -203,8 +203,8 @@ _PLAIN = Tensor, torch.nn.Parameter
 _count_modes, _innermost_transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
-# A plain call is of one video, with no gradient. Its arguments are checked once for each kind of call, since the checks
-# take as long as the rest of the host's work. Plans are held weakly: layout.PLANS bounds them.
+# A plain call is of one video, without a gradient. Its arguments are checked once for each kind of call, because the
+# checks take as long as the rest of the host's work. Plans are referenced weakly: layout.PLANS bounds them.
 _checked: dict[tuple, weakref.ref[Plan]] = {}
 _MOST_CHECKED = 256
 
@@ -218,21 +218,23 @@ def _is_plain(features: Tensor, out: Tensor | None) -> bool:
 
 
 def _is_known_grid(grid: object) -> bool:
-    """Not one that merely equals a right one, as (4.0, 4.0) does."""
+    """Whether it is None or of integers: (4.0, 4.0) equals a right grid, and is none."""
     return grid is None or (type(grid) in (tuple, list) and all(type(side) is int for side in grid))
 
 
-def _kind(features: Tensor, layout: str, out: Tensor | None, backend: str, grid: object) -> tuple:
-    """All that the checks look at, but for where the tensors lie."""
+def _kind(
+    features: Tensor, layout: str, out: Tensor | None, backend: str, grid: tuple[int, int] | list[int] | None
+) -> tuple:
+    """All that the checks read, except the tensors' addresses."""
     into = None if out is None else (out.shape, out.stride(), out.dtype, out.device)
-    grid = tuple(grid) if type(grid) is list else grid
-    return layout, backend, grid, features.shape, features.stride(), features.dtype, features.device, into
+    sides = tuple(grid) if type(grid) is list else grid
+    return layout, backend, sides, features.shape, features.stride(), features.dtype, features.device, into
 
 
 def _find_checked(kind: tuple) -> Plan | None:
     try:
         return _checked[kind]()
-    except (KeyError, TypeError):  # never seen; a wrong argument that cannot be looked up
+    except (KeyError, TypeError):  # a new kind; an argument that is not hashable
         return None
 
 
@@ -254,14 +256,14 @@ def _run_checked(features: Tensor, plan: Plan, backend: str, out: Tensor | None)
 
 
 def _mark_written(out: Tensor) -> None:
-    """So that a backward that has saved it says so, instead of reading the new values."""
+    """Makes a backward that has saved `out` raise, instead of reading the new values."""
     if not out.is_inference():
         increment_version(out)
 
 
 def _aggregate(features, layout, height, width, frame_offsets, backend, separators=None):
     plan = _plan(features, layout, height, width, frame_offsets)
-    if features.dim() == 3:  # as below, in half a microsecond less
+    if features.dim() == 3:  # as below, half a microsecond faster
         out = features.new_empty(plan.offsets[-1], features.shape[2])
         backends.choose(backend, features, plan).run(features, plan, out)
         write_separators(out, plan, separators)
@@ -284,9 +286,9 @@ def _pool(features, plan, layout, backend, out, separators):
         chosen.run(features, plan, out)
         write_separators(out, plan, separators)
         return
-    for part, plan, rows in launches(features, plan, layout, out):
-        chosen.run(part, plan, rows)
-        write_separators(rows, plan, separators)
+    for part, part_plan, rows in launches(features, plan, layout, out):
+        chosen.run(part, part_plan, rows)
+        write_separators(rows, part_plan, separators)
 
 
 def _aggregate_tangent(tangent, features, layout, height, width, frame_offsets, backend, separators=None):
@@ -307,8 +309,8 @@ def _aggregate_backward(grad, features, layout, height, width, frame_offsets, ba
     grad = _with_unit_stride(grad)
     out = torch.empty_like(features, memory_format=torch.contiguous_format)
     chosen = backends.choose(backend, features, plan, backward=True)
-    for part, plan, rows, into in launches(features, plan, layout, grad, out):
-        chosen.run_backward(rows, part, plan, into)
+    for part, part_plan, rows, into in launches(features, plan, layout, grad, out):
+        chosen.run_backward(rows, part, part_plan, into)
     return out
 
 
@@ -317,22 +319,29 @@ def _separators_backward(grad, features, layout, height, width, frame_offsets, c
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:
-    """A sum's gradient is one number, expanded."""
+    """A copy if needed: the gradient of a sum is one number, expanded."""
     return tensor.contiguous() if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 else tensor
 
 
 def launches(features: Tensor, plan: Plan, layout: str, *others: Tensor) -> Sequence[tuple]:
-    """(features [T, N, D], plan, *others) of each launch that serves features [T, N, D] or [B, T, N, D].
+    """The launches for features [T, N, D] or [B, T, N, D]. Nothing is copied.
 
-    plan: of all videos. others: [S, D] or [T, N, D], of a batch [B, ...], such as what is written. A batch whose videos
-    lie one after the other everywhere is served as videos packed along T; any other video by video. Nothing is copied.
+    Args:
+        features: of one video, or of a batch.
+        plan: of all videos.
+        layout: the text of the plan's layout.
+        others: [S, D] or [T, N, D], of a batch [B, ...], such as the output.
+
+    Returns:
+        (features [T, N, D], plan, *others) of each launch: one for videos that are contiguous in all tensors, which
+        are then packed along T, else one for each video.
     """
     if features.dim() == 3:
         return ((features, plan, *others),)
     tensors = features, *others
     if all(map(_is_packed, tensors)):
-        features, *others = (tensor.flatten(0, 1) for tensor in tensors)
-        return ((features, plan, *others),)
+        packed, *rest = (tensor.flatten(0, 1) for tensor in tensors)
+        return ((packed, plan, *rest),)
     plan = parse_layout(layout).plan(plan.lengths[0], plan.grid)
     return [(part, plan, *rest) for part, *rest in zip(*tensors)]
 
@@ -349,7 +358,7 @@ def token_shape(plan: Plan, features: Tensor, channels: int) -> tuple[int, ...]:
 
 
 def _token_offsets(frame_offsets, layout, height, width):
-    """Where each video's tokens begin, with no value read."""
+    """The offset of each video's tokens, without reading a value."""
     lengths = frame_offsets.long().diff()
     tokens = lengths * 0 + parse_layout(layout).count_tokens(lengths, (height, width))
     return torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
@@ -365,13 +374,13 @@ def _fake_aggregate_tangent(tangent, features, *call):
 
 
 def open_token_shape(features: Tensor, layout: str, grid: tuple[int, int], frame_offsets: Tensor | None) -> tuple:
-    """(S,), or (B, S) of a batch, where a trace leaves the number of frames open."""
+    """(S,), or (B, S) of a batch, in a trace, in which the number of frames is open."""
     parsed, (*batch, frames) = parse_layout(layout), features.shape[:-2]
     if frame_offsets is None:
         return *batch, parsed.count_tokens(frames, grid)
     if parsed.is_affine:
         return (parsed.count_packed_tokens(frames, grid, frame_offsets.shape[0] - 1),)
-    return (torch.library.get_ctx().new_dynamic_size(),)  # how many frames each video has decides it
+    return (torch.library.get_ctx().new_dynamic_size(),)  # it depends on the frames of each video
 
 
 def _fake_aggregate_backward(grad, features, layout, height, width, frame_offsets, backend):
@@ -409,7 +418,7 @@ def _watched_aggregate_out(features, layout, height, width, frame_offsets, backe
     gradients.below_autograd(torch.ops.sfllava_fast.aggregate_out, features, *call, out, separators)
 
 
-# The public function runs the op without these; they are for traces, and for who calls the op itself.
+# The public function bypasses these; they are for traces, and for direct calls of the op.
 _library.impl("aggregate", _watched_aggregate, "Autograd")
 _library.impl("aggregate_out", _watched_aggregate_out, "Autograd")
 _library.impl("aggregate_tangent", _watched_tangent, "Autograd")
@@ -436,7 +445,14 @@ def resolve_plan(
     grid: tuple[int, int] | None = None,
     frame_offsets: Tensor | Sequence[int] | None = None,
 ) -> Plan:
-    """What `slowfast_aggregate` would do with these arguments; its errors. A batch's videos as if they were packed."""
+    """The plan of `slowfast_aggregate` for these arguments.
+
+    Args:
+        features, layout, grid, frame_offsets: as in `slowfast_aggregate`. The videos of a batch count as packed ones.
+
+    Raises:
+        InputError, LayoutError: as in `slowfast_aggregate`.
+    """
     _check_features(features)
     offsets = None if frame_offsets is None else as_offsets(frame_offsets, features)
     layout = str(layout)
@@ -444,26 +460,26 @@ def resolve_plan(
 
 
 def _plan(features: Tensor, layout: str, height: int, width: int, frame_offsets: Tensor | None) -> Plan:
-    frames = features.shape[0]
+    frames: int | tuple[int, ...] = features.shape[0]
     if frame_offsets is not None:
-        frames = _lengths(frame_offsets, frames)
+        frames = _lengths(frame_offsets, features.shape[0])
     elif features.dim() == 4:
-        frames = (features.shape[1],) * frames
+        frames = (features.shape[1],) * features.shape[0]
     plan = PLANS.find((layout, frames, height, width))
     return plan or _make_plan(layout, frames, height, width, features.shape[-2] - _class_tokens(layout))
 
 
 def _make_plan(layout: str, frames: int | tuple[int, ...], height: int, width: int, patches: int) -> Plan:
-    if height * width != patches:  # of who calls the op itself
+    if height * width != patches:  # in a direct call of the op
         raise InputError(f"grid {height}x{width} does not fit {patches} patches")
     plan = parse_layout(layout).plan(frames, (height, width))
-    # Layout.plan has kept it by the layout's own text; a name of it, such as "sf_llava", is one more key.
+    # Layout.plan has cached it by the layout's own text; a name of it, such as "sf_llava", is one more key.
     return PLANS.keep((layout, frames, height, width), plan, plan.nbytes)
 
 
 @torch.compiler.assume_constant_result
 def _class_tokens(layout: str) -> int:
-    """How many tokens stand before the patches."""
+    """How many tokens precede the patches."""
     return _facts(layout)[0]
 
 
@@ -479,6 +495,7 @@ def _facts(layout: str) -> tuple[int, int]:
 
 
 def check_separators(separators: Tensor | None, layout: str, features: Tensor) -> None:
+    """InputError unless separators [K, D] are there if and only if the layout has K of them."""
     count = _count_separators(layout)
     if separators is None and not count:
         return
@@ -506,10 +523,12 @@ def _check_features(features: Tensor) -> None:
     if features.layout is not torch.strided:
         raise InputError(f"features must be dense, not {features.layout}: call .to_dense() on them")
     if features.shape[-1] > 1 and features.stride(-1) != 1:
-        raise InputError("features need unit stride over channels: call .contiguous() on them, once")
+        strides = list(features.stride())
+        raise InputError(f"features need unit stride over channels, not {strides}: call .contiguous() on them, once")
 
 
 def check_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]:
+    """(rows, columns), of a square for None; InputError unless they fit the patches."""
     if grid is None:
         return square_grid(int(patches))
     height, width = check_sides(grid)
@@ -529,16 +548,18 @@ _INTEGERS = (int, np.integer, torch.SymInt)
 
 
 def as_offsets(frame_offsets: Tensor | Sequence[int], features: Tensor) -> Tensor:
+    """Frame offsets as a tensor; InputError unless they are one-dimensional integers, of packed videos."""
     if features.dim() != 3:
         raise InputError("frame_offsets are for videos packed as [T, N, D]: leave them out for [B, T, N, D]")
     offsets = frame_offsets if isinstance(frame_offsets, Tensor) else as_tensor(frame_offsets)
     if offsets is None or offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype not in (torch.int32, torch.int64):
-        raise InputError("frame_offsets must be [videos + 1] int32 or int64: 0, ..., frames")
+        wrong = type(frame_offsets).__name__ if offsets is None else f"{offsets.dtype} {list(offsets.shape)}"
+        raise InputError(f"frame_offsets must be [videos + 1] int32 or int64: 0, ..., frames; not {wrong}")
     return offsets
 
 
 def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | None:
-    """None for what torch cannot make a tensor of, and for complex numbers."""
+    """A tensor of the numbers; None if torch cannot make one, and for complex numbers."""
     if _is_complex(numbers):
         return None
     try:
@@ -548,8 +569,7 @@ def as_tensor(numbers: object, dtype: torch.dtype | None = None) -> Tensor | Non
 
 
 def _ends(frame_offsets: Tensor) -> list[int]:
-    """The values. Those of a tensor on a GPU are read, and waited for, at each call: a write to it, such as a graph's
-    replay, cannot be noticed, so they are not kept."""
+    """The values. They are not cached: a write to a tensor on a GPU, such as a graph's replay, cannot be noticed."""
     if frame_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InputError("a CUDA graph cannot capture frame_offsets on the GPU: pass a list, or a tensor on the CPU")
     return frame_offsets.tolist()
@@ -580,9 +600,9 @@ def check_out(out: Tensor, features: Tensor, shape: tuple[int, ...]) -> None:
     tokens, channels = shape[-2:]
     rows, unit = out.stride()[-2:]
     if (channels > 1 and unit != 1) or (tokens > 1 and rows < channels):
-        raise InputError("out needs unit stride over channels and rows that do not overlap")
+        raise InputError(f"out needs unit stride over channels and rows that do not overlap, not {out.stride()}")
     if len(shape) == 3 and shape[0] > 1 and out.stride(0) < (tokens - 1) * rows + channels:
-        raise InputError("out needs videos that lie one after the other and do not overlap")
+        raise InputError(f"out needs videos that follow one another and do not overlap, not strides {out.stride()}")
     if out.requires_grad and torch.is_grad_enabled():
         raise InputError("out= requires grad: pass out.detach(), or call under torch.no_grad()")
     _check_overlap(out, features)

@@ -38,7 +38,7 @@ def below_autograd(op: Callable, *args: Any) -> Any:
 
 
 def fold_into_channels(run: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
-    """The batching rule of vmap for whatever treats channels alike: the batch becomes channels, in a copy."""
+    """The batching rule of vmap for ops that treat all channels alike: the batch becomes channels, in a copy."""
     folded = []
     for arg, dim in zip(args, in_dims):
         if isinstance(arg, Tensor) and arg.is_floating_point():
@@ -52,18 +52,18 @@ def fold_into_channels(run: Callable, info: Any, in_dims: tuple, *args: Any) -> 
     return result.unflatten(-1, (info.batch_size, -1)), result.dim() - 1
 
 
-# Autograd kernels of ops: torch.func has unwrapped a level when it runs them, so that they are functions of one level.
+# The class of autograd kernels of ops, which torch.func runs after it has unwrapped a level.
 OneLevel = torch.autograd.function._SingleLevelFunction
 
 
-def apply(function: type, *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """The function's results, which autograd will differentiate."""
     with enable_single_level_autograd_function():
         return function.apply(*args)
 
 
 class Pool(OneLevel):
-    """Tokens of `values`; with `features`, whose maxima are kept, the tokens' tangent of a tangent."""
+    """Tokens of `values`; with `features`, whose maxima decide, the tokens' tangent for the tangent `values`."""
 
     @staticmethod
     def forward(values, features, separators, layout, height, width, frame_offsets, backend):
@@ -96,7 +96,7 @@ class Pool(OneLevel):
 
 
 class Spread(OneLevel):
-    """The features' gradient of the tokens' gradient."""
+    """The features' gradient for the tokens' gradient."""
 
     @staticmethod
     def forward(grad, features, layout, height, width, frame_offsets, backend):
@@ -121,7 +121,7 @@ class Spread(OneLevel):
 
 
 class OfSeparators(OneLevel):
-    """The separators' gradient of the tokens' gradient."""
+    """The separators' gradient for the tokens' gradient."""
 
     @staticmethod
     def forward(grad, features, layout, height, width, frame_offsets, count):

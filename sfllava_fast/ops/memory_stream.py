@@ -1,13 +1,13 @@
 """A stream with a memory: recent frames in full, older ones as condensed clips, in a constant number of tokens.
 
-Two ideas are not ours. Merging the most similar neighbours is MovieChat's (arXiv 2307.16449); showing the language
-model only the condensed clips that matter to the question is VideoStreaming's (arXiv 2405.16009). What differs:
+Merging the most similar neighbours is the idea of MovieChat (arXiv 2307.16449); showing the language model only the
+condensed clips that matter to the question is that of VideoStreaming (arXiv 2405.16009). The differences:
 
 - A clip is condensed by a layout, that is by pooling; VideoStreaming trains a small language model for it.
-- Merged clips are the mean over all the frames that they stand for; MovieChat halves two whatever each stands for.
-- Neighbours are similar by Ward's criterion: those two are merged whose mean adds least to the squared distance of all
-  frames from the clips that stand for them. By cosine, as in MovieChat, a mean of many noisy frames is close to every
-  frame: one clip grows, and swallows changes of scene.
+- A merged clip is the mean over all of its frames; MovieChat takes the mean of two clips of any lengths.
+- Neighbours are compared by Ward's criterion: those two are merged whose merging adds least to the squared distance of
+  all frames from their clips. By cosine, as in MovieChat, a mean of many noisy frames is similar to every frame: one
+  clip grows, across changes of scene.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ DEFAULT_CLIP_LAYOUT = "clip:adaptive1,adaptive4,adaptive4,mean"
 class Clip:
     """Consecutive frames of a stream, condensed.
 
-    frames: their numbers, without a gap.
-    tokens: [K, D], float32 (float64 for a stream of float64): the layout's tokens, or their mean over several clips
-        weighted by the frames of each.
+    Attributes:
+        frames: their numbers, without a gap.
+        tokens: [K, D], float32 (float64 for a stream of float64): the layout's tokens, or their mean over several clips,
+            weighted by the number of frames.
     """
 
     frames: range
     tokens: Tensor
 
     def cost(self, after: Clip) -> float:
-        """What merging with the next clip adds to the squared distance of frames from their clip; inf for NaN."""
+        """The increase of the squared distance of frames from their clip by merging with the next; inf for NaN."""
         ours, theirs = len(self.frames), len(after.frames)
         distance = (self.tokens - after.tokens).square().sum().item()
         return math.inf if math.isnan(distance) else distance * ours * theirs / (ours + theirs)
 
     def merge(self, after: Clip) -> Clip:
-        """This clip and the next as one."""
+        """This clip and the next one as one clip."""
         share = len(after.frames) / (len(self.frames) + len(after.frames))
         return Clip(range(self.frames.start, after.frames.stop), self.tokens.lerp(after.tokens, share))
 
 
 @dataclass
 class _Memory:
-    """Clips in temporal order; `costs[i]` is that of merging clips i and i + 1."""
+    """Clips in temporal order; `costs[i]` is the cost of merging clips i and i + 1."""
 
     clips: list[Clip] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
@@ -73,7 +74,7 @@ class _Memory:
         self.clips.append(clip)
 
     def merge_down(self, most: int) -> None:
-        """Merge neighbours, always those that cost least and the oldest of equals, until `most` clips are left."""
+        """Merges neighbours with the least cost, the oldest of equal ones, until `most` clips are left."""
         while len(self.clips) > most:
             i = self.costs.index(min(self.costs))
             self.clips[i : i + 2] = [self.clips[i].merge(self.clips[i + 1])]
@@ -84,7 +85,7 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _State:
-    """All that changes in a stream, replaced as a whole: a push that fails, or is interrupted, changes nothing."""
+    """The mutable state, replaced as a whole: a push that fails, or is interrupted, changes nothing."""
 
     seen: int = 0
     recent: tuple[Tensor, ...] = ()  # [N, D] each
@@ -92,21 +93,27 @@ class _State:
 
 
 class MemoryStream:
-    """A video that grows: the last frames in full and, before them, older clips condensed.
+    """A growing video: the most recent frames in full and, before them, condensed clips.
 
-    Each frame is encoded once. `clip_frames` in a row make a clip, which is condensed as its first frame leaves the
-    recent ones: so every frame pushed is among the recent ones, in a clip or, some of the last clip's, in both. Beyond
-    `held_clips` the two most similar neighbours are merged. Memory, and time per frame, do not grow with the stream;
-    once there are `shown_clips`, the number of tokens is constant. Nothing is differentiable.
+    Each frame is encoded once. `clip_frames` consecutive frames are a clip, which is condensed when its first frame
+    leaves the recent ones: so every frame is a recent one, in a clip or, for some of the last clip, both. Beyond
+    `held_clips`, the two most similar neighbours are merged. Memory and time per frame do not grow with the stream; once
+    there are `shown_clips`, the number of tokens is constant. Not differentiable. The defaults make 2560 tokens of 16
+    recent frames of 24 x 24 patches, and 1024 of 64 clips.
 
-    layout: layout of the recent frames, or its text.
-    clip_layout: layout of the frames of a clip.
-    recent_frames, clip_frames: frames kept in full, at least a clip; frames of a clip.
-    held_clips, shown_clips: clips remembered, and how many of them `tokens` shows.
-    grid, backend: as `slowfast_aggregate` takes them.
-    encode: frames [r, ...], at most `clip_frames` of those pushed, -> features [r, N, D]. None: frames are features.
+    Args:
+        layout: layout of the recent frames, or its text.
+        clip_layout: layout of the frames of a clip, or its text.
+        recent_frames: frames kept in full, at least `clip_frames`.
+        clip_frames: frames of a clip.
+        held_clips: clips held at most.
+        shown_clips: clips that `tokens` shows at most.
+        grid, backend: as in `slowfast_aggregate`.
+        encode: a function of frames [r, ...], at most `clip_frames` of those pushed, that returns features [r, N, D].
+            None if the frames are features already.
 
-    The defaults make 2560 tokens of 16 recent frames of 24 x 24 patches, and 1024 of 64 clips.
+    Raises:
+        InputError: a number is below 1, `recent_frames` below `clip_frames`, or `held_clips` below `shown_clips`.
     """
 
     def __init__(
@@ -128,9 +135,12 @@ class MemoryStream:
         check_count("shown_clips", shown_clips)
         check_encode(encode)
         if clip_frames > recent_frames:
-            raise InputError(f"a clip is made of recent frames: keep {clip_frames} or more, not {recent_frames}")
+            raise InputError(
+                f"recent_frames={recent_frames} is less than clip_frames={clip_frames}, and a clip is made of recent "
+                f"frames: keep {clip_frames} or more"
+            )
         if shown_clips > held_clips:
-            raise InputError(f"only {held_clips} clips are held: show so many or fewer, not {shown_clips}")
+            raise InputError(f"only {held_clips} clips are held: show at most {held_clips}, not {shown_clips}")
         self.recent_frames, self.clip_frames = recent_frames, clip_frames
         self.held_clips, self.shown_clips = held_clips, shown_clips
         self.layout, self.clip_layout = parse_patches_only(layout), parse_patches_only(clip_layout)
@@ -140,10 +150,14 @@ class MemoryStream:
 
     @torch.no_grad()
     def push(self, frames: Any) -> None:
-        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+        """Adds the next frames. If it raises, the stream is unchanged.
 
-        Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
-        LayoutError where a layout does not fit them. Then, and where `encode` raises, the stream is as it was.
+        Args:
+            frames: [t, ...], at least one, or anything with a length and slices that `encode` takes.
+
+        Raises:
+            InputError: no frames, or features that are not [r, N, D] of the first ones' shape, dtype and device.
+            LayoutError: a layout does not fit the features.
         """
         seen, recent, memory = self.seen, list(self._state.recent), self._state.memory.copy()
         for start in range(0, count_frames(frames), self.clip_frames):
@@ -153,7 +167,7 @@ class MemoryStream:
             if not recent:
                 self._check_layouts(features)
             for frame in features:
-                recent.append(frame.clone())  # encode may write its next features where these are
+                recent.append(frame.clone())  # encode may write its next features into the same memory
                 seen += 1
                 if len(recent) > self.recent_frames:
                     self._remember(seen - len(recent), recent, memory)
@@ -166,9 +180,14 @@ class MemoryStream:
         question: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [S, D] of the clips that `select` selects, then those of the recent frames by their own layout.
+        """Tokens [S, D] of the clips that `select` returns, then of the recent frames.
 
-        scores, question: as in `select`. out: as in `slowfast_aggregate`. InputError before the first frame.
+        Args:
+            scores, question: as in `select`.
+            out: as in `slowfast_aggregate`.
+
+        Raises:
+            InputError: there are no frames yet, or an argument does not fit.
         """
         self._check_begun()
         clips, recent = self.select(scores, question), torch.stack(self._state.recent)
@@ -186,12 +205,17 @@ class MemoryStream:
     def select(
         self, scores: Tensor | Sequence[float] | None = None, question: Tensor | None = None
     ) -> tuple[Clip, ...]:
-        """At most `shown_clips`, in temporal order, each with the frames that it stands for.
+        """Selects at most `shown_clips` clips; without arguments by merging similar neighbours, in this call only.
 
-        scores: [clips], one for each of `clips`: those with the highest, the oldest of equal ones.
-        question: [D], an embedding: those whose mean token has the highest cosine with it.
-        Neither: all, the most similar neighbours merged, for this call alone.
-        Raises InputError for both, and for others than these.
+        Args:
+            scores: [clips], one for each of `clips`, to select the highest, the oldest of equal ones.
+            question: [D], an embedding, to select the clips whose mean token has the highest cosine with it.
+
+        Returns:
+            Clips in temporal order.
+
+        Raises:
+            InputError: both arguments are given, or one does not fit.
         """
         if scores is not None and question is not None:
             raise InputError("clips are selected by scores or by a question's embedding: pass one of them")
@@ -208,13 +232,13 @@ class MemoryStream:
         return tuple(self.clips[i] for i in sorted(best.tolist()))
 
     def count_tokens(self) -> int:
-        """How many `tokens` returns now."""
+        """The number of tokens that `tokens` returns now."""
         clips = sum(len(clip.tokens) for clip in self.clips[: self.shown_clips])
         return clips + self.plan.tokens["total"]
 
     @property
     def plan(self) -> Plan:
-        """What the layout does to the recent frames, numbered from 0. InputError before the first frame."""
+        """The layout's plan for the recent frames, numbered from 0. InputError before the first frame."""
         self._check_begun()
         return self._plan(self.layout, self._state.recent[0], len(self._state.recent))
 
@@ -225,7 +249,7 @@ class MemoryStream:
 
     @property
     def frames(self) -> range:
-        """Numbers in the stream of the recent frames, which are held in full."""
+        """The numbers of the recent frames in the stream."""
         return range(self.seen - len(self._state.recent), self.seen)
 
     @property
@@ -239,25 +263,25 @@ class MemoryStream:
         return sum(tensor.nbytes for tensor in (*self._state.recent, *(clip.tokens for clip in self.clips)))
 
     def _remember(self, first: int, frames: list[Tensor], memory: _Memory) -> None:
-        """Condense the clip that begins with frame `first`, the first of `frames`, where one does."""
+        """Condenses the clip that begins with frame `first`, the first of `frames`, if one does."""
         if first % self.clip_frames:
             return
         features = torch.stack(frames[: self.clip_frames])
         tokens = slowfast_aggregate(features, self.clip_layout, backend=self.backend, grid=self.grid)
-        wide = torch.promote_types(tokens.dtype, torch.float32)  # merged over and over, rounded once, when shown
+        wide = torch.promote_types(tokens.dtype, torch.float32)  # merged many times, and rounded once, when shown
         memory.append(Clip(range(first, first + self.clip_frames), tokens.to(wide)))
         memory.merge_down(self.held_clips)
 
     def _relevance(self, question: Tensor) -> Tensor:
-        """Cosine of each clip's mean token with the question; the lowest where it is not a number."""
+        """Cosine of each clip's mean token with the question; -inf for NaN."""
         self._check_begun()
-        shown, channels = type(question).__name__, self._state.recent[0].shape[1]
-        question = as_tensor(question, torch.float64)
-        if question is None or question.shape != (channels,):
-            shape = shown if question is None else list(question.shape)
+        channels = self._state.recent[0].shape[1]
+        embedding = as_tensor(question, torch.float64)
+        if embedding is None or embedding.shape != (channels,):
+            shape = type(question).__name__ if embedding is None else list(embedding.shape)
             raise InputError(f"the question's embedding must be [{channels}], not {shape}")
         means = [clip.tokens.mean(0) for clip in self.clips]
-        cosines = [F.cosine_similarity(mean, question.to(mean), dim=0).item() for mean in means]
+        cosines = [F.cosine_similarity(mean, embedding.to(mean), dim=0).item() for mean in means]
         return torch.tensor(cosines, dtype=torch.float64).nan_to_num(nan=-torch.inf)
 
     def _check_layouts(self, features: Tensor) -> None:

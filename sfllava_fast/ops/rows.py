@@ -16,7 +16,7 @@ from ..errors import InputError
 from .aggregate import is_unwatched, overlap
 from .backends import rows_reference as reference
 from .backends.registry import unfit_dtype
-from .backends.rows import check_backend, find_kernels, frame_table
+from .backends.rows import check_name, find_kernels, frame_table
 from .backends.rows_reference import wide
 from .gradients import OneLevel, apply, below_autograd, is_differentiated, is_transformed
 from .token_offsets import check_frames, check_ratio, kept_of
@@ -64,7 +64,7 @@ def top_per_frame(
     _check_tensors(scores=scores)
     if nan is not None:
         _check_tensors(nan=nan)
-    check_backend(backend)
+    check_name(backend)
     tokens = offsets[-1] - offsets[0]
     if scores.dim() != 2 or scores.shape[1] != tokens or not scores.is_floating_point():
         shape = f"{scores.dtype} {list(scores.shape)}"
@@ -106,7 +106,7 @@ def gather_rows_of(tensors: Sequence[Tensor], index: Tensor, *, backend: str = "
     _check_tensors(index=index)
     for tensor in tensors:
         _check_tensors(tensors=tensor)
-    check_backend(backend)
+    check_name(backend)
     _check_dims(index)
     for tensor in tensors:
         batch, tokens = tensor.shape[:2] if tensor.dim() == 3 else (0, 0)
@@ -158,7 +158,7 @@ def scatter_rows(
         _check_tensors(weights=weights)
     if out is not None:
         _check_tensors(out=out)
-    check_backend(backend)
+    check_name(backend)
     _check_dims(index)
     if hidden.dim() != 3:
         raise InputError(f"hidden must be [batch, tokens, channels], not {list(hidden.shape)}")
@@ -206,7 +206,7 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float, *, backend: 
         BackendError: the named backend cannot run this call.
     """
     _check_tensors(queries=queries, keys=keys)
-    check_backend(backend)
+    check_name(backend)
     if not isinstance(scale, (int, float)):
         raise InputError(f"scale must be a number, usually d ** -0.5, not {scale!r}")
     shapes = f"{list(queries.shape)} and {list(keys.shape)}"

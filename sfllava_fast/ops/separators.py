@@ -10,7 +10,7 @@ from .backends.plan_table import host_table, on_device
 
 
 def write_separators(out: Tensor, plan: Plan, separators: Tensor | None) -> None:
-    """Writes separators [K, D] into their rows of out [S, D], and zeros where the plan has them."""
+    """Writes separators [K, D] into their rows of out [S, D], and zeros into the plan's rows of zeros."""
     if plan.zeros:
         out[on_device(_rows(plan)[0], out.device)] = 0
     if separators is not None:
@@ -40,4 +40,4 @@ def separators_backward(grad: Tensor, plan: Plan) -> Tensor:
 def _rows(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that are zero, rows of separators, and which separator each of those is."""
     rows, which = zip(*plan.separator_rows) if plan.separator_rows else ((), ())
-    return tuple(host_table(part, torch.long) for part in (plan.zeros, rows, which))
+    return host_table(plan.zeros, torch.long), host_table(rows, torch.long), host_table(which, torch.long)

@@ -19,13 +19,22 @@ Encode = Callable[[Any], Tensor]
 
 
 def kept_frames(seen: int, most: int) -> range:
-    """The dyadic rule: which of the first `seen` frames of a stream are kept where at most `most` may be.
+    """The frames of a stream that are kept, by the dyadic rule.
 
-    Every stride-th from frame 0 on, stride being the smallest power of two that leaves at most `most`. So when `most`
-    are held and another is due, every other one is dropped and the stride doubles: of `most` frames or more, more
-    than most / 2 are kept at any time, evenly spaced, and none is kept that was dropped before.
+    Every stride-th frame from frame 0 on is kept; the stride is the smallest power of two that leaves at most `most`. So
+    when `most` frames are held and another is due, every other one is dropped and the stride doubles. Of `most` frames
+    or more, more than most / 2 are kept at any time, evenly spaced, and no dropped frame is needed again. Uniform
+    sampling has no such property: every position moves with each new frame.
 
-    Uniform sampling cannot be kept up on a stream: every position moves with each frame that comes.
+    Args:
+        seen: frames of the stream so far.
+        most: frames held at most.
+
+    Returns:
+        The numbers of the kept frames.
+
+    Raises:
+        InputError: a number is no integer of at least 0 (`seen`) or 1 (`most`).
     """
     if not isinstance(seen, int) or seen < 0:
         raise InputError(f"the frames seen must be an integer of at least 0, not {seen!r}")
@@ -35,17 +44,21 @@ def kept_frames(seen: int, most: int) -> range:
 
 
 class SlowFastStream:
-    """A video that grows: `push` frames as they come, take its `tokens` at any moment.
+    """A growing video: `push` frames as they arrive, take its `tokens` at any time.
 
-    The tokens are bit for bit those of `slowfast_aggregate` on the features of `frames`, the ones that `kept_frames`
-    keeps. Each is encoded once, into one buffer that is allocated once; memory, and time per frame, do not grow with
-    the stream. Nothing is differentiable.
+    The tokens equal bit for bit those of `slowfast_aggregate` on the features of `frames`, which `kept_frames` selects.
+    Each frame is encoded once, into one buffer that is allocated once. Memory and time per frame do not grow with the
+    stream. Not differentiable.
 
-    layout: any layout, or its text.
-    most: frames held at most.
-    grid, backend: as `slowfast_aggregate` takes them.
-    encode: frames [r, ...], a strided view of some that were pushed, -> features [r, N, D]. It never sees a frame that
-        is dropped within the same push. None: frames are features already.
+    Args:
+        layout: a layout or its text.
+        most: frames held at most.
+        grid, backend: as in `slowfast_aggregate`.
+        encode: a function of frames [r, ...], a strided view of pushed frames, that returns features [r, N, D]. It does
+            not get frames that are dropped within the same push. None if the frames are features already.
+
+    Attributes:
+        seen: frames pushed.
     """
 
     def __init__(
@@ -60,17 +73,21 @@ class SlowFastStream:
         check_count("most", most)
         check_encode(encode)
         self.layout, self.most, self.grid, self.backend = parse_layout(layout), most, grid, backend
-        self.seen = 0  # frames pushed
+        self.seen = 0
         self._encode = encode
         self._buffer: Tensor | None = None  # [most, N, D]; its first rows are the frames kept
         self._intact = True
 
     @torch.no_grad()
     def push(self, frames: Any) -> None:
-        """The next frames, one or many: [t, ...], or anything with a length and slices that `encode` takes.
+        """Adds the next frames. If it raises, the stream is unchanged.
 
-        Raises InputError for none, and for features that are not [r, N, D] of the first ones' shape, dtype and device;
-        LayoutError where the layout does not fit them. Then, and where `encode` raises, the stream is as it was.
+        Args:
+            frames: [t, ...], at least one, or anything with a length and slices that `encode` takes.
+
+        Raises:
+            InputError: no frames, or features that are not [r, N, D] of the first ones' shape, dtype and device.
+            LayoutError: the layout does not fit the features.
         """
         self._check_intact()
         seen = self.seen + count_frames(frames)
@@ -79,37 +96,44 @@ class SlowFastStream:
         features = None
         if len(due) or self._encode is None:
             features = encode_frames(self._encode, due, like=self._buffer)
-        if self._buffer is None:
-            self._buffer = self._allocate(features)
-        # An interrupt between the copies leaves rows of two strides: nothing may be read from them.
+        buffer = self._buffer
+        if buffer is None:
+            assert features is not None  # frame 0 is kept
+            buffer = self._buffer = self._allocate(features)
+        # An interrupt between the copies leaves rows of two strides, which must not be read.
         self._intact = False
-        held = self._thin(kept.step // self.stride)
+        held = self._thin(buffer, kept.step // self.stride)
         if features is not None:
-            self._buffer[held : len(kept)].copy_(features)
+            buffer[held : len(kept)].copy_(features)
         self.seen, self._intact = seen, True
 
     def tokens(self, out: Tensor | None = None, separators: Tensor | None = None) -> Tensor:
-        """Tokens [S, D] of the frames kept; `out` and `separators` as in `slowfast_aggregate`. InputError before the
-        first frame."""
-        call = {"backend": self.backend, "grid": self.grid, "separators": separators}
-        return slowfast_aggregate(self.features, self.layout, out=out, **call)
+        """Tokens [S, D] of the kept frames; InputError before the first frame.
+
+        Args:
+            out, separators: as in `slowfast_aggregate`.
+        """
+        return slowfast_aggregate(
+            self.features, self.layout, out=out, backend=self.backend, grid=self.grid, separators=separators
+        )
 
     def count_tokens(self) -> int:
-        """How many `tokens` returns now."""
+        """The number of tokens that `tokens` returns now."""
         return self.plan.tokens["total"]
 
     @property
     def plan(self) -> Plan:
-        """What the layout does to the frames kept, numbered from 0."""
+        """The layout's plan for the kept frames, numbered from 0."""
         return resolve_plan(self.features, self.layout, self.grid)
 
     @property
     def frames(self) -> range:
-        """Numbers in the stream of the frames kept."""
+        """The numbers of the kept frames in the stream."""
         return kept_frames(self.seen, self.most)
 
     @property
     def stride(self) -> int:
+        """The step from one kept frame to the next."""
         return self.frames.step
 
     @property
@@ -119,25 +143,25 @@ class SlowFastStream:
 
     @property
     def features(self) -> Tensor:
-        """Features [t, N, D] of the frames kept, a view that the next push changes. InputError before the first."""
+        """Features [t, N, D] of the kept frames, a view that the next push changes. InputError before the first."""
         self._check_intact()
-        if not self.seen:
+        if self._buffer is None:
             raise InputError("the stream has no frames yet: push some first")
         return self._buffer[: len(self.frames)]
 
     def _allocate(self, features: Tensor) -> Tensor:
         """A buffer for frames of this kind; the error of a layout that does not fit them."""
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+        with torch.inference_mode(False):  # else it could not be written outside inference mode
             buffer = features.new_empty(self.most, *features.shape[1:])
         resolve_plan(buffer, self.layout, self.grid)
         return buffer
 
-    def _thin(self, step: int) -> int:
-        """Keep every step-th of the rows held, moved together in place; how many they are."""
+    def _thin(self, buffer: Tensor, step: int) -> int:
+        """Keeps every step-th of the rows held, moved together in place; returns their number."""
         held = len(self.frames[::step])
         if step > 1:
             for row in range(1, held):
-                self._buffer[row].copy_(self._buffer[row * step])
+                buffer[row].copy_(buffer[row * step])
         return held
 
     def _check_intact(self) -> None:
@@ -146,7 +170,7 @@ class SlowFastStream:
 
 
 def count_frames(frames: Any) -> int:
-    """How many frames are pushed; InputError for none."""
+    """The number of pushed frames; InputError if there are none."""
     try:
         count = len(frames)
     except TypeError:
@@ -157,6 +181,7 @@ def count_frames(frames: Any) -> int:
 
 
 def slice_frames(frames: Any, which: slice) -> Any:
+    """frames[which]; InputError for what cannot be sliced."""
     try:
         return frames[which]
     except (TypeError, KeyError, ValueError, RuntimeError):
@@ -164,12 +189,13 @@ def slice_frames(frames: Any, which: slice) -> Any:
 
 
 def check_encode(encode: object) -> None:
+    """InputError unless it is None or callable."""
     if encode is not None and not callable(encode):
         raise InputError(f"encode must be a function of frames, or None, not {type(encode).__name__}")
 
 
 def encode_frames(encode: Encode | None, frames: Any, like: Tensor | None) -> Tensor:
-    """Features [r, N, D] of r frames; InputError unless of the kind of `like` [..., N, D], which came before."""
+    """Features [r, N, D] of r frames; InputError unless they have N, D, dtype and device of `like` [..., N, D]."""
     features = frames if encode is None else encode(frames)
     if not isinstance(features, Tensor):
         raise InputError(f"features must be a torch.Tensor, not {type(features).__name__}")

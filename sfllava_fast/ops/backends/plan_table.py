@@ -27,7 +27,7 @@ REDUCE = {"max": 0, "mean": 1, "linear": 2}
 
 
 class Sections(NamedTuple):
-    """Where the sections of a table begin, and how many groups it has."""
+    """The first number of each section of a table, and the number of groups."""
 
     groups: int
     groups_at: int
@@ -79,10 +79,10 @@ def device_table(plan: Plan, device: torch.device) -> Tensor:
 
 
 def on_device(host_table: Tensor, device: torch.device) -> Tensor:
-    """A table on `device`: uploaded by the first call and kept with the table, so that later ones copy nothing.
+    """A table on `device`, uploaded by the first call and cached with the table.
 
-    Its memory stays as long as queued work may read it, in captured CUDA graphs as long as the process: they can be
-    replayed at any time. Raises BackendError where the first call is inside a capture.
+    Its memory lives as long as queued work may read it; if a CUDA graph has captured it, as long as the process, because
+    a graph can be replayed at any time. BackendError if the first call is inside a capture.
     """
     copies = vars(host_table).setdefault("copies", {})
     table, streams = copies.get(device) or copies.setdefault(device, _upload(host_table, device))
@@ -103,15 +103,15 @@ def _upload(host_table: Tensor, device: torch.device) -> tuple[Tensor, set[int]]
     """The table, and the streams that have read it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("a CUDA graph cannot capture the first call of its kind: make it once before the capture")
-    # In a thread of its own: where torch.compile is about to record a CUDA graph, what this thread allocates comes from
-    # the graph's pool, which hands the memory out again.
+    # In a thread of its own: if torch.compile is about to record a CUDA graph, what this thread allocates comes from the
+    # graph's pool, which reuses the memory.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(host_table.to, device).result(), set()
 
 
 @contextmanager
 def _for_every_call() -> Iterator[None]:
-    """Makes tensors that later calls can use: inference mode and torch.func would leave their mark on them."""
+    """For tensors that later calls use: those made in inference mode or under torch.func could not be used outside."""
     with torch.inference_mode(False), torch._C._DisableFuncTorch():
         yield
 
@@ -124,7 +124,7 @@ def _pathway(path: PathwayTables, first_bin: int) -> list[int]:
 
 
 def _covers(bins: Sequence[Range], length: int) -> Iterator[Range]:
-    """For each row (or column) of `length`, which of the bins hold it: rising starts and stops make that a range."""
+    """The bins that contain each of `length` rows or columns: a range, because starts and stops ascend."""
     starts, stops = zip(*bins)
     for place in range(length):
         first = bisect_right(stops, place)

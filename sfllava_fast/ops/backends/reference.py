@@ -1,4 +1,4 @@
-"""The layout in plain PyTorch: the oracle of every kernel, and the backend where none can run.
+"""The aggregator in plain PyTorch: the oracle of its kernels, and the backend if none of them can run.
 
 Works on any device and floating dtype. 16-bit input is accumulated in float32 and rounded once; a mean adds
 its box in (frame, row, column) order from zero and divides by frames, rows and columns in turn, as
@@ -19,7 +19,7 @@ from ...layouts.plan import PathwayTables, Plan
 
 
 def aggregate(features: Tensor, plan: Plan) -> Tensor:
-    """Tokens [S, D] of packed patches [sum(plan.lengths), N, D]; zeros where the plan has no pathway's tokens."""
+    """Tokens [S, D] of packed patches [sum(plan.lengths), N, D]; zeros in rows without a pathway's token."""
     out = features.new_zeros(plan.offsets[-1], features.shape[2])
     for path, rows in zip(plan.pathways, token_rows(plan, out.device)):
         if len(rows):
@@ -30,7 +30,7 @@ def aggregate(features: Tensor, plan: Plan) -> Tensor:
 def aggregate_backward(grad: Tensor, features: Tensor, plan: Plan) -> Tensor:
     """Gradient [T, N, D] of `aggregate` for the tokens' gradient [S, D].
 
-    A mean spreads its gradient over its box; a max hands it to the element that `aggregate` kept.
+    A mean spreads its gradient over its box; a max gives it to the element that `aggregate` kept.
     """
     wide = torch.zeros(features.shape, dtype=_accumulator(features.dtype), device=features.device)
     flat = wide.view(-1, features.shape[-1])
@@ -64,7 +64,7 @@ def token_rows(plan: Plan, device: torch.device) -> list[Tensor]:
 
 
 def _pool(features: Tensor, path: PathwayTables) -> Tensor:
-    acc = None
+    acc: Tensor | None = None
     for offset in _offsets(path, features):
         x, inside = _gather(features, offset.patch), offset.inside[:, None]
         if path.reduce == "max":
@@ -72,6 +72,7 @@ def _pool(features: Tensor, path: PathwayTables) -> Tensor:
             continue
         acc = torch.zeros_like(x) if acc is None else acc
         acc += torch.where(inside, x if path.reduce == "mean" else x * offset.weight[:, None], 0)
+    assert acc is not None  # no box is empty
     for size in _divisors(path, features.device):
         acc /= size
     return acc.to(features.dtype)
@@ -90,7 +91,7 @@ def _pool_backward(grad: Tensor, features: Tensor, path: PathwayTables, into: Te
 
 def _winners(features: Tensor, path: PathwayTables) -> Tensor:
     """Which of the packed patches a maximum keeps, [tokens, D]."""
-    best = winner = None
+    best: Tensor | None = None
     for offset in _offsets(path, features):
         x = _gather(features, offset.patch)
         patch = offset.patch[:, None].expand_as(x)
@@ -99,11 +100,12 @@ def _winners(features: Tensor, path: PathwayTables) -> Tensor:
             continue
         better = offset.inside[:, None] & ((x > best) | x.isnan())
         best, winner = torch.where(better, x, best), torch.where(better, patch, winner)
+    assert best is not None  # no box is empty
     return winner
 
 
 def _pairs(path: PathwayTables, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every (token, patch of its box, weight), by token: in this order a patch adds up what its tokens hand it."""
+    """Every (token, patch of its box, weight), by token: a patch adds up the shares of its tokens in this order."""
     patch, inside, weight = (torch.stack(part, 1) for part in zip(*_offsets(path, features)))
     return inside.nonzero()[:, 0], patch[inside], weight[inside][:, None]
 

@@ -28,10 +28,17 @@ _OLDEST_TORCH = (2, 10)  # the first whose stable ABI has everything csrc/torch 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run ops. why_unavailable: why not on this device (None: on any of this machine), or None if it can."""
+    """A way to run ops. Each reason is None if there is no obstacle.
+
+    Attributes:
+        name: "torch" for the reference, which runs every call.
+        why_unavailable: why it cannot run on this device (None: on any device of this machine).
+        why_unfit: why it cannot read such a tensor on any machine.
+    """
 
     name: str
     why_unavailable: Callable[[torch.device | None], str | None]
+    why_unfit: Callable[[Tensor], str | None]
 
 
 AnyBackend = TypeVar("AnyBackend", bound=Backend)
@@ -45,20 +52,18 @@ def check_name(name: object, names: Iterable[str], op: str = "") -> None:
         raise BackendError(f"unknown backend {name!r}{op}: choose one of {', '.join(names)}")
 
 
-def choose(
-    name: str, backends: Iterable[AnyBackend], why_unfit: Callable[[AnyBackend], str | None], device: torch.device
-) -> AnyBackend:
-    """The named backend, or for "auto" the first that can run the call; others that are unavailable are logged once.
+def choose(name: str, backends: Iterable[AnyBackend], tensor: Tensor, unfit: str | None = None) -> AnyBackend:
+    """The named backend, or for "auto" the first that can run the call; those that are unavailable are logged once.
 
-    why_unfit: why a backend cannot run this call on any machine, or None. Raises BackendError if none is left.
+    unfit: why no kernel can run the call, or None. Raises BackendError if no backend is left.
     """
     reason: str | None = "no backend is left"
     for backend in backends:
-        unfit = why_unfit(backend)
-        reason = unfit or backend.why_unavailable(device)
+        obstacle = backend.why_unfit(tensor) or (unfit if backend.name != "torch" else None)
+        reason = obstacle or backend.why_unavailable(tensor.device)
         if not reason:
             return backend
-        if name == "auto" and not unfit:
+        if name == "auto" and not obstacle:
             warn_once(backend.name, reason)
     raise BackendError(f"backend {name} cannot run this call: {reason}; use backend='auto'")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from .plan_table import host_table
 class _Backend(registry.Backend):
     """kernels: an object with the kernels as functions, or None for the reference, which runs every call."""
 
-    device_type: str | None
     kernels: Callable[[], Any]
 
 
@@ -28,15 +28,24 @@ def _why_no_triton(device: torch.device | None) -> str | None:
     return registry.load_triton() or (registry.try_on(_check, "triton", device) if device else None)
 
 
+def _unfit_for_cpu(tensor: Tensor) -> str | None:
+    return None if tensor.is_cpu else f"tensors are on {tensor.device}, not on the CPU"
+
+
+def _unfit_for_triton(tensor: Tensor) -> str | None:
+    return None if tensor.is_cuda else f"tensors are on {tensor.device}, not on a CUDA device"
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        _Backend("cpu", lambda device: registry.load_library(), "cpu", lambda: torch.ops.sfllava_fast),
-        _Backend("triton", _why_no_triton, "cuda", lambda: registry.triton_kernels()),
-        _Backend("torch", lambda device: None, None, lambda: None),
+        _Backend("cpu", lambda device: registry.load_library(), _unfit_for_cpu, lambda: torch.ops.sfllava_fast),
+        _Backend("triton", _why_no_triton, _unfit_for_triton, lambda: registry.triton_kernels()),
+        _Backend("torch", lambda device: None, lambda tensor: None, lambda: None),
     )
 }
 NAMES = ("auto", *BACKENDS)
+check_name = partial(registry.check_name, names=NAMES, op=" for rows")
 
 
 def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
@@ -44,19 +53,9 @@ def find_kernels(name: str, tensor: Tensor, unfit: str | None) -> Any:
 
     unfit: why no kernel can run the call, or None. BackendError if the named backend cannot run it.
     """
-    check_backend(name)
-
-    def why_unfit(backend: _Backend) -> str | None:
-        if backend.device_type is None:
-            return None
-        return unfit if tensor.device.type == backend.device_type else f"tensors are on {tensor.device}"
-
+    check_name(name)
     order = BACKENDS.values() if name == "auto" else (BACKENDS[name],)
-    return registry.choose(name, order, why_unfit, tensor.device).kernels()
-
-
-def check_backend(name: object) -> None:
-    registry.check_name(name, NAMES, " for rows")
+    return registry.choose(name, order, tensor, unfit).kernels()
 
 
 def frame_table(token_offsets: tuple[int, ...], ratio: float) -> Tensor:
