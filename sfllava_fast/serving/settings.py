@@ -1,4 +1,4 @@
-"""What a served checkpoint's config says about its videos: layout, frames, and so placeholders."""
+"""Settings of videos in a served checkpoint's config."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ _KEYS = {"layout", "frames", "prompt"}
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """layout: of every video. frames: sampled of a video unless its request says otherwise. grid: (rows, columns) of a
-    frame's patches."""
+    """Settings of a served checkpoint's videos.
+
+    Attributes:
+        layout: The layout.
+        frames: Number of frames that are sampled from a video unless the request has another number.
+        grid: (rows, columns) of a frame's patches.
+    """
 
     layout: Layout
     frames: int
@@ -28,8 +33,10 @@ class VideoSettings:
     def from_config(cls, config: Any) -> VideoSettings:
         """The settings in a transformers LLaVA config: "layout" and "frames" of its entry "sfllava_fast", if any.
 
-        Raises InputError or LayoutError for an entry that means nothing, CheckpointError where the vision tower's
-        tokens are not a grid.
+        Raises:
+            InputError: If the entry has another form.
+            LayoutError: If the layout is wrong, or needs more than patches.
+            CheckpointError: If the vision tower's features are not exactly the patches.
         """
         options = getattr(config, "sfllava_fast", None) or {}
         if not isinstance(options, dict) or set(options) - _KEYS:
@@ -41,7 +48,7 @@ class VideoSettings:
         return settings
 
     def count_tokens(self, frames: int) -> int:
-        """Placeholders of a video of so many sampled frames; LayoutError where the layout leaves no token."""
+        """Number of placeholders of a video of `frames` sampled frames. Raises LayoutError if there is none."""
         return self.layout.plan(frames, self.grid).tokens["total"]
 
 
@@ -50,7 +57,7 @@ def _patch_grid(config: Any) -> tuple[int, int]:
     has_class_token = vision.model_type == "clip_vision_model"
     if has_class_token != (strategy == "default"):
         raise CheckpointError(
-            f"vision_feature_select_strategy {strategy!r} does not give a {vision.model_type}'s patches and no more: "
+            f"vision_feature_select_strategy {strategy!r} does not select exactly a {vision.model_type}'s patches: "
             f"set it to {'default' if has_class_token else 'full'!r}"
         )
     return tower_grid(vision)

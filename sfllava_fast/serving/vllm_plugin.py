@@ -6,16 +6,15 @@ import logging
 
 log = logging.getLogger("sfllava_fast")
 
-# The interface that models are written to moves with every minor release. tests/serving/test_vllm.py ran against 0.31 and 0.32;
-# of 0.33, which has no build for CPUs, the files that we use were compared with 0.32's.
+# vLLM's model interface changes with every minor release. tests/serving/test_vllm.py ran with 0.31 and 0.32; of 0.33,
+# which has no build for CPUs, the files that we use were compared with 0.32's.
 SUPPORTED = ((0, 31), (0, 32), (0, 33))
 
 
 def register() -> None:
-    """Make the models and the video backend known to vLLM, without importing the models.
+    """Register the models and the video backend with vLLM, without importing the models.
 
-    With a vLLM that is not supported, nothing is registered and the log says why: raising would take vLLM itself down,
-    for models of every kind.
+    With an unsupported vLLM it logs an error and registers nothing: an exception would end vLLM for all models.
     """
     import vllm
 
@@ -35,9 +34,9 @@ def register() -> None:
 
 
 def why_unsupported(version: str) -> str | None:
-    """Why this version of vLLM is not served; None where it is."""
+    """Why a version of vLLM is not supported; None if it is."""
     if tuple(version.split(".")[:2]) in [tuple(map(str, minor)) for minor in SUPPORTED]:
         return None
     *earlier, last = (f"{major}.{minor}" for major, minor in SUPPORTED)
     known = f"{', '.join(earlier)} and {last}"
-    return f"sfllava_fast is not registered with vLLM {version}: it serves vLLM {known}; install one of them"
+    return f"sfllava_fast is not registered with vLLM {version}: it supports vLLM {known}; install one of them"

@@ -1,4 +1,4 @@
-"""Videos of vLLM's requests: decoded by `video`, sampled by the published rule."""
+"""vLLM's video backend: decodes with `video`, samples by the published rule."""
 
 from __future__ import annotations
 
@@ -17,23 +17,32 @@ VIDEO_BACKEND = "sfllava_fast"
 
 
 class SlowFastVideoLoader(VideoLoader):
-    """The backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs.
-
-    num_frames: frames to sample, fewer where the video is shorter. decoder: one of `video.DECODERS`.
-    """
+    """The backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs."""
 
     @classmethod
     def load_bytes(
         cls, data: bytes, num_frames: int = DEFAULT_FRAMES, decoder: str = "pyav", **unknown: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The sampled frames of a video file, uint8 RGB [n, H, W, 3], and what vLLM wants to know about them.
+        """Decode and sample a video file.
 
-        Damage is logged, as a warning, once: the dict may hold no word that models' processors do not know.
+        Damage is only logged, since models' processors accept no further keys in the metadata.
 
-        Raises VideoError or InputError, which vLLM answers with status 400, and BackendError for an unusable decoder.
+        Args:
+            data: The file.
+            num_frames: Maximum number of frames to sample.
+            decoder: One of `video.DECODERS`.
+            unknown: Other options, which are refused.
+
+        Returns:
+            The frames, uint8 RGB [n, H, W, 3], and vLLM's metadata.
+
+        Raises:
+            VideoError: If the file cannot be decoded; vLLM replies with status 400.
+            InputError: If an option is wrong; vLLM replies with status 400.
+            BackendError: If the decoder is unknown or not installed.
         """
         if unknown:
-            raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
+            raise InputError(f"unknown video options {', '.join(unknown)}: use num_frames or decoder")
         check_count("num_frames", num_frames)
         with tempfile.TemporaryDirectory(prefix="vllm-request-") as folder:
             file = Path(folder, "video")
@@ -42,7 +51,7 @@ class SlowFastVideoLoader(VideoLoader):
                 video = open_video(file, decoder)
                 indices = sample_frames(video.total, num_frames)
                 frames = video.arrays(indices)
-            except VideoError as error:  # the folder's name would tell a client nothing
+            except VideoError as error:  # clients should not get the folder's name
                 raise VideoError(str(error).replace(f"{folder}/", "the ")) from error
         fps = video.fps or 0.0
         return frames, {

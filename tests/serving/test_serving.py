@@ -155,7 +155,7 @@ def test_versions():
     "version, told",
     [
         ("0.32.0", "0.32.0, whose LLaVA models have videos by our plugin"),
-        ("0.30.1", "not registered with vLLM 0.30.1: it serves vLLM 0.31, 0.32 and 0.33"),
+        ("0.30.1", "not registered with vLLM 0.30.1: it supports vLLM 0.31, 0.32 and 0.33"),
         (None, "not installed"),
     ],
 )
