@@ -1,4 +1,4 @@
-"""Attributes replaced on instances, classes or modules, all of them or none, and put back exactly."""
+"""Replacement of attributes on instances, classes or modules, atomically, with exact undo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HANDLE = "_sfllava_fast_patch"
 
 
 class _Inherited:
-    """Stands for an attribute that the owner did not hold itself. A class, so that copies of it are it."""
+    """Marks an attribute that the owner did not have itself. A class, since copies of a class are identical."""
 
 
 @dataclass
@@ -28,10 +28,14 @@ class _Replaced:
 
 
 class Patch:
-    """What was replaced on a target. `undo`, or leaving it as a context, puts back what was there.
+    """Replaced attributes of a target. `undo`, or the end of a `with` block, restores them.
 
-    replacements: (owner, attribute, new value); owners are instances, classes or modules. An earlier patch of the
-    target is undone first, so that a notebook's cell may run twice.
+    An earlier patch of the target is undone first, so that a notebook's cell may run twice.
+
+    Args:
+        target: The object, class or module that is patched.
+        replacements: (owner, attribute, new value); owners are instances, classes or modules. If one cannot be set, all
+            are undone.
     """
 
     def __init__(self, target: Any, replacements: Iterable[tuple[Any, str, Any]]) -> None:
@@ -48,9 +52,10 @@ class Patch:
             raise
 
     def undo(self) -> None:
-        """Put back the original attributes; nothing where that was done already.
+        """Restore the original attributes. Does nothing if that was done.
 
-        Raises PatchError, and changes nothing, where something else replaced one of them since.
+        Raises:
+            PatchError: If one of them was replaced again since. Nothing is changed.
         """
         for item in self._replaced:
             if _own(item.owner, item.name) is not item.after:
@@ -70,7 +75,7 @@ class Patch:
 
 
 def undo(target: Any) -> None:
-    """Undo a target's patch, for those who did not keep it; nothing where there is none. Errors: `Patch.undo`'s."""
+    """Undo a target's patch, if there is one. Raises PatchError as `Patch.undo` does."""
     patch = _own(target, _HANDLE)
     if patch is not _Inherited:
         patch.undo()
@@ -78,14 +83,14 @@ def undo(target: Any) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Say in the log, once in a process, what a patch could not take over."""
+    """Log a warning once in a process."""
     log.warning(message)
 
 
 def _own(owner: Any, name: str) -> Any:
-    """What the owner itself holds under a name: putting an inherited attribute back would pin it."""
+    """The owner's own attribute, or _Inherited: setting that on the owner would hide later changes of the class's."""
     held = vars(owner)
-    for kind in ("_modules", "_parameters", "_buffers"):  # where an nn.Module keeps what it is made of
+    for kind in ("_modules", "_parameters", "_buffers"):  # where an nn.Module stores its parts
         if not isinstance(owner, type) and name in held.get(kind, ()):
             return held[kind][name]
     return held.get(name, _Inherited)

@@ -27,7 +27,9 @@ def test_on_a_cpu(requested, device, dtype, expected):
 
 def test_says_why():
     assert "needs a CUDA GPU" in resolve_attention("auto").reason
-    with pytest.raises(BackendError, match="flash_attention_2 is not supported: it needs a CUDA GPU.*use attention='sdpa'"):
+    with pytest.raises(
+        BackendError, match="flash_attention_2 is not supported: it needs a CUDA GPU.*use attention='sdpa'"
+    ):
         resolve_attention("flash_attention_2", "cpu", HALF)
     with pytest.raises(BackendError, match="unknown attention 'linear': choose one of auto, eager, sdpa"):
         resolve_attention("linear")

@@ -212,7 +212,9 @@ def test_a_vision_tower_that_cannot_be_had(outside, tmp_path, monkeypatch, name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     edit_config(outside, mm_vision_tower=name)
-    with one_line(CheckpointError, f"needs the vision tower {name}, which cannot be found: download it and set mm_vision"):
+    with one_line(
+        CheckpointError, f"needs the vision tower {name}, which cannot be found: download it and set mm_vision"
+    ):
         load_checkpoint(outside)
 
 

@@ -349,7 +349,7 @@ def test_weights_and_mixture_of_depths_leave_each_other_alone():
 
 def test_only_what_fits_is_installed():
     model = llama(tied=True)
-    before = {name: weight for name, weight in model.named_parameters()}
+    before = dict(model.named_parameters())
     other = {"embed_tokens.weight": torch.zeros(VOCABULARY, WIDTH), "lm_head.weight": torch.ones(VOCABULARY, WIDTH)}
     for compression, message in [
         (Compression(torch.zeros(2, WIDTH + 1)), "33 wide, the model's embeddings 32"),
