@@ -1,7 +1,7 @@
-"""SlowFast-LLaVA, exact and fast: the aggregator as an op, and a video question answered with it."""
+"""Fused kernels for SlowFast-LLaVA's video tokens: a PyTorch op, and a video question-answering engine."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _HOMES = {
     "sample_frames": "layouts",
     "slowfast_aggregate": "ops.aggregate",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # the keys are strings
 
 if TYPE_CHECKING:
     from .engine.slowfast_llava import SlowFastLlava as SlowFastLlava
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from .reduction.mixture.wrapper import MixtureOfDepths as MixtureOfDepths
 
 
-def __getattr__(name: str):
-    """Public names are imported when first used: `import sfllava_fast` loads nothing heavy."""
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import sfllava_fast` is cheap."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

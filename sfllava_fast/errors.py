@@ -1,11 +1,11 @@
-"""Errors a user can act on: each message is one line that says what is wrong and what to do."""
+"""Errors that a user can fix. A message is one line: what is wrong, and what to do."""
 
 
 class SfllavaError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of all errors that this package raises."""
 
     def __str__(self) -> str:
-        """One line, whatever is quoted in it."""
+        """The message in one line, also if a quoted text has several."""
         return " ".join(map(str.strip, super().__str__().splitlines()))
 
 
@@ -18,7 +18,7 @@ class InputError(SfllavaError, ValueError):
 
 
 class BackendError(SfllavaError, RuntimeError):
-    """A backend, decoder or attention kernel that was asked for by name and cannot serve."""
+    """A backend, decoder, device or attention that was requested by name and is not supported."""
 
 
 class VideoError(SfllavaError, ValueError):
@@ -26,7 +26,7 @@ class VideoError(SfllavaError, ValueError):
 
 
 class RenumberedError(VideoError):
-    """Frames of a damaged video that turned out, while it was read, to have other numbers: read it again."""
+    """Frames of a damaged video turned out to have other numbers while it was read: read it again."""
 
 
 class CheckpointError(SfllavaError, ValueError):
@@ -38,15 +38,15 @@ class ContextError(SfllavaError, ValueError):
 
 
 class PatchError(SfllavaError, TypeError):
-    """A model, class or library that a drop-in does not know, or cannot undo; nothing of it was changed."""
+    """A model, class or library that a patch does not support, or a patch that cannot be undone. Nothing is changed."""
 
 
 class OutOfMemoryError(SfllavaError, RuntimeError):
-    """A stage that needs more memory than there is; nothing that was there before is lost."""
+    """A stage that is out of memory. Previous state is unchanged."""
 
 
 class NumberError(SfllavaError, ArithmeticError):
-    """A model that computed NaN: damaged weights, a damaged session, or 16 bits that overflow."""
+    """A model that computed NaN: its weights or the session are damaged, or 16-bit values overflow."""
 
 
 class ServerError(SfllavaError, RuntimeError):
@@ -54,11 +54,11 @@ class ServerError(SfllavaError, RuntimeError):
 
 
 class SlowServerError(ServerError):
-    """A server that gave no whole reply in time."""
+    """A server that did not reply in time."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -68,6 +68,6 @@ def dtype_name(dtype: object) -> str:
 
 
 def check_count(name: str, count: object) -> None:
-    """InputError unless it is a whole number of at least 1, that counts something."""
+    """Raise InputError unless `count` is an integer of at least 1 that fits in int32."""
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 1 << 31:
         raise InputError(f"{name} must be an integer of at least 1, not {count!r}")

@@ -1,5 +1,4 @@
-"""Where an output goes: its folder, made where there is none and refused before anything is computed; its file,
-written whole or not at all."""
+"""Output files: their folders are checked before anything is computed, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -13,16 +12,16 @@ from .errors import InputError
 
 
 def check_folder(out: Path) -> None:
-    """InputError unless the folder of a file is there, or can be made."""
+    """Raise InputError unless the folder of a file exists or can be made."""
     there = next(folder for folder in Path(os.path.abspath(out)).parents if os.path.lexists(folder))
     if not there.is_dir():
         raise InputError(f"cannot write {out}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {out}: nothing can be written to {there}")
+        raise InputError(f"cannot write {out}: {there} is not writable")
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder of a file. Raises InputError where that cannot be done."""
+    """Make the folder of a file. Raises InputError if that fails."""
     check_folder(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -32,14 +31,15 @@ def make_folder(out: Path) -> None:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A new file to write to, which is moved to `out` at the end: links are followed to the file that it replaces.
+    """Context of a new file that replaces `out` at the end. Links are followed.
 
-    Raises InputError for what is there and no regular file, such as a device.
+    Raises:
+        InputError: If `out` exists and is not a regular file.
     """
     place = Path(os.path.realpath(out))
     if place.exists() and not place.is_file():
-        raise InputError(f"{out} is no regular file: name another")
-    # A name of its own, whoever else writes to this place: two threads, or a link that lies there.
+        raise InputError(f"{out} is not a regular file: name another")
+    # A unique name, since other threads may write to the same place, and a link may exist there.
     part = place.with_name(f".sfllava-{os.getpid()}-{secrets.token_hex(8)}.part")
     try:
         yield part

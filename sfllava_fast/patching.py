@@ -1,4 +1,4 @@
-"""Replaces attributes of instances, classes or modules, all or none, and restores them exactly."""
+"""Replacement of attributes on instances, classes or modules, atomically, with exact undo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HANDLE = "_sfllava_fast_patch"
 
 
 class _Inherited:
-    """Marks an attribute that the owner did not have itself. A class, because a copy of a class is the class."""
+    """Marks an attribute that the owner did not have itself. A class, since copies of a class are identical."""
 
 
 @dataclass
@@ -28,13 +28,14 @@ class _Replaced:
 
 
 class Patch:
-    """Replaced attributes of a target. `undo`, or the end of the `with` block, restores them.
+    """Replaced attributes of a target. `undo`, or the end of a `with` block, restores them.
 
-    An earlier patch of the target is undone first, so that a notebook's cell can run twice.
+    An earlier patch of the target is undone first, so that a notebook's cell may run twice.
 
     Args:
-        target: What is patched.
-        replacements: (owner, attribute, new value); owners are instances, classes or modules.
+        target: The object, class or module that is patched.
+        replacements: (owner, attribute, new value); owners are instances, classes or modules. If one cannot be set, all
+            are undone.
     """
 
     def __init__(self, target: Any, replacements: Iterable[tuple[Any, str, Any]]) -> None:
@@ -51,10 +52,10 @@ class Patch:
             raise
 
     def undo(self) -> None:
-        """Restore the original attributes; a second call does nothing.
+        """Restore the original attributes. Does nothing if that was done.
 
         Raises:
-            PatchError: If something else has replaced one of them since; nothing is changed then.
+            PatchError: If one of them was replaced again since. Nothing is changed.
         """
         for item in self._replaced:
             if _own(item.owner, item.name) is not item.after:
@@ -74,7 +75,7 @@ class Patch:
 
 
 def undo(target: Any) -> None:
-    """Undo a target's patch, if it has one. Raises what `Patch.undo` raises."""
+    """Undo a target's patch, if there is one. Raises PatchError as `Patch.undo` does."""
     patch = _own(target, _HANDLE)
     if patch is not _Inherited:
         patch.undo()
@@ -82,14 +83,14 @@ def undo(target: Any) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log, once a process, what a patch could not replace."""
+    """Log a warning once in a process."""
     log.warning(message)
 
 
 def _own(owner: Any, name: str) -> Any:
-    """The owner's own attribute; restoring an inherited one would pin it to the owner."""
+    """The owner's own attribute, or _Inherited: setting that on the owner would hide later changes of the class's."""
     held = vars(owner)
-    for kind in ("_modules", "_parameters", "_buffers"):  # of an nn.Module
+    for kind in ("_modules", "_parameters", "_buffers"):  # where an nn.Module stores its parts
         if not isinstance(owner, type) and name in held.get(kind, ()):
             return held[kind][name]
     return held.get(name, _Inherited)

@@ -1,4 +1,4 @@
-"""Text for a terminal, without control sequences of a file's name or a model's answer."""
+"""Text for a terminal, without control characters from file names or models' answers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 import textwrap
 from typing import Any
 
-# C0 and C1 controls but tab and newline, marks that turn the direction of text, and halves of surrogate pairs: bytes of
-# a name that is not UTF-8.
+# C0 and C1 controls except tab and newline, marks of text direction, and halves of surrogate pairs, which stand for
+# bytes of a name that is not UTF-8.
 _HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: object) -> str:
-    """The text with control characters and unwritable ones escaped as in Python: \\x1b."""
+    """The text with control characters and unprintable ones escaped as in Python: \\x1b."""
     return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
@@ -25,7 +25,14 @@ def one_line(text: object) -> str:
 
 
 def fit(line: str, indent: str, end: str = "", width: int = 0) -> str:
-    """Break a line at blanks outside quotes to fit the terminal or `width`; all lines but the last get `end`."""
+    """Wrap a line at blanks outside quotes.
+
+    Args:
+        line: The line.
+        indent: Of all lines but the first.
+        end: Text at the end of all lines but the last.
+        width: Maximum width; 0 stands for the terminal's.
+    """
     width = (width or shutil.get_terminal_size().columns) - len(end)
     if len(line) <= width + len(end):
         return line
@@ -38,7 +45,7 @@ def fit(line: str, indent: str, end: str = "", width: int = 0) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON in one line for stdout; characters that stdout cannot write, and control characters, are escaped."""
+    """JSON in one line for stdout, with control characters escaped, and others too if stdout cannot encode them."""
     can_write = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
     text = json.dumps(value, ensure_ascii=not can_write)
     return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

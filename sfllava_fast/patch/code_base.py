@@ -1,4 +1,4 @@
-"""Two code bases have the module name `llava`: they are recognized by their methods."""
+"""Detection of the two code bases that are both named `llava`, by their methods."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from ..errors import PatchError, first_line
 from ..patching import Patch, undo
 
 _MODULE = "llava.model.llava_arch"
-# Names under which DDP, FSDP, torch.compile and PEFT (a model in a tuner) hold the module that they wrap.
+# Attributes for the wrapped module in DDP, FSDP, torch.compile and PEFT (a model in a tuner).
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod", "base_model", "model")
 
 
 @dataclass(frozen=True)
 class CodeBase:
-    """The methods that a drop-in relies on, and their parameters after self."""
+    """A code base that a patch supports.
+
+    Attributes:
+        title: Its name, for messages.
+        patched_by: The function that patches it.
+        methods: The methods that the patch needs, with their parameters after self.
+    """
 
     title: str
     patched_by: str
@@ -48,14 +54,14 @@ _NAMES = [name for code in _CODE_BASES for name in code.methods]
 
 
 def find_owner(target: Any, code: CodeBase) -> Any:
-    """The class or model that has the code base's methods.
+    """The class or model with a code base's methods.
 
     Args:
-        target: A model, wrapped or not, or a class. None: the mixin class of the installed `llava`.
+        target: A class or a model, wrapped or not. None stands for the mixin class of the installed `llava`.
         code: The code base.
 
     Raises:
-        PatchError: If it has other methods; the message has what was found and what is supported.
+        PatchError: If there is none; the message has what was found and what is supported.
     """
     owner = _unwrap(_import_mixin(code) if target is None else target)
     found = _methods(owner)
@@ -70,15 +76,21 @@ def find_owner(target: Any, code: CodeBase) -> Any:
     )
 
 
-def replace_methods(owner: Any, make: Mapping[str, Callable[[Any], Callable]]) -> Patch:
-    """Patch a class or a model: `make` has, by name, a function from a method (with self) to its replacement."""
-    undo(owner)  # first, so that the methods are those from before
+def replace_methods(owner: Any, make: Mapping[str, Callable[[Callable], Callable]]) -> Patch:
+    """Patch methods of a class or a model.
+
+    Args:
+        owner: The class or the model.
+        make: By name of a method, a function from the method, as a function of self, to the new one.
+    """
+    undo(owner)  # first, so that the original methods are wrapped
     methods = {name: wrap(_function(owner, name)) for name, wrap in make.items()}
-    bind = (lambda method: method) if isinstance(owner, type) else (lambda method: MethodType(method, owner))
-    return Patch(owner, [(owner, name, bind(method)) for name, method in methods.items()])
+    if not isinstance(owner, type):
+        methods = {name: MethodType(method, owner) for name, method in methods.items()}
+    return Patch(owner, [(owner, name, method) for name, method in methods.items()])
 
 
-def _function(owner: Any, name: str) -> Callable | None:
+def _function(owner: Any, name: str) -> Any:
     """A method of a class or a model as a function of self; None if it has none."""
     held = getattr(owner, name, None)
     return getattr(held, "__func__", held)
@@ -87,7 +99,7 @@ def _function(owner: Any, name: str) -> Callable | None:
 def _import_mixin(code: CodeBase) -> type:
     try:
         return import_module(_MODULE).LlavaMetaForCausalLM
-    except Exception as error:  # it imports its models, which fail in their own ways on another transformers
+    except Exception as error:  # its models may raise any type with another release of transformers
         raise PatchError(
             f"{code.patched_by} could not import LlavaMetaForCausalLM from {_MODULE} ({first_line(error)}): "
             f"install {code.title}, or pass a model or class of it"
@@ -95,7 +107,7 @@ def _import_mixin(code: CodeBase) -> type:
 
 
 def _unwrap(target: Any) -> Any:
-    """The target or the module that it wraps, whichever has methods of a code base; the target if none has."""
+    """The target or the wrapped model, whichever has methods of a code base; the target if neither has."""
     inner = target
     while inner is not None and not isinstance(inner, type):
         if any(hasattr(type(inner), name) for name in _NAMES):
@@ -106,7 +118,7 @@ def _unwrap(target: Any) -> Any:
 
 
 def _methods(owner: Any) -> dict[str, tuple[str, ...]]:
-    """The parameters after self of the owner's methods that either code base has."""
+    """The parameters after self of the owner's methods that are in a code base."""
     functions = {name: _function(owner, name) for name in _NAMES}
     return {name: tuple(inspect.signature(f).parameters)[1:] for name, f in functions.items() if inspect.isfunction(f)}
 

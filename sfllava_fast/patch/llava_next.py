@@ -1,4 +1,4 @@
-"""LLaVA-NeXT / LLaVA-Video code (github.com/LLaVA-VL/LLaVA-NeXT): its pooling, its newlines, its slow-fast mode."""
+"""Patch of the LLaVA-NeXT / LLaVA-Video code (github.com/LLaVA-VL/LLaVA-NeXT): pooling, newlines, slow-fast mode."""
 
 from __future__ import annotations
 
@@ -24,27 +24,35 @@ _PREPARE = "prepare_inputs_labels_for_multimodal"
 def patch_llava_next(
     target: Any = None, *, pooling: bool = True, newline: bool = True, faster: bool = True, backend: str = "auto"
 ) -> Patch:
-    """Replace how LLaVA-NeXT / LLaVA-Video code pools videos and lays out their tokens.
+    """Replace the pooling and the token layout of videos in LLaVA-NeXT / LLaVA-Video code.
 
-    pooling: `get_2dPool`, [T, N, D] to [T, n, D]. `average` and `max` are our op, and drop what does not fill a box.
-        `bilinear` makes ceil(side / stride) rows and columns, which is no box pooling: it is PyTorch's, without the
-        copies to and from channels first. On a CPU bit for bit as published in float64, float32, bfloat16 and float16,
-        but for averages over strides that are no power of two: divided by rows and columns in turn, they may differ by
-        1 ulp.
-    newline: `add_token_per_grid`, a newline behind each row, and `add_token_per_frame`, one behind each frame: one copy
-        each, bit for bit.
-    faster: `prepare_inputs_labels_for_multimodal` where `config.add_faster_video` is set, patches merge spatially, and
-        newlines are by grid. There the published code raises NameError. Frames whose number divides by
-        `config.faster_token_stride` are pooled as without the flag, the others by twice that stride; each row ends with
-        a newline and each frame with `model.faster_token`. Code in which that mode works is left alone.
-    target: a model, wrapped or not, a class, or None for the code base's own LlavaMetaForCausalLM, which is imported.
-    backend: that of `slowfast_aggregate`.
+    Calls that are not supported run the published method and are logged once. On a CPU results have the published bits
+    in float64, float32, bfloat16 and float16, except for averages over strides that are not a power of two: these are
+    divided by rows and then by columns, and may differ by 1 ulp.
 
-    What cannot be taken over runs as published, raises what is published, and is named in the log once.
-    Raises PatchError where the target is not that code base as it is since August 2024.
+    Args:
+        target: A model, wrapped or not, or a class. None stands for the code base's LlavaMetaForCausalLM, which is
+            imported.
+        pooling: Replaces `get_2dPool`, [T, N, D] to [T, n, D]. The modes `average` and `max` run our op and drop
+            patches that do not fill a box. The mode `bilinear`, with ceil(side / stride) rows and columns, is not box
+            pooling; it runs PyTorch's interpolation without the copies to and from channels first.
+        newline: Replaces `add_token_per_grid`, with a newline after each row, and `add_token_per_frame`, with one after
+            each frame. Both make one copy.
+        faster: Replaces `prepare_inputs_labels_for_multimodal` if `config.add_faster_video` is set, patches are merged
+            spatially, and newlines are by grid; the published code raises NameError then. Frames whose number is
+            divisible by `config.faster_token_stride` are pooled as without the flag, the others by twice the stride.
+            Each row ends with a newline and each frame with `model.faster_token`. Code in which the mode works is not
+            replaced.
+        backend: As in `slowfast_aggregate`.
+
+    Returns:
+        The patch.
+
+    Raises:
+        PatchError: If the target is not this code base as of August 2024 or later.
     """
     owner = find_owner(target, LLAVA_NEXT)
-    make: dict[str, Callable[[Any], Callable]] = {}
+    make: dict[str, Callable[[Callable], Callable]] = {}
     if pooling:
         make["get_2dPool"] = partial(_get_2dpool, backend=backend)
     if newline:
@@ -76,7 +84,7 @@ def _get_2dpool(published: Callable, backend: str) -> Callable:
 
 
 def _shrink(features: Tensor, side: int, size: int) -> Tensor:
-    """Bilinear [T, side * side, D] to [T, size * size, D]: seen as channels last, no copy is needed."""
+    """Bilinear [T, side * side, D] to [T, size * size, D], as channels last, which needs no copy."""
     channels_last = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     return F.interpolate(channels_last, size=(size, size), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -105,8 +113,8 @@ def _add_token_per_frame(published: Callable) -> Callable:
 
 
 def _prepare_inputs(published: Callable) -> Callable:
-    """The published method; with add_faster_video it sees a model in which the pooling lays out both pathways, and the
-    branch that needs a name that nothing defines is off."""
+    """The published method. With add_faster_video it gets a view of the model whose pooling returns both pathways, and
+    in which the flag is off, so that the branch with the undefined name does not run."""
 
     @wraps(published)
     def prepare_inputs_labels_for_multimodal(self, *args, **kwargs):
@@ -142,7 +150,7 @@ def _slow_and_faster(model: Any, features: Tensor, stride: int = 2) -> Tensor:
 
 
 class _View:
-    """An object, but for some of its attributes."""
+    """An object with some of its attributes replaced."""
 
     def __init__(self, inner: Any, **others: Any) -> None:
         vars(self).update(others, _inner=inner)

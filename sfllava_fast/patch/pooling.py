@@ -1,8 +1,9 @@
-"""The op instead of a published pooling; the published one runs what the op cannot."""
+"""Replacement of a published pooling by the op, with a fallback to the published one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
@@ -13,14 +14,14 @@ from ..patching import warn_once
 
 
 def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, backend: str) -> Tensor:
-    """`slowfast_aggregate` of patches [T, N, D] of any strides: tokens [S, D]."""
+    """`slowfast_aggregate` of patches [T, N, D] with any strides. Returns tokens [S, D]."""
     if features.stride(-1) != 1:
         features = features.contiguous()
-    return slowfast_aggregate(features, layout, grid=grid, backend=backend)
+    return cast(Tensor, slowfast_aggregate(features, layout, grid=grid, backend=backend))
 
 
 def or_published(ours: Callable[[], Tensor], published: Callable[[], Tensor], name: str) -> Tensor:
-    """The op's tokens; if it refuses the layout or the features, the published tokens or exception."""
+    """The op's result; if it raises InputError or LayoutError, the published one, which is logged once."""
     try:
         return ours()
     except (InputError, LayoutError) as error:

@@ -1,4 +1,4 @@
-"""The published SF-LLaVA code (github.com/apple/ml-slowfast-llava) with our op in place of its poolings."""
+"""Patch of the published SF-LLaVA code (github.com/apple/ml-slowfast-llava): our op replaces its poolings."""
 
 from __future__ import annotations
 
@@ -29,22 +29,31 @@ _FLATTENED = {
 def patch_slowfast_llava(
     target: Any = None, *, slowfast: bool = True, aggregation: bool = True, backend: str = "auto"
 ) -> Patch:
-    """Replace `prepare_slowfast` (slowfast) and `temporal_aggregation` (aggregation) of the published SF-LLaVA code.
+    """Replace the pooling of the published SF-LLaVA code.
 
-    target: a model, wrapped or not, a class, or None for the code base's own LlavaMetaForCausalLM, which is imported.
-    backend: that of `slowfast_aggregate`.
+    Tokens are [1, S, D] in the features' dtype, and differentiable. On a CPU they have the published bits in float64,
+    float32, bfloat16 and float16, except for two means of 16-bit features, which are within the error budget:
+    `spatial_temporal_pool` adds in float32 instead of 16 bits, and `temporal_global_pool` in another order.
 
-    Tokens are [1, S, D] in the features' dtype, and differentiable. On a CPU they equal the published ones bit for bit
-    in float64, float32, bfloat16 and float16, but for two means of 16-bit features, which are within the error budget:
-    `spatial_temporal_pool` adds in float32, not in 16 bits, and `temporal_global_pool` in another order.
-    Features of any strides serve, with a gradient or without. The published code raises on a CPU without a gradient for
-    `spatial_1d_max_pool`, the default, and for many slices of larger tensors: it views what is not contiguous.
+    Features may have any strides. The published code raises on a CPU without gradients for `spatial_1d_max_pool`, the
+    default, and for many slices of larger tensors, since it views tensors that are not contiguous.
 
-    A name, slow method, dtype or grid that the op does not know runs as published, raises what is published, and is
-    named in the log once.
-    Raises PatchError where the target is not that code base.
+    A name, slow method, dtype or grid that the op does not support runs the published method and is logged once.
+
+    Args:
+        target: A model, wrapped or not, or a class. None stands for the code base's LlavaMetaForCausalLM, which is
+            imported.
+        slowfast: Whether to replace `prepare_slowfast`.
+        aggregation: Whether to replace `temporal_aggregation`.
+        backend: As in `slowfast_aggregate`.
+
+    Returns:
+        The patch.
+
+    Raises:
+        PatchError: If the target is not this code base.
     """
-    make = {}
+    make: dict[str, Callable[[Callable], Callable]] = {}
     if slowfast:
         make["prepare_slowfast"] = partial(_prepare_slowfast, backend=backend)
     if aggregation:
@@ -77,11 +86,11 @@ def _temporal_aggregation(published: Callable, backend: str) -> Callable:
 
 
 def _both_pathways(name: str) -> SlowFastLayout:
-    """The layout a published string names; LayoutError for one that the op knows and the published code does not."""
-    config = SlowFastLayout.parse(name)
-    if not config.slow_frames or not config.fast_grid:
-        raise LayoutError(f"layout {name!r} has one pathway alone")
-    return config
+    """The layout of a published string. Raises LayoutError for one pathway alone, which the published code has not."""
+    layout = SlowFastLayout.parse(name)
+    if not layout.slow_frames or not layout.fast_grid:
+        raise LayoutError(f"layout {name!r} has one pathway only")
+    return layout
 
 
 def _aggregate(features: Tensor, name: str, backend: str) -> Tensor:
@@ -89,7 +98,7 @@ def _aggregate(features: Tensor, name: str, backend: str) -> Tensor:
     if name == "concat":
         return features.flatten(0, 1)
     if name == "temporal_global_pool" and features.dtype.itemsize > 2:
-        return features.mean(0)  # PyTorch adds pairs of frames, which is more exact than one frame after the other
+        return features.mean(0)  # PyTorch's pairwise sum is more accurate than a sequential one
     if name in _FLATTENED:
         return pool(features, _FLATTENED[name], (1, patches), backend)
     if name in _ON_THE_GRID:

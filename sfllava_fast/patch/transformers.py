@@ -1,7 +1,7 @@
-"""transformers >= 5: videos for LLaVA-1.5 and LLaVA-NeXT; SlowFast tokens, or their own sooner, for the video variants.
+"""Patch of transformers >= 5: SlowFast tokens of videos for LLaVA models, and faster pooling for the video models.
 
-Stock generation code runs as it is. What is added: placeholders by the processor, as many as there will be tokens, and
-tokens in their place at the prefill.
+Stock generation code is unchanged. The processor writes one placeholder a token, and the prefill replaces placeholders
+by tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,20 +52,32 @@ def patch_transformers(
     generate: bool = True,
     pooling: bool = True,
 ) -> Patch:
-    """Give a stock transformers model SlowFast tokens of videos (arXiv 2407.15841); `Patch.undo` takes them back.
+    """Give a stock transformers model SlowFast tokens of videos (arXiv 2407.15841).
 
-    target: a Llava, LlavaNext, LlavaNextVideo or LlavaOnevision ForConditionalGeneration, or one of these classes, for
-        every instance of it. Weights, config and what `save_pretrained` writes stay as they are.
-    processor: this model's, to be patched with it, so that `processor(text=..., videos=...)` takes files, folders and
-        uint8 RGB frames [T, H, W, 3], and writes as many placeholders as there will be tokens.
-    layout: of the tokens. None is what the model's config names, else the paper's; the video variants then keep theirs.
-    frames: how many the processor samples of a video (fewer where it is shorter); None is what the layout's name or the
-        config says, else 50. The video variants' own video processors sample by themselves.
-    projector, backend: as in `project_and_aggregate`.
-    generate: whether `forward` and `generate` take `pixel_values_videos`: [V, T, 3, h, w], or a list of [T, 3, h, w].
-    pooling: whether the video variants' own pooling is replaced by a faster one of the same bits.
+    Weights, config and the files of `save_pretrained` are unchanged. `Patch.undo` restores the model.
 
-    Raises PatchError for anything else, and then nothing is changed.
+    Args:
+        target: A Llava, LlavaNext, LlavaNextVideo or LlavaOnevision ForConditionalGeneration, or one of these classes,
+            for all its instances.
+        processor: The model's processor, or None. It is patched too: `processor(text=..., videos=...)` takes files,
+            folders and uint8 RGB frames [T, H, W, 3], and writes one placeholder a token.
+        layout: Layout of the tokens. None stands for the one in the model's config, else the paper's; video models then
+            keep their own.
+        frames: Maximum number of frames that the processor samples from a video, as in `choose_frames`. The video
+            processors of video models sample themselves.
+        projector: As the mode of `project_and_aggregate`.
+        backend: As in `project_and_aggregate`.
+        generate: Whether `forward` and `generate` take `pixel_values_videos`, [V, T, 3, h, w] or a list of [T, 3, h,
+            w].
+        pooling: Whether to replace the pooling of video models by a faster one with the same bits.
+
+    Returns:
+        The patch.
+
+    Raises:
+        PatchError: If the target or the processor is not supported. Nothing is changed.
+        InputError: If `frames` or `projector` is wrong. Nothing is changed.
+        LayoutError: If `layout` is wrong, or needs more than patches. Nothing is changed.
     """
     check_mode(projector)
     family, base = _find(target)
@@ -77,7 +89,7 @@ def patch_transformers(
     layout = parse_patches_only(chosen) if generate and is_named else None
     if processor is not None:
         _check_processor(processor, family, target)
-    undo(target)  # what is replaced now, and what it calls, are the stock attributes
+    undo(target)  # so that stock attributes are replaced, and called
     replacements: list[Replacement] = []
     if layout is not None:
         token = "image_token_id" if family in _IMAGE_MODELS else "video_token_id"
@@ -87,12 +99,12 @@ def patch_transformers(
     if pooling and family in _VIDEO_MODELS:
         replacements += _pooling(base, family, backend)
     if not replacements:
-        raise PatchError(f"nothing of {family}{_SUFFIX} is left to replace: set generate or pooling, or give a layout")
+        raise PatchError(f"nothing of {family}{_SUFFIX} would be replaced: set generate or pooling, or give a layout")
     return Patch(target, replacements)
 
 
 def _find(target: Any) -> tuple[str, Any]:
-    """The family of a model or class, and the module that encodes, or its class. PatchError for any other."""
+    """The family of a model or class, and its encoder or the encoder's class. Raises PatchError for any other."""
     names = {f"{family}{_SUFFIX}": family for family in (*_IMAGE_MODELS, *_VIDEO_MODELS)}
     kind = target if isinstance(target, type) else type(target)
     stock = next((c for c in kind.__mro__ if c.__module__.startswith("transformers.") and c.__name__ in names), None)
@@ -112,20 +124,24 @@ def _find(target: Any) -> tuple[str, Any]:
 
 
 def _need(owner: Any, name: str, *parameters: str) -> None:
-    """PatchError unless the method that is to be replaced is there and takes these parameters."""
+    """Raise PatchError unless the owner has the method with these parameters."""
     method = getattr(owner, name, None)
     lacking = [p for p in parameters if method and p not in inspect.signature(method).parameters]
     if method is None or lacking:
         what = f"{(owner if isinstance(owner, type) else type(owner)).__name__}.{name}"
         found = f"{what} without {lacking[0]}" if method else f"no {what}"
-        known = "5.17, 5.23 and 5.24 are known to work"
-        raise PatchError(f"{release()} has {found}, which this patch needs: {known}")
+        raise PatchError(f"{release()} has {found}, which this patch needs: use 5.17, 5.23 or 5.24, which are tested")
 
 
 def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str | None = None) -> Replacement:
-    """A method replaced by `wrapper(self, stock, *settings, ...)`, on an instance or a class.
+    """The replacement of a method by `wrapper(self, stock, *settings, ...)`, on an instance or a class.
 
-    extra: a parameter beyond those of the stock method, for those who read signatures, as `generate` does.
+    Args:
+        owner: The instance or class.
+        name: The method.
+        wrapper: The new method.
+        settings: Arguments of the wrapper.
+        extra: A parameter to add to the signature, which `generate` reads.
     """
     own = None if isinstance(owner, type) else vars(owner).get(name)
     held = inspect.getattr_static(owner if isinstance(owner, type) else type(owner), name)
@@ -146,24 +162,32 @@ def _around(owner: Any, name: str, wrapper: Callable, *settings: Any, extra: str
 
 @dataclass(frozen=True)
 class _Tokens:
-    """How tokens are made of videos, and how many."""
+    """Tokens of videos.
+
+    Attributes:
+        layout: As in `patch_transformers`.
+        projector: As in `patch_transformers`.
+        backend: As in `patch_transformers`.
+        placeholder: The config's attribute with the id of the placeholders.
+    """
 
     layout: Layout
     projector: Mode
     backend: str
-    placeholder: str  # what the config calls the id that they take the place of
+    placeholder: str
 
     def count(self, model: Any, video: Tensor) -> int:
+        """Number of tokens of a video [T, 3, h, w]."""
         return self.layout.count_tokens(len(video), tower_grid(model.config.vision_config))
 
     def places(self, model: Any, input_ids: Tensor) -> Tensor:
-        """Where the placeholders are, a mask like input_ids."""
+        """The mask of placeholders, with the shape of input_ids."""
         return input_ids == getattr(model.config, self.placeholder)
 
     def make(
         self, base: Any, videos: Sequence[Tensor], select: dict[str, Any], out: Tensor | None = None
     ) -> list[Tensor]:
-        """Tokens [S, D] of each video of pixels [T, 3, h, w], in one launch; written into out, where given."""
+        """Tokens [S, D] of each video [T, 3, h, w], in one launch, written to `out` if given."""
         offsets = [0]
         for video in videos:
             offsets.append(offsets[-1] + len(video))
@@ -182,7 +206,7 @@ class _Tokens:
 
 
 def _patches(base: Any, pixels: Tensor, vision_feature_layer: Any, vision_feature_select_strategy: Any) -> Tensor:
-    """Patch features [F, N, C] of pixels [F, 3, h, w], in passes that fit memory; the config's choice for None."""
+    """Patch features [F, N, C] of pixels [F, 3, h, w], in passes of similar size. None is the config's value."""
     layer = base.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
     first = (vision_feature_select_strategy or base.config.vision_feature_select_strategy) == "default"
     passes = math.ceil(len(pixels) / FRAMES_PER_PASS)
@@ -195,7 +219,7 @@ def _patches(base: Any, pixels: Tensor, vision_feature_layer: Any, vision_featur
 
 
 def _prompts(target: Any, tokens: _Tokens) -> list[Replacement]:
-    """What takes videos from `generate` to the prompt's embeddings."""
+    """The replacements that pass videos from `generate` to the prompt's embeddings."""
     _need(target, "forward", "input_ids", "pixel_values", "inputs_embeds", "vision_feature_layer")
     _need(target, "prepare_inputs_for_generation", "is_first_iteration")
     _need(target, "_expand_inputs_for_generation", "expand_size", "input_ids")
@@ -204,7 +228,7 @@ def _prompts(target: Any, tokens: _Tokens) -> list[Replacement]:
         _around(target, "prepare_inputs_for_generation", _prepare_inputs),
         _around(target, "_expand_inputs_for_generation", _expand_inputs, tokens),
     ]
-    if "video" in target.input_modalities:  # else later releases encode videos before they call forward
+    if "video" in target.input_modalities:  # later releases would encode videos before forward
         replacements.append((target, "input_modalities", tuple(m for m in target.input_modalities if m != "video")))
     return replacements
 
@@ -217,22 +241,22 @@ def _forward(self, stock, tokens: _Tokens, input_ids=None, *args, **kwargs):
         return stock(input_ids, **kwargs)
     images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
     if images and tokens.placeholder == "image_token_id":
-        raise InputError("prompts have images or videos, not both: this model has one placeholder for the two")
+        raise InputError("a prompt may have images or videos, not both: this model has one placeholder for both")
     if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
-        raise InputError("pixel_values_videos go with input_ids, not with inputs_embeds: the placeholders are ids")
+        raise InputError("pixel_values_videos need input_ids, not inputs_embeds: the placeholders are ids")
     select = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
     return stock(None, inputs_embeds=_embed(self, input_ids, list(videos), tokens, select), **kwargs)
 
 
 def _embed(model, input_ids: Tensor, videos: list[Tensor], tokens: _Tokens, select: dict[str, Any]) -> Tensor:
-    """The prompts' embeddings [B, P, D], the videos' tokens in their places."""
-    _by_row(model, input_ids, videos, tokens)  # before anything is encoded
+    """The prompts' embeddings [B, P, D], with the videos' tokens in place of the placeholders."""
+    _by_row(model, input_ids, videos, tokens)  # checks, before anything is encoded
     embeds = model.get_input_embeddings()(input_ids)
     mask = tokens.places(model, input_ids)
     places = mask.flatten().nonzero().flatten().tolist()
-    seen = {id(video): video for video in videos}  # a prompt that is repeated is encoded once
-    adjoin = len(seen) == len(videos) and places[-1] - places[0] == len(places) - 1
-    if adjoin and not torch.is_grad_enabled() and _is_alike(model.model.multi_modal_projector, embeds):
+    seen = {id(video): video for video in videos}  # videos of repeated prompts are encoded once
+    contiguous = len(seen) == len(videos) and places[-1] - places[0] == len(places) - 1
+    if contiguous and not torch.is_grad_enabled() and _is_alike(model.model.multi_modal_projector, embeds):
         rows = embeds.view(-1, embeds.shape[-1])[places[0] : places[-1] + 1]
         tokens.make(model.model, videos, select, rows)
         return embeds
@@ -242,14 +266,14 @@ def _embed(model, input_ids: Tensor, videos: list[Tensor], tokens: _Tokens, sele
 
 
 def _is_alike(projector: torch.nn.Module, embeds: Tensor) -> bool:
-    """Whether the projector makes what the embeddings are made of: it may be elsewhere, quantized or offloaded."""
+    """Whether the projector has the embeddings' dtype and device: it may be quantized or offloaded."""
     weight = next(projector.parameters())
     same = weight.dtype == embeds.dtype and weight.device == embeds.device
     return same and not torch.is_autocast_enabled(embeds.device.type)
 
 
 def _by_row(model: Any, input_ids: Tensor, videos: Sequence[Tensor], tokens: _Tokens) -> list[list[Tensor]]:
-    """Each prompt's videos, which its placeholders tell. InputError unless there are as many as tokens."""
+    """The videos of each prompt, by its placeholders. Raises InputError unless there is one a token."""
     rows: list[list[Tensor]] = []
     left = list(videos)
     counts = tokens.places(model, input_ids).sum(1).tolist()
@@ -261,16 +285,16 @@ def _by_row(model: Any, input_ids: Tensor, videos: Sequence[Tensor], tokens: _To
         if made != count:
             raise InputError(
                 f"prompt {number} has {count} placeholders and its {len(row)} videos make {made} tokens of "
-                f"{tokens.layout}: let the patched processor write them"
+                f"{tokens.layout}: write the prompt with the patched processor"
             )
         rows.append(row)
     if left:
-        raise InputError(f"{len(left)} of {len(videos)} videos have no placeholders: name each in the text")
+        raise InputError(f"{len(left)} of {len(videos)} videos have no placeholders: write one a video in the text")
     return rows
 
 
 def _prepare_inputs(self, stock, *args, is_first_iteration=False, **kwargs):
-    """transformers 5.0 would hand the pixels to every step."""
+    """Without this, transformers 5.0 would pass the pixels to every decoding step."""
     inputs = stock(*args, is_first_iteration=is_first_iteration, **kwargs)
     if not is_first_iteration and kwargs.get("use_cache", True):
         inputs.pop("pixel_values_videos", None)
@@ -278,7 +302,7 @@ def _prepare_inputs(self, stock, *args, is_first_iteration=False, **kwargs):
 
 
 def _expand_inputs(self, stock, tokens: _Tokens, expand_size=1, *, input_ids=None, pixel_values_videos=None, **kwargs):
-    """Beams and several answers: each copy of a prompt has all of the prompt's videos."""
+    """With beams or several answers, each copy of a prompt gets all videos of the prompt."""
     if pixel_values_videos is not None and expand_size > 1:
         rows = _by_row(self, input_ids, list(pixel_values_videos), tokens)
         pixel_values_videos = [video for row in rows for video in row * expand_size]
@@ -287,7 +311,7 @@ def _expand_inputs(self, stock, tokens: _Tokens, expand_size=1, *, input_ids=Non
 
 
 def _check_processor(processor: Any, family: str, target: Any) -> None:
-    """PatchError unless the processor belongs to the model and its placeholders can be written."""
+    """Raise PatchError unless the processor is the model's and its placeholders can be replaced."""
     found = type(processor).__name__
     if f"{family}Processor" not in [c.__name__ for c in type(processor).__mro__]:
         raise PatchError(f"{found} is not the processor of {family}{_SUFFIX}: give a {family}Processor")
@@ -301,10 +325,10 @@ def _check_processor(processor: Any, family: str, target: Any) -> None:
 
 
 def _placeholders(processor: Any, layout: Layout, frames: int) -> list[Replacement]:
-    """The processor's part: as many placeholders as tokens, and for an image model's the videos themselves."""
+    """The replacements in the processor: one placeholder a token and, for an image model, video processing."""
     replacements = [_around(processor, "replace_video_token", _replace_video_token, layout)]
     if isinstance(getattr(processor, "video_processor", None), _VideoProcessor):
-        raise PatchError("the processor is patched already, with another model: undo that, or load another processor")
+        raise PatchError("the processor is already patched with another model: undo that, or load another processor")
     if not hasattr(processor, "video_processor"):
         spec = PreprocessSpec.from_processor(processor.image_processor)
         replacements += [
@@ -327,17 +351,17 @@ def _replace_video_token(self, stock, layout: Layout, video_inputs, video_idx=0,
 
 @dataclass(frozen=True)
 class _VideoProcessor:
-    """Sampled and preprocessed as the engine does it."""
+    """Samples and preprocesses videos as the engine does."""
 
     frames: int
     spec: PreprocessSpec
 
     def __call__(self, videos: Any, num_frames: int | None = None, **others: Any) -> dict[str, Any]:
-        """Pixels [V, T, 3, h, w] of videos, or a list of [T, 3, h, w] where they are not of one length."""
+        """Pixels [V, T, 3, h, w] of videos, or a list of [T, 3, h, w] if they differ in length."""
         from transformers.video_utils import make_batched_videos
 
         if ignored := {name for name, value in others.items() if value is not None} - {"return_tensors"}:
-            warn_once(f"the videos are read without {', '.join(sorted(ignored))}: num_frames is what is known here")
+            warn_once(f"videos are read without {', '.join(sorted(ignored))}: only num_frames is supported")
         pixels = []
         for video in map(open_video, make_batched_videos(videos)):
             chosen = sample_frames(video.total, num_frames or self.frames)
@@ -346,7 +370,7 @@ class _VideoProcessor:
 
 
 def _pooling(base: Any, family: str, backend: str) -> list[Replacement]:
-    """A video variant's own pooling, the same bits sooner."""
+    """The replacement of a video model's pooling by a faster one with the same bits."""
     if family == "LlavaOnevision":
         _need(base, "apply_pooling", "image_features")
         return [_around(base, "apply_pooling", _halve)]
@@ -356,18 +380,18 @@ def _pooling(base: Any, family: str, backend: str) -> list[Replacement]:
 
 
 def _pool(self, stock, backend: str, image_features: Tensor) -> Tensor:
-    """Patches [F, N, C] averaged, or their maxima, by stride x stride: [F, N / stride^2, C]."""
+    """Averages or maxima of stride x stride patches, [F, N, C] to [F, N / stride^2, C]."""
     reduce = {"AvgPool2d": "mean", "MaxPool2d": "max"}.get(type(self.pool).__name__)
     stride = self.pool.stride
     if reduce is None or (reduce == "mean" and stride & (stride - 1)):
-        warn_once(f"the pooling {self.pool} stays transformers': the op has no pooling of the same bits")
+        warn_once(f"the pooling {self.pool} is not replaced: the op has no pooling with the same bits")
         return stock(image_features)
     tokens = slowfast_aggregate(image_features, f"pool:each,stride{stride},stride{stride},{reduce}", backend=backend)
-    return tokens.view(len(image_features), -1, image_features.shape[2])
+    return cast(Tensor, tokens).view(len(image_features), -1, image_features.shape[2])
 
 
 def _halve(self, stock, image_features: Tensor) -> Tensor:
-    """Bilinear [F, N, C] to half the sides, rounded up, without the two copies that NCHW takes."""
+    """Bilinear [F, N, C] to half the sides, rounded up, without the two copies of NCHW."""
     height, width = tower_grid(self.config.vision_config)
     patches = image_features.view(len(image_features), height, width, -1).permute(0, 3, 1, 2)
     size = (math.ceil(height / 2), math.ceil(width / 2))

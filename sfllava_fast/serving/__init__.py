@@ -1,4 +1,4 @@
-"""SlowFast-LLaVA under vLLM and lmms-eval, which find it by entry points: nothing here is imported before they ask."""
+"""SlowFast-LLaVA in vLLM and lmms-eval, which load it lazily by entry points."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ TEMPLATE_FAMILIES = tuple(sorted(path.stem for path in _TEMPLATES.glob("*.jinja"
 
 
 def chat_template(family: str) -> Path:
-    """The chat template of a prompt family, a file for vLLM's --chat-template.
+    """The file with a prompt family's chat template, for vLLM's --chat-template.
 
-    A first message of a video and a question becomes the prompt of `prompts.build_prompt`, behind BOS where the family
-    has it. Raises InputError for a family that has no template.
+    It turns a first message of a video and a question into the prompt of `prompts.build_prompt`, with BOS before it if
+    the family has that.
+
+    Raises:
+        InputError: If the family has no template.
     """
     if family not in TEMPLATE_FAMILIES:
         raise InputError(f"no chat template for {family!r}: choose one of {', '.join(TEMPLATE_FAMILIES)}")

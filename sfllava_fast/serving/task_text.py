@@ -1,4 +1,4 @@
-"""The question, and the options, that a benchmark's text holds."""
+"""Parser of a benchmark's text into question, options and instruction."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from typing import NamedTuple
 
 _LABEL = re.compile(r"^question\s*:\s*", re.IGNORECASE)
 _HEADING = re.compile(r"(options?|choices|candidates)\s*:?", re.IGNORECASE)
-# How a line begins that says how to answer; what ends in a question mark is the question.
+# Beginning of a line with an instruction; a line that ends with a question mark is the question.
 _LEADING = re.compile(
     r"(please )?(select|choose|pick|answer|respond|give|provide)\b"
     r".*?\b(questions?|options?|answers?|choices?|letter)\b",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(r"(?<=[.?!\n])\s*((?:please )?answer\b[^.?!\n]*[.!]?)\s*$", re.IGNORECASE)
-# How options are marked, with a letter for {}; half and full width.
+# Marks of options, with a letter for {}; half and full width.
 _MARKS = (r"[(\uff08]{}[)\uff09]", r"{}[.\uff0e\u3001]", r"{}[)\uff09]", r"{}[:\uff1a]")
-_LONGEST = 20  # lines of an option
+_LONGEST = 20  # maximum lines of an option
 
 
 class TaskText(NamedTuple):
-    """What a text asks: options are None where it lists none, instruction is how it wants to be answered."""
+    """A benchmark's text.
+
+    Attributes:
+        question: The question.
+        options: The options, or None for an open-ended question.
+        instruction: How to answer.
+    """
 
     question: str
     options: list[str] | None
@@ -30,12 +36,14 @@ class TaskText(NamedTuple):
 
 
 def read_task_text(text: str) -> TaskText:
-    """Take apart "instruction, question, a line for each option, instruction" or "question, Answer ... instruction".
+    """Split a text "instruction, question, a line for each option, instruction" or "question, Answer ... instruction".
 
-    Options are lettered from A (or a) on, each from a line on: "A. text", "A) text", "(A) text" or "A: text". A line
-    between two of them goes on with the first; one behind the last does if it begins with a small letter. An option may
-    be empty, not all of them. Where there are several lists the last has the options, the others are the question's.
-    Labels that the paper's prompts have themselves ("Question:", "Options:") are left out.
+    - Options have letters from A or a, each at the beginning of a line: "A. text", "A) text", "(A) text" or "A: text".
+    - A line between two options continues the first. A line after the last option continues it if it begins with a
+      lower-case letter.
+    - Options may be empty, but not all of them.
+    - Of several lists, the last has the options; the others are part of the question.
+    - Labels that the paper's prompts add ("Question:", "Options:") are removed.
     """
     text = _LABEL.sub("", text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -52,7 +60,7 @@ def read_task_text(text: str) -> TaskText:
 
 
 def _take_leading(lines: list[str]) -> tuple[list[str], list[str]]:
-    """The lines in front that say how to answer, and the question, which is never empty."""
+    """The leading lines with instructions, and the lines of the question, of which there is at least one."""
     count = 0
     while count < len(lines) - 1 and _LEADING.match(lines[count].strip()) and not lines[count].rstrip().endswith("?"):
         count += 1
@@ -61,7 +69,7 @@ def _take_leading(lines: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _options(lines: Sequence[str], start: int) -> tuple[list[str], int]:
-    """The options that are listed from a line on, all marked alike, and the line behind them."""
+    """The options that begin at a line, all with one kind of mark, and the end line."""
     for letters in (string.ascii_uppercase, string.ascii_lowercase):
         for mark in _MARKS:
             if first := _begins(mark, letters[0], lines[start]):
@@ -73,12 +81,12 @@ def _list(lines: Sequence[str], start: int, mark: str, letters: str, first: str)
     options, end = [first], start + 1
     for letter in letters[1:]:
         near = range(end, min(end + _LONGEST, len(lines)))
-        found = next(((i, match) for i in near if (match := _begins(mark, letter, lines[i]))), None)
+        found = next(((i, match[1]) for i in near if (match := _begins(mark, letter, lines[i]))), None)
         if found is None:
             break
-        at, match = found
+        at, option = found
         options[-1] = " ".join([options[-1], *lines[end:at]]).strip()
-        options.append(match[1])
+        options.append(option)
         end = at + 1
     while end < len(lines) and lines[end][0].islower():
         options[-1], end = f"{options[-1]} {lines[end]}".strip(), end + 1

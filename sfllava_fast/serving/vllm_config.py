@@ -1,4 +1,4 @@
-"""Checks and defaults of our architectures, before vLLM loads anything."""
+"""vLLM's configuration of our architectures, before it loads a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .vllm_video import VIDEO_BACKEND
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# Model type of a checkpoint -> its architecture, prefixed with SlowFast.
+# By the checkpoint's model type: the stock architecture with the prefix SlowFast.
 ARCHITECTURES = {
     "llava": "SlowFastLlavaForConditionalGeneration",
     "llava_next": "SlowFastLlavaNextForConditionalGeneration",
@@ -21,15 +21,15 @@ ARCHITECTURES = {
 
 
 class SlowFastModelConfig(VerifyAndUpdateConfig):
-    """Checks the config, and makes our video backend the default; --media-io-kwargs can choose another one."""
+    """Checks the config, and sets our video backend and number of frames unless --media-io-kwargs has others."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config, fitting = model_config.hf_config, ARCHITECTURES.get(model_config.hf_config.model_type)
         if model_config.architecture != fitting:
-            remedy = f"name {fitting} in --hf-overrides" if fitting else "take a LLaVA-1.5 or LLaVA-NeXT one"
+            remedy = f"name {fitting} in --hf-overrides" if fitting else "use a LLaVA-1.5 or LLaVA-NeXT checkpoint"
             raise CheckpointError(
-                f"{model_config.architecture} does not fit a {config.model_type} checkpoint: {remedy}"
+                f"{model_config.architecture} does not support a {config.model_type} checkpoint: {remedy}"
             )
         settings = VideoSettings.from_config(config)
         if model_config.multimodal_config is not None:

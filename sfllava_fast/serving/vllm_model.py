@@ -1,8 +1,11 @@
 """LLaVA-1.5 and LLaVA-NeXT in vLLM, with videos as SlowFast-LLaVA's tokens (arXiv 2407.15841, section 3.2).
 
-These are vLLM's own models with one more modality: frames go through the tower and the projector, and the aggregator
-reads the projector's output. A video takes the place of <image> in the prompt, as in the published prompts.
+These are vLLM's models with videos added: frames pass the tower, the projector and the aggregator. As in the published
+prompts, <image> is the placeholder of a video.
 """
+
+# The mixins call methods of the vLLM classes that they are combined with.
+# mypy: disable-error-code="attr-defined,misc"
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from .settings import VideoSettings
 
 
 class _VideoParser(MultiModalDataParser):
-    """Samples videos that are passed as frames; those of a video backend are already sampled."""
+    """Samples videos that are passed as frames. The frames of a video backend are sampled already."""
 
     def __init__(self, frames: int, **settings: Any) -> None:
         super().__init__(video_needs_metadata=True, **settings)
@@ -52,7 +55,7 @@ class _VideoParser(MultiModalDataParser):
 
 
 class _VideoInfo:
-    """vLLM's questions about videos, for a parent class that answers those about images."""
+    """Mixin with vLLM's information about videos, next to a parent with that about images."""
 
     @cached_property
     def settings(self) -> VideoSettings:
@@ -60,7 +63,7 @@ class _VideoInfo:
 
     @cached_property
     def frames(self) -> int:
-        """Frames to sample, unless a request has another number: --media-io-kwargs, else the config's."""
+        """Number of frames to sample unless the request has another: of --media-io-kwargs, else of the config."""
         return self.ctx.get_mm_config().media_io_kwargs.get("video", {}).get("num_frames", self.settings.frames)
 
     @cached_property
@@ -69,7 +72,7 @@ class _VideoInfo:
         side = self.get_hf_config().vision_config.image_size
         if spec.made(side, side) != (side, side):
             raise CheckpointError(
-                f"the image processor does not make the {side}x{side} pictures that the vision tower takes: "
+                f"the image processor does not make {side}x{side} pictures, which the vision tower needs: "
                 "set size and crop_size in preprocessor_config.json"
             )
         return spec
@@ -83,8 +86,8 @@ class _VideoInfo:
     def parse_mm_data(self, mm_data: Mapping[str, Any], *, validate: bool = True) -> Any:
         items = super().parse_mm_data(mm_data, validate=validate)
         if validate and len(items) > 1:
-            # Both take the place of <image>: nothing would tell which is which.
-            raise InputError("a prompt holds images or videos, not both: ask about them in two requests")
+            # Both have the placeholder <image> and could not be told apart.
+            raise InputError("a prompt may have images or videos, not both: send two requests")
         return items
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
@@ -100,7 +103,7 @@ class _Info(_VideoInfo, LlavaProcessingInfo):
 
 
 class _VideoDummyInputs(LlavaDummyInputsBuilder):
-    """The longest videos that the settings allow: vLLM measures its memory with them."""
+    """Inputs with which vLLM measures its memory: the longest videos of the settings."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return super().get_dummy_text({"image": sum(mm_counts.values())})
@@ -120,7 +123,7 @@ class _VideoDummyInputs(LlavaDummyInputsBuilder):
 
 
 class _VideoProcessor:
-    """Frames to pixel values and placeholders, for a parent class that does this for images."""
+    """Mixin that converts frames to pixel values and placeholders, next to a parent for images."""
 
     def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str | None:
         return super()._get_hf_mm_text({"image": mm_counts.get("image", 0)})
@@ -141,7 +144,7 @@ class _VideoProcessor:
         counts = hf_inputs.get("video_frames", torch.empty(0, dtype=torch.int64))
         return {
             **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
-            # Packed along the frames, within and across requests, for one launch of the aggregator.
+            # Frames are packed within and over requests, as one launch of the aggregator reads them.
             "pixel_values_videos": MultiModalFieldConfig.flat_from_sizes("video", counts),
             "video_frames": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
         }
@@ -168,7 +171,7 @@ class _Processor(_VideoProcessor, LlavaMultiModalProcessor):
 
 
 class _SlowFast:
-    """A vLLM LLaVA that also embeds videos."""
+    """Mixin of a vLLM LLaVA that embeds videos too."""
 
     supports_tower_connector_lora = False
 
@@ -177,15 +180,15 @@ class _SlowFast:
         return super().get_placeholder_str("image" if modality.startswith("video") else modality, i)
 
     def _mark_tower_model(self, vllm_config: Any, modalities: Any, **options: Any) -> Any:
-        """Images and videos share the tower: it is left out only if neither is allowed."""
+        """The tower is used for both modalities, and is only omitted if neither is allowed."""
         return super()._mark_tower_model(vllm_config, {"image", "video"}, **options)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Embeddings [S, D] of every image or video; videos of any lengths in one launch.
+        """Embeddings [S, D] of every image or video. All videos are computed in one launch.
 
         Args:
-            **kwargs: vLLM's; `pixel_values_videos` are the frames [T, 3, h, w] of all videos, `video_frames` their
-                numbers of frames.
+            kwargs: For videos, `pixel_values_videos` [T, 3, h, w] with the frames of all videos, and `video_frames`
+                with the number of frames of each.
         """
         if "pixel_values_videos" not in kwargs:
             return super().embed_multimodal(**kwargs)
@@ -207,9 +210,9 @@ class _SlowFast:
 
 @MULTIMODAL_REGISTRY.register_processor(_NextProcessor, info=_NextInfo, dummy_inputs=_VideoDummyInputs)
 class SlowFastLlavaNextForConditionalGeneration(_SlowFast, LlavaNextForConditionalGeneration):
-    """A LLaVA-NeXT checkpoint, unchanged."""
+    """LLaVA-NeXT, for unchanged checkpoints."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=_VideoDummyInputs)
 class SlowFastLlavaForConditionalGeneration(_SlowFast, LlavaForConditionalGeneration):
-    """A LLaVA-1.5 checkpoint, unchanged."""
+    """LLaVA-1.5, for unchanged checkpoints."""

@@ -6,16 +6,15 @@ import logging
 
 log = logging.getLogger("sfllava_fast")
 
-# vLLM's model interface changes in every minor release. tests/serving/test_vllm.py has run with 0.31 and 0.32; 0.33 has
-# no build for CPUs: the files of it that we use were compared with 0.32's.
+# vLLM's model interface changes with every minor release. tests/serving/test_vllm.py ran with 0.31 and 0.32; of 0.33,
+# which has no build for CPUs, the files that we use were compared with 0.32's.
 SUPPORTED = ((0, 31), (0, 32), (0, 33))
 
 
 def register() -> None:
     """Register the models and the video backend with vLLM, without importing the models.
 
-    With a vLLM that is not supported, nothing is registered and the log has the reason: an exception would stop vLLM
-    itself, for models of every kind.
+    With an unsupported vLLM it logs an error and registers nothing: an exception would end vLLM for all models.
     """
     import vllm
 

@@ -1,4 +1,4 @@
-"""Videos of vLLM's requests, decoded by `video` and sampled by the published rule."""
+"""vLLM's video backend: decodes with `video`, samples by the published rule."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ VIDEO_BACKEND = "sfllava_fast"
 
 
 class SlowFastVideoLoader(VideoLoader):
-    """The video backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs."""
+    """The backend "sfllava_fast" of --media-io-kwargs and of a request's media_io_kwargs."""
 
     @classmethod
     def load_bytes(
         cls, data: bytes, num_frames: int = DEFAULT_FRAMES, decoder: str = "pyav", **unknown: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode and sample a video file. Damage is logged as a warning, once.
+        """Decode and sample a video file.
+
+        Damage is only logged, since models' processors accept no further keys in the metadata.
 
         Args:
-            data: The file's bytes.
-            num_frames: Frames to sample; all of a shorter video.
+            data: The file.
+            num_frames: Maximum number of frames to sample.
             decoder: One of `video.DECODERS`.
-            **unknown: Refused.
+            unknown: Other options, which are refused.
 
         Returns:
-            The frames, uint8 RGB [n, H, W, 3], and vLLM's metadata of them.
+            The frames, uint8 RGB [n, H, W, 3], and vLLM's metadata.
 
         Raises:
-            VideoError, InputError: For the video or the options; vLLM's answer is then HTTP 400.
-            BackendError: For a decoder that cannot be used.
+            VideoError: If the file cannot be decoded; vLLM replies with status 400.
+            InputError: If an option is wrong; vLLM replies with status 400.
+            BackendError: If the decoder is unknown or not installed.
         """
         if unknown:
-            raise InputError(f"unknown video options {', '.join(unknown)}: only num_frames and decoder are known")
+            raise InputError(f"unknown video options {', '.join(unknown)}: use num_frames or decoder")
         check_count("num_frames", num_frames)
         with tempfile.TemporaryDirectory(prefix="vllm-request-") as folder:
             file = Path(folder, "video")
@@ -48,7 +51,7 @@ class SlowFastVideoLoader(VideoLoader):
                 video = open_video(file, decoder)
                 indices = sample_frames(video.total, num_frames)
                 frames = video.arrays(indices)
-            except VideoError as error:  # without the name of our folder
+            except VideoError as error:  # clients should not get the folder's name
                 raise VideoError(str(error).replace(f"{folder}/", "the ")) from error
         fps = video.fps or 0.0
         return frames, {

@@ -204,7 +204,7 @@ def test_a_session_replaces_no_pipe_and_no_folder(model, saved, tmp_path):
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     for name in ("pipe", "folder"):
-        assert "no regular file" in refused(lambda: model.load_session(saved).save(tmp_path / name), InputError)
+        assert "not a regular file" in refused(lambda: model.load_session(saved).save(tmp_path / name), InputError)
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
 
 
@@ -394,7 +394,7 @@ def test_an_output_follows_links_and_is_a_regular_file(name, tmp_path):
     assert real.read_bytes() == (tmp_path / "there" / f"made-{name}").read_bytes() != b"old"
     assert len(list((tmp_path / "there").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 3
     os.mkfifo(tmp_path / f"pipe-{name}")
-    with pytest.raises(InputError, match="is no regular file: name another"):
+    with pytest.raises(InputError, match="is not a regular file: name another"):
         write(tmp_path / f"pipe-{name}")
 
 
