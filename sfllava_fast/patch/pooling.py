@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ def pool(features: Tensor, layout: Layout | str, grid: tuple[int, int] | None, b
     """`slowfast_aggregate` of patches [T, N, D] with any strides. Returns tokens [S, D]."""
     if features.stride(-1) != 1:
         features = features.contiguous()
-    return cast(Tensor, slowfast_aggregate(features, layout, grid=grid, backend=backend))
+    return slowfast_aggregate(features, layout, grid=grid, backend=backend)
 
 
 def or_published(ours: Callable[[], Tensor], published: Callable[[], Tensor], name: str) -> Tensor:

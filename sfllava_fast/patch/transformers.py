@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ def patch_transformers(
             folders and uint8 RGB frames [T, H, W, 3], and writes one placeholder a token.
         layout: Layout of the tokens. None stands for the one in the model's config, else the paper's; video models then
             keep their own.
-        frames: Maximum number of frames that the processor samples from a video, as in `choose_frames`. The video
-            processors of video models sample themselves.
+        frames: Maximum number of frames that the processor samples from a video; None: as in
+            `layouts.presets.choose_layout`. The video processors of video models sample themselves.
         projector: As the mode of `project_and_aggregate`.
         backend: As in `project_and_aggregate`.
         generate: Whether `forward` and `generate` take `pixel_values_videos`, [V, T, 3, h, w] or a list of [T, 3, h,
@@ -387,7 +387,7 @@ def _pool(self, stock, backend: str, image_features: Tensor) -> Tensor:
         warn_once(f"the pooling {self.pool} is not replaced: the op has no pooling with the same bits")
         return stock(image_features)
     tokens = slowfast_aggregate(image_features, f"pool:each,stride{stride},stride{stride},{reduce}", backend=backend)
-    return cast(Tensor, tokens).view(len(image_features), -1, image_features.shape[2])
+    return tokens.view(len(image_features), -1, image_features.shape[2])
 
 
 def _halve(self, stock, image_features: Tensor) -> Tensor:

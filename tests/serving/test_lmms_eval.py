@@ -304,7 +304,7 @@ def test_the_memory_is_given_back_for_a_judge(make):
     lm = make()
     assert lm.device == torch.device("cpu")
     lm.clean()
-    assert lm.model is None
+    assert not hasattr(lm, "model")
 
 
 def test_the_manifest_names_the_class(serving):
