@@ -183,7 +183,6 @@ def test_the_library_calls_only_torchs_stable_abi(library):
 
 
 CPUS_ALONE = {
-    "aoti_torch_dtype_int64",
     "torch_delete_list",
     "torch_list_get_item",
     "torch_list_size",

@@ -182,7 +182,7 @@ def test_a_compiled_projector(graphs):
         (lambda x: slowfast_aggregate(x, LAYOUT, out=torch.zeros(80, 8)), r"out must be \[2, 40, 8\]"),
         (lambda x: slowfast_aggregate(x, LAYOUT, out=torch.zeros(2, 39, 8)), r"out must be \[2, 40, 8\]"),
         (lambda x: slowfast_aggregate(x, LAYOUT, out=torch.zeros(1, 40, 8).expand(2, -1, -1)), "do not overlap"),
-        (lambda x: slowfast_aggregate(x, LAYOUT, out=torch.zeros(40, 2, 8).transpose(0, 1)), "one after the other"),
+        (lambda x: slowfast_aggregate(x, LAYOUT, out=torch.zeros(40, 2, 8).transpose(0, 1)), "follow one another"),
         (lambda x: slowfast_aggregate(x, LAYOUT, out=x.view(-1)[:640].view(2, 40, 8)), "overlaps the features"),
         (lambda x: slowfast_aggregate(x, LAYOUT, grid=(3, 4)), "grid 3x4 does not fit 16 patches"),
     ],

@@ -7,5 +7,12 @@ import torch
 
 def live_bytes() -> int:
     gc.collect()
-    tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.layout is torch.strided)
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    sizes = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor and thing.layout is torch.strided:
+            try:
+                storage = thing.untyped_storage()
+            except NotImplementedError:  # what vmap made of a tensor has none of its own
+                continue
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
