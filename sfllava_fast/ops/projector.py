@@ -306,6 +306,11 @@ def why_layout_not_commuted(layout: Layout) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _why_layout_not_commuted(layout: str) -> str | None:
+    return why_layout_not_commuted(parse_layout(layout))
+
+
 def _why_not(projector: Any, hidden: Tensor, layout: Layout | str) -> str | None:
     """Why pooling cannot go before the second layer in this call; None where it can."""
     if reason := why_not_commuted(projector):
@@ -321,7 +326,7 @@ def _why_not(projector: Any, hidden: Tensor, layout: Layout | str) -> str | None
         return f"features are {hidden.dtype} and its weights {first.weight.dtype}"
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         return "autocast chooses the dtypes"
-    return why_layout_not_commuted(parse_layout(layout))
+    return _why_layout_not_commuted(str(layout))
 
 
 def _is_exact_gelu(act: nn.Module) -> bool:
