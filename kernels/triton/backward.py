@@ -1,4 +1,4 @@
-"""The backward kernels: `spread_tiles` where pathways nest and leave no patch out, `spread_boxes` for every plan.
+"""The backward kernels: `spread_tiles` for pathways that nest and leave no patch out, `spread_boxes` for every plan.
 
 Each patch's gradient is written once: contributions are added in float32 in the order of the tokens, as the reference
 does, and rounded once.
@@ -51,7 +51,7 @@ def _wins(
     frame_begin, frame_end, row_begin, row_end, col_begin, col_end = box
     best = neutral(channel, False)
     first = (frame_begin == frame) & (first_patch + row_begin * width + col_begin == patch)
-    wins = tl.full(channel.shape, 1, tl.int1) & first  # where all of the box is -inf
+    wins = tl.full(channel.shape, 1, tl.int1) & first  # if all of the box is -inf
     for box_frame in range(frame_begin, frame_end):
         for row in range(row_begin, row_end):
             for first_col in range(col_begin, col_end, _COLUMNS):
@@ -81,7 +81,7 @@ def spread_boxes(
 ):  # fmt: skip
     """Program (frame, split, chunk) takes a run of the frame's patches, which share tokens, hence the cache.
 
-    `out` [T, N, D] is contiguous. Strides become elements, and numbers are loaded, only where they are used: registers
+    `out` [T, N, D] is contiguous. Strides become elements, and numbers are loaded, only at their use: registers
     are scarce.
     """
     program = tl.program_id(0)
@@ -157,14 +157,14 @@ def _load_boxes(
     at, grad_at, present, line_stride, patch_stride, token_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """A strip's patches, where a maximum is to be found, and the gradients of its boxes' tokens in one item."""
+    """A strip's patches, if a maximum is to be found, and the gradients of its boxes' tokens in one item."""
     patches = () if MEAN else load_strip(at, present, line_stride, patch_stride, ROWS, WIDTH)
     return patches, load_strip(grad_at, present, 0, token_stride, 1, WIDTH // COLS)
 
 
 @triton.jit
 def _add_shares(sums, grads, ROWS: tl.constexpr, COLS: tl.constexpr, MEAN: tl.constexpr):
-    """`sums`, box by box, and what an item's `grads` hand each box's elements."""
+    """`sums`, box by box, plus the shares of each box's elements in an item's `grads`."""
     added = ()
     for box in tl.static_range(len(sums)):
         grad = grads[box].to(tl.float32)
@@ -205,8 +205,8 @@ def spread_tiles(
 ):  # fmt: skip
     """Program (group, tile, chunk) as in pool_tiles; each gradient row is read once. `out` [T, N, D] is contiguous.
 
-    The loads of the next strip are issued before this one's numbers are used: ptxas moves loads to where they are used,
-    one wait after the other, but not across a turn of the loop.
+    The loads of the next strip are issued before this one's numbers are used: ptxas moves loads to their use, one wait
+    after the other, but not across iterations of the loop.
     """
     program = tl.program_id(0)
     channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)

@@ -1,8 +1,7 @@
-"""The forward kernels: `pool_tiles` where pathways nest, `pool_boxes` for every plan.
+"""The forward kernels: `pool_tiles` for pathways that nest, `pool_boxes` for every plan.
 
 A program is one warp and handles BLOCK channels. Elements enter a box in (frame, row, column) order and a mean divides
-by frames, rows and columns in turn, so results equal the reference bit for bit. Addresses are 64 bits wide; strides
-and channels are counted in vectors of VECTOR elements, which tells the compiler how far every address is aligned.
+by frames, rows and columns in turn, so results equal the reference bit for bit. Addresses are 64 bits wide.
 """
 
 import triton
@@ -64,9 +63,8 @@ def _pool_box(
                     x = tl.load(line + col * patch_stride, mask=inside, other=0.0 if sums else float("-inf"))
                     if REDUCE == REDUCE_LINEAR:
                         row_second, col_second = second_weights
-                        weight = element_weight(row_second, row - row_begin) * element_weight(
-                            col_second, col - col_begin
-                        )
+                        weight = element_weight(row_second, row - row_begin)
+                        weight *= element_weight(col_second, col - col_begin)
                         x = x.to(tl.float32) * weight
                     acc = join(acc, x, sums)
     return acc
@@ -81,7 +79,7 @@ def pool_boxes(
 ):  # fmt: skip
     """Every box of any plan; program (group, split, chunk) takes every `splits`-th box of each of the group's items.
 
-    Group by group, so that the cache serves the second pathway's read of a frame.
+    Group by group, so that the second pathway reads a frame from the cache.
     """
     program = tl.program_id(0)
     channel, present = chunk_channels(program % chunks, channels, BLOCK, VECTOR)
@@ -153,7 +151,7 @@ def pool_tiles(
     TILE_WIDTH: tl.constexpr, FINE_ROWS: tl.constexpr, FINE_COLS: tl.constexpr, FINE_MEAN: tl.constexpr,
     REPEATS: tl.constexpr, EVERY_FRAME: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Both pathways from one read where the fine one's boxes nest in the coarse one's (tiling.py).
+    """Both pathways from one read, for fine boxes that nest in coarse ones (tiling.py).
 
     Program (group, tile, chunk) reads one box of the coarse mean from one frame, strip by strip: a strip is one row of
     fine boxes, stored to each of the group's fine items: none on most frames, several only with REPEATS. With

@@ -43,8 +43,9 @@ def launch(
     """Launches `programs` programs, if any, on the current device. A tensor that is None is never read."""
     if not programs:
         return
-    given = [tensors[0] if tensor is None else tensor for tensor in tensors]
-    device = given[0].device.index
+    first = next(tensor for tensor in tensors if tensor is not None)
+    given = [first if tensor is None else tensor for tensor in tensors]
+    device = first.device.index
     start = prepare(kernel, programs, tuple(tensor.dtype for tensor in given), constants, device, **options)
     run(start, device, (*(given if device is None else [x.data_ptr() for x in given]), *numbers, *constants))
 

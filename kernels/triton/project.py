@@ -1,4 +1,4 @@
-"""The projector's kernels where mean pooling stands between its two linear layers, with which it commutes.
+"""The projector's kernels with mean pooling between its two linear layers, with which it commutes.
 
 `project_tiles` is Linear1 and GELU with the pooling in its epilogue, `add_parts` adds up what its tiles divide,
 `project_rows` is Linear2. No contract fixes their bits, only a bound on their error, so the compiler may fuse products
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .elements import elements
 
-# Sections of the table begin where the table's first numbers say; its format is in gather.py.
+# The table's first numbers are the offsets of its sections; project_order.py has the format.
 _FRAMES, _PATCHES, _KEPT, _TILES, _SEGMENTS, _TOKENS, _COUNTS = (tl.constexpr(i) for i in range(7))
 _SEGMENT = tl.constexpr(4)
 _TILE = tl.constexpr(4)
@@ -25,7 +25,7 @@ def _section(table, i):
 def _gelu(x):
     """x / 2 (1 + erf(x / sqrt(2))), the exact GELU, closer to it than torch's own in float32.
 
-    log2(erfc(t / sqrt(2)) / 2) is smooth on all of t >= 0: one polynomial serves, fitted so that the tail keeps its
+    log2(erfc(t / sqrt(2)) / 2) is smooth on all of t >= 0: one polynomial is enough, fitted so that the tail keeps its
     leading digits, which 1 + erf cancels. libdevice's erff picks between two: twice the instructions, and spills.
     """
     t = tl.abs(x)
@@ -44,8 +44,8 @@ def _gelu(x):
 def _add_units(x, UNIT: tl.constexpr):
     """[channels, patches] to [channels, patches / UNIT].
 
-    A unit is spread over the first and the last bit of the patch's number (gather.py): bits that are registers of one
-    thread wherever the matrix units leave their sums, so this is additions and no exchange.
+    A unit is spread over the first and the last bit of the patch's number (project_order.py). These bits are registers
+    of one thread in every layout of the matrix units' sums, so this needs additions and no exchange.
     """
     channels: tl.constexpr = x.shape[0]
     patches: tl.constexpr = x.shape[1]
@@ -72,7 +72,7 @@ def project_tiles(
     """Program (tile, chunk): GELU(Linear1) of PATCHES gathered patches in CHANNELS of the INNER channels.
 
     The product is taken transposed, [channels, patches]: the patches of a channel then lie in the registers of few
-    threads, where a box is added up almost without exchange. Sums are masked, not multiplied by zeros: what is not
+    threads, so that a box is added up almost without exchange. Sums are masked, not multiplied by zeros: what is not
     finite stays in its own boxes. Tiles of a chunk's run share A's rows, all of them the weight, through the cache.
     """
     program = tl.program_id(0)

@@ -1,20 +1,22 @@
-"""Launches of the projector's kernels (project.py), in the style of the aggregator's beside them."""
+"""Launches of the projector's kernels (project.py)."""
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from sfllava_fast.layouts.plan import Plan
 from sfllava_fast.ops.backends.plan_table import on_device
 
 from .launch import device_of, is_aligned, launch, vector_of
 from .project import add_parts, project_rows, project_tiles
-from .project_order import gather
+from .project_order import project_order
 
 _PART_BLOCK = 1024
 
 
 class Tile(NamedTuple):
-    """What a program computes, and how: of `project_tiles` rows are gathered patches."""
+    """The part of a program, and how it is compiled; rows of `project_tiles` are gathered patches."""
 
     rows: int
     channels: int
@@ -38,19 +40,29 @@ ROWS_TILES = {
 }
 
 
-def project_pool(hidden, weight, bias, plan, tile=None):
-    """(pooled, kept): the mean pathways' tokens of GELU(hidden @ weight.T + bias), and what the maxima read of it.
+def project_pool(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """Linear1, exact GELU in float32, and mean pooling.
 
-    GELU is the exact one, in float32; hidden [T, N, C] is bfloat16 or float16 on a CUDA device (on the CPU under
-    TRITON_INTERPRET=1) with unit stride over C, weight [I, C] and bias [I] or None are of its dtype.
-    plan: sfllava_fast.layouts.plan.Plan of T frames of N patches, of a layout that `is_plain`; ValueError unless every
-        bin of frames is one frame.
-    pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
-    kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, in rising order; F may be 0.
+    Args:
+        hidden: [T, N, C] bfloat16 or float16 on a CUDA device (on the CPU under TRITON_INTERPRET=1), unit stride over
+            C.
+        weight: [I, C] of hidden's dtype, unit stride over C.
+        bias: [I] of hidden's dtype, or None.
+        plan: of T frames of N patches, of a layout that `is_plain`; every bin of frames is one frame.
+        tile: None for that of the device.
+
+    Returns:
+        pooled: [M, I] float32, never rounded to 16 bits: the tokens of the mean pathways in the plan's order.
+        kept: [F, N, I] of hidden's dtype: all patches of the frames that max pathways read, ascending; F may be 0.
+
+    Raises:
+        ValueError: a bin spans several frames.
     """
     with device_of(hidden):
         tile = tile or _pool_tile(hidden, plan)
-        order = gather(plan, tile.rows)
+        order = project_order(plan, tile.rows)
         table = on_device(order.table, hidden.device)
         width, inner = hidden.shape[2], weight.shape[0]
         buffer = torch.empty(order.tokens + order.parts, inner, dtype=torch.float32, device=hidden.device)
@@ -71,12 +83,15 @@ def project_pool(hidden, weight, bias, plan, tile=None):
     return buffer[: order.tokens], kept
 
 
-def project_pooled(pooled, weight, bias, out, tile=None):
+def project_pooled(pooled: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile | None = None) -> None:
     """out[:] = pooled @ weight.T + bias as if in float32, rounded once to out's dtype.
 
-    pooled: [M, I] float32, contiguous, on out's device. weight: [D, I] of out's dtype, unit stride over I.
-    bias: [D] of out's dtype, or None. out: [M, D] bfloat16 or float16, unit stride over D, such as rows of a language
-    model's embeddings.
+    Args:
+        pooled: [M, I] float32, contiguous, on out's device.
+        weight: [D, I] of out's dtype, unit stride over I.
+        bias: [D] of out's dtype, or None.
+        out: [M, D] bfloat16 or float16, unit stride over D, such as rows of a language model's embeddings.
+        tile: None for that of the device.
     """
     rows, inner = pooled.shape
     if not rows:
@@ -95,11 +110,11 @@ def project_pooled(pooled, weight, bias, out, tile=None):
         )  # fmt: skip
 
 
-def _tiles(tiles, tensor):
+def _tiles(tiles: dict[int, tuple[Tile, Tile]], tensor: Tensor) -> tuple[Tile, Tile]:
     major = torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
     return tiles.get(major, tiles[8])
 
 
-def _pool_tile(hidden, plan):
-    first, second, *_ = _tiles(POOL_TILES, hidden)
-    return first if gather(plan, first.rows).unit > 1 else second
+def _pool_tile(hidden: Tensor, plan: Plan) -> Tile:
+    first, second = _tiles(POOL_TILES, hidden)
+    return first if project_order(plan, first.rows).unit > 1 else second

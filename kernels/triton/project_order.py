@@ -1,8 +1,8 @@
-"""In which order `project_tiles` takes a plan's patches, so that boxes are runs of rows and few patches come twice.
+"""The order of a plan's patches for `project_tiles`, in which boxes are runs of rows and few patches occur twice.
 
-The table, int32: where its sections begin [8], then
+The table, int32: the offsets of its sections [8], then
     frames, patches [tiles * size]   of every slot of every tile; a slot that only fills up has ~frame
-    kept [tiles * size]              the row among the kept patches, or -1; empty where nothing is kept
+    kept [tiles * size]              the row among the kept patches, or -1; empty if nothing is kept
     tiles [tiles, 4]                 first segment, past the last one, whether any slot is kept, any unit a token
     segments [segments, 4]           first unit in the tile, past the last one, row, count that the sum is divided by
     tokens, counts [tiles * units]   row of the unit's mean, or -1, and how many patches it has; empty without tokens
@@ -20,13 +20,13 @@ from itertools import chain
 import numpy as np
 import torch
 
-from sfllava_fast.layouts.plan import kept_with_plan
+from sfllava_fast.layouts.plan import Plan, kept_with_plan
 
 _UNITS = (4, 2, 1)
 
 
-@dataclass(frozen=True, eq=False)  # one per (plan, size), as plans are
-class Gather:
+@dataclass(frozen=True, eq=False)  # one per (plan, size)
+class ProjectOrder:
     """The order of a plan, in tiles of some size."""
 
     table: torch.Tensor  # on the host
@@ -42,12 +42,12 @@ class Gather:
 
 
 @dataclass(frozen=True, eq=False)
-class _Order:
+class _FrameOrder:
     """The order of one frame, for the pathways that read it. Boxes are numbered, -1 is none."""
 
     patch: np.ndarray  # [rows]
-    real: np.ndarray  # [rows] False where the row only fills a unit up
-    keep: np.ndarray  # [rows] the first row of a patch, where a maximum reads the frame
+    real: np.ndarray  # [rows] False if the row only fills up a unit
+    keep: np.ndarray  # [rows] the first row of a patch, if a maximum reads the frame
     small: np.ndarray  # [units] the box that the unit is
     large: np.ndarray  # [units] the box that the unit is part of
     sizes: np.ndarray  # [boxes]
@@ -56,21 +56,19 @@ class _Order:
 
 
 @kept_with_plan
-def gather(plan, size):
-    """The Gather of a sfllava_fast.layouts.plan.Plan in tiles of `size` patches; ValueError where bins span frames."""
+def project_order(plan: Plan, size: int) -> ProjectOrder:
+    """The order of a plan in tiles of `size` patches; ValueError if a bin spans several frames."""
     readers, tokens, kept_frames = _readers(plan)
     kinds = [frozenset(path for path, _ in frame) for frame in readers]
-    orders = min(
-        ({kind: _order(plan, kind, unit) for kind in set(kinds) if kind} | {"unit": unit} for unit in _UNITS),
-        key=lambda orders: sum(orders[kind].cost for kind in kinds if kind),
-    )
-    unit = orders.pop("unit")
-    return _lay_out(plan, size, unit, readers, [orders.get(kind) for kind in kinds], tokens, kept_frames)
+    by_unit = {unit: {kind: _order(plan, kind, unit) for kind in set(kinds) if kind} for unit in _UNITS}
+    unit = min(by_unit, key=lambda unit: sum(by_unit[unit][kind].cost for kind in kinds if kind))
+    return _lay_out(plan, size, unit, readers, [by_unit[unit].get(kind) for kind in kinds], tokens, kept_frames)
 
 
-def _readers(plan):
+def _readers(plan: Plan) -> tuple[list[list[tuple[int, int | None]]], int, tuple[int, ...]]:
     """For each frame, the (pathway, first row) that read it, a maximum's without a row; the rows; frames of maxima."""
-    readers, row, kept = [[] for _ in range(sum(plan.lengths))], 0, set()
+    readers: list[list[tuple[int, int | None]]] = [[] for _ in range(sum(plan.lengths))]
+    row, kept = 0, set()
     for video in range(len(plan.lengths)):
         for index, path in enumerate(plan.pathways):
             for start, stop in path.frames[video]:
@@ -85,9 +83,10 @@ def _readers(plan):
     return readers, row, tuple(sorted(kept))
 
 
-def _boxes(plan, kind):
+def _boxes(plan: Plan, kind: frozenset[int]) -> tuple[dict[tuple[int, ...], int], list[tuple[int, int, int]]]:
     """The distinct boxes of the mean pathways, as tuples of patches, and which tokens are their means."""
-    boxes, tokens = {}, []
+    boxes: dict[tuple[int, ...], int] = {}
+    tokens = []
     for index in sorted(kind):
         path = plan.pathways[index]
         if path.reduce == "mean":
@@ -98,14 +97,14 @@ def _boxes(plan, kind):
     return boxes, tokens
 
 
-def _order(plan, kind, unit):
+def _order(plan: Plan, kind: frozenset[int], unit: int) -> _FrameOrder:
     boxes, tokens = _boxes(plan, kind)
     small_at = defaultdict(list)
     for box in boxes:
         if len(box) <= unit:
             small_at[box[0]].append(box)
     units = []  # (patches, small box, large box)
-    placed = set()
+    placed: set[tuple[int, ...]] = set()
     for box, number in boxes.items():
         if len(box) > unit:
             left, nested = set(box), []
@@ -117,7 +116,7 @@ def _order(plan, kind, unit):
             units += nested
             units += [(part, -1, number) for part in _cut([patch for patch in box if patch in left], unit)]
     units += [(box, number, -1) for box, number in boxes.items() if len(box) <= unit and box not in placed]
-    missing = ()
+    missing: list[tuple[int, ...]] = []
     keeps = any(plan.pathways[index].reduce == "max" for index in kind)
     if keeps:
         covered = set().union(*boxes)
@@ -131,7 +130,7 @@ def _order(plan, kind, unit):
         keep[np.unique(patch, return_index=True)[1]] = True
     segments = sum(len(box) > unit for box in boxes)
     # In rows of the product: a segment costs about four of them, and two instructions for each unit of its tile.
-    return _Order(
+    return _FrameOrder(
         patch, np.array(real, bool), keep,
         np.array([small for _, small, _ in units], np.int32), np.array([large for _, _, large in units], np.int32),
         np.array([len(box) for box in boxes], np.int32), np.array(tokens, np.int32).reshape(-1, 3),
@@ -139,11 +138,19 @@ def _order(plan, kind, unit):
     )  # fmt: skip
 
 
-def _cut(patches, unit):
+def _cut(patches: list[int], unit: int) -> list[tuple[int, ...]]:
     return [tuple(patches[start : start + unit]) for start in range(0, len(patches), unit)]
 
 
-def _lay_out(plan, size, unit, readers, orders, tokens, kept_frames):
+def _lay_out(
+    plan: Plan,
+    size: int,
+    unit: int,
+    readers: list[list[tuple[int, int | None]]],
+    orders: list[_FrameOrder | None],
+    tokens: int,
+    kept_frames: tuple[int, ...],
+) -> ProjectOrder:
     columns, boxes, patches = defaultdict(list), 0, plan.grid[0] * plan.grid[1]
     kept_at = {frame: place * patches for place, frame in enumerate(kept_frames)}
     for frame, order in enumerate(orders):
@@ -203,17 +210,17 @@ def _lay_out(plan, size, unit, readers, orders, tokens, kept_frames):
     table[: len(sections)] = begins[:-1]
     for begin, section in zip(begins, sections):
         table[begin : begin + section.size] = section.reshape(-1)
-    return Gather(
+    return ProjectOrder(
         torch.from_numpy(table), tiles, unit, tokens, int(shared.sum()), kept_frames, has_small,
         bool((frame < 0).any()), len(sums), int(begins[-2]),
     )  # fmt: skip
 
 
-def _fill(values, length, value):
+def _fill(values: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.concatenate([values, np.full(length - len(values), value, values.dtype)])
 
 
-def _to_slots(values, size, unit):
+def _to_slots(values: np.ndarray, size: int, unit: int) -> np.ndarray:
     """From the order to a tile's slots: the four of a unit are two neighbours in either half (`_add_units`)."""
     if unit < 4:
         return values

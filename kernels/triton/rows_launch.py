@@ -97,8 +97,8 @@ def _scatter(hidden: Tensor, index: Tensor, rows: Tensor, weights: Tensor | None
     weighted, block = weights is not None, _block(channels, hidden)
     with device_of(hidden):
         if out.data_ptr() == hidden.data_ptr():
-            constants = (weighted, block, vector)
-            launch(kernels.scatter_rows_in_place, index.numel(), tensors, numbers, constants, **EXACT)
+            kernel = kernels.scatter_rows_in_place
+            launch(kernel, index.numel(), tensors, numbers, (weighted, block, vector), **EXACT)
             return
         half = _power_of_two(index.shape[1] + 1) // 2
         constants = (weighted, ROWS_OF_A_PROGRAM, max(16, block // ROWS_OF_A_PROGRAM), vector)

@@ -1,6 +1,9 @@
-"""Where a plan's two pathways nest, so that one read of a patch serves both."""
+"""How a plan's two pathways nest, so that one read of a patch is enough for both."""
 
 from dataclasses import dataclass
+
+from sfllava_fast.layouts.pathways import Range
+from sfllava_fast.layouts.plan import Plan
 
 # A fine box's rows x columns, and the patches of a strip, whose loads are in flight together.
 _FINE = ((1, 1), (1, 2), (2, 2))
@@ -23,12 +26,12 @@ class Tiling:
     whole: bool  # every patch of every frame is in a tile
 
 
-def find_tiling(plan):
-    """The Tiling of a sfllava_fast.layouts.plan.Plan; None where the pathways do not nest.
+def find_tiling(plan: Plan) -> Tiling | None:
+    """The tiling of a plan; None if its pathways do not nest.
 
-    They do where the last of two pathways is a mean over equal boxes of every frame on its own, the other's boxes are
+    They nest if the last of two pathways is a mean over equal boxes of every frame on its own, the other's boxes are
     1x1, 1x2 or 2x2 of one frame on the same grid, and both cover the same patches. The default layout on 24x24 does.
-    Tokens of an item follow each other without a gap; items may lie anywhere.
+    Tokens of an item follow each other without a gap; items may be anywhere.
     """
     has_class_token = plan.patches != plan.grid[0] * plan.grid[1]
     if len(plan.pathways) != 2 or has_class_token:
@@ -60,7 +63,7 @@ def find_tiling(plan):
     )  # fmt: skip
 
 
-def _even(bins):
-    """The size of bins that follow each other from 0 and are all of one size; else 0."""
+def _even(bins: tuple[Range, ...]) -> int:
+    """The size of equal bins that follow each other from 0; 0 for others."""
     size = bins[0][1]
     return size if all(bin == (i * size, (i + 1) * size) for i, bin in enumerate(bins)) else 0

@@ -1,4 +1,4 @@
-"""The aggregator, alone and with the projector, as modules, for pipelines built of modules."""
+"""The aggregator as modules, alone and with the projector."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .projector import Mode, check_mode, project_and_aggregate, why_not_commuted
 
 
 class SlowFastAggregator(nn.Module):
-    """`slowfast_aggregate` with its layout, backend and grid kept: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
+    """`slowfast_aggregate` as a module without parameters: [T, N, D] -> [S, D], [B, T, N, D] -> [B, S, D].
 
-    Has no parameters and no buffers. Raises the errors of `slowfast_aggregate`; for a wrong setting when it is made.
+    Args:
+        layout, backend, grid: as in `slowfast_aggregate`.
+
+    Raises:
+        InputError, LayoutError, BackendError: a setting is wrong. Calls raise the errors of `slowfast_aggregate`.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class SlowFastAggregator(nn.Module):
         frame_offsets: Tensor | None = None,
         out: Tensor | None = None,
         separators: Tensor | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return slowfast_aggregate(
             features,
             self.layout,
@@ -54,12 +58,17 @@ class SlowFastAggregator(nn.Module):
 
 
 class FusedProjectorAggregator(nn.Module):
-    """`project_and_aggregate` with a projector and its settings kept: [T, N, C] -> [S, D], [B, T, N, C] -> [B, S, D].
+    """`project_and_aggregate` as a module: [T, N, C] -> [S, D], [B, T, N, C] -> [B, S, D].
 
-    projector: is the submodule `projector`, under which name the state dict has its weights. One that is wrapped (by
-        LoRA, quantization, FSDP, DDP) is called whole: "auto" is "exact" then, "commuted" an InputError that says why.
-    The module itself may be wrapped as any other. Raises the errors of `project_and_aggregate`; for a wrong setting
-    when it is made.
+    The module may be wrapped like any other.
+
+    Args:
+        projector: the submodule `projector`, by which name its weights are in the state dict. A wrapped one (by LoRA,
+            quantization, FSDP, DDP) is called as a whole: then "auto" is "exact", and "commuted" an InputError.
+        layout, mode, backend, grid: as in `project_and_aggregate`.
+
+    Raises:
+        InputError, LayoutError, BackendError: a setting is wrong. Calls raise the errors of `project_and_aggregate`.
     """
 
     def __init__(
@@ -83,7 +92,7 @@ class FusedProjectorAggregator(nn.Module):
         frame_offsets: Tensor | None = None,
         out: Tensor | None = None,
         separators: Tensor | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return project_and_aggregate(
             hidden,
             self.projector,
@@ -102,11 +111,18 @@ class FusedProjectorAggregator(nn.Module):
 
 
 class PathwayProjectors(nn.Module):
-    """Pools first, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D], or of a batch.
+    """Pools, then projects each pathway's tokens by a projector of its own: [T, N, C] -> [S, D], or of a batch.
 
-    RED-VILLM (arXiv 2404.11865) so projects its temporal and its spatial tokens; "red_villm" is the layout.
-    projectors: by the pathways' names, submodules `projectors.<name>`. A padded pathway's zeros are projected too.
-    Raises InputError for other names than the layout's, or a layout whose pathways do not follow one another.
+    RED-VILLM (arXiv 2404.11865) projects its temporal and its spatial tokens so. A padded pathway's zeros are projected
+    too.
+
+    Args:
+        projectors: by the names of the pathways; they become submodules `projectors.<name>`.
+        layout: a layout whose pathways follow one another, without separators, or its text.
+        backend, grid: as in `slowfast_aggregate`.
+
+    Raises:
+        InputError: the names are not those of the pathways, or the pathways do not follow one another.
     """
 
     def __init__(
@@ -135,7 +151,7 @@ class PathwayProjectors(nn.Module):
 
 
 def _check_settings(backend: object, grid: object) -> None:
-    """Raise what a call would of the settings alone."""
+    """Raises what a call would for these settings."""
     check_name(backend)
     if grid is not None:
         check_sides(grid)

@@ -37,7 +37,7 @@ def kernels():
 
 
 def order_of(plan: Plan, size: int = 256):
-    return importlib.import_module("sfllava_fast._triton.project_order").gather(plan, size)
+    return importlib.import_module("sfllava_fast._triton.project_order").project_order(plan, size)
 
 
 def follow(plan: Plan, size: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_in_its_boxes(name, value):
     clean = kernels.project_pool(hidden, weight, bias, plan, POOL_TILE)
     hidden[0, 21, 3] = value
     dirty = kernels.project_pool(hidden, weight, bias, plan, POOL_TILE)
-    marked = torch.zeros(hidden.shape[:2] + (1,))
+    marked = torch.zeros(*hidden.shape[:2], 1)
     marked[0, 21] = 1
     reached = project(marked, torch.ones(1, 1), None, plan)
     for clean, dirty, reached in zip(clean, dirty, reached):
