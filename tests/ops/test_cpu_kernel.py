@@ -33,7 +33,7 @@ from sfllava_fast.layouts.pathway_layout import Pathways
 from sfllava_fast.layouts.plan import Plan
 from sfllava_fast.layouts.slowfast import SLOW_POOLS, SlowFastLayout
 from sfllava_fast.ops.backends import reference, registry
-from sfllava_fast.ops.backends.plan_table import plan_table
+from sfllava_fast.ops.backends.plan_table import find_sections, plan_table
 
 if reason := registry.load_library():
     pytest.skip(reason, allow_module_level=True)
@@ -290,3 +290,26 @@ def test_the_kernel_itself_refuses_what_it_cannot_read(isa, call):
     with pytest.raises(RuntimeError):
         torch.ops.sfllava_fast.pool(*BAD_KERNEL_CALLS[call](torch.zeros(3, 16, 8), out))
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ("fewer frames than the plan", "features have 2 frames, the plan 3"),
+        ("fewer patches than the plan", "features have 15 patches, the plan 16"),
+        ("fewer tokens than the plan", "there are 63 rows of tokens, the plan has 64"),
+        ("another dtype", r"not float32 \[3, 16, 8\], .* and float16 \[64, 8\]"),
+        ("tokens without memory", "needs 2048 bytes, and its memory has 0"),
+        ("a plan of another version", "version 4, and this library reads version 3"),
+    ],
+)
+def test_errors_of_the_kernel_print_what_clashes(isa, call, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sfllava_fast.pool(*BAD_KERNEL_CALLS[call](torch.zeros(3, 16, 8), torch.full((ROWS, 8), 7.0)))
+
+
+def test_the_error_of_a_table_names_the_item_and_its_rows(isa):
+    table, out = PLAN.clone(), torch.zeros(ROWS, 8)
+    table[find_sections(PLAN).items_at + 3] += 1000  # the first token of item 0
+    with pytest.raises(RuntimeError, match=r"the plan's item 0: its tokens are rows 1000 to 1007 of 64"):
+        torch.ops.sfllava_fast.pool(torch.zeros(3, 16, 8), table, out)
