@@ -71,7 +71,7 @@ class Layout:
         """Whether the number of tokens of several videos follows from the number of videos and of all frames."""
         return all(path.frames.rule in _AFFINE and not path.pad for path in self.pathways)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether tokens are pooled patches, pathway by pathway, and nothing else."""
         others = self.interleaved or self.separators or self.class_token
